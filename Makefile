@@ -1,0 +1,55 @@
+# make install | demo | test | bench | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
+
+SHELL := bash
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+
+.PHONY: install demo test bench lint clean
+
+install: $(VENV)/.installed
+
+# The pinned versions need Python 3.11; the package itself runs on 3.10.
+$(PY):
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making $(VENV) with $$($$python --version)"; exec $$python -m venv $(VENV); \
+	  elif [ -n "$(PYTHON)" ]; then \
+	    echo "PYTHON=$(PYTHON) is not a Python >= 3.11 with the modules venv and ensurepip" >&2; exit 1; \
+	  fi; \
+	done; \
+	echo "no Python >= 3.11 with the modules venv and ensurepip on the PATH: install one, or name it with make PYTHON=..." >&2; exit 1
+
+$(VENV)/.requirements: requirements-dev.txt requirements-nodeps.txt | $(PY)
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps -r requirements-nodeps.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements setup.py pyproject.toml $(wildcard csrc/*/*)
+	@rm -f fastff/_C*.so
+	$(PIP) --no-build-isolation --no-deps -e .
+	@ls fastff/_C*.so >/dev/null 2>&1 || echo "installed without fastff._C; to see why: FASTFF_FORCE_BUILD=1 $(PY) -m pip install -v --no-build-isolation --no-deps -e ." >&2
+	@touch $@
+
+demo: install
+	$(VENV)/bin/fastff compare --data digits --out runs/demo --json runs/demo/compare.json
+
+# One thread: the tests' tensors are small, and a second one only makes them wait.
+test: install
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} FASTFF_REQUIRE_NATIVE=1 $(PY) -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+bench: install
+	@mkdir -p benchmarks/results
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.goodness --csv benchmarks/results/goodness.csv
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.step --csv benchmarks/results/step.csv
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy fastff
+
+# Leaves .venv alone; the next make install builds the extension again.
+clean:
+	rm -rf build dist *.egg-info fastff/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)/.installed
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""fastff: convolutional networks trained block by block with the Scalable Forward-Forward algorithm."""

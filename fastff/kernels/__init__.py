@@ -1,0 +1,1 @@
+"""The kernels behind fastff.ops, one file per operator and kind."""

@@ -1,0 +1,299 @@
+"""Goodness, its loss and its local gradient as batched matrix products, a few samples at a time.
+
+loss_b needs only sample b, so a chunk of samples is taken through everything while it is in cache: goodness, loss, d, gradient.
+x is read and dL/dx written once from beyond the last-level cache; what lies between stays inside it. Formulas: fastff/reference.py.
+
+Direct         a = W X for a tile of classes at a time; kept for the gradient when the chunk needs one tile only, else recomputed.
+Second moment  S = X X^T / P [C, C]; t = W S [K, C]; g = w . t; M = W^T diag(d) W [C, C]; dL/dx = (2/P)(M X + c). K never meets P.
+Convolution    kernel sizes 3 and 5: a from PyTorch's convolution, its gradients from convolution_backward.
+
+Arithmetic is in float32 (float64 for float64): chunks of 16-bit tensors are widened as they are read.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Plan(NamedTuple):
+    """`algorithm` "direct" | "second_moment" | "convolution", samples per chunk, classes per tile. fastff/ops/plan.py chooses."""
+
+    algorithm: str
+    samples: int
+    classes: int
+
+
+def is_rows(x):
+    """Whether x [B, C, H, W] lies in memory as dense [B, H, W, C]."""
+    return x.permute(0, 2, 3, 1).is_contiguous()
+
+
+def empty_like(x, dtype=None):
+    """Uninitialised memory for a result of x's shape: dense, channels_last where x is."""
+    dtype = dtype or x.dtype
+    if is_rows(x):
+        b, c, h, w = x.shape
+        return x.new_empty((b, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def matrices(x):
+    """A dense x as [b, C, P]: a view, whichever of the two layouts it has."""
+    if is_rows(x):
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mT
+    return x.flatten(2)
+
+
+class Direct:
+    """Two forms. Batched: a [b, K, P] per sample. Flat: one product over all samples, a [b*P, K], for few positions and many
+    classes, where products per sample are too small to fill the machine (1.4 to 3 times faster at P <= 16, K = 100)."""
+
+    def __init__(self, weight, bias, plan):
+        self.weight, self.bias = weight.flatten(1), bias
+        self.tiles = [slice(k, min(k + plan.classes, len(weight))) for k in range(0, len(weight), plan.classes)]
+
+    def _flat(self, X):
+        return X.shape[2] == 1 or (X.shape[2] <= 16 and len(self.weight) >= 32)
+
+    def _outputs(self, tile):
+        W, beta = self.weight[tile], None if self.bias is None else self.bias[tile]
+        if self.flat:
+            return F.linear(self.X, W, beta)  # [b*P, k]
+        if beta is None:
+            return torch.bmm(W.expand(len(self.X), -1, -1), self.X)  # [b, k, P]
+        return torch.baddbmm(beta[:, None], W.expand(len(self.X), -1, -1), self.X)
+
+    def goodness(self, x):
+        X = matrices(x)
+        self.samples, self.positions, self.flat = len(X), X.shape[2], self._flat(X)
+        self.X = X.mT.reshape(-1, X.shape[1]) if self.flat else X
+        g = []
+        for tile in self.tiles:
+            a = self._outputs(tile)
+            per_sample = a.view(self.samples, self.positions, -1) if self.flat else a
+            g.append(torch.linalg.vecdot(per_sample, per_sample, dim=1 if self.flat else 2))
+        self.kept = a if len(self.tiles) == 1 else None
+        return torch.cat(g, 1).div_(self.positions)
+
+    def gradients(self, d, x, grad_x, grad_weight, grad_bias):
+        """Adds to grad_weight and grad_bias; adds to grad_x (as x) too, where it is not None."""
+        d = d * (2 / self.positions)
+        grad_weight = grad_weight.flatten(1)
+        for tile in self.tiles:
+            a = self._outputs(tile) if self.kept is None else self.kept
+            W = self.weight[tile]
+            if self.flat:
+                e = a.view(self.samples, self.positions, -1).mul_(d[:, None, tile]).flatten(0, 1)
+                grad_weight[tile].addmm_(e.T, self.X)
+                if grad_bias is not None:
+                    grad_bias[tile].add_(e.sum(0))
+                if grad_x is not None:
+                    matrices(grad_x).add_((e @ W).view(self.samples, self.positions, -1).mT)
+            else:
+                e = a.mul_(d[:, tile, None])
+                grad_weight[tile].add_(torch.bmm(e, self.X.mT).sum(0))
+                if grad_bias is not None:
+                    grad_bias[tile].add_(e.sum((0, 2)))
+                if grad_x is not None:
+                    _add_product(matrices(grad_x), W.T.expand(self.samples, -1, -1), e)
+        self.kept = None
+
+
+def _add_product(total, a, b):
+    """total += a @ b for total [b, m, n], whose last or last but one dimension is dense (BLAS then writes in place)."""
+    if total.is_contiguous():
+        total.baddbmm_(a, b)
+    else:
+        total.mT.baddbmm_(b.mT, a.mT)
+
+
+class SecondMoment:
+    """g = w^T S w + 2 beta (w . mu) + beta^2; dL/dx = (2/P)(M X + c)."""
+
+    def __init__(self, weight, bias, plan):
+        self.weight, self.bias = weight.flatten(1), bias
+        self.weight_t = self.weight.T.contiguous()
+
+    def goodness(self, x):
+        X, C = matrices(x), self.weight.shape[1]
+        second = torch.bmm(X, X.mT).div_(X.shape[2])
+        self.t = (second.view(-1, C) @ self.weight_t).view(len(X), C, -1)  # S is symmetric: t[b, :, k] = S_b w_k
+        g = (self.t * self.weight_t).sum(1)
+        if self.bias is not None:
+            mean = X.mean(2)
+            self.linear = mean @ self.weight_t
+            self.t.addcmul_(mean[:, :, None], self.bias)  # now S_b w_k + beta_k mu_b
+            g.addcmul_(self.linear, self.bias, value=2).add_(self.bias.square())
+        return g
+
+    def gradients(self, d, x, grad_x, grad_weight, grad_bias):
+        X, C = matrices(x), self.weight.shape[1]
+        grad_weight.flatten(1).add_(self.t.mul_(d[:, None, :]).sum(0).T, alpha=2)
+        if grad_bias is not None:
+            grad_bias.add_((d * (self.linear + self.bias)).sum(0), alpha=2)
+        if grad_x is not None:
+            d = d * (2 / X.shape[2])
+            M = (torch.mul(self.weight_t, d[:, None, :], out=self.t).view(-1, d.shape[1]) @ self.weight).view(-1, C, C)
+            _add_product(matrices(grad_x), M, X)
+            if self.bias is not None:
+                matrices(grad_x).add_(((d * self.bias) @ self.weight)[:, :, None])
+        self.t = None
+
+
+class Convolution:
+    """The direct algorithm for k x k heads, on PyTorch's convolutions."""
+
+    def __init__(self, weight, bias, plan, padding=(0, 0)):
+        self.weight, self.bias, self.padding = weight, bias, padding
+
+    def goodness(self, x):
+        self.a = F.conv2d(x, self.weight, self.bias, padding=self.padding)
+        return torch.linalg.vecdot(self.a.flatten(2), self.a.flatten(2), dim=2).div_(self.a[0, 0].numel())
+
+    def gradients(self, d, x, grad_x, grad_weight, grad_bias):
+        e = self.a.mul_((d * (2 / self.a[0, 0].numel()))[:, :, None, None])
+        sizes = None if self.bias is None else [len(self.bias)]
+        dx, dw, db = torch.ops.aten.convolution_backward(
+            e, x, self.weight, sizes, [1, 1], self.padding, [1, 1], False, [0, 0], 1,
+            [grad_x is not None, True, self.bias is not None],
+        )  # fmt: skip
+        grad_weight.add_(dw)
+        if grad_bias is not None:
+            grad_bias.add_(db)
+        if grad_x is not None:
+            grad_x.add_(dx)
+        self.a = None
+
+
+class Grid:
+    """The spatial term: cell means by two thin matrix products, one per axis, and their adjoint."""
+
+    def __init__(self, grid_weight, x):
+        self.down, self.right = (
+            _pooling_matrix(size, cells, grid_weight)
+            for size, cells in zip(x.shape[2:], grid_weight.shape[2:], strict=True)
+        )
+        self.cells = grid_weight[..., : self.down.shape[1], : self.right.shape[1]].flatten(1)
+
+    def goodness(self, x):
+        b, c, h, w = x.shape
+        if is_rows(x):
+            means = self.right.T @ x.permute(0, 2, 3, 1).view(b * h, w, c)
+            means = (self.down.T @ means.view(b, h, -1)).view(b, -1, c).mT
+        else:
+            means = self.down.T @ (x @ self.right)
+        self.means = means.reshape(b, -1)
+        return self.means @ self.cells.T
+
+    def gradients(self, d, grad_x, grad_grid):
+        """Writes grad_x (where it is not None), adds to grad_grid."""
+        h, w = self.down.shape[1], self.right.shape[1]
+        part = grad_grid[..., :h, :w]
+        part.add_((d.T @ self.means).view(part.shape))
+        if grad_x is None:
+            return
+        b, c = grad_x.shape[:2]
+        cells = (d @ self.cells).view(b, c, h, w)
+        if is_rows(grad_x):
+            rows = (self.down @ cells.permute(0, 2, 3, 1).reshape(b, h, -1)).view(-1, w, c)
+            torch.bmm(self.right.expand(len(rows), -1, -1), rows, out=grad_x.permute(0, 2, 3, 1).view(len(rows), -1, c))
+        else:
+            torch.matmul(self.down @ cells, self.right.T, out=grad_x)
+
+
+def _pooling_matrix(size, cells, like):
+    """[size, cells]: column j averages the positions of cell j; edges of adaptive average pooling."""
+    cells = min(cells, size)
+    position, cell = torch.arange(size, device=like.device)[:, None], torch.arange(cells, device=like.device)
+    start, end = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
+    return (((position >= start) & (position < end)) / (end - start)).to(like.dtype)
+
+
+ALGORITHMS = {"direct": Direct, "second_moment": SecondMoment, "convolution": Convolution}
+
+
+class _Head:
+    """The head over chunks: parameters widened once, one gradient buffer for each."""
+
+    def __init__(self, x, weight, bias, grid_weight, padding, plan, dtype):
+        self.x, self.plan, self.dtype = x, plan, dtype
+        weight, bias, grid_weight = (None if p is None else p.to(dtype) for p in (weight, bias, grid_weight))
+        extra = {"padding": padding} if plan.algorithm == "convolution" else {}
+        self.squares = None if weight is None else ALGORITHMS[plan.algorithm](weight, bias, plan, **extra)
+        self.grid = None if grid_weight is None else Grid(grid_weight, x)
+        self.grads = [None if p is None else torch.zeros_like(p, memory_format=torch.contiguous_format) for p in (weight, bias, grid_weight)]
+
+    def chunks(self):
+        for start in range(0, len(self.x), self.plan.samples):
+            chunk = slice(start, start + self.plan.samples)
+            x = self.x[chunk].to(self.dtype)
+            yield chunk, x if is_rows(x) else x.contiguous()
+
+    def goodness(self, x):
+        if self.squares is None:
+            return self.grid.goodness(x)
+        g = self.squares.goodness(x)
+        return g if self.grid is None else g.add_(self.grid.goodness(x))
+
+    def gradients(self, d, x, grad_x):
+        """Adds to the parameters' gradients; overwrites grad_x, of x's shape and any dtype, where it is not None."""
+        grad_weight, grad_bias, grad_grid = self.grads
+        wide = grad_x if grad_x is None or grad_x.dtype == self.dtype else empty_like(grad_x, self.dtype)
+        if self.grid is not None:
+            self.grid.gradients(d, wide, grad_grid)
+        elif wide is not None:
+            wide.zero_()
+        if self.squares is not None:
+            self.squares.gradients(d, x, wide, grad_weight, grad_bias)
+        if wide is not grad_x:
+            grad_x.copy_(wide)
+
+
+def goodness(x, weight, bias, grid_weight, padding, plan, dtype):
+    """g [B, K] in `dtype`."""
+    head = _Head(x, weight, bias, grid_weight, padding, plan, dtype)
+    g = [head.goodness(chunk) for _, chunk in head.chunks()]
+    return torch.cat(g) if g else x.new_empty((0, len(weight if weight is not None else grid_weight)), dtype=dtype)
+
+
+def goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, need_x):
+    """Gradients of sum(d * g): (x or None, weight, bias, grid_weight), None where there is no such input."""
+    head = _Head(x, weight, bias, grid_weight, padding, plan, dtype)
+    grad_x = empty_like(x) if need_x else None
+    for part, chunk in head.chunks():
+        head.goodness(chunk)
+        head.gradients(d[part].to(dtype), chunk, None if grad_x is None else grad_x[part])
+    return grad_x, *head.grads
+
+
+def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss_gradient, need_x):
+    """One pass: per-sample losses [B], g [B, K], the four gradients, and dL/dtau. loss_gradient(g, chunk) gives (loss, d, dtau)."""
+    head = _Head(x, weight, bias, grid_weight, padding, plan, dtype)
+    grad_x = empty_like(x) if need_x else None
+    parts = []
+    for part, chunk in head.chunks():
+        g = head.goodness(chunk)
+        loss, d, dtau = loss_gradient(g, part)
+        head.gradients(d, chunk, None if grad_x is None else grad_x[part])
+        parts.append((loss, g, dtau))
+    losses, g, dtau = zip(*parts, strict=True)
+    return torch.cat(losses), torch.cat(g), grad_x, *head.grads, torch.stack(dtau).sum()
+
+
+def loss_gradient(g, target, tau, margin, label_smoothing, scale):
+    """Per-sample loss [b], d [b, K] and d(loss)/d(tau) of a chunk, from its goodness. Formulas: reference.goodness_gradient.
+
+    A label outside 0..K-1 makes its sample's loss NaN: on a GPU nobody can look at labels without waiting for the device."""
+    K = g.shape[1]
+    hit = target[:, None] == torch.arange(K, device=g.device)
+    u = g * tau
+    if margin:
+        u = u.sub_(hit.to(u.dtype), alpha=margin)
+    log_p = u.log_softmax(1)
+    q = hit.to(u.dtype)
+    if label_smoothing:
+        q = q.mul_(1 - label_smoothing).add_(label_smoothing / K)
+    loss = torch.where((target >= 0) & (target < K), -(log_p * q).sum(1), torch.nan)
+    d = log_p.exp_().sub_(q).mul_(scale)
+    return loss, d * tau, (d * g).sum()

@@ -1,0 +1,83 @@
+"""torch.ops.fastff.layer_norm: each sample to mean 0 and variance 1 over all its elements, without affine (Ba et al. 2016).
+
+x [B, ...] -> the same shape and dtype, dense, channels_last where x is. Rows: the compiled kernel, PyTorch's own, the reference.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastff import reference
+from fastff.kernels import native
+from fastff.kernels.composed.goodness import empty_like, is_rows
+from fastff.ops.table import Implementation, always, choose
+
+
+def _native_can_run(x):
+    if x.device.type != "cpu":
+        return f"the compiled kernel runs on the CPU, x is on {x.device}"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"the compiled kernel is slower than PyTorch's for 16-bit types, x is {x.dtype}"
+    return native.reason() or None
+
+
+def _native(x, eps):
+    y = torch.ops.fastff.layer_norm_native(x, eps)
+    return y if y.stride() == empty_like(x).stride() else empty_like(x).copy_(y)
+
+
+def _composed(x, eps):
+    if is_rows(x):  # the norm takes in all elements of a sample, so their order does not matter: no copy into another layout
+        b, c, h, w = x.shape
+        return F.layer_norm(x.permute(0, 2, 3, 1).view(b, -1), (c * h * w,), eps=eps).view(b, h, w, c).permute(0, 3, 1, 2)
+    return F.layer_norm(x.contiguous(), x.shape[1:], eps=eps)
+
+
+def _reference(x, eps):
+    wide = x if x.dtype == torch.float64 else x.float()
+    return empty_like(x).copy_(reference.layer_norm(wide, eps).view(x.shape))
+
+
+def over_channels(x, eps):
+    """The alternative: over C at each position of x [B, C, H, W]; plain PyTorch."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=eps).permute(0, 3, 1, 2)
+
+
+ROWS = [
+    Implementation("native", _native_can_run, _native),
+    Implementation("composed", always, _composed),
+    Implementation("reference", always, _reference),
+]
+
+_lib = torch.library.Library("fastff", "FRAGMENT")
+_lib.define("layer_norm(Tensor x, float eps, str impl) -> Tensor")
+
+
+def run(x, eps, impl):
+    if x.numel() == 0:
+        return empty_like(x)
+    return choose("layer_norm", ROWS, impl, x).run(x, eps)
+
+
+_lib.impl("layer_norm", run, "CompositeExplicitAutograd")
+torch.library.register_fake("fastff::layer_norm", lambda x, eps, impl: empty_like(x), lib=_lib)
+
+
+def _save(ctx, inputs, output):
+    x, ctx.eps, _ = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad):
+    """dL/dx = rstd * (grad - mean(grad) - y * mean(grad * y)), in differentiable PyTorch: second derivatives work."""
+    (x,) = ctx.saved_tensors
+    dims = tuple(range(1, x.dim()))
+    wide = x if x.dtype == torch.float64 else x.float()
+    grad = grad.to(wide.dtype)
+    var, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
+    rstd = (var + ctx.eps).rsqrt()
+    y = (wide - mean) * rstd
+    out = rstd * (grad - grad.mean(dims, keepdim=True) - y * (grad * y).mean(dims, keepdim=True))
+    return out.to(x.dtype), None, None
+
+
+torch.library.register_autograd("fastff::layer_norm", _backward, setup_context=_save, lib=_lib)

@@ -1,0 +1,113 @@
+"""Direct or second moment, and how much at a time: chosen by counted cost, corrected by a measured factor.
+
+Counted per sample, in multiply-adds of matrix products plus bytes that elementwise passes move (sff.md section 3):
+
+    direct          3 P C K products, 6 passes over a [K, P]          (4 P C K when a is computed twice)
+    second moment   2 P C^2 + 2 K C^2 products, 7 passes over t [K, C]
+
+An elementwise byte costs about as much as BYTE multiply-adds in cache. How well the small products of either algorithm use a machine is not
+counted but measured: `calibrate` times both and keeps the median ratio of measured to counted cost in the user's cache folder. The
+choice is the same for the same shape until calibrated again, so that resumed runs repeat their bits.
+"""
+
+import json
+import math
+import os
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from fastff.kernels.composed.goodness import Plan
+
+BYTE = 3.0
+# Median over the shapes of `calibrate`, 2 cores of an AVX2 server processor, torch 2.13, float32.
+SECOND_MOMENT_FACTOR = 1.4
+
+CALIBRATION_SHAPES = [(8, 64, 1024, 100), (8, 64, 256, 10), (8, 128, 256, 100), (32, 32, 256, 100), (2, 64, 3136, 1000)]
+
+
+def direct_cost(C, P, K, recompute=False):
+    return (4 if recompute else 3) * P * C * K + BYTE * 6 * 4 * K * P
+
+
+def second_moment_cost(C, P, K):
+    return 2 * P * C * C + 2 * K * C * C + BYTE * 7 * 4 * K * C
+
+
+def cache_file():
+    """Where the measured factor of this machine is kept."""
+    folder = os.environ.get("FASTFF_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastff")
+    return Path(folder).expanduser() / "plan.json"
+
+
+@lru_cache
+def second_moment_factor():
+    """(factor, where it comes from)."""
+    path = cache_file()
+    try:
+        factor = float(json.loads(path.read_text())["second_moment_factor"])
+        if math.isfinite(factor) and factor > 0:
+            return factor, str(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return SECOND_MOMENT_FACTOR, "default"
+
+
+@lru_cache
+def budget(device_type):
+    """Bytes for the temporaries of a chunk: a third of the last-level cache of a CPU, and enough to fill a GPU."""
+    if device_type != "cpu":
+        return 256 * 2**20
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        size = int(text.rstrip("KM")) * (2**20 if text.endswith("M") else 2**10)
+    except (OSError, ValueError):
+        size = 24 * 2**20
+    return min(max(size // 3, 2 * 2**20), 16 * 2**20)
+
+
+@lru_cache(maxsize=4096)
+def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu"):
+    """The Plan for x of B samples, C channels and P positions, and K classes (K = 0: no squares)."""
+    room = budget(device_type) // 4
+    if kernel != (1, 1):
+        if algorithm == "second_moment":
+            raise ValueError(f"algorithm: second_moment needs kernel size 1, got {kernel[0]} x {kernel[1]}")
+        return Plan("convolution", min(max(1, room // max(1, K * P + 2 * C * P)), max(B, 1)), K)
+    recompute = K * P > room
+    if algorithm == "auto":
+        second = second_moment_factor()[0] * second_moment_cost(C, P, K)
+        algorithm = "second_moment" if second < direct_cost(C, P, K, recompute) else "direct"
+    per_sample = C * P + (K * P if algorithm == "direct" else 2 * C * K + 2 * C * C)
+    samples = min(max(1, room // max(1, per_sample)), max(B, 1))
+    return Plan(algorithm, samples, max(1, min(K, room // P)))
+
+
+def calibrate(repeats=5):
+    """Measure the factor on this machine (a few seconds), store it in `cache_file()` and return it."""
+    from fastff.kernels.composed.goodness import goodness_backward
+
+    ratios = []
+    for B, C, P, K in CALIBRATION_SHAPES:
+        x, weight, d = torch.randn(B, C, P, 1), torch.randn(K, C), torch.randn(B, K)
+        seconds = {"direct": [], "second_moment": []}
+        for _ in range(repeats + 1):
+            for algorithm, times in seconds.items():
+                how = plan(B, C, P, K, algorithm=algorithm)
+                start = time.perf_counter()
+                goodness_backward(d, x, weight, None, None, (0, 0), how, torch.float32, True)
+                times.append(time.perf_counter() - start)
+        measured = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
+        counted = second_moment_cost(C, P, K) / direct_cost(C, P, K)
+        ratios.append(measured["second_moment"] / measured["direct"] / counted)
+    factor = sorted(ratios)[len(ratios) // 2]
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps({"second_moment_factor": factor, "torch": torch.__version__, "threads": torch.get_num_threads()}))
+    temporary.replace(path)
+    second_moment_factor.cache_clear()
+    plan.cache_clear()
+    return factor

@@ -1,0 +1,41 @@
+"""Which implementation of an op runs: an ordered table of rows, each with a predicate that gives the reason it refuses."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+NAMES = ("cuda", "triton", "native", "composed", "reference")
+
+
+class Implementation(NamedTuple):
+    """One row: its name, can_run(x) -> None or the reason why not, and what runs (a function, or a module of them)."""
+
+    name: str
+    can_run: Callable
+    run: object
+
+
+def always(x):
+    """can_run of an implementation without conditions."""
+
+
+def choose(op, rows, impl, x):
+    """The first row that can run for `impl`: "auto", a name, or names in order of preference, separated by commas.
+
+    "auto" follows the environment variable FASTFF_IMPL, which is written likewise. A choice that cannot run raises
+    RuntimeError with every row's reason; an unknown name raises ValueError."""
+    source = "impl"
+    if impl == "auto" and os.environ.get("FASTFF_IMPL", "auto") != "auto":
+        impl, source = os.environ["FASTFF_IMPL"], "FASTFF_IMPL"
+    wanted = [row.name for row in rows] if impl == "auto" else [name.strip() for name in impl.split(",")]
+    for name in wanted:
+        if name not in NAMES:
+            raise ValueError(f"{source}: expected 'auto' or names out of {', '.join(NAMES)}, got {impl!r}")
+    by_name = {row.name: row for row in rows}
+    refused = []
+    for name in wanted:
+        why = by_name[name].can_run(x) if name in by_name else f"there is no such implementation of {op} yet"
+        if why is None:
+            return by_name[name]
+        refused.append(f"{name}: {why}")
+    raise RuntimeError(f"{source}={impl!r}: no implementation of {op} can run here ({'; '.join(refused)})")

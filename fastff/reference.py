@@ -1,0 +1,98 @@
+"""Every op of fastff in a few lines of plain PyTorch: the definition that all kernels are held against.
+
+Source: A. Krutsylo, "Scalable Forward-Forward Algorithm", arXiv 2501.03176 (2025); the spatial term and the second-moment
+algorithm are this project's. Shapes here are canonical: x [B, C, H, W] with P positions of the head's output, weight [K, C, k, k],
+bias [K], grid_weight [K, C, G, G], target [B] (int64). Nothing is tiled, nothing is saved: read it, test against it in float64.
+
+    a[b,k,p] = sum_c W[k,c] x[b,c,p] + beta[k]                                   the head, a convolution
+    g[b,k]   = (1/P) sum_p a[b,k,p]^2 + sum_cell V[k,cell] . mean_cell(x_b)      goodness
+    u        = tau * g, lowered by the margin m at the target
+    loss_b   = logsumexp_k(u[b,k]) - sum_k q[b,k] u[b,k]                         q: one-hot target, smoothed
+    d[b,k]   = dL/dg[b,k] = tau * (softmax_k(u)[b,k] - q[b,k]) * r               r: 1/B for the mean, times grad_scale
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def columns(x, weight, padding=(0, 0)):
+    """Im2col: [B, C, H, W] -> [B, C*k*k, P]. A k x k head is the 1 x 1 head on these columns."""
+    return F.unfold(x, weight.shape[2:], padding=padding)
+
+
+def cell_means(x, grid_weight):
+    """Means of x over a grid of cells, [B, C, h, w]: edges of adaptive average pooling, at most one cell a position."""
+    return F.adaptive_avg_pool2d(x, [min(n, g) for n, g in zip(x.shape[2:], grid_weight.shape[2:], strict=True)])
+
+
+def goodness(x, weight=None, bias=None, grid_weight=None, padding=(0, 0)):
+    """g [B, K]: mean of squares of the head's outputs, plus the spatial term."""
+    g = 0
+    if weight is not None:
+        g = F.conv2d(x, weight, bias, padding=padding).square().mean((2, 3))
+    if grid_weight is not None:
+        means = cell_means(x, grid_weight)
+        g = g + torch.einsum("bchw,kchw->bk", means, grid_weight[..., : means.shape[2], : means.shape[3]])
+    return g
+
+
+def target_weights(target, num_classes, label_smoothing=0.0, dtype=torch.float64):
+    """q [B, K]: 1 at the target, smoothed towards 1/K."""
+    one_hot = (target[:, None] == torch.arange(num_classes, device=target.device)).to(dtype)
+    return one_hot * (1 - label_smoothing) + label_smoothing / num_classes
+
+
+def margin_cross_entropy(g, target, tau=1.0, margin=0.0, label_smoothing=0.0):
+    """loss [B]: cross-entropy over tau * g with the target's entry lowered by the margin."""
+    u = tau * g - margin * target_weights(target, g.shape[1], dtype=g.dtype)
+    return u.logsumexp(1) - (target_weights(target, g.shape[1], label_smoothing, g.dtype) * u).sum(1)
+
+
+def layer_norm(x, eps=1e-5):
+    """Layer normalisation over everything but the first dimension, no affine (Ba et al. 2016, arXiv 1607.06450)."""
+    x = x.flatten(1)
+    return (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + eps).sqrt()
+
+
+def goodness_gradient(g, target, tau=1.0, margin=0.0, label_smoothing=0.0, scale=1.0):
+    """d [B, K] = d(sum_b scale * loss_b)/dg, and d(...)/dtau."""
+    u = tau * g - margin * target_weights(target, g.shape[1], dtype=g.dtype)
+    d = (u.softmax(1) - target_weights(target, g.shape[1], label_smoothing, g.dtype)) * scale
+    return tau * d, (d * g).sum()
+
+
+def gradients_direct(d, x, weight, bias=None, padding=(0, 0)):
+    """Gradients of sum(d * g) for the squares, from a itself: dL/dx = (2/P) W^T (d * a), dL/dW = (2/P) sum_b (d * a) X^T."""
+    X, W = columns(x, weight, padding), weight.flatten(1)
+    a = W @ X + (0 if bias is None else bias[:, None])
+    e = (2 / X.shape[2]) * d[:, :, None] * a
+    grad_x = F.fold(W.T @ e, x.shape[2:], weight.shape[2:], padding=padding)
+    return grad_x, (e @ X.mT).sum(0).view_as(weight), e.sum((0, 2))
+
+
+def gradients_second_moment(d, x, weight, bias=None, padding=(0, 0)):
+    """The same without a: S_b = X X^T / P, mu_b = mean_p x; dL/dx = (2/P)(M_b X + c_b), M_b = W^T diag(d_b) W, c_b = W^T (d_b * beta)."""
+    X, W = columns(x, weight, padding), weight.flatten(1)
+    beta = weight.new_zeros(len(W)) if bias is None else bias
+    S, mu = X @ X.mT / X.shape[2], X.mean(2)
+    M, c = (W.T * d[:, None, :]) @ W, (d * beta) @ W
+    grad_x = F.fold((2 / X.shape[2]) * (M @ X + c[:, :, None]), x.shape[2:], weight.shape[2:], padding=padding)
+    t = W @ S + beta[:, None] * mu[:, None, :]
+    return grad_x, 2 * (d[:, :, None] * t).sum(0).view_as(weight), 2 * (d * (mu @ W.T + beta)).sum(0)
+
+
+def goodness_second_moment(x, weight, bias=None, padding=(0, 0)):
+    """The squares' part of g from S_b and mu_b: w^T S w + 2 beta (w . mu) + beta^2."""
+    X, W = columns(x, weight, padding), weight.flatten(1)
+    beta = weight.new_zeros(len(W)) if bias is None else bias
+    S, mu = X @ X.mT / X.shape[2], X.mean(2)
+    return torch.einsum("kc,bcd,kd->bk", W, S, W) + 2 * beta * (mu @ W.T) + beta**2
+
+
+def gradients_grid(d, x, grid_weight):
+    """Gradients of sum(d * g) for the spatial term: dV = d^T means; dL/dx is one constant vector per cell (spread by the pooling's adjoint)."""
+    means, spread = torch.func.vjp(lambda x: cell_means(x, grid_weight), x)
+    h, w = means.shape[2:]
+    grad_grid = torch.zeros_like(grid_weight)
+    grad_grid[..., :h, :w] = torch.einsum("bk,bchw->kchw", d, means)
+    return spread(torch.einsum("bk,kchw->bchw", d, grid_weight[..., :h, :w]))[0], grad_grid

@@ -1,0 +1,222 @@
+"""Readers of the official files: IDX (MNIST, Fashion-MNIST), CIFAR's binary records, folders of images by class.
+
+Each checks what it reads against what the format promises, and names the file, what is wrong and what to do.
+"""
+
+import gzip
+import importlib
+import math
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+AGAIN = "Delete it and fetch it again."
+
+
+class DataError(ValueError):
+    """A data file or folder is missing, damaged or not what it should be; the text says which and what to do."""
+
+
+def optional(module: str, purpose: str) -> ModuleType:
+    """Import a module that only the `train` extra brings; raises ImportError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        text = f'{purpose} needs {package}, which cannot be imported ({error}): pip install "fastff[train]"'
+        raise ImportError(text) from error
+
+
+def read_idx(path: Path, dimensions: int) -> Tensor:
+    """Read an IDX file of bytes, plain or gzipped: uint8 [N, H, W] for dimensions=3, [N] for 1.
+
+    The format: two zero bytes, 8 for unsigned bytes, the number of dimensions; each dimension as a big-endian 32-bit
+    integer; the bytes, last dimension fastest.
+
+    Raises:
+        DataError: unreadable, truncated, too long, empty, or not such a file.
+    """
+    try:
+        raw = Path(path).read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: the gzip stream is truncated or damaged ({error}). {AGAIN}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+    header = 4 + 4 * dimensions
+    magic = bytes([0, 0, 8, dimensions])
+    if len(raw) < header:
+        raise DataError(f"{path}: truncated: expected a header of {header} bytes, found {len(raw)} bytes. {AGAIN}")
+    if raw[:4] != magic:
+        text = f"expected the magic number {magic.hex()} of bytes in {dimensions} dimensions, found {raw[:4].hex()}"
+        raise DataError(f"{path}: not such an IDX file: {text}. {AGAIN}")
+    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4)]
+    expected = header + math.prod(shape)
+    if len(raw) != expected:
+        what = "truncated" if len(raw) < expected else "too long"
+        text = f"the header announces {'x'.join(map(str, shape))}, {expected} bytes in all, found {len(raw)}"
+        raise DataError(f"{path}: {what}: {text}. {AGAIN}")
+    if expected == header:
+        raise DataError(f"{path}: the header announces no data ({'x'.join(map(str, shape))}). {AGAIN}")
+    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).view(shape)
+
+
+def read_idx_pair(images_path: Path, labels_path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Read the two IDX files of a split: uint8 [N, 1, H, W] and int64 [N]; raises DataError as `read_idx`."""
+    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
+    if len(images) != len(labels):
+        text = f"{len(labels)} labels, but {images_path} holds {len(images)} images"
+        raise DataError(f"{labels_path}: {text}. Fetch both again: they must come from the same data set.")
+    _check_labels(labels_path, labels, num_classes)
+    return images.unsqueeze(1), labels.long()
+
+
+def read_cifar(path: Path, label_classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Read a binary CIFAR file: uint8 [N, 3, 32, 32] and the last label of each record, int64 [N].
+
+    A record is one byte for each entry of `label_classes` (how many classes that label has; CIFAR-100: coarse, then
+    fine) and 3072 bytes of pixels, channel by channel.
+
+    Raises:
+        DataError: unreadable, empty, not a whole number of records, or a label out of range.
+    """
+    try:
+        raw = bytearray(Path(path).read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    size = len(label_classes) + 3072
+    count, rest = divmod(len(raw), size)
+    if rest or not count:
+        text = f"expected a multiple of {size} bytes, found {len(raw)} ({count} records and {rest} bytes)"
+        raise DataError(f"{path}: truncated or not a CIFAR binary file: {text}. {AGAIN}")
+    records = torch.frombuffer(raw, dtype=torch.uint8).view(count, size)
+    for column, classes in enumerate(label_classes):
+        _check_labels(path, records[:, column], classes)
+    images = records[:, len(label_classes) :].reshape(count, 3, 32, 32)
+    return images, records[:, len(label_classes) - 1].long()
+
+
+def _check_labels(path: Path, labels: Tensor, num_classes: int) -> None:
+    wrong = (labels >= num_classes).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        text = f"record {first} has the label {int(labels[first])}, expected 0 to {num_classes - 1}"
+        raise DataError(f"{path}: label out of range: {text}. The file is damaged or of another data set.")
+
+
+def read_image(path: str | Path, size: tuple[int, int] | int, channels: int = 3) -> Tensor:
+    """Read one image as uint8 [channels, H, W]: shorter side resized to fit `size`, then the centre cropped out.
+
+    `size` is (height, width), or one number for both; `channels` is 3 for RGB, 1 for grey.
+
+    Raises:
+        DataError: no such file, or not an image that can be read.
+        ValueError: `channels` is neither 1 nor 3.
+    """
+    image_module, ops = (optional(f"PIL.{name}", "reading images") for name in ("Image", "ImageOps"))
+    height, width = (size, size) if isinstance(size, int) else size
+    longer = max(height, width)  # the camera's orientation may swap the sides
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        raise ValueError(f"channels: expected 1 or 3, got {channels!r}")
+    try:
+        with image_module.open(path) as image:
+            # JPEG decodes straight to half, a quarter or an eighth where that still covers the size asked for.
+            image.draft(mode, (longer, longer))
+            image = ops.exif_transpose(image).convert(mode)
+            image = ops.fit(image, (width, height), image_module.Resampling.BILINEAR)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file.") from error
+    except (OSError, SyntaxError, ValueError, EOFError, image_module.DecompressionBombError) as error:
+        raise DataError(f"{path}: not an image that can be read ({error}). Remove or replace it.") from error
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(height, width, channels).permute(2, 0, 1).contiguous()
+
+
+def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """Read images by class: train images uint8 [N, 3, size, size], train labels int64, the same of test, class names.
+
+    Either root/train/<class>/<image> beside root/test (or root/val), or root/<class>/<image>, of which every fifth
+    image of each class, in the order of names, becomes test data. Hidden files are passed over.
+
+    Raises:
+        DataError: no classes, an empty class, classes that differ between train and test, a file that is no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder. Expected one of images by class: <class>/<image>.")
+    train = root / "train"
+    if train.is_dir():
+        test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+        if test is None:
+            raise DataError(f"{root}: has a folder train but neither test nor val. Add one with the same classes.")
+        by_class, test_by_class = _files_by_class(train), _files_by_class(test)
+        for here, there, extra in (
+            (train, test, by_class.keys() - test_by_class.keys()),
+            (test, train, test_by_class.keys() - by_class.keys()),
+        ):
+            if extra:
+                text = f"has class folders that {there} has not: {', '.join(sorted(extra))}"
+                raise DataError(f"{here}: {text}. Both need the same ones.")
+    else:
+        by_class, test_by_class = _split(root, _files_by_class(root))
+    names = tuple(by_class)
+    images, labels = _read_images(by_class, size)
+    test_images, test_labels = _read_images(test_by_class, size)
+    return images, labels, test_images, test_labels, names
+
+
+def _files_by_class(folder: Path) -> dict[str, list[Path]]:
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(classes) < 2:
+        text = f"expected at least two folders, one for each class, found {len(classes)}"
+        raise DataError(f"{folder}: {text}. Put the images of each class into a folder of its own.")
+    found = {}
+    for path in classes:
+        files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        for file in files:
+            if file.suffix.lower() not in IMAGE_ENDINGS or file.is_dir():
+                text = f"not an image by its name (expected one of {', '.join(IMAGE_ENDINGS)})"
+                raise DataError(f"{file}: {text}. Move it out of the class folder.")
+        if not files:
+            raise DataError(f"{path}: the class folder is empty. Add images or remove it.")
+        found[path.name] = files
+    return found
+
+
+def held_out(count: int) -> list[bool]:
+    """Which of `count` items of a class become test data where a data set comes without any: every fifth."""
+    return [index % 5 == 1 for index in range(count)]
+
+
+def _split(root: Path, by_class: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    train, test = {}, {}
+    for name, files in by_class.items():
+        if len(files) < 2:
+            text = "one image cannot be split into train and test"
+            raise DataError(f"{root / name}: {text}. Add images, or make folders train and test.")
+        test[name] = [file for file, out in zip(files, held_out(len(files)), strict=True) if out]
+        train[name] = [file for file, out in zip(files, held_out(len(files)), strict=True) if not out]
+    return train, test
+
+
+def _read_images(by_class: dict[str, list[Path]], size: int) -> tuple[Tensor, Tensor]:
+    files = [(file, label) for label, name in enumerate(by_class) for file in by_class[name]]
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+
+    def fill(index: int) -> None:
+        images[index] = read_image(files[index][0], size)
+
+    # Threads: pillow decodes without holding the interpreter's lock.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(fill, range(len(files))):
+            pass
+    return images, torch.tensor([label for _, label in files])

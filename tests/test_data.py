@@ -1,0 +1,605 @@
+"""Data sets from tiny files in the official formats, every way they can be wrong, and the batch loader."""
+
+import gzip
+import hashlib
+import io
+import struct
+import sys
+import tarfile
+from dataclasses import replace
+
+import pooch
+import pytest
+import torch
+from PIL import Image
+
+from fastff.training import data
+from fastff.training.data import Augment, DataError, Loader, balanced, load, read_image
+
+IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_no_network(monkeypatch, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a test tried to download")
+
+    monkeypatch.setattr(pooch, "retrieve", refuse)
+    yield
+    torch.set_num_threads(before)
+
+
+def pixels(*shape, seed=0):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def idx_bytes(array):
+    header = bytes([0, 0, 8, array.dim()]) + struct.pack(f">{array.dim()}I", *array.shape)
+    return header + array.numpy().tobytes()
+
+
+def write_idx(folder, counts=(20, 10), size=(5, 4), zipped=True, **replaced):
+    """The four IDX files; `replaced` maps a key such as train_labels to other bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = []
+    for n in counts:
+        arrays += [pixels(n, *size, seed=n), (torch.arange(n) % 10).to(torch.uint8)]
+    for name, array in zip(IDX, arrays, strict=True):
+        raw = replaced.get(name.replace("t10k", "test").replace("-", "_").split("_idx")[0], idx_bytes(array))
+        (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(raw) if zipped else raw)
+    return arrays
+
+
+def write_cifar(folder, name="cifar10", count=10):
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test, label_classes = data.CIFAR_FILES[name]
+    for i, file in enumerate([*train, test]):
+        columns = [(torch.arange(count) % n).to(torch.uint8)[:, None] for n in label_classes]
+        (folder / file).write_bytes(torch.cat([*columns, pixels(count, 3072, seed=i)], 1).numpy().tobytes())
+
+
+def write_image(path, size=(12, 8), colour=(200, 30, 60)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def message(*args, **kwargs):
+    with pytest.raises(DataError) as error:
+        load(*args, **kwargs)
+    return str(error.value)
+
+
+# Formats
+
+
+@pytest.mark.parametrize("name, subfolder", [("mnist", ""), ("mnist", "MNIST/raw"), ("fashion-mnist", "fashion-mnist")])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_idx(tmp_path, name, subfolder, zipped):
+    images, labels, test_images, test_labels = write_idx(tmp_path / subfolder, zipped=zipped)
+    found = load(name, root=tmp_path)
+    assert found.name == name and found.num_classes == 10 and found.input_shape == (1, 5, 4)
+    assert torch.equal(found.train_images, images[:, None]) and torch.equal(found.train_labels, labels.long())
+    assert torch.equal(found.test_images, test_images[:, None]) and torch.equal(found.test_labels, test_labels.long())
+    assert found.augment == Augment(2, flip=name == "fashion-mnist")
+    scaled = images.double() / 255
+    assert found.mean == pytest.approx((float(scaled.mean()),))
+    assert found.std == pytest.approx((float(scaled.std(unbiased=False)),))
+
+
+def test_cifar10(tmp_path):
+    write_cifar(tmp_path / "cifar-10-batches-bin", count=10)
+    found = load("cifar10", root=tmp_path)
+    assert found.train_images.shape == (50, 3, 32, 32) and found.test_images.shape == (10, 3, 32, 32)
+    assert torch.equal(found.train_images[:10].flatten(1), pixels(10, 3072))
+    assert found.train_labels.tolist() == list(range(10)) * 5 and found.classes[3] == "cat"
+    assert len(found.mean) == len(found.std) == 3 and found.augment == Augment(4, flip=True)
+    inside = load("cifar10", root=tmp_path / "cifar-10-batches-bin")
+    assert torch.equal(inside.train_images, found.train_images)
+
+
+def test_cifar100_takes_the_fine_label(tmp_path):
+    write_cifar(tmp_path, "cifar100", count=100)
+    found = load("cifar100", root=tmp_path)
+    assert found.train_labels.tolist() == list(range(100))
+    assert found.num_classes == 100 and found.classes == tuple(sorted(set(found.classes)))
+
+
+def test_digits():
+    found = load("digits")
+    assert found.input_shape == (1, 8, 8) and found.augment is None
+    assert len(found.train_images) + len(found.test_images) == 1797
+    assert int(found.train_images.max()) == 255
+    share = found.test_labels.bincount() / (found.train_labels.bincount() + found.test_labels.bincount())
+    assert (share - 0.2).abs().max() < 0.01
+    assert torch.equal(load("digits", seed=5).test_images, found.test_images)
+
+
+@pytest.mark.parametrize("test_name", ["test", "val"])
+def test_folder_with_splits(tmp_path, test_name):
+    for split, count in (("train", 3), (test_name, 2)):
+        for label, name in enumerate(("ant", "bee")):
+            for i in range(count):
+                write_image(tmp_path / split / name / f"{i}.png", colour=(100 * label, 10, 20))
+    (tmp_path / "train" / "ant" / ".hidden").write_text("passed over")
+    (tmp_path / "notes.txt").write_text("outside of the class folders: passed over")
+    found = load(str(tmp_path), image_size=6)
+    assert found.classes == ("ant", "bee") and found.name == tmp_path.name
+    assert found.train_images.shape == (6, 3, 6, 6) and found.test_images.shape == (4, 3, 6, 6)
+    assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (found.train_images[:, 0] == 100 * found.train_labels[:, None, None]).all()
+    assert found.augment == Augment(0, flip=True)
+    assert load("folder", root=tmp_path).input_shape == (3, 64, 64)
+
+
+def test_folder_without_splits_holds_out_every_fifth(tmp_path):
+    for name in ("ant", "bee"):
+        for i in range(10):
+            write_image(tmp_path / name / f"{i}.png", colour=(i, 0, 0))
+    found = load(str(tmp_path), image_size=8)
+    assert found.test_images[:, 0, 0, 0].tolist() == [1, 6, 1, 6]
+    assert sorted(found.train_images[:, 0, 0, 0].tolist()) == sorted([0, 2, 3, 4, 5, 7, 8, 9] * 2)
+
+
+def test_imagenette_folder(tmp_path):
+    for split in ("train", "val"):
+        for name in ("n03028079", "n01440764"):
+            write_image(tmp_path / "imagenette2-160" / split / name / "a.jpg", size=(200, 160))
+    found = load("imagenette", root=tmp_path)
+    assert found.input_shape == (3, 160, 160) and found.classes == ("tench", "church")
+    assert found.augment == Augment(20, flip=True)
+    assert load("imagenette", root=tmp_path, image_size=64).augment.padding == 8
+
+
+def test_read_image_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
+    image = Image.new("RGB", (30, 10), (255, 0, 0))
+    image.paste((0, 255, 0), (10, 0, 20, 10))
+    image.save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png", 10)
+    assert found.dtype == torch.uint8 and found.shape == (3, 10, 10) and (found[1] == 255).all()
+    assert read_image(tmp_path / "a.png", (10, 20), channels=1).shape == (1, 10, 20)
+    with pytest.raises(ValueError, match="channels: expected 1 or 3, got 2"):
+        read_image(tmp_path / "a.png", 10, channels=2)
+
+
+# Wrong files
+
+
+@pytest.mark.parametrize(
+    "replaced, file, texts",
+    [
+        ({"train_images": b"\0\0\x08\x03\0"}, 0, ["truncated", "header of 16 bytes, found 5 bytes", "fetch it again"]),
+        ({"train_images": b"\x89PNG" + bytes(20)}, 0, ["magic number 00000803", "found 89504e47"]),
+        ({"train_labels": idx_bytes(torch.zeros(2, 3, 4))}, 1, ["magic number 00000801", "found 00000803"]),
+        ({"train_images": idx_bytes(pixels(20, 5, 4))[:-7]}, 0, ["truncated", "20x5x4, 416 bytes in all, found 409"]),
+        ({"test_images": idx_bytes(pixels(10, 5, 4)) + b"x"}, 2, ["too long", "216 bytes in all, found 217"]),
+        ({"train_images": idx_bytes(pixels(0, 5, 4))}, 0, ["announces no data (0x5x4)"]),
+        ({"train_labels": idx_bytes(pixels(19) % 10)}, 1, ["19 labels", "holds 20 images"]),
+        (
+            {"test_labels": idx_bytes(torch.full((10,), 12, dtype=torch.uint8))},
+            3,
+            ["out of range", "label 12", "0 to 9"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_wrong_idx(tmp_path, replaced, file, texts, zipped):
+    write_idx(tmp_path, zipped=zipped, **replaced)
+    text = message("mnist", root=tmp_path)
+    assert text.startswith(str(tmp_path / IDX[file])) and all(part in text for part in texts), text
+
+
+def test_damaged_gzip(tmp_path):
+    write_idx(tmp_path)
+    path = tmp_path / (IDX[0] + ".gz")
+    whole = path.read_bytes()
+    for raw in (whole[:-20], whole[:30] + bytes(8) + whole[38:]):
+        path.write_bytes(raw)
+        text = message("mnist", root=tmp_path)
+        assert text.startswith(f"{path}: the gzip stream is truncated or damaged")
+
+
+def test_train_and_test_of_different_sizes(tmp_path):
+    write_idx(tmp_path, test_images=idx_bytes(pixels(10, 7, 7)))
+    assert "differ in size: [1, 5, 4] and [1, 7, 7]" in message("mnist", root=tmp_path)
+
+
+def test_missing_idx_file_says_what_to_download(tmp_path):
+    write_idx(tmp_path)
+    (tmp_path / (IDX[3] + ".gz")).unlink()
+    text = message("fashion-mnist", root=tmp_path)
+    assert f"{tmp_path / IDX[3]}.gz: no such file" in text
+    assert f"amazonaws.com/{IDX[3]}.gz" in text and "--root" in text
+
+
+def test_wrong_cifar(tmp_path):
+    write_cifar(tmp_path)
+    path = tmp_path / "data_batch_2.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    text = message("cifar10", root=tmp_path)
+    assert str(path) in text and "multiple of 3073 bytes, found 30720 (9 records and 3063 bytes)" in text
+    path.write_bytes(b"")
+    assert "found 0 (0 records" in message("cifar10", root=tmp_path)
+    path.write_bytes(whole[:3073] + b"\x0b" + whole[3074:])
+    assert f"{path}: label out of range: record 1 has the label 11, expected 0 to 9" in message(
+        "cifar10", root=tmp_path
+    )
+    path.unlink()
+    text = message("cifar10", root=tmp_path)
+    assert f"{path}: no such file" in text and "cifar-10-binary.tar.gz" in text
+
+
+def test_missing_root_and_empty_root(tmp_path):
+    text = message("cifar100", root=tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'}: no such folder" in text and "cifar-100-binary.tar.gz" in text
+    text = message("cifar100", root=tmp_path)
+    assert f"{tmp_path / 'train.bin'}: no such file" in text and "--root" in text
+
+
+def test_wrong_folders(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    assert f"{root}: expected at least two folders, one for each class, found 0" in message(str(root))
+    for name in ("ant", "bee"):
+        write_image(root / name / "0.png")
+    assert f"{root / 'ant'}: one image cannot be split" in message(str(root))
+    for name in ("ant", "bee"):
+        write_image(root / name / "1.png")
+    (root / "ant" / "2.png").write_bytes(b"no image at all")
+    text = message(str(root))
+    assert f"{root / 'ant' / '2.png'}: not an image that can be read" in text and "Remove or replace it" in text
+    (root / "ant" / "2.png").write_bytes((root / "ant" / "1.png").read_bytes()[:40])
+    assert f"{root / 'ant' / '2.png'}: not an image that can be read" in message(str(root))
+    (root / "ant" / "2.png").rename(root / "ant" / "labels.csv")
+    assert f"{root / 'ant' / 'labels.csv'}: not an image by its name" in message(str(root))
+    (root / "ant" / "labels.csv").unlink()
+    (root / "cow").mkdir()
+    assert f"{root / 'cow'}: the class folder is empty" in message(str(root))
+
+
+def test_classes_that_differ(tmp_path):
+    for split, names in (("train", "abc"), ("val", "abd")):
+        for name in names:
+            write_image(tmp_path / split / name / "0.png")
+    text = message(str(tmp_path))
+    assert text.startswith(f"{tmp_path / 'train'}: has class folders that {tmp_path / 'val'} has not: c.")
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.unlink()
+    for path in (tmp_path / "val").iterdir():
+        path.rmdir()
+    (tmp_path / "val").rmdir()
+    assert "neither test nor val" in message(str(tmp_path))
+
+
+def test_wrong_arguments(tmp_path):
+    assert "data: expected one of digits, mnist" in message("imagenot")
+    assert "root: expected the path of a folder" in message("folder")
+    assert "image_size: expected none with digits" in message("digits", image_size=9)
+    assert "image_size: expected a whole number of at least 1, got 0" in message(str(tmp_path), image_size=0)
+    assert "no such folder" in message("folder", root=tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no such file"):
+        read_image(tmp_path / "nowhere.png", 8)
+
+
+@pytest.mark.parametrize(
+    "module, name", [("sklearn.datasets", "digits"), ("pooch", "mnist"), ("PIL.Image", "folder"), ("pooch", "cifar10")]
+)
+def test_missing_extra_names_the_command(monkeypatch, tmp_path, module, name):
+    for folder in ("ant", "bee"):
+        for i in range(2):
+            write_image(tmp_path / folder / f"{i}.png")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r'pip install "fastff\[train\]"'):
+        load(name, root=tmp_path if name == "folder" else None)
+
+
+# Downloads, with pooch replaced
+
+
+def test_download_tries_each_mirror_then_says_what_to_do(monkeypatch, tmp_path):
+    tried = []
+
+    def fail(url, known_hash, fname, path):
+        tried.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(pooch, "retrieve", fail)
+    text = message("mnist")
+    assert tried == [url + IDX[0] + ".gz" for url in data.SOURCES["mnist"].urls]
+    assert text.startswith(f"{IDX[0]}.gz: the download failed") and "no network" in text and "--root" in text
+    tried.clear()
+    assert "no such file" in message("mnist", download=False) and not tried
+
+
+def test_download_of_idx_files(monkeypatch, tmp_path):
+    write_idx(tmp_path / "remote")
+    asked = {}
+
+    def retrieve(url, known_hash, fname, path):
+        asked[fname] = known_hash
+        return str(tmp_path / "remote" / fname)
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    assert len(load("mnist").train_images) == 20
+    assert asked == {file: f"md5:{md5}" for file, md5 in data.SOURCES["mnist"].md5.items()}
+
+
+def test_wrong_hash_of_a_download(monkeypatch):
+    def retrieve(url, known_hash, fname, path):
+        raise ValueError(f"MD5 hash of downloaded file ({fname}) does not match")
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    text = message("cifar10")
+    assert "cifar-10-binary.tar.gz: the download failed" in text and "does not match" in text
+
+
+def archive_of(folder):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(folder, arcname=folder.name)
+    return buffer.getvalue()
+
+
+def expect_md5(monkeypatch, name, raw):
+    [archive] = data.SOURCES[name].md5
+    source = replace(data.SOURCES[name], md5={archive: hashlib.md5(raw).hexdigest()})
+    monkeypatch.setitem(data.SOURCES, name, source)
+    return archive
+
+
+def test_downloaded_archive_is_unpacked_once(monkeypatch, tmp_path):
+    write_cifar(tmp_path / "remote" / "cifar-10-batches-bin")
+    raw = archive_of(tmp_path / "remote" / "cifar-10-batches-bin")
+    expect_md5(monkeypatch, "cifar10", raw)
+    calls = []
+
+    def retrieve(url, known_hash, fname, path):
+        calls.append(url)
+        path.mkdir(parents=True)
+        (path / fname).write_bytes(raw)
+        return str(path / fname)
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    first, second = load("cifar10"), load("cifar10", download=False)
+    assert len(calls) == 1 and torch.equal(first.train_images, second.train_images)
+    left = {p.name for p in (tmp_path / "cache" / "fastff" / "cifar10").iterdir()}
+    assert left == {"cifar-10-binary.tar.gz", "cifar-10-batches-bin"}
+
+
+def test_archive_in_root(monkeypatch, tmp_path):
+    write_cifar(tmp_path / "remote" / "cifar-100-binary", "cifar100")
+    raw = archive_of(tmp_path / "remote" / "cifar-100-binary")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "cifar-100-binary.tar.gz").write_bytes(raw)
+    text = message("cifar100", root=root)  # not the published archive
+    assert f"{root / 'cifar-100-binary.tar.gz'}: wrong or incomplete: expected MD5 03b5dce" in text
+    expect_md5(monkeypatch, "cifar100", raw)
+    assert len(load("cifar100", root=root).train_images) == 10
+
+
+def test_archive_that_is_none_or_lacks_files(monkeypatch, tmp_path):
+    raw = b"not a tar file"
+    archive = expect_md5(monkeypatch, "cifar10", raw)
+    (tmp_path / archive).write_bytes(raw)
+    text = message("cifar10", root=tmp_path)
+    assert f"{tmp_path / archive}: cannot be unpacked" in text and "by hand" in text
+    (tmp_path / "remote" / "cifar-10-batches-bin").mkdir(parents=True)
+    raw = archive_of(tmp_path / "remote" / "cifar-10-batches-bin")
+    expect_md5(monkeypatch, "cifar10", raw)
+    (tmp_path / archive).write_bytes(raw)
+    assert "holds no cifar-10-batches-bin/data_batch_1.bin" in message("cifar10", root=tmp_path)
+    assert not list(tmp_path.glob(".unpack-*"))
+
+
+# Subsets
+
+
+def test_subset_is_balanced_nested_and_deterministic():
+    labels = torch.arange(1000) % 10
+    small, large = balanced(labels, 33, 10, seed=1), balanced(labels, 200, 10, seed=1)
+    assert small.dtype == torch.int64 and small.tolist() == sorted(set(small.tolist()))
+    assert sorted(labels[small].bincount().tolist()) == [3] * 7 + [4] * 3
+    assert labels[large].bincount().tolist() == [20] * 10
+    assert set(small.tolist()) < set(large.tolist())
+    assert torch.equal(small, balanced(labels, 33, 10, seed=1))
+    assert not torch.equal(small, balanced(labels, 33, 10, seed=2))
+    assert torch.equal(balanced(labels, 1000, 10), torch.arange(1000))
+
+
+def test_subset_of_unequal_classes_gives_the_share_of_the_rare_to_the_others():
+    labels = torch.tensor([0] * 3 + [1] * 50 + [2] * 50)
+    assert labels[balanced(labels, 43, 3)].bincount().tolist() == [3, 20, 20]
+
+
+def test_subset_of_a_data_set_leaves_the_test_images():
+    whole, part = load("digits"), load("digits", subset=100, seed=3)
+    assert part.train_labels.bincount().tolist() == [10] * 10
+    assert torch.equal(part.test_images, whole.test_images)
+    assert load("digits", test_subset=50).test_labels.bincount().tolist() == [5] * 10
+
+
+@pytest.mark.parametrize("argument, most", [("subset", 1435), ("test_subset", 362)])
+@pytest.mark.parametrize("value", [9, 2000, -1, 3.5, True])
+def test_wrong_subset(argument, most, value):
+    text = message("digits", **{argument: value})
+    expected = f"from 10 (one image per class) to {most} (all of them), got {value!r}"
+    assert text.startswith(f"{argument}: ") and expected in text
+
+
+# The loader
+
+
+def make_loader(count=23, batch_size=5, shape=(2, 6, 7), **options):
+    options = {"mean": (0.25, 0.5), "std": (0.2, 0.3)} | options
+    return Loader(pixels(count, *shape), torch.arange(count, dtype=torch.int32), batch_size, **options)
+
+
+def batches(loader, start=0):
+    return list(loader.iter_from(start))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True)
+    )
+
+
+def test_loader_normalises_in_order():
+    loader = make_loader()
+    found = batches(loader)
+    assert len(loader) == len(found) == 5 and loader.num_images == 23
+    images, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    assert labels.dtype == torch.int64 and labels.tolist() == list(range(23))
+    expected = (loader.images.double() / 255 - torch.tensor([0.25, 0.5])[:, None, None].double()) / torch.tensor(
+        [0.2, 0.3], dtype=torch.float64
+    ).view(2, 1, 1)
+    assert images.dtype == torch.float32 and (images - expected).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_loader_dtypes(dtype):
+    found, exact = batches(make_loader(dtype=dtype))[0][0], batches(make_loader(dtype=torch.float64))[0][0]
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().max() <= exact.abs().max() * torch.finfo(dtype).eps
+
+
+def test_loader_channels_last_and_drop_last():
+    loader = make_loader(channels_last=True, drop_last=True)
+    found = batches(loader)
+    assert len(loader) == len(found) == 4 and loader.num_images == 20
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in found)
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(found, make_loader(), strict=False))
+
+
+def test_each_epoch_is_a_new_order_of_all_images():
+    loader = make_loader(shuffle=True, seed=4)
+    orders = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        orders.append(torch.cat([y for _, y in loader]).tolist())
+        plain = make_loader(batch_size=23)
+        everything = next(iter(plain))[0]
+        assert all(torch.equal(x, everything[y]) for x, y in loader)
+    assert all(sorted(order) == list(range(23)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != list(range(23))
+
+
+def test_batches_depend_on_seed_epoch_and_index_alone():
+    options = {"shuffle": True, "augment": Augment(2, flip=True)}
+    loader = make_loader(seed=7, **options)
+    loader.set_epoch(3)
+    whole = batches(loader)
+    torch.manual_seed(0)  # the global generator plays no part, neither read nor written
+    state = torch.get_rng_state()
+    assert same(whole, batches(loader)) and torch.equal(state, torch.get_rng_state())
+    fresh = make_loader(seed=7, **options)
+    fresh.set_epoch(3)
+    for start in range(6):
+        assert same(whole[start:], batches(fresh, start))
+    assert not same(whole, batches(make_loader(seed=7, **options)))
+    other = make_loader(seed=8, **options)
+    other.set_epoch(3)
+    assert not same(whole, batches(other))
+
+
+def test_a_running_iteration_keeps_its_epoch():
+    loader = make_loader(shuffle=True)
+    whole = batches(loader)
+    running = iter(loader)
+    first = next(running)
+    loader.set_epoch(9)
+    assert same(whole, [first, *running])
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize("flip", [False, True])
+def test_every_crop_is_a_real_window(padding, flip):
+    loader = make_loader(count=1200, batch_size=400, augment=Augment(padding, flip))
+    plain = make_loader(count=1200, batch_size=400)
+    seen = set()
+    for (augmented, labels), (originals, same_labels) in zip(loader, plain, strict=True):
+        assert torch.equal(labels, same_labels)
+        for new, old in zip(augmented, originals, strict=True):
+            seen.add(find_window(new, old, padding, flip))
+    assert len(seen) == (2 * padding + 1) ** 2 * (1 + flip)  # at most 98 possibilities, all of them seen
+
+
+def find_window(new, old, padding, flip):
+    """Which (top, left, flipped) gives `new`, by the slow way: pad, cut, mirror."""
+    channels, height, width = old.shape
+    padded = old.new_zeros(channels, height + 2 * padding, width + 2 * padding)
+    padded[:, padding : padding + height, padding : padding + width] = old
+    for top in range(2 * padding + 1):
+        for left in range(2 * padding + 1):
+            window = padded[:, top : top + height, left : left + width]
+            for flipped in (False, True)[: 1 + flip]:
+                if torch.equal(new, window.flip(2) if flipped else window):
+                    return top, left, flipped
+    raise AssertionError("not a window of the padded image")
+
+
+def test_writing_into_a_batch_leaves_the_data():
+    loader = make_loader()
+    before = batches(loader)
+    for images, labels in loader:
+        images.zero_()
+        labels.zero_()
+    assert same(before, batches(loader))
+
+
+def test_dataset_loaders():
+    digits = load("digits", subset=100)
+    train, test = digits.train_loader(32, seed=1, drop_last=True), digits.test_loader(100)
+    assert train.shuffle and len(train) == 3 and not test.shuffle and test.num_images == 362
+    everything = torch.cat([x for x, _ in digits.train_loader(32)])
+    assert abs(float(everything.mean())) < 1e-5 and abs(float(everything.std(unbiased=False)) - 1) < 1e-5
+    assert digits.train_loader(32, shuffle=False, augment=Augment(1)).augment == Augment(1)
+
+
+def test_a_constant_channel_does_not_divide_by_zero(tmp_path):
+    write_idx(tmp_path, train_images=idx_bytes(torch.full((20, 5, 4), 7, dtype=torch.uint8)))
+    assert all(x.isfinite().all() for x, _ in load("mnist", root=tmp_path).train_loader(5))
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size: expected a whole number of at least 1, got 2.0"),
+        ({"batch_size": 24, "drop_last": True}, "batch_size: expected at most all 23 images with drop_last, got 24"),
+        ({"count": 0}, "images: expected at least one image, got shape [0, 2, 6, 7]"),
+        ({"mean": (0.5,)}, "mean: expected 2 numbers, one per channel, got 1"),
+        ({"std": (0.5, 0)}, "std: expected numbers above 0, got [0.5, 0]"),
+        ({"dtype": torch.int64}, "dtype: expected a floating dtype, got torch.int64"),
+    ],
+)
+def test_wrong_loader_arguments(options, text):
+    with pytest.raises(ValueError) as error:
+        make_loader(**options)
+    assert text in str(error.value)
+
+
+def test_wrong_loader_tensors_and_positions():
+    options = {"mean": (0.5,), "std": (0.5,)}
+    images = pixels(4, 1, 2, 2)
+    for wrong, labels, text in (
+        (images, torch.arange(3), "labels: expected one for each of 4 images, got 3"),
+        (images.float(), torch.arange(4), "images: expected uint8 [N, C, H, W], got torch.float32"),
+        (images[:, 0], torch.arange(4), "images: expected uint8 [N, C, H, W], got torch.uint8 [4, 2, 2]"),
+        (images, torch.rand(4), "labels: expected integers [N], got torch.float32 [4]"),
+    ):
+        with pytest.raises(ValueError) as error:
+            Loader(wrong, labels, 2, **options)
+        assert text in str(error.value)
+    loader = Loader(images, torch.arange(4), 2, **options)
+    with pytest.raises(ValueError, match="batch_index: expected 0 to 2, got 3"):
+        loader.iter_from(3)
+    with pytest.raises(ValueError, match="epoch: expected at least 0, got -1"):
+        loader.set_epoch(-1)
+    with pytest.raises(ValueError, match="padding: expected a whole number of at least 0, got -1"):
+        Augment(-1)

@@ -1,0 +1,105 @@
+"""What importing fastff brings in, and what setup.py does where the compiled library cannot be built."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MODULES = """
+import sys
+import torch
+before = set(sys.modules)
+import fastff
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_import_brings_in_little():
+    run = subprocess.run([sys.executable, "-c", MODULES], cwd=ROOT, capture_output=True, text=True, check=True)
+    new = run.stdout.split()
+    assert "fastff" in new
+    own = [name for name in new if name.split(".")[0] == "fastff"]
+    for heavy in ("fastff.training", "fastff.cli", "fastff._C"):
+        assert not [name for name in own if name == heavy or name.startswith(heavy + ".")], (
+            f"importing fastff imports {heavy}"
+        )
+    top = {name.split(".")[0] for name in new} - set(sys.stdlib_module_names) - {"fastff", "torch", "numpy"}
+    assert not top, f"importing fastff imports {sorted(top)}"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what setup.py reads, beside a torch that cannot be imported."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("not in a source checkout")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    shutil.copytree(ROOT / "fastff", tree / "fastff", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    (stub / "torch.py").write_text("raise ImportError('no torch in this test')\n")
+    return tree
+
+
+def build_wheel(tree, torch=False, **environment):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("FASTFF_")}
+    if not torch:
+        clean["PYTHONPATH"] = str(tree.parent / "stub")
+    run = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "out"],
+        cwd=tree,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+    )
+    said = [line for line in run.stderr.splitlines() if line.startswith("fastff: ")]
+    return run, said, sorted((tree / "out").glob("*.whl"))
+
+
+def test_without_torch_the_wheel_is_pure_python(checkout):
+    run, said, wheels = build_wheel(checkout)
+    assert run.returncode == 0, run.stderr
+    assert said == [
+        "fastff: installing without the compiled library fastff._C: torch cannot be imported here "
+        "(no torch in this test); try pip install --no-build-isolation"
+    ]
+    assert [wheel.name.endswith("-py3-none-any.whl") for wheel in wheels] == [True]
+    names = zipfile.ZipFile(wheels[0]).namelist()
+    assert "fastff/kernels/native.py" in names
+    assert not [name for name in names if name.endswith(".so") or name.split("/")[0] in ("tests", "csrc", "benchmarks")]
+
+
+def test_forced_build_without_torch_is_an_error(checkout):
+    run, said, wheels = build_wheel(checkout, FASTFF_FORCE_BUILD="1")
+    assert run.returncode != 0
+    assert said[0].startswith("fastff: cannot build fastff._C: torch cannot be imported here")
+    assert not wheels
+
+
+def test_no_build(checkout):
+    run, said, wheels = build_wheel(checkout, FASTFF_NO_BUILD="1")
+    assert run.returncode == 0, run.stderr
+    assert said == ["fastff: installing without the compiled library fastff._C: FASTFF_NO_BUILD=1"]
+    assert wheels[0].name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failing_compiler(checkout, force):
+    for source in (checkout / "csrc" / "cpu").glob("*.cpp"):
+        source.write_text("#error broken on purpose\n")  # all of them: no time lost on compiling the others
+    run, said, wheels = build_wheel(checkout, torch=True, **({"FASTFF_FORCE_BUILD": "1"} if force else {}))
+    assert (run.returncode != 0) == force, run.stderr
+    start = "cannot build" if force else "installing without the compiled library"
+    assert said[0].startswith(f"fastff: {start} fastff._C: the C++ compiler failed")
+    if not force:
+        assert not [name for name in zipfile.ZipFile(wheels[0]).namelist() if name.endswith(".so")]
