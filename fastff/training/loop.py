@@ -1,0 +1,285 @@
+"""The loop that block-local training and backpropagation share: fit, evaluate, checkpoints, metrics, and what a step needs of them."""
+
+import contextlib
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from fastff.training import checkpoint, optim
+from fastff.training.report import Metrics, Progress
+
+AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Diverged(RuntimeError):
+    """A loss became NaN or infinite. Attributes: block (its name), step."""
+
+    def __init__(self, block, step, checkpoint_path):
+        self.block, self.step = block, step
+        kept = f"; the last checkpoint {checkpoint_path} is intact" if checkpoint_path else ""
+        super().__init__(
+            f"the loss of block {block} became NaN or infinite at step {step}{kept}. Look for NaN in the data or labels out of range, "
+            f"or lower the learning rate (or set clip_grad_norm)"
+        )
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: the step was finished and a checkpoint saved (`path`, None where fit had no folder)."""
+
+    def __init__(self, path, step):
+        self.path = path
+        super().__init__(f"stopped after step {step}" + (f"; continue with --resume {Path(path).parent}" if path else ""))
+
+
+class Loop:
+    """Subclasses have step(images, target) -> losses [L], scores(images) -> {name: [B, K]}, train_mode(), and `names` of the losses.
+
+    Args:
+        module: whose state_dict a checkpoint holds.
+        names: of the L losses.
+        optimizers: all of them.
+        lr_schedule: "cosine" (with warm-up over the first 5 % of fit), "constant", or a function of progress in 0..1.
+        micro_batches: parts a minibatch is cut into; gradients add up over them.
+        amp: None, "bf16" or "fp16" (with loss scaling): autocast of the forward passes.
+        clip_grad_norm: greatest norm of the gradients of an optimiser, or None.
+        compile: whether to run forwards through torch.compile.
+    """
+
+    phases = 1
+
+    def __init__(
+        self, module, names, optimizers, *, lr_schedule="cosine", micro_batches=1, amp=None, clip_grad_norm=None, compile=False
+    ):
+        if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:
+            raise ValueError(f"lr_schedule: expected one of {', '.join(optim.SCHEDULES)} or a function, got {lr_schedule!r}")
+        if not isinstance(micro_batches, int) or micro_batches < 1:
+            raise ValueError(f"micro_batches: expected a whole number of at least 1, got {micro_batches!r}")
+        if amp not in AMP:
+            raise ValueError(f"amp: expected None, 'bf16' or 'fp16', got {amp!r}")
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm: expected a positive number or None, got {clip_grad_norm!r}")
+        self.module, self.names, self.optimizers = module, names, optimizers
+        self.lr_schedule = lr_schedule if callable(lr_schedule) else optim.SCHEDULES[lr_schedule]
+        self.micro_batches, self.amp, self.clip_grad_norm, self.compile = micro_batches, AMP[amp], clip_grad_norm, compile
+        self.device = next(module.parameters()).device
+        self.steps = 0
+        self.position = {"epoch": 0, "batch": 0}
+        self.history, self.totals = [], None
+        self.scalers = []
+
+    # --- parts of a step
+
+    def check_batch(self, images, target):
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+            raise TypeError(f"images: expected a floating-point tensor, got {images.dtype if isinstance(images, torch.Tensor) else type(images).__name__}")
+        if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
+            raise TypeError(f"target: expected int64 labels, got {target.dtype if isinstance(target, torch.Tensor) else type(target).__name__}")
+        if len(images) == 0 or target.shape != (len(images),):
+            raise ValueError(f"target: expected one label for each of {len(images)} images (at least one), got {list(target.shape)}")
+
+    def to_device(self, tensor):
+        return tensor.to(self.device, non_blocking=True)
+
+    def autocast(self):
+        if self.amp is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.amp)
+
+    def make_scaler(self):
+        return torch.amp.GradScaler(self.device.type) if self.amp == torch.float16 else None
+
+    def optimizer_step(self, optimizer, scaler, parameters):
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    # --- the loop
+
+    def start_phase(self, phase):
+        """Called when fit goes through its epochs once more (greedy schedule)."""
+
+    def fit(self, loader, epochs, validation=None, out=None, save_every=None, progress=True, evaluate_every=1, meta=None):
+        """Train for `epochs` from where this trainer stands (a loaded checkpoint goes on).
+
+        Args:
+            loader: minibatches (images, target); with set_epoch and iter_from (fastff.training.data.Loader) resuming skips nothing.
+            validation: minibatches to evaluate after every `evaluate_every` epochs and the last.
+            out: folder for checkpoint.pt, metrics.csv and TensorBoard events; None writes nothing.
+            save_every: steps between checkpoints; one is saved after each epoch in any case.
+            progress: whether to show a live display.
+            meta: a dict of plain values kept in the checkpoint (how to build the network again).
+
+        Returns the history: one dict an epoch. Raises Diverged, Interrupted.
+        """
+        if not isinstance(epochs, int) or epochs < 1:
+            raise ValueError(f"epochs: expected a whole number of at least 1, got {epochs!r}")
+        if len(loader) == 0:
+            raise ValueError("loader: expected at least one minibatch, got an empty loader")
+        total, steps_per_phase = epochs * self.phases, epochs * len(loader)
+        path = None if out is None else Path(out) / "checkpoint.pt"
+        self.meta = meta if meta is not None else getattr(self, "meta", None)
+        metrics = Metrics(out, self.names, self.steps)
+        display = Progress(progress, self.names, total, len(loader))
+        with self._catch_interrupt() as interrupted, display:
+            while self.position["epoch"] < total:
+                epoch = self.position["epoch"]
+                self.start_phase(epoch // epochs)
+                self.train_mode()
+                if self.position["batch"] == 0:
+                    self.totals = None
+                    self.epoch_random_state = checkpoint.random_state()
+                start, images_seen = time.perf_counter(), 0
+                for images, target in self._batches(loader, epoch):
+                    done = (epoch % epochs) * len(loader) + self.position["batch"]
+                    optim.set_progress(self.optimizers, self.lr_schedule, min(1.0, (done + 1) / steps_per_phase))
+                    losses = self.step(images, target)
+                    self.steps += 1
+                    self.position["batch"] += 1
+                    images_seen += len(images)
+                    self._add(losses, len(images))
+                    if self.device.type == "cpu" or self.steps % 50 == 0:  # looking at a loss waits for a GPU
+                        self._check_finite(path)
+                    display.update(self, images_seen / (time.perf_counter() - start))
+                    ends = self.position["batch"] == len(loader)
+                    if not ends and path and save_every and self.steps % save_every == 0:
+                        self._check_finite(path)
+                        self.save(path)
+                    if interrupted.is_set():
+                        self._check_finite(path)
+                        if path:
+                            self.save(path)
+                        raise Interrupted(path, self.steps)
+                self._check_finite(path)
+                if self.totals is None:
+                    raise ValueError("loader: expected at least one minibatch, it gave none")
+                row = {"epoch": epoch + 1, "step": self.steps, "seconds": time.perf_counter() - start} | self._epoch_row()
+                self.position = {"epoch": epoch + 1, "batch": 0}
+                if validation is not None and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == total):
+                    row |= {f"test {name}": value for name, value in self.evaluate(validation).items()}
+                self.history.append(row)
+                metrics.write(self.history)
+                display.epoch(row)
+                if path:
+                    self.save(path)
+        metrics.close()
+        return self.history
+
+    def _batches(self, loader, epoch):
+        """The minibatches of an epoch from the position on."""
+        skip = self.position["batch"]
+        if hasattr(loader, "iter_from"):
+            loader.set_epoch(epoch)
+            yield from loader.iter_from(skip)
+            return
+        if hasattr(getattr(loader, "sampler", None), "set_epoch"):
+            loader.sampler.set_epoch(epoch)
+        state = checkpoint.random_state()
+        if skip:  # repeat the draws of the epoch's beginning, so that the order is the same
+            checkpoint.set_random_state(self.epoch_random_state)
+        for index, batch in enumerate(loader):
+            if index < skip:
+                continue
+            if index == skip and skip:
+                checkpoint.set_random_state(state)
+            yield batch
+
+    def _add(self, losses, size):
+        now = torch.stack([losses.detach() * size, self.correct, torch.full_like(losses, size)])
+        self.totals = now if self.totals is None else self.totals + now
+
+    def _check_finite(self, path):
+        bad = (~torch.isfinite(self.totals[0])).nonzero().flatten().tolist()
+        if bad:
+            raise Diverged(self.names[bad[0]], self.steps, path if path and path.exists() else None)
+
+    def running(self):
+        """(losses, accuracies) of the epoch so far, lists of L numbers; waits for the device."""
+        losses, correct, count = self.totals.tolist()
+        return [v / n for v, n in zip(losses, count, strict=True)], [v / n for v, n in zip(correct, count, strict=True)]
+
+    def _epoch_row(self):
+        losses, accuracies = self.running()
+        row = {f"train loss {name}": value for name, value in zip(self.names, losses, strict=True)}
+        return row | {f"train accuracy {name}": value for name, value in zip(self.names, accuracies, strict=True)}
+
+    @contextlib.contextmanager
+    def _catch_interrupt(self):
+        """Ctrl-C sets an event, so that the step can be finished; a second one stops at once."""
+        event = threading.Event()
+        if threading.current_thread() is not threading.main_thread():
+            yield event
+            return
+
+        def handler(number, frame):
+            if event.is_set():
+                raise KeyboardInterrupt
+            event.set()
+
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            yield event
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @torch.no_grad()
+    def evaluate(self, loader):
+        """Accuracy of everything `scores` gives, over `loader`, in eval mode: {name: 0..1}, "loss" of the vote where it has one."""
+        modes = {module: module.training for module in self.module.modules()}
+        self.module.eval()
+        hits, count = None, 0
+        try:
+            for images, target in loader:
+                target = self.to_device(target)
+                scores = self.scores(self.to_device(images))
+                right = torch.stack([(score.argmax(1) == target).sum() for score in scores.values()])
+                hits = right if hits is None else hits + right
+                count += len(target)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if count == 0:
+            raise ValueError("loader: expected at least one minibatch, it gave none")
+        return dict(zip(scores, (hits / count).tolist(), strict=True))
+
+    # --- checkpoints
+
+    def save(self, path):
+        """Write everything needed to go on: weights, optimisers, scalers, random states, position in the data, history. Atomic."""
+        checkpoint.save(path, {
+            "format": "fastff", "version": 1, "kind": type(self).__name__, "names": list(self.names), "meta": getattr(self, "meta", None),
+            "module": self.module.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+            "scalers": [s.state_dict() if s is not None else None for s in self.scalers], "random": checkpoint.random_state(),
+            "epoch_random": getattr(self, "epoch_random_state", None), "steps": self.steps, "position": dict(self.position),
+            "history": self.history, "totals": self.totals,
+        })  # fmt: skip
+
+    def load(self, path):
+        """Go on from what `save` wrote, bit for bit. Raises CheckpointError for a damaged file or another network."""
+        state = checkpoint.load(path, self.device)
+        if state["kind"] != type(self).__name__ or state["names"] != list(self.names):
+            raise checkpoint.CheckpointError(
+                f"{path}: of another network or cut: it has {state['kind']} of {state['names']}, expected {type(self).__name__} of {list(self.names)}"
+            )
+        try:
+            self.module.load_state_dict(state["module"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except (RuntimeError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"{path}: its weights do not fit this network: {str(error).splitlines()[0]}") from error
+        for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
+            if scaler is not None and saved is not None:
+                scaler.load_state_dict(saved)
+        checkpoint.set_random_state(state["random"])
+        self.epoch_random_state, self.meta = state["epoch_random"], state["meta"]
+        self.steps, self.position, self.history, self.totals = state["steps"], state["position"], state["history"], state["totals"]
+
