@@ -159,8 +159,10 @@ def _goodness_step(
     losses, g, *grads, grad_tau = run.goodness_step(
         x, weight, bias, grid_weight, tuple(padding), how, dtype, loss_gradient, need_x
     )
-    loss = {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
-    return (loss, g, *_or_empty(grads, x, (None, weight, bias, grid_weight)), grad_tau, _normalized(x, normalize, eps, impl))
+    loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+    grads = _or_empty(grads, x, (None, weight, bias, grid_weight))
+    grad_tau = g.new_empty(()) if grad_tau is None else grad_tau
+    return (loss, g, *grads, grad_tau, _normalized(x, normalize, eps, impl))
 
 
 def _normalized(x, normalize, eps, impl):

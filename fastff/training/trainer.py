@@ -17,6 +17,22 @@ from fastff.training import optim
 from fastff.training.loop import Loop
 
 
+class _Seed(torch.autograd.Function):
+    """A scalar whose backward starts a block's backward with the gradient in `box`, and lets go of it.
+
+    Passed to torch.autograd.backward instead, the gradient and the output would be held by the call until the whole block is done:
+    two tensors of the block's output at the peak (16 of 80 MiB for ResNet18 of width 64, batch 32)."""
+
+    @staticmethod
+    def forward(ctx, main, box):
+        ctx.box = box
+        return main.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.box.pop(), None
+
+
 class _Visit:
     """One block on one micro-batch, before its backward: inputs and outputs with their graph, and the gradients of the outputs."""
 
@@ -112,12 +128,15 @@ class Trainer(Loop):
 
     def _one_block_at_a_time(self, images, target, weights):
         alive = [(x,) for x in images]
+        del images
         for index in range(self._last() + 1):
             for part, (y, weight) in enumerate(zip(target, weights, strict=True)):
                 visit, alive[part] = self._visit(index, alive[part], y, weight)
-                if visit is not None:
-                    visit.backward()
-                del visit  # the graph, before the next micro-batch or block starts
+                if visit is not None and visit.outputs[0].requires_grad:
+                    seed = _Seed.apply(visit.outputs[0], [visit.grads.pop(0)])
+                    del visit  # the output, before the backward; with the graph all is gone before the next block starts
+                    seed.backward()
+                    del seed
             if self._trained(index):
                 self._update(index)
         self._train_readout(alive, target, weights)

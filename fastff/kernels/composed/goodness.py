@@ -47,14 +47,15 @@ def matrices(x):
 
 class Direct:
     """Two forms. Batched: a [b, K, P] per sample. Flat: one product over all samples, a [b*P, K], for few positions and many
-    classes, where products per sample are too small to fill the machine (1.4 to 3 times faster at P <= 16, K = 100)."""
+    classes, where products per sample are too small to fill the machine (1.3 to 4 times faster at P = 16, K = 100 to 1000)."""
 
     def __init__(self, weight, bias, plan):
         self.weight, self.bias = weight.flatten(1), bias
         self.tiles = [slice(k, min(k + plan.classes, len(weight))) for k in range(0, len(weight), plan.classes)]
 
     def _flat(self, X):
-        return X.shape[2] == 1 or (X.shape[2] <= 16 and len(self.weight) >= 32)
+        positions, classes = X.shape[2], len(self.weight)
+        return positions <= 4 or (positions <= 16 and classes >= 32) or (positions <= 64 and classes >= 512)
 
     def _outputs(self, tile):
         W, beta = self.weight[tile], None if self.bias is None else self.bias[tile]
@@ -74,10 +75,10 @@ class Direct:
             per_sample = a.view(self.samples, self.positions, -1) if self.flat else a
             g.append(torch.linalg.vecdot(per_sample, per_sample, dim=1 if self.flat else 2))
         self.kept = a if len(self.tiles) == 1 else None
-        return torch.cat(g, 1).div_(self.positions)
+        return (g[0] if len(g) == 1 else torch.cat(g, 1)).div_(self.positions)
 
-    def gradients(self, d, x, grad_x, grad_weight, grad_bias):
-        """Adds to grad_weight and grad_bias; adds to grad_x (as x) too, where it is not None."""
+    def gradients(self, d, x, grad_x, grad_weight, grad_bias, add):
+        """Adds to grad_weight and grad_bias; writes grad_x (as x) where it is not None, or adds to it where `add`."""
         d = d * (2 / self.positions)
         grad_weight = grad_weight.flatten(1)
         for tile in self.tiles:
@@ -89,23 +90,34 @@ class Direct:
                 if grad_bias is not None:
                     grad_bias[tile].add_(e.sum(0))
                 if grad_x is not None:
-                    matrices(grad_x).add_((e @ W).view(self.samples, self.positions, -1).mT)
+                    _write_rows(grad_x, e, W, add)
             else:
                 e = a.mul_(d[:, tile, None])
                 grad_weight[tile].add_(torch.bmm(e, self.X.mT).sum(0))
                 if grad_bias is not None:
                     grad_bias[tile].add_(e.sum((0, 2)))
                 if grad_x is not None:
-                    _add_product(matrices(grad_x), W.T.expand(self.samples, -1, -1), e)
+                    _write_product(grad_x, W.T.expand(self.samples, -1, -1), e, add)
+            add = True
         self.kept = None
 
 
-def _add_product(total, a, b):
-    """total += a @ b for total [b, m, n], whose last or last but one dimension is dense (BLAS then writes in place)."""
-    if total.is_contiguous():
-        total.baddbmm_(a, b)
+def _write_product(x, a, b, add):
+    """x (=, or += where `add`) a @ b per sample, for x as matrices(x): BLAS writes in place in either layout."""
+    x = matrices(x)
+    if x.is_contiguous():
+        x.baddbmm_(a, b, beta=int(add))
     else:
-        total.mT.baddbmm_(b.mT, a.mT)
+        x.mT.baddbmm_(b.mT, a.mT, beta=int(add))
+
+
+def _write_rows(x, a, b, add):
+    """The same for a product over all samples, a @ b [b*P, C]."""
+    if is_rows(x):
+        x.permute(0, 2, 3, 1).view(-1, x.shape[1]).addmm_(a, b, beta=int(add))
+    else:
+        rows = (a @ b).view(len(x), -1, x.shape[1]).mT
+        matrices(x).add_(rows) if add else matrices(x).copy_(rows)
 
 
 class SecondMoment:
@@ -127,7 +139,7 @@ class SecondMoment:
             g.addcmul_(self.linear, self.bias, value=2).add_(self.bias.square())
         return g
 
-    def gradients(self, d, x, grad_x, grad_weight, grad_bias):
+    def gradients(self, d, x, grad_x, grad_weight, grad_bias, add):
         X, C = matrices(x), self.weight.shape[1]
         grad_weight.flatten(1).add_(self.t.mul_(d[:, None, :]).sum(0).T, alpha=2)
         if grad_bias is not None:
@@ -135,7 +147,7 @@ class SecondMoment:
         if grad_x is not None:
             d = d * (2 / X.shape[2])
             M = (torch.mul(self.weight_t, d[:, None, :], out=self.t).view(-1, d.shape[1]) @ self.weight).view(-1, C, C)
-            _add_product(matrices(grad_x), M, X)
+            _write_product(grad_x, M, X, add)
             if self.bias is not None:
                 matrices(grad_x).add_(((d * self.bias) @ self.weight)[:, :, None])
         self.t = None
@@ -151,7 +163,7 @@ class Convolution:
         self.a = F.conv2d(x, self.weight, self.bias, padding=self.padding)
         return torch.linalg.vecdot(self.a.flatten(2), self.a.flatten(2), dim=2).div_(self.a[0, 0].numel())
 
-    def gradients(self, d, x, grad_x, grad_weight, grad_bias):
+    def gradients(self, d, x, grad_x, grad_weight, grad_bias, add):
         e = self.a.mul_((d * (2 / self.a[0, 0].numel()))[:, :, None, None])
         sizes = None if self.bias is None else [len(self.bias)]
         dx, dw, db = torch.ops.aten.convolution_backward(
@@ -162,7 +174,7 @@ class Convolution:
         if grad_bias is not None:
             grad_bias.add_(db)
         if grad_x is not None:
-            grad_x.add_(dx)
+            grad_x.add_(dx) if add else grad_x.copy_(dx)
         self.a = None
 
 
@@ -242,10 +254,8 @@ class _Head:
         wide = grad_x if grad_x is None or grad_x.dtype == self.dtype else empty_like(grad_x, self.dtype)
         if self.grid is not None:
             self.grid.gradients(d, wide, grad_grid)
-        elif wide is not None:
-            wide.zero_()
         if self.squares is not None:
-            self.squares.gradients(d, x, wide, grad_weight, grad_bias)
+            self.squares.gradients(d, x, wide, grad_weight, grad_bias, add=self.grid is not None)
         if wide is not grad_x:
             grad_x.copy_(wide)
 
@@ -254,7 +264,7 @@ def goodness(x, weight, bias, grid_weight, padding, plan, dtype):
     """g [B, K] in `dtype`."""
     head = _Head(x, weight, bias, grid_weight, padding, plan, dtype)
     g = [head.goodness(chunk) for _, chunk in head.chunks()]
-    return torch.cat(g) if g else x.new_empty((0, len(weight if weight is not None else grid_weight)), dtype=dtype)
+    return _joined(g) if g else x.new_empty((0, len(weight if weight is not None else grid_weight)), dtype=dtype)
 
 
 def goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, need_x):
@@ -268,7 +278,7 @@ def goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, nee
 
 
 def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss_gradient, need_x):
-    """One pass: per-sample losses [B], g [B, K], the four gradients, and dL/dtau. loss_gradient(g, chunk) gives (loss, d, dtau)."""
+    """One pass: per-sample losses [B], g [B, K], the four gradients, and dL/dtau or None. loss_gradient(g, chunk) gives (loss, d, dtau)."""
     head = _Head(x, weight, bias, grid_weight, padding, plan, dtype)
     grad_x = empty_like(x) if need_x else None
     parts = []
@@ -278,22 +288,29 @@ def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss_gradi
         head.gradients(d, chunk, None if grad_x is None else grad_x[part])
         parts.append((loss, g, dtau))
     losses, g, dtau = zip(*parts, strict=True)
-    return torch.cat(losses), torch.cat(g), grad_x, *head.grads, torch.stack(dtau).sum()
+    return _joined(losses), _joined(g), grad_x, *head.grads, None if dtau[0] is None else torch.stack(dtau).sum()
+
+
+def _joined(chunks):
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
 def loss_gradient(g, target, tau, margin, label_smoothing, scale):
-    """Per-sample loss [b], d [b, K] and d(loss)/d(tau) of a chunk, from its goodness. Formulas: reference.goodness_gradient.
+    """Per-sample loss [b], d [b, K] and d(loss)/d(tau) (None for a number tau) of a chunk. Formulas: reference.goodness_gradient.
 
-    A label outside 0..K-1 makes its sample's loss NaN: on a GPU nobody can look at labels without waiting for the device."""
+    A label outside 0..K-1 makes its sample's loss NaN or infinite on a GPU, where nobody can look at labels without waiting for it."""
     K = g.shape[1]
     hit = target[:, None] == torch.arange(K, device=g.device)
-    u = g * tau
+    q = hit.to(g.dtype)
+    hits = q.sum(1) if g.is_cuda else 1
+    u = g if isinstance(tau, float) and tau == 1 else g * tau
     if margin:
-        u = u.sub_(hit.to(u.dtype), alpha=margin)
-    log_p = u.log_softmax(1)
-    q = hit.to(u.dtype)
+        u = torch.sub(u, q, alpha=margin)
     if label_smoothing:
         q = q.mul_(1 - label_smoothing).add_(label_smoothing / K)
-    loss = torch.where((target >= 0) & (target < K), -(log_p * q).sum(1), torch.nan)
+    log_p = u.log_softmax(1)
+    loss = (log_p * q).sum(1).div_(-hits)
     d = log_p.exp_().sub_(q).mul_(scale)
-    return loss, d * tau, (d * g).sum()
+    if isinstance(tau, torch.Tensor):
+        return loss, d * tau, (d * g).sum()
+    return loss, d if tau == 1 else d.mul_(tau), None

@@ -1,0 +1,141 @@
+"""What block-local training learns: CIFAR-10 (5,000 images), ResNet18 of width 16 and 32, 16 epochs, beside backpropagation.
+
+    python -m benchmarks.learning --root FOLDER                 every experiment that results/learning.csv has no result of
+    python -m benchmarks.learning --root FOLDER --only NAME...  these
+    python -m benchmarks.learning --report                      docs/learning.md's table and curves from the CSV, without training
+
+One thread and one seed; seconds are processor time of the whole run so far, evaluation left out. A few hours in all on one core.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import fastff
+from benchmarks.environment import environment
+from fastff.training import Backprop, Trainer, data, optim
+
+RESULTS = Path(__file__).parent / "results" / "learning.csv"
+PAPER = {"grid": 0, "scale": 1.0, "window": 1}
+BASE = {"width": 16, "images": 5000, "epochs": 16, "lr": 2e-3, "weight_decay": 0.05, "mode": "sff", "dataset": "cifar10", "model": "resnet18"}
+
+EXPERIMENTS = {
+    "backprop": {"mode": "backprop"},
+    "backprop-lr4": {"mode": "backprop", "lr": 4e-3},
+    "paper": PAPER,
+    "scale4": PAPER | {"scale": 4.0},
+    "grid": {"window": 1},
+    "grid-only": {"window": 1, "squares": False},
+    "grid-w2": {"window": 2},
+    "grid-w2-lr4": {"window": 2, "lr": 4e-3},
+    "grid-w3": {"window": 3},
+    "grid-w3-lr4": {"window": 3, "lr": 4e-3},
+    "stage": {"window": 1, "granularity": "stage"},
+    "stage-lr4": {"window": 1, "granularity": "stage", "lr": 4e-3},
+    "stage-w2-lr4": {"window": 2, "granularity": "stage", "lr": 4e-3},
+    "layer": {"window": 1, "granularity": "layer"},
+    "grid-w2-smooth": {"window": 2, "label_smoothing": 0.1},
+    "grid-w2-tau": {"window": 2, "learn_tau": True},
+    "grid-w2-wd20": {"window": 2, "weight_decay": 0.2},
+}
+
+SFF_KEYS = ("grid", "scale", "window", "squares", "label_smoothing", "learn_tau", "tau", "kernel_size", "margin", "bias", "normalize")
+
+
+@torch.no_grad()
+def votes(sff, loader):
+    """Accuracy of several ways to vote, and of each block."""
+    sff.eval()
+    counts, total = {}, 0
+    for images, target in loader:
+        logits = torch.stack([head.logits(g) for g, head in zip(sff.goodness(images), sff.heads, strict=True)])
+        probabilities = logits.softmax(2)
+        half = len(logits) // 2
+        ways = {
+            "softmax": probabilities.mean(0),
+            "log-softmax": logits.log_softmax(2).mean(0),
+            "goodness": logits.mean(0),
+            "last half": probabilities[half:].mean(0),
+            "last": logits[-1],
+        } | {f"block {i}": g for i, g in enumerate(logits)}
+        for name, scores in ways.items():
+            counts[name] = counts.get(name, 0) + (scores.argmax(1) == target).sum().item()
+        total += len(target)
+    sff.train()
+    return {name: count / total for name, count in counts.items()}
+
+
+def run(name, options, root):
+    """Train one experiment; yields a row an epoch."""
+    o = BASE | options
+    d = data.load(o["dataset"], root=root, subset=o["images"], test_subset=2000)
+    torch.manual_seed(0)
+    make = getattr(fastff.models, o["model"])
+    width = {"width": o["width"]} if o["model"].startswith("resnet") else {}
+    net = make(d.num_classes, stem="cifar", in_channels=d.input_shape[0], **width).to(memory_format=torch.channels_last)
+    sff = fastff.SFF(
+        net, d.num_classes, o.get("granularity", "block"), d.input_shape, readout=o["mode"] == "backprop",
+        **{k: o[k] for k in SFF_KEYS if k in o},
+    )  # fmt: skip
+    optimizer = optim.adamw(o["lr"], o["weight_decay"])
+    trainer = Backprop(sff, optimizer) if o["mode"] == "backprop" else Trainer(sff, optimizer)
+    train, test = d.train_loader(64, drop_last=True, channels_last=True), d.test_loader(500, channels_last=True)
+    steps, seconds = o["epochs"] * len(train), 0.0
+    for epoch in range(o["epochs"]):
+        train.set_epoch(epoch)
+        trainer.train_mode()
+        start = time.process_time()
+        for i, (images, target) in enumerate(train):
+            optim.set_progress(trainer.optimizers, trainer.lr_schedule, (epoch * len(train) + i + 1) / steps)
+            losses = trainer.step(images, target)
+        seconds += time.process_time() - start
+        assert torch.isfinite(losses).all(), name
+        if o["mode"] == "backprop":
+            accuracy = {"vote": trainer.evaluate(test)["vote"]}
+        else:
+            accuracy = votes(sff, test)
+            accuracy = {"vote": accuracy.pop("softmax"), "last": accuracy.pop("last"), **accuracy}
+        blocks = " ".join(f"{v:.4f}" for k, v in accuracy.items() if k.startswith("block "))
+        other = " ".join(f"{k}={accuracy[k]:.4f}" for k in ("log-softmax", "goodness", "last half") if k in accuracy)
+        yield {
+            "experiment": name, "dataset": o["dataset"], "model": o["model"], "width": o["width"], "images": o["images"], "epoch": epoch + 1,
+            "seconds": round(seconds, 1), "vote": accuracy["vote"], "last": accuracy.get("last", accuracy["vote"]), "other votes": other,
+            "blocks": blocks, "options": " ".join(f"{k}={v}" for k, v in options.items()),
+        }  # fmt: skip
+
+
+def append(rows):
+    info = environment()
+    exists = RESULTS.exists()
+    with open(RESULTS, "a", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *info])
+        if not exists:
+            writer.writeheader()
+        writer.writerows(row | info for row in rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", help="folder with the data sets' official files")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=f"out of {', '.join(EXPERIMENTS)}")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    done = set()
+    if RESULTS.exists():
+        with open(RESULTS) as file:
+            done = {row["experiment"] for row in csv.DictReader(file)}
+    for name in arguments.only or [name for name in EXPERIMENTS if name not in done]:
+        rows = []
+        for row in run(name, EXPERIMENTS[name], arguments.root):
+            rows.append(row)
+            print(f"{name:20} epoch {row['epoch']:2}  {row['seconds']:6.0f} s  vote {row['vote']:.1%}  last {row['last']:.1%}", flush=True)
+        print(f"{'':20} {rows[-1]['other votes']}  blocks {rows[-1]['blocks']}", flush=True)
+        append(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
