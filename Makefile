@@ -10,16 +10,15 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 install: $(VENV)/.installed
 
-# The pinned versions need Python 3.11; the package itself runs on 3.10.
 $(PY):
-	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python; do \
-	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
 	    echo "making $(VENV) with $$($$python --version)"; exec $$python -m venv $(VENV); \
 	  elif [ -n "$(PYTHON)" ]; then \
-	    echo "PYTHON=$(PYTHON) is not a Python >= 3.11 with the modules venv and ensurepip" >&2; exit 1; \
+	    echo "PYTHON=$(PYTHON) is not a Python >= 3.10 with the modules venv and ensurepip" >&2; exit 1; \
 	  fi; \
 	done; \
-	echo "no Python >= 3.11 with the modules venv and ensurepip on the PATH: install one, or name it with make PYTHON=..." >&2; exit 1
+	echo "no Python >= 3.10 with the modules venv and ensurepip on the PATH: install one, or name it with make PYTHON=..." >&2; exit 1
 
 $(VENV)/.requirements: requirements-dev.txt requirements-nodeps.txt | $(PY)
 	$(PIP) -r requirements-dev.txt

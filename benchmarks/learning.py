@@ -23,24 +23,43 @@ RESULTS = Path(__file__).parent / "results" / "learning.csv"
 PAPER = {"grid": 0, "scale": 1.0, "window": 1}
 BASE = {"width": 16, "images": 5000, "epochs": 16, "lr": 2e-3, "weight_decay": 0.05, "mode": "sff", "dataset": "cifar10", "model": "resnet18"}
 
+BEST = {"window": 2, "lr": 4e-3}
+STAGE = {"granularity": "stage"}
+FASHION = {"dataset": "fashion-mnist"}
+MOBILE = {"model": "mobilenet_v3_small"}
+BACKPROP = {"mode": "backprop"}
+
 EXPERIMENTS = {
-    "backprop": {"mode": "backprop"},
-    "backprop-lr4": {"mode": "backprop", "lr": 4e-3},
+    "backprop": BACKPROP,
+    "backprop-lr4": BACKPROP | {"lr": 4e-3},
     "paper": PAPER,
     "scale4": PAPER | {"scale": 4.0},
     "grid": {"window": 1},
     "grid-only": {"window": 1, "squares": False},
-    "grid-w2": {"window": 2},
-    "grid-w2-lr4": {"window": 2, "lr": 4e-3},
-    "grid-w3": {"window": 3},
-    "grid-w3-lr4": {"window": 3, "lr": 4e-3},
-    "stage": {"window": 1, "granularity": "stage"},
-    "stage-lr4": {"window": 1, "granularity": "stage", "lr": 4e-3},
-    "stage-w2-lr4": {"window": 2, "granularity": "stage", "lr": 4e-3},
-    "layer": {"window": 1, "granularity": "layer"},
-    "grid-w2-smooth": {"window": 2, "label_smoothing": 0.1},
-    "grid-w2-tau": {"window": 2, "learn_tau": True},
-    "grid-w2-wd20": {"window": 2, "weight_decay": 0.2},
+    "grid-lr4": {"window": 1, "lr": 4e-3},
+    "grid-w2-lr4": BEST,
+    "grid-w3-lr4": BEST | {"window": 3},
+    "stage-lr4": STAGE | {"window": 1, "lr": 4e-3},
+    "stage-w2-lr4": STAGE | BEST,
+    "layer-w2-lr4": BEST | {"granularity": "layer"},
+    "grid-w2-lr4-smooth": BEST | {"label_smoothing": 0.1},
+    "grid-w2-lr4-tau": BEST | {"learn_tau": True},
+    "grid-w2-lr4-wd20": BEST | {"weight_decay": 0.2},
+    "backprop-32": BACKPROP | {"width": 32},
+    "grid-w2-lr4-32": BEST | {"width": 32},
+    "stage-w2-lr4-32": STAGE | BEST | {"width": 32},
+    "backprop-1000": BACKPROP | {"images": 1000, "epochs": 40},
+    "grid-w2-lr4-1000": BEST | {"images": 1000, "epochs": 40},
+    "stage-w2-lr4-1000": STAGE | BEST | {"images": 1000, "epochs": 40},
+    "backprop-500": BACKPROP | {"images": 500, "epochs": 40},
+    "grid-w2-lr4-500": BEST | {"images": 500, "epochs": 40},
+    "stage-w2-lr4-500": STAGE | BEST | {"images": 500, "epochs": 40},
+    "fashion-backprop": FASHION | BACKPROP,
+    "fashion-block": FASHION | BEST,
+    "fashion-mobilenet-backprop": FASHION | MOBILE | BACKPROP,
+    "fashion-mobilenet-block": FASHION | MOBILE | BEST,
+    "mobilenet-backprop": MOBILE | BACKPROP,
+    "mobilenet-block": MOBILE | BEST,
 }
 
 SFF_KEYS = ("grid", "scale", "window", "squares", "label_smoothing", "learn_tau", "tau", "kernel_size", "margin", "bias", "normalize")

@@ -25,18 +25,18 @@ def _native(x, eps):
     return y if y.stride() == empty_like(x).stride() else empty_like(x).copy_(y)
 
 
-def _flat(x):
-    """x as rows [B, C*H*W] in the order of its memory, and the function that brings such rows back to x's shape and layout.
+def _flat(x, by_rows):
+    """x as rows [B, C*H*W], channels varying fastest where `by_rows`, and the function that brings such rows back to x's shape.
 
-    The norm takes in all elements of a sample, so their order does not matter: no copy into another layout."""
+    The norm takes in all elements of a sample, so their order does not matter: with is_rows(x) nothing is copied into another layout."""
     b, c, h, w = x.shape
-    if is_rows(x):
+    if by_rows:
         return x.permute(0, 2, 3, 1).reshape(b, -1), lambda y: y.view(b, h, w, c).permute(0, 3, 1, 2)
     return x.reshape(b, -1), lambda y: y.view(x.shape)
 
 
 def _composed(x, eps):
-    rows, back = _flat(x)
+    rows, back = _flat(x, is_rows(x))
     return back(F.layer_norm(rows, rows.shape[1:], eps=eps))
 
 
@@ -80,8 +80,8 @@ def _backward(ctx, grad):
     (x,) = ctx.saved_tensors
     if x.numel() == 0:
         return grad, None, None
-    rows, back = _flat(x)
-    grad_rows, _ = _flat(grad.contiguous(memory_format=torch.channels_last) if is_rows(x) else grad)
+    rows, back = _flat(x, is_rows(x))
+    grad_rows, _ = _flat(grad, is_rows(x))
     _, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], None, None, ctx.eps)
     out, _, _ = torch.ops.aten.native_layer_norm_backward(
         grad_rows, rows, rows.shape[1:], mean, rstd, None, None, [True, False, False]

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastff.sff import SFF
 from fastff.training import optim
-from fastff.training.loop import Loop
+from fastff.training.loop import Loop, loss_dtype
 
 
 class Backprop(Loop):
@@ -14,7 +14,7 @@ class Backprop(Loop):
 
     Args beyond those of Loop:
         sff: fastff.SFF made with readout=True, for the cut that the options below need; otherwise only its model is used.
-        optimizer: makes the optimiser from parameter groups; default AdamW, fused.
+        optimizer: makes the optimiser from parameter groups; default AdamW, fused, 2e-3.
         checkpointing: keep only the tensors at the cuts and compute each block again in the backward pass.
         deep_supervision: add the local loss of each block's head, with gradients through all blocks before it.
     """
@@ -24,7 +24,7 @@ class Backprop(Loop):
             raise ValueError("sff: expected fastff.SFF with readout=True, so that the model's classifier is kept")
         self.sff, self.checkpointing, self.deep_supervision = sff, checkpointing, deep_supervision
         parameters = list(sff.parameters()) if deep_supervision else list(sff.model.parameters())
-        self.optimizer = optim.build(optimizer or optim.adamw(), parameters)
+        self.optimizer = optim.build(optimizer or optim.adamw(optim.BACKPROP_LR), parameters)
         self.parameters = parameters
         super().__init__(sff if deep_supervision else sff.model, ["backprop"], [self.optimizer], **options)
         self.forward = torch.compile(self._forward, dynamic=False) if self.compile else self._forward
@@ -49,13 +49,13 @@ class Backprop(Loop):
         self.check_batch(images, target)
         size = -(-len(images) // self.micro_batches)
         images, target = self.to_device(images), self.to_device(target)
-        losses, self.correct = torch.zeros(1, device=self.device), torch.zeros(1, device=self.device)
+        losses, self.correct = torch.zeros(2, 1, device=self.device, dtype=loss_dtype(images))
         scaler = self.scalers[0]
         for x, y in zip(images.split(size), target.split(size), strict=True):
             weight = len(y) / len(target)
             with self.autocast():
                 logits, local = self.forward(x, y if self.deep_supervision else None)
-            loss = F.cross_entropy(logits.float(), y)
+            loss = F.cross_entropy(logits.to(losses.dtype), y)
             total = (loss + local) * weight
             (total if scaler is None else scaler.scale(total)).backward()
             losses += loss.detach() * weight

@@ -14,6 +14,11 @@ from fastff.training.report import Metrics, Progress
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def loss_dtype(images):
+    """Losses are float32, of float64 images float64."""
+    return torch.float64 if images.dtype == torch.float64 else torch.float32
+
+
 class Diverged(RuntimeError):
     """A loss became NaN or infinite. Attributes: block (its name), step."""
 
@@ -81,7 +86,7 @@ class Loop:
             raise ValueError(f"target: expected one label for each of {len(images)} images (at least one), got {list(target.shape)}")
 
     def to_device(self, tensor):
-        return tensor.to(self.device, non_blocking=True)
+        return tensor.detach().to(self.device, non_blocking=True)
 
     def autocast(self):
         if self.amp is None:

@@ -14,7 +14,7 @@ import torch
 
 from fastff.sff import SFF
 from fastff.training import optim
-from fastff.training.loop import Loop
+from fastff.training.loop import Loop, loss_dtype
 
 
 class _Seed(torch.autograd.Function):
@@ -54,7 +54,7 @@ class Trainer(Loop):
 
     Args beyond those of Loop (optimizer, lr_schedule, micro_batches, amp, clip_grad_norm, compile, seed):
         sff: fastff.SFF.
-        optimizer: makes one optimiser for each block from its parameter groups; default AdamW, fused.
+        optimizer: makes one optimiser for each block from its parameter groups; default AdamW, fused, 4e-3.
         schedule: "all" trains every block in every minibatch (the paper's); "greedy" one block after the other, `epochs` of fit each.
         window: overrides sff.window.
         frozen: the first blocks that are not trained and run in eval mode (transfer).
@@ -73,7 +73,7 @@ class Trainer(Loop):
             raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
         if self.window > 1 and schedule == "greedy":
             raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {self.window}")
-        make = optimizer or optim.adamw()
+        make = optimizer or optim.adamw(optim.LOCAL_LR)
         for index in range(frozen):
             for parameter in sff.block_parameters(index):
                 parameter.requires_grad_(False)
@@ -111,8 +111,7 @@ class Trainer(Loop):
         size = -(-len(images) // self.micro_batches)
         images, target = self.to_device(images).split(size), self.to_device(target).split(size)
         weights = [len(t) / sum(map(len, target)) for t in target]
-        self._losses = torch.zeros(len(self.sff.blocks), device=target[0].device)
-        self.correct = torch.zeros_like(self._losses)
+        self._losses, self.correct = torch.zeros(2, len(self.sff.blocks), device=target[0].device, dtype=loss_dtype(images[0]))
         if self.window == 1:
             self._one_block_at_a_time(images, target, weights)
         else:
@@ -164,7 +163,7 @@ class Trainer(Loop):
         main = outputs[0].detach()
         if trained:
             scaler = self.scalers[index]
-            scale = None if weight == 1 and scaler is None else torch.full((), weight, device=main.device)
+            scale = None if weight == 1 and scaler is None else torch.full((), weight, device=main.device, dtype=self._losses.dtype)
             if scaler is not None:
                 scale = scaler.scale(scale)
             step = head.local_step(main, target, self.sff.normalize, grad_scale=scale)
@@ -227,7 +226,7 @@ class Trainer(Loop):
         for inputs, y, weight in zip(alive, target, weights, strict=True):
             with self.autocast():
                 logits = tail(*(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs))[0]
-            (torch.nn.functional.cross_entropy(logits.float(), y) * weight).backward()
+            (torch.nn.functional.cross_entropy(logits.to(self._losses.dtype), y) * weight).backward()
         if update:
             self.optimizer_step(self.readout_optimizer, None, list(tail.parameters()))
 

@@ -219,7 +219,7 @@ def _pooling_matrix(size, cells, like):
     cells = min(cells, size)
     position, cell = torch.arange(size, device=like.device)[:, None], torch.arange(cells, device=like.device)
     start, end = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
-    return (((position >= start) & (position < end)) / (end - start)).to(like.dtype)
+    return ((position >= start) & (position < end)).to(like.dtype) / (end - start)
 
 
 ALGORITHMS = {"direct": Direct, "second_moment": SecondMoment, "convolution": Convolution}

@@ -1,0 +1,197 @@
+"""Fills the tables of README.md and docs/ from the CSV files in benchmarks/results, and draws the learning curves.
+
+    python -m benchmarks.report
+
+A table stands between the lines `<!-- table NAME -->` and `<!-- end -->` and is replaced whole, so that no figure is typed by hand.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LABELS = {
+    "backprop": "backpropagation (global average, linear classifier)",
+    "backprop-lr4": "the same at learning rate 4e-3",
+    "paper": "9 blocks, the paper's head (squares, scale 1)",
+    "scale4": "9 blocks, squares, scale 4",
+    "grid": "9 blocks, squares and spatial term (grid=4)",
+    "grid-only": "9 blocks, spatial term alone",
+    "grid-lr4": "9 blocks, grid=4, learning rate 4e-3",
+    "grid-w2-lr4": "**9 blocks, grid=4, window=2, learning rate 4e-3 (the defaults)**",
+    "grid-w3-lr4": "9 blocks, grid=4, window=3, learning rate 4e-3",
+    "stage-lr4": "4 stages, grid=4, learning rate 4e-3",
+    "stage-w2-lr4": "4 stages, grid=4, window=2, learning rate 4e-3",
+    "layer-w2-lr4": "17 layers, the defaults",
+    "grid-w2-lr4-smooth": "the defaults with label smoothing 0.1",
+    "grid-w2-lr4-tau": "the defaults with a learned temperature",
+    "grid-w2-lr4-wd20": "the defaults with weight decay 0.2",
+}
+COLOURS = {"backprop": "#555555", "block": "#0072B2", "stage": "#D55E00", "layer": "#009E73"}
+
+
+def read(name):
+    """Rows of results/NAME.csv, an empty list where there is none."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def table(header, rows):
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def measured_on(row):
+    return f"\n\n{row['device']}, {row['threads']} thread(s), torch {row['torch']}, commit {row['commit']}."
+
+
+def goodness_table():
+    rows = read("goodness")
+    body = [
+        (
+            f"{r['B']}, {r['C']}, {r['H']}, {r['K']}", r["layout"].replace("_", " "), r["algorithm"].replace("_", " "),
+            f"{float(r['speedup']):.2f} x", f"{float(r['speedup_20']):.2f} to {float(r['speedup_80']):.2f}",
+        )
+        for r in rows
+    ]  # fmt: skip
+    return table(("B, C, H, K", "layout", "algorithm", "faster than eager", "20 to 80 %"), body) + measured_on(rows[0])
+
+
+def step_table(*names):
+    found = [(name, rows) for name in names if (rows := read(name))]
+    text = []
+    for _, rows in found:
+        r = rows[0]
+        body = [
+            (row["variant"], row["layout"].replace("_", " "), f"{float(row['ratio']):.2f} x", f"{float(row['ratio_20']):.2f} to {float(row['ratio_80']):.2f}",
+             f"{float(row['peak_mib']):.0f} MiB")
+            for row in rows
+        ]  # fmt: skip
+        title = f"{r['model']}, width {r['width']}, batch {r['batch']}, {r['size']} x {r['size']}, {r['classes']} classes; ratios to {r['base']}:\n\n"
+        text.append(title + table(("variant", "layout", "time", "20 to 80 %", "peak memory"), body))
+    return "\n\n".join(text) + measured_on(found[-1][1][0])
+
+
+def runs():
+    """{experiment: its rows by epoch}."""
+    found = {}
+    for row in read("learning"):
+        found.setdefault(row["experiment"], []).append(row)
+    return found
+
+
+def base_of(rows, all_runs):
+    """The backpropagation run of the same task."""
+    keys = ("dataset", "model", "width", "images")
+    same = [r for name, r in all_runs.items() if "backprop" in name and all(r[-1][k] == rows[-1][k] for k in keys)]
+    return max(same, key=lambda r: float(r[-1]["vote"]), default=None)
+
+
+def reached(rows, accuracy):
+    """Seconds at the first epoch with this accuracy."""
+    return next((float(row["seconds"]) for row in rows if float(row["vote"]) >= accuracy), None)
+
+
+def learning_table(width="16", images="5000", dataset="cifar10", model="resnet18"):
+    every = runs()
+    body = []
+    for name, rows in every.items():
+        last = rows[-1]
+        if (last["width"], last["images"], last["dataset"], last["model"]) != (width, images, dataset, model):
+            continue
+        base = base_of(rows, every)
+        seconds = None if base is None else reached(rows, float(base[-1]["vote"]))
+        blocks = [float(v) for v in last["blocks"].split()]
+        task_free = re.sub(r"-(32|500|1000)$", "", name)
+        label = LABELS.get(task_free, task_free)
+        if dataset != "cifar10" or model != "resnet18":
+            label = "backpropagation" if "backprop" in name else "block-wise, the defaults"
+        body.append((
+            label, f"{float(last['vote']):.1%}", f"{float(last['last']):.1%}" if blocks else "", f"{max(blocks):.1%}" if blocks else "",
+            f"{float(last['seconds']):.0f}", "not reached" if seconds is None else f"{seconds:.0f}",
+        ))  # fmt: skip
+    return table(("what", "vote", "last block", "best block", "seconds", "seconds to backpropagation's accuracy"), body)
+
+
+def learning_tables():
+    every = runs()
+    tasks = list(dict.fromkeys((r[-1]["width"], r[-1]["images"], r[-1]["dataset"], r[-1]["model"]) for r in every.values()))
+    text = []
+    for width, images, dataset, model in tasks:
+        epochs = next(r[-1]["epoch"] for r in every.values() if (r[-1]["width"], r[-1]["images"], r[-1]["dataset"], r[-1]["model"]) == (width, images, dataset, model))
+        size = f" of width {width}" if model.startswith("resnet") else ""
+        text.append(f"### {dataset}, {int(images):,} images, {model}{size}, {epochs} epochs\n\n" + learning_table(width, images, dataset, model))
+    return "\n\n".join(text) + measured_on(next(iter(every.values()))[-1])
+
+
+def curves():
+    """docs/learning-TASK.png: test accuracy over epochs and over seconds, for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    every = runs()
+    tasks = {}
+    for name, rows in every.items():
+        last = rows[-1]
+        tasks.setdefault((last["dataset"], last["model"], last["width"], last["images"]), []).append(name)
+    shown = ("backprop", "paper", "grid-w2-lr4", "stage-w2-lr4", "layer-w2-lr4")
+    for (dataset, model, width, images), names in tasks.items():
+        names = [n for n in names if dataset != "cifar10" or model != "resnet18" or re.sub(r"-(32|500|1000)$", "", n) in shown]
+        if len(names) < 2:
+            continue
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+        for name in names:
+            rows = every[name]
+            kind = "backprop" if "backprop" in name else next((k for k in ("stage", "layer") if k in name), "block")
+            style = ":" if name.startswith("paper") else "-"
+            label = {"backprop": "backpropagation", "block": "9 blocks" if model == "resnet18" else "blocks", "stage": "4 stages", "layer": "17 layers"}[kind]
+            label += ", paper's setting" if name.startswith("paper") else ""
+            accuracy = [100 * float(r["vote"]) for r in rows]
+            for axis, x in zip(axes, ([int(r["epoch"]) for r in rows], [float(r["seconds"]) for r in rows]), strict=True):
+                axis.plot(x, accuracy, style, color=COLOURS[kind], label=f"{label}: {accuracy[-1]:.1f} %", linewidth=2)
+        for axis, x in zip(axes, ("epoch", "processor seconds, one thread"), strict=True):
+            axis.set_xlabel(x)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("test accuracy (%)")
+        axes[0].legend(frameon=False, loc="lower right")
+        size = f" of width {width}" if model.startswith("resnet") else ""
+        figure.suptitle(f"{dataset}, {int(images):,} training images, {model}{size}")
+        figure.savefig(ROOT / "docs" / f"learning-{dataset}-{model}-{width}-{images}.png", dpi=110)
+        plt.close(figure)
+
+
+TABLES = {
+    "goodness": goodness_table,
+    "step": lambda: step_table("step"),
+    "steps": lambda: step_table("step", "step-16", "step-mobilenet"),
+    "learning": lambda: learning_table(),
+    "learning-all": learning_tables,
+}
+
+
+def fill(path):
+    """Replace the tables in one file."""
+    text = path.read_text()
+
+    def replaced(match):
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    path.write_text(re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL))
+
+
+def main():
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        fill(path)
+    curves()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What the tests compare with: the goodness loss in eager PyTorch, memory layouts users hand in, tolerances, measured memory."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from fastff.ops import plan
+
+
+def eager_goodness(x, weight, bias=None, grid_weight=None, padding=0):
+    """x [B, C, H, W] -> g [B, K] as anyone would write it: convolution, square, mean; adaptive pooling."""
+    g = 0
+    if weight is not None:
+        g = F.conv2d(x, weight, bias, padding=padding).square().mean((2, 3))
+    if grid_weight is not None:
+        rows, columns = (min(n, cells) for n, cells in zip(x.shape[2:], grid_weight.shape[2:], strict=True))
+        means = F.adaptive_avg_pool2d(x, (rows, columns)).flatten(1)
+        g = g + means @ grid_weight[:, :, :rows, :columns].flatten(1).T
+    return g
+
+
+def eager_loss(g, target, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean"):
+    u = tau * g
+    if margin:
+        u = u.scatter_add(1, target[:, None], torch.full_like(u[:, :1], -margin))
+    return F.cross_entropy(u, target, label_smoothing=label_smoothing, reduction=reduction)
+
+
+def eager_layer_norm(x, eps=1e-5):
+    return F.layer_norm(x, x.shape[1:], eps=eps)
+
+
+def assert_as_exact(name, got, exact, plain, magnitude=None):
+    """`got` may be four times as far from the float64 result as plain PyTorch is in the dtype the arithmetic is done in, plus a few roundings.
+
+    `plain` of 16-bit inputs is computed in float32, so that nothing but the rounding of the result itself is allowed for them.
+    magnitude: the result with every term of its sums made positive, whose roundings an order of summation may bring in.
+    """
+    assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, expected {list(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    exact = exact.double()
+    scale = (exact if magnitude is None else magnitude.double()).abs().max()
+    compute = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
+    allowed = 4 * (plain.double() - exact).abs().max() + 4 * compute * scale
+    rounding = exact.abs() * torch.finfo(got.dtype).eps / 2 * (1 + 2**-7) + torch.finfo(got.dtype).smallest_normal
+    excess = (got.double() - exact).abs() - allowed - (rounding if got.dtype in (torch.bfloat16, torch.float16) else 0)
+    assert bool((excess <= 0).all()), f"{name} ({got.dtype}): {excess.max():.3g} beyond the {allowed:.3g} allowed"
+
+
+# --- layouts: (values) -> (the same values laid out so, the memory around them)
+
+
+def _within(values, shape, index):
+    big = torch.full(shape, float("nan"), dtype=values.dtype)
+    part = big[index]
+    part.copy_(values)
+    return part, big
+
+
+def _sliced(values):
+    return _within(values, [n + 3 for n in values.shape], tuple(slice(1, n + 1) for n in values.shape))
+
+
+def _every_other(values):
+    return _within(values, [2 * n for n in values.shape], tuple(slice(None, None, 2) for _ in values.shape))
+
+
+def _transposed(values):
+    big = values.mT.contiguous()
+    return big.mT, big
+
+
+def _batch_inside(values):
+    big = values.transpose(0, 1).contiguous()
+    return big.transpose(0, 1), big
+
+
+def _channels_last(values):
+    values = values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values.contiguous()
+    return values, values
+
+
+def _channels_of_channels_last(values):
+    """Some channels of a channels_last tensor."""
+    big = torch.full((*values.shape[:1], values.shape[1] + 2, *values.shape[2:]), float("nan"), dtype=values.dtype)
+    big = big.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else big
+    part = big[:, 1:-1]
+    part.copy_(values)
+    return part, big
+
+
+def _expanded(values):
+    """The last dimension repeated in memory of stride 0: changes the values."""
+    big = values[..., :1].contiguous()
+    return big.expand(values.shape), big
+
+
+LAYOUTS = {
+    "contiguous": lambda values: (values.contiguous(), values),
+    "channels_last": _channels_last,
+    "slice": _sliced,
+    "every other": _every_other,
+    "transposed": _transposed,
+    "batch inside": _batch_inside,
+    "channels of channels_last": _channels_of_channels_last,
+    "expanded": _expanded,
+}
+
+
+def same_bits(a, b):
+    """Equal, NaN for NaN."""
+    return a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@contextlib.contextmanager
+def planned_for(budget):
+    """Plans made for so many bytes of temporaries (None: this machine's): small ones force many chunks, tiles and recomputation."""
+    if budget is None:
+        yield
+        return
+    before = plan.budget
+    plan.budget = lambda device_type: budget
+    plan.plan.cache_clear()
+    try:
+        yield
+    finally:
+        plan.budget = before
+        plan.plan.cache_clear()
+
+
+# --- measurement
+
+
+def memory_events(function):
+    """(bytes given out or, negative, taken back) by torch's allocator while function() runs, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def peak_memory(function):
+    """Greatest number of bytes held above those at the start."""
+    held = peak = 0
+    for size in memory_events(function):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def operators_run(function):
+    """Names of all operators that run in function(), those inside other operators too."""
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        function()
+    return {e.name() for e in run.profiler.kineto_results.events()}

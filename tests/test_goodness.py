@@ -1,0 +1,484 @@
+"""goodness, goodness_loss and goodness_step against autograd of the eager formulation in float64."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import (
+    LAYOUTS,
+    assert_as_exact,
+    eager_goodness,
+    eager_layer_norm,
+    eager_loss,
+    memory_events,
+    planned_for,
+    same_bits,
+)
+from torch import nn
+
+import fastff.functional as ff
+from fastff.nn import FFConv2d, GoodnessHead
+from fastff.ops.goodness import ROWS
+
+IMPLEMENTATIONS = [row.name for row in ROWS]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NAMES = ("x", "weight", "bias", "grid_weight")
+EXAMPLES = 60
+# bytes of temporaries: this machine's; a few samples or classes at a time; one at a time
+BUDGETS = (None, 16, 400, 4000)
+
+
+def compute_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@st.composite
+def problems(draw, dtype):
+    """A call: canonical values in float64 (rounded to its dtype), what is handed in, and how."""
+    B, C, K = draw(st.integers(1, 5)), draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 3, 7, 11, 40]))
+    H, W = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    rank = draw(st.sampled_from([4, 4, 4, 3, 2]))
+    H, W = {4: (H, W), 3: (1, W), 2: (1, 1)}[rank]
+    squares, grid = draw(st.booleans()) or draw(st.booleans()), draw(st.sampled_from([None, None, (1, 1), (2, 2), (3, 2), (4, 4), (12, 1)]))
+    squares = squares or grid is None
+    kernel = draw(st.sampled_from([1, 1, 1, 3, 5])) if squares else 1
+    padding = kernel // 2
+    if kernel > 1 and min(H, W) >= kernel:
+        padding = draw(st.sampled_from([0, 1, kernel // 2]))
+    bias = squares and draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def values(scale, *shape, offset=0.0):
+        return (torch.randn(shape, dtype=torch.float64, generator=generator) * scale + offset).to(dtype)
+
+    x = values(1.0, B, C, H, W, offset=draw(st.sampled_from([0.0, 0.0, 2.0])))
+    layout = draw(st.sampled_from(sorted(LAYOUTS)))
+    channel_dim = draw(st.sampled_from([1, -1])) if rank > 2 else 1
+    if rank == 2:
+        shown = x[:, :, 0, 0]
+    elif channel_dim == -1:
+        shown = x.permute(0, 2, 3, 1) if rank == 4 else x[:, :, 0].mT
+    else:
+        shown = x if rank == 4 else x[:, :, 0]
+    given_x, around = LAYOUTS[layout](shown)
+    back = {1: lambda t: t, -1: lambda t: t.movedim(-1, 1)}[channel_dim]
+    x = back(given_x).reshape(B, C, H, W)
+    weight = values((2 / (C * kernel**2)) ** 0.5, K, C, kernel, kernel) if squares else None
+    grid_weight = values((1 / C) ** 0.5, K, C, *grid) if grid else None
+    parameter_layout = draw(st.sampled_from(["contiguous", "slice", "every other", "batch inside"]))
+    memories = [around]
+
+    def lay(t):
+        if t is None:
+            return None
+        t, memory = LAYOUTS[parameter_layout if t.dim() > 1 else "every other"](t)
+        memories.append(memory)
+        return t
+
+    return {
+        "canonical": (x, weight, values(0.5, K) if bias else None, grid_weight),
+        "x": given_x,
+        "lay": lay,
+        "memories": memories,
+        "flat_weight": kernel == 1 and draw(st.booleans()),
+        "options": {"padding": padding, "channel_dim": channel_dim, "algorithm": draw(st.sampled_from(["auto", "direct"] + ["second_moment"] * (kernel == 1)))},
+        "budget": draw(st.sampled_from(BUDGETS)),
+        "target": torch.randint(K, (B,), generator=generator),
+        "d": torch.randn(B, K, generator=generator, dtype=torch.float64),
+        "loss": {
+            "margin": draw(st.sampled_from([0.0, 1.5])),
+            "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+            "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        },
+        "tau": draw(st.sampled_from([1.0, 0.3])),
+        "learn_tau": draw(st.booleans()),
+    }  # fmt: skip
+
+
+def handed_in(problem):
+    """(weight, bias, grid_weight) as users hand them in."""
+    weight, bias, grid_weight = problem["canonical"][1:]
+    if weight is not None and problem["flat_weight"]:
+        weight = weight[:, :, 0, 0]
+    return [problem["lay"](t) for t in (weight, bias, grid_weight)]
+
+
+def eager_gradients(tensors, dtype, scalar):
+    """(result, {name: gradient}) of scalar(*tensors as leaves of `dtype`) -> (anything, number)."""
+    leaves = [None if t is None else t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
+    result, number = scalar(*leaves)
+    given = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(number, given, allow_unused=True))
+    grads = [None if t is None else next(found) for t in leaves]
+    return result, [torch.zeros_like(t) if g is None and t is not None else g for g, t in zip(grads, leaves, strict=True)]
+
+
+def magnitudes(tensors, d, padding):
+    """g and its gradients with every term of every sum positive."""
+    positive = [None if t is None else t.double().abs() for t in tensors]
+    return eager_gradients(positive, torch.float64, lambda *t: (g := eager_goodness(*t, padding), (g * d.abs()).sum()))
+
+
+@contextlib.contextmanager
+def unchanged(tensors):
+    before = [t.clone() for t in tensors]
+    yield
+    for t, was in zip(tensors, before, strict=True):
+        assert same_bits(t, was), "an input, or the memory around it, was written to"
+
+
+def shown_as(problem, t):
+    """A canonical [B, C, H, W] tensor as x was handed in."""
+    x = problem["x"]
+    if x.dim() == 2:
+        return t[:, :, 0, 0]
+    t = t if x.dim() == 4 else t[:, :, 0]
+    return t.movedim(1, -1) if problem["options"]["channel_dim"] == -1 else t
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_goodness_and_its_gradients(data, dtype, impl):
+    """Values, first derivatives for any cotangent, inputs and their surroundings untouched, the same bits twice."""
+    problem = data.draw(problems(dtype))
+    tensors, d, padding = problem["canonical"], problem["d"], problem["options"]["padding"]
+
+    def scalar(*leaves):
+        g = eager_goodness(*leaves, padding)
+        return g, (g * d.to(g.dtype)).sum()
+
+    exact_g, exact = eager_gradients(tensors, torch.float64, scalar)
+    plain_g, plain = eager_gradients(tensors, compute_dtype(dtype), scalar)
+    large_g, large = magnitudes(tensors, d, padding)
+    parameters = handed_in(problem)
+    memories = [t for t in (problem["x"], *parameters, *problem["memories"]) if t is not None]
+    with unchanged(memories), planned_for(problem["budget"]):
+        runs = []
+        for _ in range(2):
+            leaves = [None if t is None else t.detach().requires_grad_() for t in (problem["x"], *parameters)]
+            x, weight, bias, grid_weight = leaves
+            g = ff.goodness(x, weight, bias, grid_weight=grid_weight, impl=impl, **problem["options"])
+            found = iter(torch.autograd.grad(g, [t for t in leaves if t is not None], d.to(g.dtype)))
+            runs.append((g, [None if t is None else next(found) for t in leaves]))
+    g, grads = runs[0]
+    assert g.dtype == compute_dtype(dtype)
+    assert_as_exact("goodness", g.detach(), exact_g.detach(), plain_g.detach(), large_g.detach())
+    for name, t, grad, want, rough, size in zip(NAMES, (problem["x"], *parameters), grads, exact, plain, large, strict=True):
+        if t is None:
+            continue
+        assert grad.dtype == dtype
+        want, rough = (shown_as(problem, v) if name == "x" else v.reshape(t.shape) for v in (want, rough))
+        assert_as_exact(f"gradient of {name}", grad, want, rough, size)
+    for first, second in zip((runs[0][0], *runs[0][1]), (runs[1][0], *runs[1][1]), strict=True):
+        assert first is None or torch.equal(first, second)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_goodness_step_and_loss(data, dtype, impl):
+    """Every output of goodness_step, and goodness_loss with its gradients, for every loss option."""
+    problem, grad_scale, need_grad_x = data.draw(problems(dtype)), data.draw(st.sampled_from([None, 0.25])), data.draw(st.booleans())
+    normalize = data.draw(st.sampled_from(["layer_norm", "layer_norm_channels", None]))
+    tensors, target, padding, options = problem["canonical"], problem["target"], problem["options"]["padding"], problem["loss"]
+    tau = torch.tensor(problem["tau"], dtype=compute_dtype(problem["x"].dtype))
+
+    def scalar(*leaves):
+        *leaves, temperature = leaves
+        g = eager_goodness(*leaves, padding)
+        loss = eager_loss(g, target, temperature, **options)
+        return (g, loss), loss.sum()
+
+    (exact_g, exact_loss), exact = eager_gradients((*tensors, tau), torch.float64, scalar)
+    (plain_g, plain_loss), plain = eager_gradients((*tensors, tau), compute_dtype(dtype), scalar)
+    # |d| of each class, at most the sum of both its terms, over terms that are all positive
+    weight_of_sample = 1 / len(target) if options["reduction"] == "mean" else 1.0
+    d = problem["tau"] * weight_of_sample * ((problem["tau"] * exact_g.detach()).softmax(1) + 1)
+    large_g, large = magnitudes(tensors, d, padding)
+    # a softmax magnifies the error of its argument: |loss error| <= 2 tau max |g error|, relative errors of d likewise
+    sensitivity = 1 + 2 * problem["tau"] * large_g.max()
+    large, large_loss = [None if t is None else t * sensitivity for t in large], large_g.max() * problem["tau"] + 1 + options["margin"]
+
+    parameters = handed_in(problem)
+    given_tau = tau if problem["learn_tau"] else problem["tau"]
+    memories = [t for t in (problem["x"], *parameters, *problem["memories"], target, tau) if t is not None]
+    x, (weight, bias, grid_weight) = problem["x"], parameters
+    kwargs = dict(grid_weight=grid_weight, impl=impl, **problem["options"], **options)
+    with unchanged(memories), planned_for(problem["budget"]):
+        scale = None if grad_scale is None else torch.tensor(grad_scale)
+        step, again = (
+            ff.goodness_step(x, weight, bias, target, tau=given_tau, grad_scale=scale, normalize=normalize, need_grad_x=need_grad_x, **kwargs)
+            for _ in range(2)
+        )  # fmt: skip
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *parameters)]
+        learned = tau.clone().requires_grad_() if problem["learn_tau"] else problem["tau"]
+        loss = ff.goodness_loss(*leaves[:3], target, tau=learned, **(kwargs | {"grid_weight": leaves[3]}))
+        wanted = [t for t in (*leaves, learned) if isinstance(t, torch.Tensor)]
+        found = iter(torch.autograd.grad(loss.sum(), wanted))
+        loss_grads = [next(found) if isinstance(t, torch.Tensor) else None for t in (*leaves, learned)]
+
+    for a, b in zip(step, again, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert step.loss.shape == ((len(target),) if options["reduction"] == "none" else ())
+    assert step.loss.dtype == step.goodness.dtype == compute_dtype(dtype)
+    assert_as_exact("goodness", step.goodness, exact_g.detach(), plain_g.detach(), large_g.detach())
+    total = len(target) if options["reduction"] == "sum" else 1
+    for which, value in (("step", step.loss), ("goodness_loss", loss.detach())):
+        assert_as_exact(f"loss of {which}", value, exact_loss.detach(), plain_loss.detach(), large_loss * total)
+    factor = 1.0 if grad_scale is None else grad_scale
+    step_grads = (step.grad_x, step.grad_weight, step.grad_bias, step.grad_grid_weight, step.grad_tau)
+    sizes = [*large[:4], (large_g * d).sum() * sensitivity / problem["tau"]]
+    for name, t, by_step, by_loss, want, rough, size in zip(
+        (*NAMES, "tau"), (x, *parameters, tau if problem["learn_tau"] else None), step_grads, loss_grads, exact, plain, sizes, strict=True
+    ):  # fmt: skip
+        if t is None or (name == "x" and not need_grad_x):
+            assert by_step is None
+            continue
+        want, rough = (shown_as(problem, v) if name == "x" else v.reshape(t.shape) for v in (want, rough))
+        assert by_step.dtype == by_loss.dtype == t.dtype
+        assert_as_exact(f"grad_{name} of step", by_step, want * factor, rough * factor, size * factor)
+        assert_as_exact(f"gradient of {name}", by_loss, want, rough, size)
+    if normalize is None:
+        assert step.normalized is None
+        return
+    canonical = tensors[0]
+    norm = eager_layer_norm if normalize == "layer_norm" else lambda t: eager_layer_norm(t.flatten(2).mT.flatten(0, 1)).unflatten(0, (len(t), -1)).mT.reshape(t.shape)
+    exact_norm, plain_norm = (shown_as(problem, norm(canonical.to(t))) for t in (torch.float64, compute_dtype(dtype)))
+    assert step.normalized.dtype == dtype
+    # the mean is taken away first: its rounding is as large as the elements, relative to the deviation it is divided by
+    over = canonical.double().flatten(1) if normalize == "layer_norm" else canonical.double().movedim(1, -1)
+    worst = (over.abs().amax(-1) / (over.var(-1, correction=0) + 1e-5).sqrt()).max()
+    assert_as_exact("normalized", step.normalized, exact_norm, plain_norm, worst)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "second_moment"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("shape", "classes"), [((3, 5, 4, 4), 40), ((6, 4, 2, 2), 3), ((5, 7, 1, 1), 9), ((2, 3, 8, 8), 600), ((4, 6, 7, 3), 35)]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_every_form_of_the_algorithms(shape, classes, impl, algorithm, layout):
+    """Flat and batched products, tiles that are kept and computed again, one sample at a time: all give the same step."""
+    torch.manual_seed(0)
+    x, target = LAYOUTS[layout](torch.randn(shape, dtype=torch.float64))[0], torch.randint(classes, shape[:1])
+    weight, bias, grid_weight = torch.randn(classes, shape[1]), torch.randn(classes), torch.randn(classes, shape[1], 2, 3)
+    weight, bias, grid_weight = weight.double(), bias.double(), grid_weight.double()
+
+    def scalar(*leaves):
+        g = eager_goodness(*leaves)
+        return g, eager_loss(g, target)
+
+    _, exact = eager_gradients((x, weight[:, :, None, None], bias, grid_weight), torch.float64, scalar)
+    for budget in (None, 4 * 8, 4 * 8 * 300, 4 * 8 * 2000):
+        with planned_for(budget):
+            step = ff.goodness_step(x, weight, bias, target, grid_weight=grid_weight, impl=impl, algorithm=algorithm)
+        got = (step.grad_x, step.grad_weight[:, :, None, None], step.grad_bias, step.grad_grid_weight)
+        for name, a, b in zip(NAMES, got, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12 * float(b.abs().max()), msg=lambda m, name=name: f"{name}: {m}")
+        formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+        assert step.grad_x.is_contiguous(memory_format=formats[layout])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_empty_batch(impl, kernel):
+    x, weight = torch.empty(0, 3, 4, 5, requires_grad=True), torch.randn(6, 3, kernel, kernel, requires_grad=True)
+    grid_weight = torch.randn(6, 3, 2, 2, requires_grad=True)
+    g = ff.goodness(x, weight, grid_weight=grid_weight, padding=kernel // 2, impl=impl)
+    assert g.shape == (0, 6)
+    grads = torch.autograd.grad(g.sum(), (x, weight, grid_weight))
+    assert grads[0].shape == x.shape
+    assert not grads[1].any()
+    assert not grads[2].any()
+
+
+DERIVATIVES = {
+    "squares": {"weight": (4, 3, 1, 1)},
+    "bias": {"weight": (4, 3, 1, 1), "bias": (4,)},
+    "grid": {"grid_weight": (4, 3, 2, 3)},
+    "both": {"weight": (4, 3, 1, 1), "bias": (4,), "grid_weight": (4, 3, 2, 2)},
+    "3 x 3": {"weight": (4, 3, 3, 3), "bias": (4,), "grid_weight": (4, 3, 2, 2)},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "second_moment"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", DERIVATIVES)
+def test_first_and_second_derivatives(case, impl, algorithm):
+    if case == "3 x 3" and algorithm == "second_moment":
+        with pytest.raises(ValueError, match="second_moment needs kernel size 1"):
+            ff.goodness(torch.randn(2, 3, 4, 3), torch.randn(4, 3, 3, 3), algorithm=algorithm)
+        return
+    torch.manual_seed(0)
+    shapes = {"x": (2, 3, 3, 2), **DERIVATIVES[case]}
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
+    padding = 1 if case == "3 x 3" else 0
+
+    def goodness(*tensors):
+        named = {"weight": None} | dict(zip(shapes, tensors, strict=True))
+        return ff.goodness(**named, padding=padding, impl=impl, algorithm=algorithm)
+
+    assert torch.autograd.gradcheck(goodness, leaves)
+    assert torch.autograd.gradgradcheck(goodness, leaves)
+
+
+def test_derivatives_of_the_loss():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 2, 2, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, torch.tensor(0.7, dtype=torch.float64))]
+    target = torch.tensor([0, 3, 1])
+
+    def loss(x, weight, tau):
+        return ff.goodness_loss(x, weight, None, target, tau=tau, margin=0.5, label_smoothing=0.1)
+
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+def test_goodness_step_cannot_be_differentiated_again():
+    arguments = [torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 1, 1), None, None, torch.tensor([0, 4])]
+    loss, *_ = torch.ops.fastff.goodness_step(*arguments, 1.0, None, 0.0, 0.0, "mean", None, "layer_norm", 1e-5, True, [0, 0], "auto", "auto")
+    with pytest.raises(RuntimeError, match="cannot be differentiated again; use goodness_loss"):
+        loss.backward()
+    step = ff.goodness_step(*arguments[:3], arguments[4])
+    assert not any(t.requires_grad for t in step if t is not None)
+
+
+def test_opcheck():
+    """Schemas, fake kernels, autograd registration and tracing of every op, as PyTorch checks them."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 4, 5, 2), torch.randn(6, 4, 1, 1), torch.randn(6)
+    grid_weight, target, last = torch.randn(6, 4, 2, 2), torch.tensor([0, 5, 2]), x.contiguous(memory_format=torch.channels_last)
+    how = ([0, 0], "auto", "auto")
+
+    def learned(*tensors):
+        return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+
+    ops = torch.ops.fastff
+    for given in ((x, weight, bias, grid_weight), (last, weight, None, None), (x.half(), None, None, grid_weight.half())):
+        torch.library.opcheck(ops.goodness.default, (*learned(*given), *how))
+        torch.library.opcheck(ops.goodness.default, (*given, *how))
+        for need_x in (True, False):
+            torch.library.opcheck(ops.goodness_backward.default, (torch.randn(3, 6), *given, *how, need_x))
+        for reduction, normalize, tau in (("mean", "layer_norm", None), ("none", "none", torch.tensor(0.5)), ("sum", "layer_norm_channels", None)):
+            options = (1.0, tau, 0.1, 0.1, reduction, None, normalize, 1e-5, tau is None)
+            torch.library.opcheck(ops.goodness_step.default, (*given, target, *options, *how))
+        torch.library.opcheck(ops.layer_norm.default, (*learned(given[0]), 1e-5, "auto"))
+
+
+def test_compile_and_export():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = FFConv2d(3, 4, 3, num_classes=5, grid=2, bias=True)
+            self.head = GoodnessHead(4, 5, kernel_size=3, learn_tau=True)
+
+        def forward(self, x):
+            y, g = self.block(x)
+            y = self.block.next_input(y)
+            return y, g, self.head.logits(self.head(y))
+
+    torch.manual_seed(0)
+    net, x, target = Net().eval(), torch.randn(2, 3, 6, 6), torch.tensor([4, 1])
+    want = net(x)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    got = compiled(x)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+    def loss(outputs):
+        return net.block.head.loss(outputs[1], target) + net.head.loss(outputs[2], target)
+
+    parameters = list(net.parameters())
+    for a, b in zip(torch.autograd.grad(loss(got), parameters), torch.autograd.grad(loss(want), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x, weight, target):
+        return ff.goodness_step(x, weight, None, target, tau=0.5)
+
+    weight = torch.randn(5, 3)
+    for a, b in zip(step(x, weight, target), ff.goodness_step(x, weight, None, target, tau=0.5), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+    exported = torch.export.export(net, (x,))
+    for a, b in zip(exported.module()(x), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("algorithm", ["direct", "second_moment"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_not_a_number_stays_in_its_sample(impl, algorithm, value):
+    """As in PyTorch: a sample with NaN or infinity has no finite loss and gradient; the others are as without it."""
+    torch.manual_seed(0)
+    x, weight, target = torch.randn(4, 3, 5, 5), torch.randn(6, 3), torch.tensor([0, 1, 2, 3])
+    x[1, 2, 3, 3] = value
+    step = ff.goodness_step(x, weight, None, target, reduction="none", impl=impl, algorithm=algorithm)
+    eager = eager_goodness(x, weight[:, :, None, None])
+    assert step.loss.isnan().tolist() == eager_loss(eager, target, reduction="none").isnan().tolist() == [False, True, False, False]
+    assert step.goodness.isfinite().all(1).tolist() == eager.isfinite().all(1).tolist() == [True, False, True, True]
+    assert not step.grad_weight.isfinite().any()
+    others = [0, 2, 3]
+    clean = ff.goodness_step(x[others], weight, None, target[others], reduction="none", impl=impl, algorithm=algorithm)
+    for name in ("loss", "goodness", "grad_x", "normalized"):
+        torch.testing.assert_close(getattr(step, name)[others], getattr(clean, name), rtol=1e-5, atol=1e-6)
+    weight[2, 1] = value
+    g = ff.goodness(x[others], weight, impl=impl, algorithm=algorithm)
+    assert g.isfinite().all(0).tolist() == [True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("label", [-1, 6, 2**40])
+def test_labels_out_of_range_raise(impl, label):
+    x, weight, target = torch.randn(3, 4, 2, 2), torch.randn(6, 4), torch.tensor([0, label, 5])
+    for call in (ff.goodness_step, ff.goodness_loss):
+        with pytest.raises(ValueError, match=rf"target: expected labels in 0\.\.5, got {label}"):
+            call(x, weight, None, target, impl=impl)
+
+
+def test_16_bit_activations_whose_squares_overflow():
+    """Squares of float16 activations above 255 overflow; accumulated in float32 they must not."""
+    x, weight = torch.full((2, 4, 3, 3), 300.0, dtype=torch.float16), torch.full((2, 4), 0.25, dtype=torch.float16)
+    for algorithm in ("direct", "second_moment"):
+        g = ff.goodness(x, weight, algorithm=algorithm)
+        assert g.dtype == torch.float32
+        assert g.tolist() == [[90000.0] * 2] * 2
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "second_moment"])
+def test_large_head_is_never_formed_whole(algorithm):
+    """No tensor as large as [B, K, P], or as one sample's [K, P], or as all samples' W S [B, K, C], beyond the budget."""
+    torch.manual_seed(0)
+    B, C, H, K, budget = 6, 8, 40, 500, 2**18
+    x, weight, target = torch.randn(B, C, H, H), torch.randn(K, C), torch.randint(K, (B,))
+    with planned_for(budget):
+        ff.goodness_step(x, weight, None, target, algorithm=algorithm)  # loads what is loaded once
+        step = memory_events(lambda: ff.goodness_step(x, weight, None, target, algorithm=algorithm))
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        both = memory_events(lambda: ff.goodness_loss(*leaves, None, target, algorithm=algorithm).backward())
+    bound = max(4 * x.numel(), budget)
+    assert 4 * K * H * H > 2 * bound, "one sample's outputs must not fit, or this test could not fail"
+    assert 0 < max(step) <= bound
+    assert 0 < max(both) <= bound
+    memory = 4 * (2 * x.numel() + 4 * B * K + 3 * weight.numel()) + 4 * budget
+    held = peak = 0
+    for size in step:
+        held += size
+        peak = max(peak, held)
+    assert peak <= memory, f"{peak} bytes at the peak, expected at most {memory}"
+
+
+def test_same_loss_whatever_the_batch_is_cut_into():
+    """Each sample's goodness does not depend on its neighbours' values."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 5, 6, 6), torch.randn(9, 5)
+    whole = ff.goodness(x, weight)
+    with planned_for(400):
+        torch.testing.assert_close(ff.goodness(x, weight), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([ff.goodness(part, weight) for part in x.split(3)]), whole, rtol=1e-5, atol=1e-6)

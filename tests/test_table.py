@@ -1,0 +1,199 @@
+"""Which implementation and which algorithm run: impl=, FASTFF_IMPL, the plan, its calibration file."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import fastff.functional as ff
+from fastff.kernels.composed.goodness import Plan
+from fastff import ops
+from fastff.ops import TABLES, plan, table
+from fastff.ops.goodness import plan_for
+from fastff.ops.table import Implementation, always, choose
+
+ROWS = [
+    Implementation("native", lambda x: "no compiler" if x.dtype != torch.float32 else None, "fast"),
+    Implementation("composed", always, "middle"),
+    Implementation("reference", always, "slow"),
+]
+SINGLE, HALF = torch.empty(1), torch.empty(1, dtype=torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def clean_plan(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTFF_IMPL", raising=False)
+    monkeypatch.setenv("FASTFF_CACHE", str(tmp_path))
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    plan.second_moment_factor.cache_clear()
+    plan.plan.cache_clear()
+
+
+def test_auto_takes_the_first_that_can_run():
+    assert choose("op", ROWS, "auto", SINGLE).run == "fast"
+    assert choose("op", ROWS, "auto", HALF).run == "middle"
+
+
+def test_a_name_runs_or_raises_with_the_reason():
+    assert choose("op", ROWS, "reference", SINGLE).run == "slow"
+    with pytest.raises(RuntimeError, match=r"impl='native': no implementation of op can run here \(native: no compiler\)"):
+        choose("op", ROWS, "native", HALF)
+    with pytest.raises(RuntimeError, match=r"triton: there is no such implementation of op yet"):
+        choose("op", ROWS, "triton", SINGLE)
+
+
+def test_names_in_order_of_preference():
+    assert choose("op", ROWS, "triton, native,reference", SINGLE).run == "fast"
+    assert choose("op", ROWS, "triton,native,reference", HALF).run == "slow"
+
+
+@pytest.mark.parametrize("wrong", ["fastest", "", "native,", "Native"])
+def test_unknown_names(wrong):
+    with pytest.raises(ValueError, match="impl: expected 'auto' or names out of cuda, triton, native, composed, reference, got"):
+        choose("op", ROWS, wrong, SINGLE)
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("FASTFF_IMPL", "reference")
+    assert choose("op", ROWS, "auto", SINGLE).run == "slow"
+    assert choose("op", ROWS, "composed", SINGLE).run == "middle", "an argument goes before the environment"
+    monkeypatch.setenv("FASTFF_IMPL", "quick")
+    with pytest.raises(ValueError, match="FASTFF_IMPL: expected 'auto' or names"):
+        choose("op", ROWS, "auto", SINGLE)
+    monkeypatch.setenv("FASTFF_IMPL", "auto")
+    assert choose("op", ROWS, "auto", SINGLE).run == "fast"
+
+
+def test_public_functions_follow_both(monkeypatch):
+    """Through the op, not only through choose(): the row asked for is the one that computes."""
+    x, weight, target = torch.randn(2, 3, 4, 4), torch.randn(5, 3), torch.tensor([0, 1])
+    calls = []
+
+    def spied(op, row):
+        if not isinstance(row.run, type):
+            return row._replace(run=spy(calls, (op, row.name), row.run))
+        functions = {name: staticmethod(spy(calls, (op, row.name), getattr(row.run, name))) for name in ("goodness", "goodness_step")}
+        return row._replace(run=type("Spy", (row.run,), functions))
+
+    for op, module in (("goodness", ops.goodness), ("layer_norm", ops.layer_norm)):
+        monkeypatch.setattr(module, "ROWS", [spied(op, row) for row in module.ROWS])
+    ff.goodness(x, weight, impl="reference")
+    ff.layer_norm(x, impl="reference")
+    assert calls == [("goodness", "reference"), ("layer_norm", "reference")]
+    calls.clear()
+    monkeypatch.setenv("FASTFF_IMPL", "composed")
+    ff.goodness_step(x, weight, None, target)
+    assert calls == [("goodness", "composed"), ("layer_norm", "composed")]
+    with pytest.raises(RuntimeError, match="there is no such implementation of goodness yet"):
+        ff.goodness(x, weight, impl="cuda")
+
+
+def spy(calls, note, function):
+    def run(*args, **kwargs):
+        calls.append(note)
+        return function(*args, **kwargs)
+
+    return run
+
+
+def test_names_of_the_tables_are_known():
+    for rows in TABLES.values():
+        names = [row.name for row in rows]
+        assert names == [name for name in table.NAMES if name in names], "the order of preference is the same everywhere"
+
+
+# --- the plan
+
+
+def test_the_cheaper_algorithm_by_counted_cost():
+    factor, source = plan.second_moment_factor()
+    assert (factor, source) == (plan.SECOND_MOMENT_FACTOR, "default")
+    chosen = set()
+    for B, C, P, K in itertools.product([1, 32], [8, 64, 512], [1, 16, 1024, 3136], [10, 100, 1000]):
+        how = plan.plan(B, C, P, K)
+        # products as in sff.md section 3, counted for the forward and the backward pass
+        second = factor * plan.second_moment_cost(C, P, K)
+        direct = plan.direct_cost(C, P, K, recompute=K * P > plan.budget("cpu") // 4)
+        assert how.algorithm == ("second_moment" if second < direct else "direct")
+        chosen.add(how.algorithm)
+    assert chosen == {"direct", "second_moment"}
+    assert plan.plan(8, 64, 3136, 1000).algorithm == "second_moment"
+    assert plan.plan(32, 512, 16, 100).algorithm == "direct"
+
+
+def test_costs_count_what_they_say():
+    """Leading terms: 3 P C K for direct (4 when computed again), 2 P C^2 + 2 K C^2 for the second moment."""
+    C, P, K = 1000, 2000, 3000
+    assert plan.direct_cost(C, P, K) / (P * C * K) == pytest.approx(3, rel=0.05)
+    assert plan.direct_cost(C, P, K, recompute=True) / (P * C * K) == pytest.approx(4, rel=0.05)
+    assert plan.second_moment_cost(C, P, K) / (2 * (P + K) * C * C) == pytest.approx(1, rel=0.05)
+
+
+def test_temporaries_of_a_chunk_stay_within_the_budget():
+    for B, C, P, K in itertools.product([1, 5, 64], [8, 64, 512], [1, 16, 1024, 3136], [1, 10, 1000]):
+        how = plan.plan(B, C, P, K)
+        assert 1 <= how.samples <= B
+        assert 1 <= how.classes <= K
+        if how.algorithm == "direct":
+            room = plan.budget("cpu")
+            assert 4 * how.classes * P <= max(room, 4 * P)
+            assert how.samples == 1 or 4 * how.samples * P * (C + how.classes) <= room
+
+
+def test_algorithm_can_be_asked_for():
+    for algorithm in ("direct", "second_moment"):
+        assert plan.plan(8, 64, 64, 100, algorithm=algorithm).algorithm == algorithm
+    assert plan.plan(8, 64, 64, 100, kernel=(3, 3)).algorithm == "convolution"
+    x, weight = torch.empty(8, 64, 32, 32), torch.empty(1000, 64, 1, 1)
+    assert isinstance(plan_for(x, weight, None, (0, 0)), Plan)
+    assert plan_for(x, weight, None, (0, 0), "direct").algorithm == "direct"
+    assert plan_for(x, weight, None, (0, 0)).algorithm == "second_moment"
+
+
+def test_calibration_file_is_read():
+    shape = (8, 64, 3136, 1000)
+    assert plan.plan(*shape).algorithm == "second_moment"
+    plan.cache_file().write_text(json.dumps({"second_moment_factor": 1e6}))
+    forget()
+    assert plan.second_moment_factor() == (1e6, str(plan.cache_file()))
+    assert plan.plan(*shape).algorithm == "direct"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "null", "{}", '{"second_moment_factor": "fast"}', '{"second_moment_factor": null}', '{"second_moment_factor": NaN}']
+    + ['{"second_moment_factor": 0}', '{"second_moment_factor": -1}', '{"second_moment_factor": 1e999}', '{"second_moment_factor": [1]}', "\x00\xff"],
+)  # fmt: skip
+def test_damaged_calibration_file_is_ignored(text):
+    plan.cache_file().write_bytes(text.encode("latin-1"))
+    forget()
+    assert plan.second_moment_factor() == (plan.SECOND_MOMENT_FACTOR, "default")
+
+
+def test_calibration_file_that_cannot_be_opened_is_ignored():
+    plan.cache_file().mkdir()
+    forget()
+    assert plan.second_moment_factor() == (plan.SECOND_MOMENT_FACTOR, "default")
+
+
+def test_calibrate_measures_and_keeps(monkeypatch):
+    monkeypatch.setattr(plan, "CALIBRATION_SHAPES", [(2, 8, 16, 10), (1, 4, 64, 30), (2, 16, 4, 5)])
+    factor = plan.calibrate(repeats=3)
+    assert 0 < factor < float("inf")
+    assert json.loads(plan.cache_file().read_text())["second_moment_factor"] == factor
+    assert plan.second_moment_factor() == (factor, str(plan.cache_file()))
+    assert [p.name for p in plan.cache_file().parent.iterdir()] == [plan.cache_file().name], "nothing temporary is left"
+
+
+def test_the_choice_stays_for_the_same_shape():
+    """Resumed runs repeat their bits: a factor measured meanwhile by another process changes nothing before the next start."""
+    before = plan.plan(8, 64, 3136, 1000)
+    plan.cache_file().write_text(json.dumps({"second_moment_factor": 1e6}))
+    assert plan.plan(8, 64, 3136, 1000) == before

@@ -1,0 +1,575 @@
+"""Trainer against block-local training written naively with autograd, what a step leaves in memory, and Backprop against plain PyTorch."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import eager_goodness, eager_layer_norm, eager_loss, operators_run, peak_memory
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import fastff
+from fastff import SFF, Backprop, Trainer
+
+CLASSES = 5
+
+
+class Plain(nn.Module):
+    """Convolutions without batch norm: nothing in it looks at more than one sample."""
+
+    def __init__(self, depth=4, channels=6, in_channels=3):
+        super().__init__()
+        sizes = [in_channels, *[channels] * depth]
+        self.features = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False)))
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(channels, CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.features(x)).flatten(1))
+
+
+def resnet():
+    return fastff.models.resnet18(num_classes=CLASSES, stem="cifar", width=4)
+
+
+def mobilenet():
+    return fastff.models.mobilenet_v3_small(num_classes=CLASSES, stem="cifar", width_mult=0.25)
+
+
+MODELS = {"resnet18": (resnet, (3, 16, 16)), "mobilenet_v3_small": (mobilenet, (3, 16, 16)), "plain": (Plain, (3, 8, 8))}
+
+
+def made(name="plain", dtype=torch.float64, seed=0, **options):
+    torch.manual_seed(seed)
+    make, shape = MODELS[name]
+    return SFF(make().to(dtype), CLASSES, input_shape=shape, **options)
+
+
+def batches(sff, steps=10, size=6, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, *sff.input_shape, generator=generator, dtype=torch.float64).to(dtype), torch.randint(CLASSES, (size,), generator=generator))
+        for _ in range(steps)
+    ]  # fmt: skip
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def adamw(groups):
+    return torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.05)
+
+
+# --- the oracle
+
+
+def by_hand(sff):
+    """[(function from the tensors alive to those after, its modules)] of the blocks, named by hand where they can be."""
+    model = sff.model
+    if isinstance(model, fastff.models.resnet.ResNet) and sff.granularity == "block":
+        stem = nn.Sequential(model.conv1, model.bn1, model.relu)
+        modules = [stem, *model.layer1, *model.layer2, *model.layer3, *model.layer4]
+    elif isinstance(model, fastff.models.mobilenet_v3.MobileNetV3) and sff.granularity == "block":
+        modules = list(model.features)
+    elif isinstance(model, Plain):
+        modules = list(model.features)
+    else:
+        return [(block, block) for block in sff.blocks]
+    assert len(modules) == len(sff.blocks)
+    return [(lambda x, module=module: (module(x),), module) for module in modules]
+
+
+def local_loss(head, x, target):
+    """The loss of a goodness head as anyone would write it."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    g = eager_goodness(x.to(wide), head.weight, head.bias, head.grid_weight, padding=head.kernel_size // 2)
+    tau = head.tau if head.log_tau is None else head.log_tau.exp()
+    return eager_loss(g, target, tau, head.margin, head.label_smoothing), g
+
+
+def grouped(parameters):
+    parameters = list(parameters)
+    groups = [{"params": [p for p in parameters if p.dim() > 1]}, {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def naive_training(sff, data, make, window=1, clip=None, frozen=0, amp=None):
+    """Trains `sff` in place: one graph of everything, the gradients of each block summed over the losses that may reach it, then one
+    update of all. Returns the losses [steps][blocks]."""
+    blocks = by_hand(sff)
+    for parameter in [p for _, module in blocks[:frozen] for p in module.parameters()]:
+        parameter.requires_grad_(False)
+    own = [[p for p in module.parameters() if p.requires_grad] for _, module in blocks]
+    heads = [list(head.parameters()) for head in sff.heads]
+    optimizers = [make(grouped([*a, *b])) for a, b in zip(own, heads, strict=True)]
+    sff.train()
+    for _, module in blocks[:frozen]:
+        module.eval()
+    history = []
+    for images, target in data:
+        alive, losses = (images,), []
+        for index, ((function, _), head) in enumerate(zip(blocks, sff.heads, strict=True)):
+            with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None), torch.set_grad_enabled(index >= frozen):
+                alive = function(*alive)
+            losses.append(local_loss(head, alive[0], target)[0])
+            alive = (eager_layer_norm(alive[0]), *alive[1:])
+        with torch.no_grad():
+            sums = [[torch.zeros_like(p) for p in parameters] for parameters in own]
+        for last in range(frozen, len(blocks)):
+            heads_grads = torch.autograd.grad(losses[last], heads[last], retain_graph=True)
+            for p, grad in zip(heads[last], heads_grads, strict=True):
+                p.grad = grad
+            for first in range(max(frozen, last - window + 1), last + 1):
+                grads = torch.autograd.grad(losses[last], own[first], retain_graph=True, allow_unused=True) if own[first] else []
+                for total, grad in zip(sums[first], grads, strict=True):
+                    total.add_(0 if grad is None else grad)
+        for index in range(frozen, len(blocks)):
+            for p, grad in zip(own[index], sums[index], strict=True):
+                p.grad = grad
+            if clip is not None:
+                nn.utils.clip_grad_norm_([*own[index], *heads[index]], clip)
+            optimizers[index].step()
+            optimizers[index].zero_grad()
+        history.append([float(loss.detach()) if i >= frozen else 0.0 for i, loss in enumerate(losses)])
+    return history
+
+
+def train(trainer, data):
+    trainer.train_mode()
+    return [trainer.step(*batch).tolist() for batch in data]
+
+
+def vector(sff):
+    return torch.cat([t.detach().double().flatten() for name, t in sff.state_dict().items() if t.is_floating_point()])
+
+
+def assert_same_training(sff, other, rtol=1e-9):
+    print("DIFF", float((vector(sff)-vector(other)).abs().max()))
+    for (name, a), b in zip(sff.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- ten steps
+
+
+CASES = [
+    (model, granularity, window, optimizer)
+    for model in ("resnet18", "mobilenet_v3_small")
+    for granularity, window, optimizer in [
+        ("block", 1, sgd), ("block", 2, sgd), ("block", 3, sgd), ("layer", 1, sgd), ("layer", 2, sgd), ("layer", 3, sgd),
+        ("block", 1, adamw), ("block", 2, adamw), ("layer", 1, adamw),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "granularity", "window", "optimizer"), CASES)
+def test_ten_steps_equal_naive_training(model, granularity, window, optimizer):
+    """Weights, batch-norm statistics and losses, in float64."""
+    sff = made(model, granularity=granularity, bias=True)
+    naive = copy.deepcopy(sff)
+    data = batches(sff)
+    start = vector(sff)
+    losses = train(Trainer(sff, optimizer, window=window), data)
+    expected = naive_training(naive, data, optimizer, window)
+    assert float((vector(sff) - start).abs().max()) > 1e-2, "nothing was trained"
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-9, atol=1e-9)
+    assert_same_training(sff, naive)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small"])
+def test_ten_steps_in_float32(model, window):
+    """Not further from the float64 weights than twice what naive training in float32 is."""
+    exact = made(model)
+    data = batches(exact)
+    single, naive = copy.deepcopy(exact).float(), copy.deepcopy(exact).float()
+    narrow = [(images.float(), target) for images, target in data]
+    naive_training(exact, data, sgd, window)
+    naive_training(naive, narrow, sgd, window)
+    train(Trainer(single, sgd, window=window), narrow)
+    error, allowed = ((vector(s) - vector(exact)).norm() for s in (single, naive))
+    assert 0 < error <= 2 * allowed, f"{error:.3g} from the float64 weights, naive training is {allowed:.3g}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(learn_tau=True, tau=0.5), dict(margin=1.0, label_smoothing=0.1), dict(kernel_size=3, grid=0), dict(grid=0, bias=True), dict(squares=False)],
+)
+@pytest.mark.parametrize("window", [1, 2])
+def test_options_of_the_heads(options, window):
+    sff = made(**options)
+    naive, data = copy.deepcopy(sff), batches(sff, 5)
+    train(Trainer(sff, adamw, window=window), data)
+    naive_training(naive, data, adamw, window)
+    assert_same_training(sff, naive)
+    if "learn_tau" in options:
+        assert all(float(head.log_tau.detach().exp()) != 0.5 for head in sff.heads)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_normalisation_over_channels_and_none(window):
+    for normalize, norm in (("layer_norm_channels", lambda x: F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)), (None, lambda x: x)):
+        sff = made(normalize=normalize)
+        naive, data = copy.deepcopy(sff), batches(sff, 4)
+        train(Trainer(sff, sgd, window=window), data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "eager_layer_norm", norm)
+            naive_training(naive, data, sgd, window)
+        assert_same_training(sff, naive)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("parts", [2, 3, 7, 50])
+def test_micro_batches_add_up(parts, window):
+    """Also where the last part is smaller; in a net without batch norm they change nothing."""
+    whole = made()
+    cut, data = copy.deepcopy(whole), batches(whole, 4, size=7)
+    a = train(Trainer(whole, adamw, window=window), data)
+    trainer = Trainer(cut, adamw, window=window, micro_batches=parts)
+    b = train(trainer, data)
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6)
+    assert_same_training(cut, whole)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_gradients_are_clipped_block_by_block(window):
+    sff = made()
+    naive, free, data = copy.deepcopy(sff), copy.deepcopy(sff), batches(sff, 4)
+    train(Trainer(sff, sgd, window=window, clip_grad_norm=0.1), data)
+    naive_training(naive, data, sgd, window, clip=0.1)
+    assert_same_training(sff, naive)
+    train(Trainer(free, sgd, window=window), data)
+    assert float((vector(free) - vector(sff)).abs().max()) > 1e-3, "0.1 clipped nothing"
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_frozen_blocks(window):
+    """They keep every bit, batch-norm statistics too, no loss reaches into them, and their heads still say what they see."""
+    sff = made("resnet18", granularity="block")
+    naive, before, data = copy.deepcopy(sff), copy.deepcopy(sff), batches(sff, 4)
+    trainer = Trainer(sff, sgd, window=window, frozen=4)
+    losses = train(trainer, data)
+    assert all(row[:4] == [0.0] * 4 and min(row[4:]) > 0 for row in losses)
+    expected = naive_training(naive, data, sgd, window, frozen=4)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-9, atol=1e-9)
+    assert_same_training(sff, naive)
+    for (name, a), b in zip(sff.model.state_dict().items(), before.model.state_dict().values(), strict=True):
+        frozen = name.startswith(("conv1", "bn1", "layer1", "layer2.0"))
+        if not name.startswith("fc") and not name.endswith("num_batches_tracked"):
+            assert torch.equal(a, b) == frozen, name
+    assert set(trainer.scores(data[0][0])) == {"vote", *(f"block {i}" for i in range(9))}
+
+
+def test_greedy_trains_one_block_after_the_other():
+    sff = made("resnet18", granularity="stage")
+    data, trained = batches(sff, 3), []
+
+    class Watched(Trainer):
+        def step(self, images, target):
+            before = [[p.detach().clone() for p in self.sff.block_parameters(i)] for i in range(4)]
+            running = [[b.clone() for b in block.buffers()] for block in self.sff.blocks]
+            losses = super().step(images, target)
+            changed = [i for i in range(4) if not all(map(torch.equal, before[i], self.sff.block_parameters(i)))]
+            statistics = [i for i in range(4) if not all(map(torch.equal, running[i], self.sff.blocks[i].buffers()))]
+            assert changed == statistics == losses.nonzero().flatten().tolist()
+            trained.extend(changed)
+            return losses
+
+    trainer = Watched(sff, functools.partial(torch.optim.SGD, lr=0.05), schedule="greedy", window=1, lr_schedule="constant")
+    history = trainer.fit(data, epochs=2, progress=False)
+    assert trained == [0] * 6 + [1] * 6 + [2] * 6 + [3] * 6
+    assert len(history) == 8
+    assert trainer.steps == 24
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_readout_learns_on_detached_features(window):
+    """The blocks train to the same bits with and without it; it is plain cross-entropy on the last block's normalised output."""
+    sff, without = made(readout=True), made()
+    naive, data = copy.deepcopy(sff), batches(sff, 5)
+    trainer = Trainer(sff, sgd, window=window)
+    train(trainer, data)
+    train(Trainer(without, sgd, window=window), data)
+    for name, value in without.state_dict().items():
+        assert torch.equal(value, sff.state_dict()[name]) or name.startswith("model.fc"), name
+    model, optimizer = naive.model, sgd(grouped(naive.model.fc.parameters()))
+    for step, (images, target) in enumerate(data):
+        with torch.no_grad():
+            x = images
+            for block in model.features:
+                x = eager_layer_norm(block(x))
+        F.cross_entropy(model.fc(model.pool(x).flatten(1)), target).backward()
+        for p in model.fc.parameters():
+            assert p.grad is not None
+        optimizer.step()
+        naive.zero_grad()
+        naive_training(naive, data[step : step + 1], functools.partial(torch.optim.SGD, lr=0.0), window)  # nothing: keeps model as it is
+        partial = copy.deepcopy(made(readout=True))
+        train(Trainer(partial, sgd, window=window), data[: step + 1])
+        model.features.load_state_dict(partial.model.features.state_dict())
+    torch.testing.assert_close(sff.model.fc.weight, model.fc.weight, rtol=1e-9, atol=1e-9)
+    assert "readout" in trainer.scores(data[0][0])
+
+
+# --- 16 bits
+
+
+def test_bf16_autocast():
+    """Not further from the float64 weights than naive training under the same autocast."""
+    exact = made("resnet18")
+    data = batches(exact, 5)
+    narrow = [(images.float(), target) for images, target in data]
+    for window in (1, 2):
+        wide, amp, naive = (copy.deepcopy(exact).to(t) for t in (torch.float64, torch.float32, torch.float32))
+        naive_training(wide, data, sgd, window)
+        naive_training(naive, narrow, sgd, window, amp=torch.bfloat16)
+        train(Trainer(amp, sgd, window=window, amp="bf16"), narrow)
+        error, allowed = ((vector(s) - vector(wide)).norm() for s in (amp, naive))
+        assert 1e-4 < error <= 1.5 * allowed, f"window {window}: {error:.3g} from the float64 weights, naive training is {allowed:.3g}"
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_fp16_with_a_scale_for_each_block(window, parts):
+    """Scales that differ between the blocks of a window cancel: closer to float64 than naive training in bfloat16 is."""
+    exact = made()
+    wide, half, naive = (copy.deepcopy(exact).to(t) for t in (torch.float64, torch.float32, torch.float32))
+    data = batches(exact, 5)
+    narrow = [(images.float(), target) for images, target in data]
+    naive_training(wide, data, sgd, window)
+    naive_training(naive, narrow, sgd, window, amp=torch.bfloat16)
+    trainer = Trainer(half, sgd, window=window, amp="fp16", micro_batches=parts)
+    for index, _ in enumerate(trainer.scalers):
+        trainer.scalers[index] = torch.amp.GradScaler("cpu", init_scale=2.0 ** (5 + 3 * (index % 2)))
+    train(trainer, narrow)
+    error, allowed = ((vector(s) - vector(wide)).norm() for s in (half, naive))
+    assert 0 < error <= allowed, f"{error:.3g} from the float64 weights, bfloat16 is {allowed:.3g}"
+
+
+def test_fp16_step_that_overflows_is_skipped_for_that_block_alone():
+    sff = made(dtype=torch.float32)
+    data = batches(sff, 1, dtype=torch.float32)
+    trainer = Trainer(sff, sgd, window=1, amp="fp16")
+    scales = [2.0**6, 2.0**40, 2.0**6, 2.0**6]
+    trainer.scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
+    before = [[p.detach().clone() for p in sff.block_parameters(i)] for i in range(4)]
+    train(trainer, data)
+    kept = [all(map(torch.equal, before[i], sff.block_parameters(i))) for i in range(4)]
+    assert kept == [False, True, False, False]
+    assert [s.get_scale() for s in trainer.scalers] == [2.0**6, 2.0**39, 2.0**6, 2.0**6]
+
+
+# --- cuts, memory, synchronisation
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("model", ["resnet18", "plain"])
+def test_no_gradient_crosses_a_cut(model, window):
+    """A loss turned into NaN spoils its own block and the window before it, and changes not one bit of the blocks before those."""
+    sff = made(model, granularity="block", readout=True)
+    poisoned, data = copy.deepcopy(sff), batches(sff, 1)
+    with torch.no_grad():
+        poisoned.heads[3].weight[0, 0] = float("nan")
+    train(Trainer(sff, sgd, window=window), data)
+    losses = train(Trainer(poisoned, sgd, window=window), data)[0]
+    assert [loss != loss for loss in losses] == [i == 3 for i in range(len(losses))]
+    for i in range(len(sff.blocks)):
+        own, other = list(sff.blocks[i].parameters()), list(poisoned.blocks[i].parameters())
+        if 3 - window < i <= 3:
+            assert any(p.isnan().any() for p in other), f"the loss of block 3 does not reach block {i}"
+        else:
+            assert all(map(torch.equal, own, other)), f"the loss of block 3 reaches block {i}"
+
+
+def test_images_get_no_gradient_and_nothing_is_written_to():
+    sff = made("resnet18")
+    for window in (1, 2):
+        trainer = Trainer(sff, sgd, window=window)
+        (images, target), *_ = batches(sff, 1)
+        images.requires_grad_()
+        before = images.detach().clone(), target.clone()
+        train(trainer, [(images, target)])
+        assert images.grad is None
+        assert torch.equal(images, before[0])
+        assert torch.equal(target, before[1])
+        assert all(p.grad is None for p in sff.parameters()), "gradients are not kept after a step"
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small"])
+def test_activations_are_gone(model, window, parts):
+    """When block l starts, of the tensors made in earlier blocks just those of the window are left."""
+    sff = made(model, dtype=torch.float32, granularity="block")
+    trainer = Trainer(sff, adamw, window=window, micro_batches=parts)
+    current, made_in, seen = [None], [], []
+
+    def remember(module, args, output):
+        made_in.append((current[0], StorageWeakRef(output.untyped_storage())))
+
+    for module in sff.model.modules():
+        if not list(module.children()) and not isinstance(module, nn.Identity):
+            module.register_forward_hook(remember)
+
+    def watched(index, block):
+        def run(*alive):
+            seen.append((index, {i for i, storage in made_in if not storage.expired()}))
+            current[0] = index
+            return block(*alive)
+
+        return run
+
+    trainer.forwards = [watched(i, block) for i, block in enumerate(trainer.forwards)]
+    train(trainer, batches(sff, 1, size=4, dtype=torch.float32))
+    assert len(seen) == parts * len(sff.blocks)
+    assert len(made_in) > 2 * len(sff.blocks)
+    for index, alive in seen:
+        assert alive == set(range(max(0, index - window + 1), index)), f"block {index} starts with the activations of {alive} in memory"
+    assert all(storage.expired() for _, storage in made_in), "after the step"
+
+
+def test_peak_memory_does_not_grow_with_depth():
+    """That of block-local training; backpropagation's, measured likewise, does."""
+    peaks = {}
+    for depth in (4, 16):
+        torch.manual_seed(0)
+        sff = SFF(Plain(depth, channels=16, in_channels=16), CLASSES, input_shape=(16, 24, 24), readout=True)
+        data = batches(sff, 1, size=8, dtype=torch.float32)
+        for name, loop in (("window 1", Trainer(sff, adamw, window=1)), ("window 2", Trainer(sff, adamw, window=2)), ("backprop", Backprop(sff, adamw))):
+            train(loop, data)  # the optimiser's state
+            peaks[name, depth] = peak_memory(lambda loop=loop: loop.step(*data[0]))
+    activation = 4 * 8 * 16 * 24 * 24
+    assert peaks["backprop", 16] - peaks["backprop", 4] > 10 * activation
+    for name in ("window 1", "window 2"):
+        assert abs(peaks[name, 16] - peaks[name, 4]) < activation / 20, peaks
+    assert peaks["window 1", 16] < peaks["window 2", 16] < peaks["backprop", 16]
+
+
+WAITING = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::unique", "aten::masked_select"}
+
+
+@pytest.mark.parametrize("options", [dict(window=1), dict(window=2), dict(window=1, micro_batches=2, clip_grad_norm=1.0), dict(window=1, amp="bf16")])
+def test_nothing_in_a_step_waits_for_the_device(options, monkeypatch):
+    """Labels are looked at on a CPU, where that is free; with this taken out no operator that makes a GPU's host wait is left.
+
+    (PyTorch's fused Adam for the CPU reads its own step counter, so this is SGD.)"""
+    sff = made("resnet18", dtype=torch.float32, readout=True, learn_tau=True)
+    data = batches(sff, 2, dtype=torch.float32)
+    trainer = Trainer(sff, functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, foreach=True), **options)
+    train(trainer, data)
+    assert operators_run(lambda: trainer.step(*data[0])) & WAITING == {"aten::_local_scalar_dense", "aten::item"}
+    monkeypatch.setattr("fastff.ops.goodness.check_labels", lambda target, classes: None)
+    ran = operators_run(lambda: trainer.step(*data[0]))
+    assert "aten::convolution_backward" in ran
+    assert not ran & WAITING
+
+
+def test_counts_what_each_block_had_right():
+    sff = made()
+    ((images, target),) = batches(sff, 1, size=9)
+    expected = [int((g.argmax(1) == target).sum()) for g in sff.goodness(images)]
+    for options in (dict(window=1), dict(window=2), dict(window=1, micro_batches=4)):
+        trainer = Trainer(copy.deepcopy(sff), sgd, **options)
+        trainer.step(images, target)
+        assert trainer.correct.tolist() == expected
+
+
+# --- fit and evaluate
+
+
+def test_fit_learns_and_evaluates():
+    """A problem a linear layer can solve: every block must, and the learning rate must end at zero."""
+    torch.manual_seed(0)
+    target = torch.randint(CLASSES, (64,))
+    images = torch.randn(64, 3, 8, 8) * 0.3 + F.one_hot(target, CLASSES)[:, :3, None, None] * 2 - F.one_hot(target, CLASSES)[:, None, None, 2:].sum(3, keepdim=True)
+    images[target == 4, :, 4:] += 3
+    loader = list(zip(images.split(16), target.split(16), strict=True))
+    sff = made(dtype=torch.float32)
+    sff.eval()
+    trainer = Trainer(sff)
+    history = trainer.fit(loader, epochs=8, validation=loader, progress=False)
+    assert [row["epoch"] for row in history] == list(range(1, 9))
+    assert trainer.steps == 32
+    assert history[-1]["test vote"] >= 0.95
+    for name in trainer.names:
+        assert history[-1][f"train loss {name}"] < 0.5 * history[0][f"train loss {name}"]
+    assert all(group["lr"] == pytest.approx(0, abs=1e-9) for o in trainer.optimizers for group in o.param_groups)
+    assert sff.training, "evaluation leaves the mode as it was"
+    again = trainer.evaluate(iter(loader))
+    assert again["vote"] == history[-1]["test vote"]
+    sff.eval()
+    with torch.no_grad():
+        right = sum(int((sff(x).argmax(1) == y).sum()) for x, y in loader)
+    assert again["vote"] == pytest.approx(right / 64)
+
+
+def test_same_seed_same_bits():
+    results = []
+    for _ in range(2):
+        sff = made("mobilenet_v3_small", dtype=torch.float32)
+        train(Trainer(sff), batches(sff, 3, dtype=torch.float32))
+        results.append(vector(sff))
+    assert torch.equal(*results)
+
+
+# --- backpropagation on the same loop
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("model", ["resnet18", "plain"])
+def test_backprop_is_plain_training(model, optimizer):
+    sff = made(model, readout=True)
+    net, data = copy.deepcopy(sff.model), batches(sff)
+    losses = train(Backprop(sff, optimizer), data)
+    plain = optimizer(grouped(net.parameters()))
+    net.train()
+    for (images, target), (loss,) in zip(data, losses, strict=True):
+        expected = F.cross_entropy(net(images), target)
+        assert loss == pytest.approx(float(expected), rel=1e-5)
+        plain.zero_grad()
+        expected.backward()
+        plain.step()
+    assert_same_training(sff.model, net, rtol=1e-12)
+
+
+@pytest.mark.parametrize("options", [dict(checkpointing=True), dict(micro_batches=3), dict(checkpointing=True, micro_batches=2)])
+def test_backprop_that_saves_memory_trains_the_same(options):
+    sff = made(readout=True)
+    other, data = copy.deepcopy(sff), batches(sff, 5, size=7)
+    train(Backprop(sff, adamw), data)
+    train(Backprop(other, adamw, **options), data)
+    assert_same_training(other, sff)
+
+
+def test_checkpointing_saves_memory_and_keeps_weights_with_batch_norm():
+    sff = made("resnet18", dtype=torch.float32, readout=True)
+    other = copy.deepcopy(sff)
+    data = batches(sff, 3, size=8, dtype=torch.float32)
+    loops = Backprop(sff, sgd), Backprop(other, sgd, checkpointing=True)
+    for loop in loops:
+        train(loop, data)
+    for a, b in zip(sff.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    plain, checkpointed = (peak_memory(lambda loop=loop: loop.step(*data[0])) for loop in loops)
+    assert checkpointed < 0.75 * plain
+
+
+def test_deep_supervision():
+    """Cross-entropy of the classifier plus every head's loss, all through the whole network."""
+    sff = made("resnet18", readout=True)
+    naive, data = copy.deepcopy(sff), batches(sff, 5)
+    train(Backprop(sff, sgd, deep_supervision=True), data)
+    optimizer = sgd(grouped(naive.parameters()))
+    naive.train()
+    for images, target in data:
+        x, total = images, 0
+        for (function, _), head in zip(by_hand(naive), naive.heads, strict=True):
+            (x,) = function(x)
+            total = total + local_loss(head, x, target)[0]
+        total = total + F.cross_entropy(naive.model.fc(x.mean((2, 3))), target)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert_same_training(sff, naive)
