@@ -52,6 +52,8 @@ def measured_on(row):
 
 def goodness_table():
     rows = read("goodness")
+    if not rows:
+        return "Not measured yet: run `make bench`."
     body = [
         (
             f"{r['B']}, {r['C']}, {r['H']}, {r['K']}", r["layout"].replace("_", " "), r["algorithm"].replace("_", " "),
@@ -64,6 +66,8 @@ def goodness_table():
 
 def step_table(*names):
     found = [(name, rows) for name in names if (rows := read(name))]
+    if not found:
+        return "Not measured yet: run `make bench`."
     text = []
     for _, rows in found:
         r = rows[0]
