@@ -1,10 +1,11 @@
-"""The command line: compare, train, predict, info. Logic lives in fastff/training; here are arguments, tables and exit codes."""
+"""The command line: compare, train, predict, info. Arguments, tables, exit codes; fastff/training does the work."""
 
+import functools
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import torch
 
@@ -12,208 +13,289 @@ import fastff
 
 
 def main():
-    """Entry point. Bad input: one clear line, exit code 2. Ctrl-C: 130. A loss that diverged: 1."""
+    """Entry point. Exit codes: 2 bad input, 1 a loss that diverged or too little memory, 130 Ctrl-C; with a message."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
-    except ImportError:
-        sys.exit('the command line needs typer and rich: pip install "fastff[train]"')
+    except ImportError as error:
+        sys.exit(f'fastff: the command line needs typer and rich ({error}): pip install "fastff[train]"')
+    try:
+        make_app()()
+    except KeyboardInterrupt:  # outside of a command
+        sys.exit(130)
+
+
+def _guarded(command):
+    """Errors that a user can cause become one line on stderr; others are bugs and keep their traceback.
+
+    FASTFF_DEBUG=1 keeps all tracebacks."""
+    import typer
+
     from fastff.training.loop import Diverged
 
-    try:
-        _app()(standalone_mode=True)
-    except Diverged as error:
-        _fail(error, 1)
-    except KeyboardInterrupt as error:
-        _fail(str(error) or "stopped", 130)
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        _fail(error, 2)
+    @functools.wraps(command)
+    def run(*args, **options):
+        try:
+            return command(*args, **options)
+        except KeyboardInterrupt as error:
+            message, code = str(error) or "stopped", 130
+        except BrokenPipeError:
+            raise
+        except (Diverged, torch.OutOfMemoryError) as error:
+            message, code = _explained(error), 1
+        except (ValueError, OSError, ImportError) as error:
+            message, code = error, 2
+            if os.environ.get("FASTFF_DEBUG") == "1":
+                raise
+        print(f"fastff: {message}", file=sys.stderr)
+        raise typer.Exit(code)
+
+    return run
 
 
-def _fail(error, code):
-    print(f"fastff: {error}", file=sys.stderr)
-    sys.exit(code)
+def _explained(error):
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"{str(error).splitlines()[0]} Smaller --batch-size, more --micro-batches or --window 1 need less memory."
+        )
+    return error
 
 
-def _device(name):
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected one that works here such as cpu or cuda, got {name!r} ({str(error).splitlines()[0]})") from error
-    return device
-
-
-def _app():
+def make_app():
+    """The typer application; typer and rich are imported here alone, so that the package needs neither."""
     import typer
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from fastff.training import checkpoint, experiment
+    from fastff.training import checkpoint, experiment, plots
     from fastff.training import compare as comparison
-    from fastff.training.data import read_image
+    from fastff.training import environment as here
 
-    app = typer.Typer(help=fastff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        help=fastff.__doc__,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
     console = Console()
-    Data = Annotated[Optional[str], typer.Option("--data", help="digits, mnist, fashion-mnist, cifar10, cifar100, imagenette, or a folder of images by class.")]  # noqa: N806
-    Root = Annotated[Optional[str], typer.Option(help="Folder with the data set's official files; nothing is downloaded then.")]  # noqa: N806
-    Model = Annotated[Optional[str], typer.Option(help=f"One of {', '.join(experiment.MODELS)}.")]  # noqa: N806
-    Width = Annotated[Optional[int], typer.Option(help="Channels of a ResNet's first stage.")]  # noqa: N806
-    Epochs = Annotated[Optional[int], typer.Option()]  # noqa: N806
-    Batch = Annotated[Optional[int], typer.Option("--batch-size")]  # noqa: N806
-    Lr = Annotated[Optional[float], typer.Option(help="Default: 4e-3 block by block, 2e-3 for backpropagation.")]  # noqa: N806
-    Subset = Annotated[Optional[int], typer.Option(help="Train on this many images, equally many of each class.")]  # noqa: N806
-    Seed = Annotated[Optional[int], typer.Option()]  # noqa: N806
-    Device = Annotated[Optional[str], typer.Option(help="cpu or cuda; default: cuda where there is one.")]  # noqa: N806
-    Window = Annotated[Optional[int], typer.Option(help="Blocks that a local loss trains: its own and those before; 1 is the paper's.")]  # noqa: N806
-    Grid = Annotated[Optional[int], typer.Option(help="Cells on a side of the spatial term; 0 is the paper's.")]  # noqa: N806
+
+    def say(text):
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def table(*columns, title=None):
+        """Columns that begin with > are aligned right."""
+        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for name in columns:
+            made.add_column(
+                name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold"
+            )
+        return made
+
+    def option(text, *names):
+        return typer.Option(*names, help=text)
+
+    default = experiment.DEFAULTS
+    data_sets = "digits, mnist, fashion-mnist, cifar10, cifar100, imagenette, or a folder of images by class."
+    Data = Annotated[str | None, option(f"{data_sets} Default: {default['data']}.", "--data")]
+    Root = Annotated[str | None, option("Folder with the data set's official files; nothing is downloaded then.")]
+    Model = Annotated[str | None, option(f"{', '.join(experiment.MODELS)}. Default: {default['model']}.")]
+    Width = Annotated[int | None, option(f"Channels that the network starts with. Default: {default['width']}.")]
+    Epochs = Annotated[int | None, option(f"Times through the training images. Default: {default['epochs']}.")]
+    Batch = Annotated[int | None, option(f"Images in a minibatch. Default: {default['batch_size']}.")]
+    Lr = Annotated[float | None, option("Learning rate. Default: 4e-3 block by block, 2e-3 for backpropagation.")]
+    Decay = Annotated[float | None, option(f"Weight decay. Default: {default['weight_decay']}.")]
+    Subset = Annotated[int | None, option("Train on this many images, equally many of each class.")]
+    Size = Annotated[int | None, option("Height and width of images from folders (64) and Imagenette (160).")]
+    Seed = Annotated[int | None, option("Of weights, order, augmentation and subset. Default: 0.")]
+    Device = Annotated[str | None, option("cpu or cuda. Default: cuda where there is one.")]
+    Window = Annotated[int | None, option("Blocks that a local loss trains: its own and those before. Default: 2.")]
+    Grid = Annotated[int | None, option("Cells on a side of the spatial term; 0 for none. Default: 4.")]
+
+    Cut = Annotated[
+        str | None,
+        option("layer, block, stage, model, or module paths that end blocks, with commas. Default: block."),
+    ]
+    Schedule = Annotated[
+        str | None, option("all: every block in every minibatch; greedy: one after the other. Default: all.")
+    ]
+    Layout = Annotated[bool | None, option("Memory format. Default: channels last.", "--channels-last/--contiguous")]
 
     @app.command()
+    @_guarded
     def compare(
-        data: Data = None, root: Root = None, model: Model = None, width: Width = None, epochs: Epochs = None, batch_size: Batch = None, lr: Lr = None,
-        subset: Subset = None, seed: Seed = None, device: Device = None, window: Window = None, grid: Grid = None,
-        modes: Annotated[str, typer.Option(help="Out of backprop, block, layer, stage.")] = "backprop,block,layer",
-        out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("runs/compare"),
-        json_file: Annotated[Optional[Path], typer.Option("--json", help="Write all figures to this file.")] = None,
-    ):  # fmt: skip
-        """Train one network by backpropagation, block-wise and layer-wise: table, plots, JSON."""
-        chosen = experiment.settings(
-            data=data, root=root, model=model, width=width, epochs=epochs, batch_size=batch_size, lr=lr, subset=subset, seed=seed, window=window, grid=grid
-        )
-        names = [name.strip() for name in modes.split(",")]
-        if not names or any(name not in experiment.MODES for name in names):
-            raise ValueError(f"modes: expected names out of {', '.join(experiment.MODES)} separated by commas, got {modes!r}")
-        result = comparison.compare(chosen, names, _device(device), say=lambda text: console.print(text, highlight=False))
-        comparison.picture(result, out / "compare.png")
-        console.print(comparison.table(result["runs"]))
-        console.print(f"picture: {out / 'compare.png'}", highlight=False, soft_wrap=True)
-        if json_file is not None:
-            checkpoint.write_atomically(json_file, lambda file: file.write(json.dumps(result, indent=1).encode()))
-            console.print(f"figures: {json_file}", highlight=False, soft_wrap=True)
-
-    @app.command()
-    def train(
-        data: Data = None, root: Root = None, model: Model = None, width: Width = None, epochs: Epochs = None, batch_size: Batch = None, lr: Lr = None,
-        subset: Subset = None, seed: Seed = None, device: Device = None, window: Window = None, grid: Grid = None,
-        granularity: Annotated[Optional[str], typer.Option(help="layer, block, stage, model, or module paths that end blocks, with commas.")] = None,
-        mode: Annotated[Optional[str], typer.Option(help="sff or backprop.")] = None,
-        out: Annotated[Path, typer.Option(help="Folder for checkpoint, metrics.csv and TensorBoard events.")] = Path("runs/train"),
-        resume: Annotated[Optional[Path], typer.Option(help="Go on with the run in this folder.")] = None,
-        start_from: Annotated[Optional[Path], typer.Option("--from", help="Start with the blocks of another run (transfer).")] = None,
-        freeze: Annotated[Optional[int], typer.Option(help="First blocks that are not trained.")] = None,
-        weight_decay: Annotated[Optional[float], typer.Option()] = None,
-        amp: Annotated[Optional[str], typer.Option(help="bf16 or fp16.")] = None,
-        schedule: Annotated[Optional[str], typer.Option(help="all: every block in every minibatch; greedy: one after the other.")] = None,
-        micro_batches: Annotated[Optional[int], typer.Option(help="Parts a minibatch is cut into.")] = None,
-        clip: Annotated[Optional[float], typer.Option(help="Greatest norm of a block's gradients.")] = None,
-        compile: Annotated[Optional[bool], typer.Option(help="Run blocks through torch.compile.")] = None,
-        channels_last: Annotated[Optional[bool], typer.Option("--channels-last/--contiguous")] = None,
-        image_size: Annotated[Optional[int], typer.Option(help="Of images from folders and Imagenette.")] = None,
-        save_every: Annotated[Optional[int], typer.Option(help="Steps between checkpoints, beside one an epoch.")] = 200,
-    ):  # fmt: skip
-        """Train a network block by block (or by backpropagation) and keep everything in a folder."""
-        where = _device(device)
-        if resume is not None:
-            _, meta = experiment.read_run(resume, where)
-            chosen, out = meta["settings"] | ({"epochs": epochs} if epochs else {}) | ({"root": root} if root else {}), resume
-        else:
-            if (out / "checkpoint.pt").exists():
-                raise ValueError(f"out: expected a new folder, {out} holds a run already; continue it with --resume {out}")
-            chosen = experiment.settings(
-                data=data, root=root, model=model, width=width, epochs=epochs, batch_size=batch_size, lr=lr, subset=subset, seed=seed, window=window,
-                grid=grid, granularity=granularity, mode=mode, freeze=freeze, weight_decay=weight_decay, amp=amp, schedule=schedule,
-                micro_batches=micro_batches, clip=clip, compile=compile, channels_last=channels_last, image_size=image_size,
-            )  # fmt: skip
-        dataset = experiment.load_data(chosen)
-        sff = experiment.build_network(chosen, dataset.num_classes, dataset.input_shape, where)
-        if start_from is not None:
-            experiment.transfer(sff, start_from)
-        trainer = experiment.build_trainer(chosen, sff)
-        if resume is not None:
-            trainer.load(resume / "checkpoint.pt")
-        console.print(str(sff), highlight=False)
-        batches, test = experiment.loaders(chosen, dataset, where)
-        trainer.fit(batches, chosen["epochs"], validation=test, out=out, save_every=save_every, meta=experiment.describe(chosen, dataset))
-        shown = Table(title=f"{chosen['data']}, {chosen['epochs']} epochs")
-        shown.add_column("block")
-        shown.add_column("test accuracy", justify="right")
-        for name, accuracy in trainer.evaluate(test).items():
-            index = int(name.split()[1]) if name.startswith("block ") else None
-            shown.add_row(name if index is None else f"{index}  {trainer.names[index]}", f"{accuracy:.2%}")
-        console.print(shown)
-        console.print(f"checkpoint.pt, metrics.csv and TensorBoard events are in {out}", highlight=False, soft_wrap=True)
-
-    @app.command()
-    def predict(
-        run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-        images: Annotated[list[Path], typer.Argument(help="Image files.")],
-        exit_threshold: Annotated[Optional[float], typer.Option(help="Leave at the first block whose vote is this sure.")] = None,
+        data: Data = None,
+        root: Root = None,
+        model: Model = None,
+        width: Width = None,
+        epochs: Epochs = None,
+        batch_size: Batch = None,
+        lr: Lr = None,
+        weight_decay: Decay = None,
+        subset: Subset = None,
+        image_size: Size = None,
+        seed: Seed = None,
+        window: Window = None,
+        grid: Grid = None,
         device: Device = None,
-    ):  # fmt: skip
-        """Classes of images, with the votes of the blocks."""
-        where = _device(device)
-        state, meta = experiment.read_run(run, where)
-        sff = experiment.build_network(meta["settings"], meta["num_classes"], tuple(meta["input_shape"]), where)
-        target = sff if any(key.startswith("heads.") for key in state["module"]) else sff.model
-        target.load_state_dict(state["module"])
-        sff.eval()
-        channels, size = meta["input_shape"][0], meta["input_shape"][1]
-        mean, std = (torch.tensor(meta[key], device=where).view(-1, 1, 1) for key in ("mean", "std"))
-        batch = torch.stack([(read_image(path, size, channels).to(where).float() / 255 - mean) / std for path in images])
-        classes = meta["classes"]
-        shown = Table()
-        for name in ("image", "class", "confidence", "votes of the blocks"):
-            shown.add_column(name, justify="right" if name == "confidence" else "left")
-        with torch.no_grad():
-            if meta["settings"]["mode"] == "backprop":
-                sure, best = sff.model(batch).softmax(1).max(1)
-                rows = [(best[i], sure[i], "backpropagation has none") for i in range(len(images))]
-            else:
-                found = sff.predict(batch, exit_threshold)
-                votes = [g.argmax(1) for g in sff.goodness(batch)]
-                rows = [
-                    (found.label[i], found.confidence[i], " ".join(classes[v[i]] for v in votes[: found.block[i] + 1])) for i in range(len(images))
-                ]
-        for path, (label, confidence, said) in zip(images, rows, strict=True):
-            shown.add_row(str(path), classes[label], f"{confidence:.1%}", said)
+        modes: Annotated[str, option(f"Out of {', '.join(comparison.MODES)}.")] = "backprop,block,layer",
+        out: Annotated[Path, option("Folder for the picture.")] = Path("runs/compare"),
+        json_file: Annotated[Path | None, option("Write all figures to this file.", "--json")] = None,
+    ):
+        """Train one network in several ways: table, picture, JSON."""
+        s = experiment.settings(**{key: value for key, value in locals().items() if key in experiment.DEFAULTS})
+        names, where = comparison.modes_named(modes), experiment.device_named(device)
+        experiment.writable_folder(out)
+        if json_file is not None:
+            experiment.writable_folder(json_file.parent, "json")
+            if json_file.is_dir():
+                raise ValueError(f"json: expected a file, got the folder {json_file}")
+        result = comparison.compare(s, names, where, say=say)
+        plots.picture(result, out / "compare.png")
+        if json_file is not None:
+            text = json.dumps(result, indent=1, allow_nan=False)
+            checkpoint.write_atomically(json_file, lambda file: file.write(text.encode()))
+        shown = table("mode", ">test", ">train", ">s / epoch", ">time to backprop's", ">peak memory")
+        shown.caption = (
+            "time: of training, to the final test accuracy of backpropagation\n"
+            "memory: of a step, above parameters and optimiser state"
+        )
+        shown.caption_justify = "left"
+        based = any(run["mode"] == "backprop" for run in result["runs"])
+        for run in result["runs"]:
+            needed = run["seconds_to_backprop"]
+            shown.add_row(
+                run["mode"],
+                f"{run['test_accuracy']:.2%}",
+                f"{run['train_accuracy']:.2%}",
+                f"{run['seconds_per_epoch']:.2f}",
+                f"{needed:.1f} s" if needed is not None else "not reached" if based else "not trained",
+                f"{run['peak_memory_mb']:.1f} MiB",
+            )
         console.print(shown)
+        say(f"picture: {out / 'compare.png'}")
+        if json_file is not None:
+            say(f"figures: {json_file}")
 
     @app.command()
-    def info(calibrate: Annotated[bool, typer.Option(help="Measure the algorithms of goodness on this machine and keep the result.")] = False):
-        """Versions, what was compiled, and which implementation of each op runs here."""
-        from fastff.kernels import native
-        from fastff.ops import TABLES, plan
+    @_guarded
+    def train(
+        data: Data = None,
+        root: Root = None,
+        model: Model = None,
+        width: Width = None,
+        granularity: Cut = None,
+        mode: Annotated[str | None, option("sff or backprop. Default: sff.")] = None,
+        epochs: Epochs = None,
+        batch_size: Batch = None,
+        lr: Lr = None,
+        weight_decay: Decay = None,
+        subset: Subset = None,
+        image_size: Size = None,
+        seed: Seed = None,
+        window: Window = None,
+        grid: Grid = None,
+        schedule: Schedule = None,
+        micro_batches: Annotated[int | None, option("Parts a minibatch is cut into. Default: 1.")] = None,
+        clip: Annotated[float | None, option("Greatest norm of a block's gradients.")] = None,
+        amp: Annotated[str | None, option("bf16 or fp16.")] = None,
+        compile: Annotated[bool | None, option("Run blocks through torch.compile.", "--compile/--no-compile")] = None,
+        channels_last: Layout = None,
+        device: Device = None,
+        out: Annotated[Path | None, option("New folder for everything about the run. Default: runs/train.")] = None,
+        save_every: Annotated[int, option("Steps between checkpoints, beside the one after each epoch.")] = 200,
+        start_from: Annotated[Path | None, option("Start with the blocks of this run (transfer).", "--from")] = None,
+        freeze: Annotated[int | None, option("First blocks that stay as --from gave them; their heads learn.")] = None,
+        resume: Annotated[Path | None, option("Go on with this run; only --epochs and --root can change.")] = None,
+    ):
+        """Train a network and keep everything in a folder."""
+        given = {key: value for key, value in locals().items() if key in experiment.DEFAULTS}
+        where = experiment.device_named(device)
+        if save_every < 1:
+            raise ValueError(f"save_every: expected a whole number of at least 1, got {save_every}")
+        if resume is not None:
+            if start_from is not None or out is not None:
+                raise ValueError("resume: expected neither --from nor --out beside it; a run goes on in its own folder")
+            run, out = experiment.resume(resume, where, **given), resume
+        else:
+            out = out or Path("runs/train")
+            if (out / "checkpoint.pt").exists():
+                raise ValueError(
+                    f"out: expected a new folder, {out} holds a run already; go on with --resume {out}, or remove it"
+                )
+            s = experiment.settings(**given)
+            run = experiment.start(s, where, start_from)
+        experiment.writable_folder(out)
+        say(repr(run.trainer.sff))
+        if run.finished:
+            say(f"all {run.settings['epochs']} epochs are done; --epochs can add more")
+        history = run.fit(out, save_every)
+        accuracies = {k.removeprefix("test "): v for k, v in history[-1].items() if k.startswith("test ")}
+        shown = table(
+            ">block", "ends with", ">test accuracy", title=f"{run.dataset.name} after epoch {history[-1]['epoch']}"
+        )
+        for index, name in enumerate(run.trainer.names):
+            if f"block {index}" in accuracies:
+                shown.add_row(str(index), name, f"{accuracies[f'block {index}']:.2%}")
+        shown.add_row("", "all: their vote" if len(accuracies) > 1 else "backpropagation", f"{accuracies['vote']:.2%}")
+        console.print(shown)
+        events = ", events for tensorboard --logdir" if (out / "events").is_dir() else ""
+        say(f"{out}: checkpoint.pt, metrics.csv{events}")
+        say(f"try it: fastff predict {out} IMAGE...")
+
+    @app.command()
+    @_guarded
+    def predict(
+        run: Annotated[Path, typer.Argument(help="Folder of a run of fastff train.")],
+        images: Annotated[list[Path], typer.Argument(help="Image files.")],
+        exit_threshold: Annotated[
+            float | None, option("Stop at the first block where the vote so far is this sure (0 to 1).")
+        ] = None,
+        device: Device = None,
+    ):
+        """Say what images show, with the blocks' votes."""
+        answers = experiment.classify(run, images, experiment.device_named(device), exit_threshold)
+        shown = table("image", "class", ">confidence", "votes of the blocks")
+        for path, answer in zip(images, answers, strict=True):
+            counts: dict[str, int] = {}
+            for _, label, _ in answer.blocks:
+                counts[label] = counts.get(label, 0) + 1
+            votes = ", ".join(f"{label} {count}" for label, count in sorted(counts.items(), key=lambda item: -item[1]))
+            shown.add_row(str(path), answer.label, f"{answer.confidence:.1%}", votes or "none: backpropagation")
+        console.print(shown)
+        for path, answer in zip(images, answers, strict=True):
+            if not answer.blocks or len(images) > 4:
+                continue
+            shown = table(">block", "ends with", "class", ">confidence", title=str(path) if len(images) > 1 else None)
+            for index, (name, label, sure) in enumerate(answer.blocks):
+                shown.add_row(str(index), name, label, f"{sure:.1%}")
+            console.print(shown)
+
+    @app.command()
+    @_guarded
+    def info(
+        calibrate: Annotated[
+            bool, option("Time both algorithms of goodness here, keep the result.", "--calibrate")
+        ] = False,
+    ):
+        """Show versions, and what runs here and why."""
+        from fastff.ops import plan
 
         if calibrate:
-            console.print(f"calibrated: a multiply-add of the second moment costs {plan.calibrate():.2f} of one of the direct algorithm")
-        try:
-            import triton
-
-            triton_version = triton.__version__
-        except ImportError:
-            triton_version = "not installed (nothing here needs it yet)"
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+            plan.calibrate()
         factor, source = plan.second_moment_factor()
-        lines = {
-            "fastff": fastff.__version__, "torch": torch.__version__, "triton": triton_version, "python": sys.version.split()[0], "GPU": gpu,
-            "CPU": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-            "compiled library": native.reason() or "fastff._C loaded", "FASTFF_IMPL": os.environ.get("FASTFF_IMPL", "not set"),
-            "second moment": f"factor {factor:.2f} ({source}; --calibrate measures it into {plan.cache_file()})",
-        }  # fmt: skip
+        if source == "default":
+            source = f"default; --calibrate measures it here and keeps it in {plan.cache_file()}"
+        lines = here.versions() | {"second moment": f"counted cost times {factor:.2f} ({source})"}
         for name, value in lines.items():
-            console.print(f"{name:17} {value}", highlight=False, soft_wrap=True)
-        shown = Table(title="implementations, in order; auto takes the first that runs")
-        for name in ("op", "implementation", "on", "here"):
-            shown.add_column(name)
-        for op, rows in TABLES.items():
-            for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-                taken = False
-                for row in rows:
-                    why = row.can_run(torch.empty(0, device=device))
-                    shown.add_row(op, row.name, device, why or ("runs" if taken else "runs, auto takes it"))
-                    taken = taken or why is None
+            say(f"{name:17} {value}")
+        shown = table("op", "implementation", "on", "here", title="Implementations, in the order they are tried")
+        before = None
+        for op, *row in here.implementations():
+            shown.add_row("" if op == before else op, *row)
+            before = op
         console.print(shown)
-        console.print("kernel sizes 3 and 5 of goodness run as PyTorch's convolutions; everything else as batched matrix products", highlight=False)
 
     return app
 

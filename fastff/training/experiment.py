@@ -1,59 +1,172 @@
-"""Networks, data and trainers from a plain dict of settings, which checkpoints keep as `meta`: shared by compare, train and predict."""
+"""Networks, data and trainers from a plain dict of settings, which checkpoints keep: for compare, train and predict."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fastff import models
+from fastff.cut import GRANULARITIES
 from fastff.sff import SFF
 from fastff.training import data, optim
 from fastff.training.backprop import Backprop
 from fastff.training.checkpoint import CheckpointError, load
+from fastff.training.environment import check_implementations
+from fastff.training.loop import AMP
 from fastff.training.trainer import Trainer
 
 MODELS = ("resnet18", "resnet34", "mobilenet_v3_small", "mobilenet_v3_large")
-MODES = ("backprop", "block", "layer", "stage")
 
 DEFAULTS = {
-    "data": "digits", "root": None, "subset": None, "image_size": None, "model": "resnet18", "width": 16, "mode": "sff", "granularity": "block",
-    "epochs": 15, "batch_size": 64, "lr": None, "weight_decay": 0.05, "grid": 4, "scale": None, "window": 2, "vote": "softmax", "schedule": "all",
-    "micro_batches": 1, "clip": None, "amp": None, "compile": False, "channels_last": True, "seed": 0, "freeze": 0,
-}  # fmt: skip
+    "data": "digits",
+    "root": None,
+    "subset": None,
+    "image_size": None,
+    "model": "resnet18",
+    "width": 16,
+    "mode": "sff",
+    "granularity": "block",
+    "epochs": 15,
+    "batch_size": 64,
+    "lr": None,
+    "weight_decay": 0.05,
+    "grid": 4,
+    "scale": None,
+    "window": 2,
+    "vote": "softmax",
+    "schedule": "all",
+    "micro_batches": 1,
+    "clip": None,
+    "amp": None,
+    "compile": False,
+    "channels_last": True,
+    "seed": 0,
+    "freeze": 0,
+}
+CHOICES = {"model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": tuple(AMP)}
+LEAST = {
+    "epochs": 1,
+    "batch_size": 2,  # batch norm needs two images where a channel has one position
+    "width": 1,
+    "micro_batches": 1,
+    "window": 1,
+    "grid": 0,
+    "freeze": 0,
+    "seed": 0,
+}
+# Backpropagation into the weight of a strided 1 x 1 convolution of fewer channels than a vector register holds writes
+# past oneDNN's buffer in channels_last, and the process dies sooner or later (oneDNN issue 6035; with torch 2.13 and
+# AVX2 at 2 to 6 channels). The shortcuts of a ResNet are such convolutions; the longest register holds 16 floats.
+CHANNELS_LAST_WIDTH = 16
+RESUMABLE = ("epochs", "root")  # what may change when a run goes on
+
+
+def device_named(name=None):
+    """torch.device of `name`; None is cuda where there is one. Raises ValueError unless it works here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        works = device.type != "meta" and torch.zeros(1, device=device).item() == 0
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        text = f"device: expected one that works here, such as cpu or cuda, got {name!r} ({reason})"
+        raise ValueError(text) from error
+    if not works:
+        raise ValueError(f"device: expected one that holds data, such as cpu or cuda, got {name!r}")
+    check_implementations(device)
+    return device
 
 
 def settings(**given):
-    """The defaults with what is given (None leaves a default), checked."""
-    chosen = DEFAULTS | {key: value for key, value in given.items() if value is not None}
-    if chosen["model"] not in MODELS:
-        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {chosen['model']!r}")
-    if chosen["mode"] not in ("sff", "backprop"):
-        raise ValueError(f"mode: expected 'sff' or 'backprop', got {chosen['mode']!r}")
-    for key in ("epochs", "batch_size", "width"):
-        if not isinstance(chosen[key], int) or chosen[key] < 1:
-            raise ValueError(f"{key}: expected a whole number of at least 1, got {chosen[key]!r}")
-    if chosen["lr"] is not None and not 0 < chosen["lr"] < float("inf"):
-        raise ValueError(f"lr: expected a positive number, got {chosen['lr']!r}")
-    return chosen
+    """DEFAULTS with what is given (None leaves a default), checked as far as that needs no data. Raises ValueError."""
+    given = {key: value for key, value in given.items() if value is not None}
+    s = DEFAULTS | given
+    for key, allowed in CHOICES.items():
+        if s[key] not in allowed:
+            raise ValueError(f"{key}: expected one of {', '.join(map(str, filter(None, allowed)))}, got {s[key]!r}")
+    for key, least in LEAST.items():
+        if isinstance(s[key], bool) or not isinstance(s[key], int) or s[key] < least:
+            raise ValueError(f"{key}: expected a whole number of at least {least}, got {s[key]!r}")
+    for key in ("lr", "clip"):
+        if s[key] is not None and not 0 < s[key] < math.inf:
+            raise ValueError(f"{key}: expected a positive number, got {s[key]!r}")
+    if not 0 <= s["weight_decay"] < math.inf:
+        raise ValueError(f"weight_decay: expected a number of at least 0, got {s['weight_decay']!r}")
+    if min(_parts(s["batch_size"], s["micro_batches"])) < 2:
+        got = f"{s['micro_batches']} parts of a batch of {s['batch_size']}"
+        raise ValueError(f"micro_batches: expected parts of at least 2 images each, got {got}")
+    if s["mode"] == "backprop":
+        for key in ("window", "grid", "schedule", "freeze", "granularity"):
+            if key in given and given[key] != DEFAULTS[key]:
+                raise ValueError(f"{key}: expected none with mode backprop, which has no blocks, got {given[key]!r}")
+    if s["schedule"] == "greedy":
+        if "window" not in given:
+            s["window"] = 1
+        if s["freeze"]:  # a frozen block's head would never have its turn
+            raise ValueError(f"freeze: expected 0 with schedule greedy, got {s['freeze']}")
+    if s["model"].startswith("resnet") and s["width"] < CHANNELS_LAST_WIDTH and s["channels_last"]:
+        if "channels_last" in given:
+            text = f"a ResNet of width {CHANNELS_LAST_WIDTH} or more, since oneDNN corrupts memory for narrower ones"
+            raise ValueError(f"channels_last: expected {text}, got width {s['width']}")
+        s["channels_last"] = False
+    # Absolute, so that a run can be resumed from another folder.
+    if s["data"] not in data.NAMES and Path(s["data"]).expanduser().is_dir():
+        s["data"] = str(Path(s["data"]).expanduser().resolve())
+    if s["root"] is not None:
+        s["root"] = str(Path(s["root"]).expanduser().resolve())
+    return s
+
+
+def writable_folder(out, argument="out"):
+    """Make the folder now: an error after an hour of training would lose the hour. Raises ValueError."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".fastff").touch()
+        (out / ".fastff").unlink()
+    except OSError as error:
+        raise ValueError(f"{argument}: expected a folder that can be written, got {out} ({error.strerror})") from error
+    return out
+
+
+# --- data, network, trainer
 
 
 def load_data(s):
+    """The Dataset of these settings."""
     return data.load(s["data"], s["root"], s["subset"], s["seed"], s["image_size"])
 
 
 def loaders(s, dataset, device):
     """(training, test) loaders."""
     options = {"device": device, "channels_last": s["channels_last"]}
-    train = dataset.train_loader(s["batch_size"], seed=s["seed"], **options)
+    last = len(dataset.train_images) % s["batch_size"] or s["batch_size"]
+    # Batch norm cannot train on one image of one position: leave such a remainder out.
+    alone = min(_parts(last, s["micro_batches"])) == 1 and len(dataset.train_images) > s["batch_size"]
+    train = dataset.train_loader(s["batch_size"], seed=s["seed"], drop_last=alone, **options)
     return train, dataset.test_loader(max(256, s["batch_size"]), **options)
 
 
+def _parts(size, micro_batches):
+    """Sizes of the parts that a step cuts `size` images into."""
+    part = -(-size // micro_batches)
+    return [min(part, size - start) for start in range(0, size, part)]
+
+
 def build_network(s, num_classes, input_shape, device="cpu"):
-    """The SFF of these settings, its weights drawn from the seed alone."""
+    """The SFF of these settings; the weights come from the seed, those of the model before those of the heads."""
     torch.manual_seed(s["seed"])
     stem = "cifar" if max(input_shape[1:]) <= 96 else "imagenet"
-    size = {"width": s["width"]} if s["model"].startswith("resnet") else {}
+    # The published MobileNets start with 16 channels.
+    size = {"width": s["width"]} if s["model"].startswith("resnet") else {"width_mult": s["width"] / 16}
     net = getattr(models, s["model"])(num_classes, stem=stem, in_channels=input_shape[0], **size)
     if s["channels_last"]:
         net = net.to(memory_format=torch.channels_last)
-    granularity = s["granularity"].split(",") if "," in s["granularity"] or "." in s["granularity"] else s["granularity"]
+    granularity = s["granularity"]
+    if granularity not in GRANULARITIES:
+        paths = [path.strip() for path in granularity.split(",")]
+        if len(paths) > 1 or paths[0] in dict(net.named_modules()) or "." in granularity:
+            granularity = paths
     heads = {key: s[key] for key in ("grid", "scale", "window", "vote")}
     return SFF(net, num_classes, granularity, input_shape, readout=s["mode"] == "backprop", **heads).to(device)
 
@@ -61,42 +174,197 @@ def build_network(s, num_classes, input_shape, device="cpu"):
 def build_trainer(s, sff):
     """A Trainer, or Backprop where mode is "backprop"."""
     lr = s["lr"] or (optim.BACKPROP_LR if s["mode"] == "backprop" else optim.LOCAL_LR)
-    options = {"micro_batches": s["micro_batches"], "amp": s["amp"], "clip_grad_norm": s["clip"], "compile": s["compile"]}
+    options = {
+        "micro_batches": s["micro_batches"],
+        "amp": s["amp"],
+        "clip_grad_norm": s["clip"],
+        "compile": s["compile"],
+    }
     make = optim.adamw(lr, s["weight_decay"])
     if s["mode"] == "backprop":
         return Backprop(sff, make, **options)
-    return Trainer(sff, make, schedule=s["schedule"], frozen=s["freeze"], **options)
+    if s["freeze"] >= len(sff.blocks):
+        count = len(sff.blocks)
+        raise ValueError(f"freeze: expected at most {count - 1} of the {count} blocks, got {s['freeze']}")
+    return Trainer(sff, make, schedule=s["schedule"], frozen=s["freeze"], train_frozen_heads=True, **options)
 
 
 def describe(s, dataset):
     """`meta` of a run: the settings and what else the network is built from."""
     return {
-        "settings": s, "num_classes": dataset.num_classes, "input_shape": list(dataset.input_shape), "classes": list(dataset.classes),
-        "mean": list(dataset.mean), "std": list(dataset.std),
-    }  # fmt: skip
+        "settings": s,
+        "num_classes": dataset.num_classes,
+        "input_shape": list(dataset.input_shape),
+        "classes": list(dataset.classes),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "train_images": len(dataset.train_images),
+    }
 
 
-def read_run(path, device="cpu"):
-    """(state, meta) of a run's folder. Raises CheckpointError."""
-    file = f"{path}/checkpoint.pt"
-    state = load(file, device)
-    if not isinstance(state.get("meta"), dict) or "settings" not in state["meta"]:
-        raise CheckpointError(f"{file}: written without settings, not by `fastff train`")
-    return state, state["meta"]
+# --- runs: new, resumed, transferred, used
 
 
-def transfer(sff, path):
-    """Copy the blocks' weights of another run, and its heads where the classes are as many. Raises CheckpointError if nothing fits."""
-    state, meta = read_run(path)
-    wanted, copied = sff.state_dict(), 0
-    found = state["module"] if any(key.startswith("model.") for key in state["module"]) else {f"model.{k}": v for k, v in state["module"].items()}
-    own = {f"model.{name}.{key}" for block in sff.blocks for name in block.modules_called for key in sff.model.get_submodule(name).state_dict()}
+class Run(NamedTuple):
+    """Everything `fit` needs."""
+
+    settings: dict
+    dataset: data.Dataset
+    trainer: object
+    train: data.Loader
+    test: data.Loader
+
+    def fit(self, out, save_every=None, progress=True):
+        """Train to the last epoch of the settings, everything kept in the folder `out`; returns the history."""
+        meta = describe(self.settings, self.dataset)
+        return self.trainer.fit(
+            self.train, self.settings["epochs"], self.test, out, save_every=save_every, progress=progress, meta=meta
+        )
+
+    @property
+    def finished(self):
+        """Whether all epochs are done."""
+        return self.trainer.position["epoch"] >= self.settings["epochs"] * self.trainer.phases
+
+
+def start(s, device, start_from=None):
+    """A new Run, with the blocks of the run in the folder `start_from` if given."""
+    if s["freeze"] and start_from is None:
+        raise ValueError(f"freeze: expected 0 without --from, which would bring trained blocks, got {s['freeze']}")
+    if start_from is not None:
+        read_run(start_from)  # before the data, which may have to be downloaded
+    dataset = load_data(s)
+    sff = build_network(s, dataset.num_classes, dataset.input_shape, device)
+    if start_from is not None:
+        transfer(sff, start_from)
+    return Run(s, dataset, build_trainer(s, sff), *loaders(s, dataset, device))
+
+
+def resume(folder, device, **given):
+    """The Run in `folder` where it stopped. Of its settings only those in RESUMABLE can change. Raises ValueError."""
+    _, meta = read_run(folder)
+    s = dict(meta["settings"])
+    given = {key: value for key, value in given.items() if value is not None}
+    asked = settings(**(s | given))
+    for key in given:
+        if asked[key] != s[key] and key not in RESUMABLE:
+            text = f"expected {s[key]!r}, as the run in {folder} has (only {' and '.join(RESUMABLE)} can change)"
+            raise ValueError(f"{key}: {text}, got {asked[key]!r}")
+    if asked["schedule"] == "greedy" and asked["epochs"] != s["epochs"]:
+        text = f"expected {s['epochs']}, since a greedy run counts them block by block"
+        raise ValueError(f"epochs: {text}, got {asked['epochs']}")
+    dataset = load_data(asked)
+    found = describe(s, dataset)
     for key, value in found.items():
-        fits = key in wanted and wanted[key].shape == value.shape
-        if fits and (key in own or (key.startswith("heads.") and meta["num_classes"] == sff.num_classes)):
-            wanted[key] = value
-            copied += key in own
-    if copied < len(own):
-        raise CheckpointError(f"{path}: only {copied} of {len(own)} tensors of the blocks fit: it was trained with {meta['settings']['model']}, "
-                              f"width {meta['settings']['width']}")  # fmt: skip
+        if meta[key] != value:
+            text = f"expected the data set of the run in {folder}, whose {key} is {_short(meta[key])}"
+            raise ValueError(f"data: {text}, got {_short(value)}")
+    trainer = build_trainer(asked, build_network(asked, dataset.num_classes, dataset.input_shape, device))
+    trainer.load(Path(folder) / "checkpoint.pt")
+    return Run(asked, dataset, trainer, *loaders(asked, dataset, device))
+
+
+def _short(value):
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_run(folder, device="cpu"):
+    """(state, meta) of a run's folder. Raises CheckpointError."""
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: expected the folder of a run (fastff train --out), there is no such folder")
+    file = Path(folder) / "checkpoint.pt"
+    state = load(file, device)
+    meta = state.get("meta")
+    if not isinstance(meta, dict) or not {"settings", "classes", "input_shape", "train_images"} <= meta.keys():
+        raise CheckpointError(
+            f"{file}: expected a checkpoint of fastff train, it does not say how to build the network"
+        )
+    # Settings added after the run was made have the value that they had before there was a choice.
+    return state, meta | {"settings": DEFAULTS | meta["settings"]}
+
+
+def transfer(sff, folder):
+    """Copy the model weights of all blocks from another run; heads and classifier too where the classes are as many.
+
+    Heads are matched by the names of their blocks, which depend on the granularity. Raises CheckpointError unless every
+    block is found."""
+    state, meta = read_run(folder)
+    whole = any(key.startswith("model.") for key in state["module"])  # of an SFF; backpropagation saves the model alone
+    theirs = state["module"] if whole else {f"model.{key}": value for key, value in state["module"].items()}
+    if whole:
+        there = {name: index for index, name in enumerate(state["names"])}
+        heads = {f"heads.{i}": f"heads.{there[b.name]}" for i, b in enumerate(sff.blocks) if b.name in there}
+    own = {f"model.{name}." for block in sff.blocks for name in block.modules_called}
+    same_classes = meta["num_classes"] == sff.num_classes
+    wanted, missing = sff.state_dict(), []
+    for key, value in wanted.items():
+        of_block = key.startswith(tuple(own))
+        source = key
+        if key.startswith("heads."):
+            head, _, rest = key.removeprefix("heads.").partition(".")
+            source = f"{heads.get(f'heads.{head}')}.{rest}" if whole else None
+        found = theirs.get(source)
+        if found is not None and found.shape == value.shape and (of_block or same_classes):
+            wanted[key] = found
+        elif of_block:
+            shape = "missing" if found is None else list(found.shape)
+            missing.append(f"{key.removeprefix('model.')} is {shape} there, {list(value.shape)} here")
+    if missing:
+        s = meta["settings"]
+        raise CheckpointError(
+            f"{folder}: expected a run with the same blocks, but {len(missing)} of their tensors do not fit: "
+            f"{missing[0]} (it has {s['model']} of width {s['width']} for {s['data']}, images of "
+            f"{meta['input_shape'][0]} channels)"
+        )
     sff.load_state_dict(wanted)
+
+
+class Answer(NamedTuple):
+    """What a network says of an image, and each block that it went through: (name, class, probability)."""
+
+    label: str
+    confidence: float
+    blocks: list
+
+
+@torch.no_grad()
+def classify(folder, paths, device, exit_threshold=None):
+    """[Answer] of image files by the run in `folder`, resized and cropped as images of its data set.
+
+    Raises ValueError (CheckpointError, DataError)."""
+    state, meta = read_run(folder, device)
+    s, classes, (channels, *size) = meta["settings"], meta["classes"], meta["input_shape"]
+    backprop = s["mode"] == "backprop"
+    if exit_threshold is not None and backprop:
+        raise ValueError(
+            f"exit_threshold: expected none with a network trained by backpropagation, got {exit_threshold}"
+        )
+    if exit_threshold is not None and not 0 < exit_threshold <= 1:
+        raise ValueError(f"exit_threshold: expected a probability above 0 and at most 1, got {exit_threshold}")
+    pixels = torch.stack([data.read_image(path, tuple(size), channels) for path in paths])
+    sff = build_network(s, meta["num_classes"], tuple(meta["input_shape"]), device)
+    try:
+        (sff.model if backprop else sff).load_state_dict(state["module"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: its weights do not fit its settings: {str(error).splitlines()[0]}") from error
+    sff.eval()
+    answers = []
+    unknown = torch.zeros(256, dtype=torch.int64)  # labels, which the loader wants
+    for start in range(0, len(pixels), 256):
+        part = pixels[start : start + 256]
+        form = {"mean": meta["mean"], "std": meta["std"], "device": device, "channels_last": s["channels_last"]}
+        loader = data.Loader(part, unknown[: len(part)], 256, **form)
+        ((images, _),) = loader
+        if backprop:
+            for sure, best in zip(*(t.tolist() for t in sff.model(images).softmax(1).max(1)), strict=True):
+                answers.append(Answer(classes[best], sure, []))
+            continue
+        found = sff.predict(images, exit_threshold)
+        votes = torch.stack([h.logits(g).softmax(1) for h, g in zip(sff.heads, sff.goodness(images), strict=True)])
+        sure, best = votes.max(2)
+        for i in range(len(images)):
+            passed = range(int(found.block[i]) + 1)
+            said = [(sff.blocks[b].name, classes[int(best[b, i])], float(sure[b, i])) for b in passed]
+            answers.append(Answer(classes[int(found.label[i])], float(found.confidence[i]), said))
+    return answers

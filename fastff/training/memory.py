@@ -8,11 +8,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_memory(step, device):
+def peak_memory(step, device="cpu"):
     """MiB allocated above the starting point at the peak of one call of step().
 
-    On a GPU from the caching allocator's counters; on the CPU from the allocator's events as the profiler records them. Scratch memory
-    that oneDNN allocates by itself is not in it. Call it after two warm-up steps, when optimiser state exists and gradients do not.
+    On a GPU from the caching allocator's counters; on the CPU from PyTorch's allocations as the profiler records them
+    (every allocation and release, so nothing falls between samples). Scratch memory that oneDNN takes from the system
+    by itself is not in it, and that older memory is freed inside step() goes unseen there. What step() leaves allocated
+    counts. Call it after two warm-up steps: the optimiser's state exists then and gradients do not, so that the
+    starting point is parameters, their optimiser state and the minibatch.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -26,7 +29,7 @@ def peak_memory(step, device):
         step()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted(events, key=lambda event: event.start_ns()):  # stable: events of one moment keep their order
         now += event.nbytes()
         peak = max(peak, now)
     return peak / 2**20
@@ -34,9 +37,13 @@ def peak_memory(step, device):
 
 @contextlib.contextmanager
 def _quiet_stderr():
-    """The profiler's own notes about itself, written by C++, would stand between the lines of a live display."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """The profiler's C++ part writes notes about itself to file descriptor 2, where a live display may stand."""
+    try:
+        sys.stderr.flush()
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except (OSError, AttributeError):  # a process without stderr
+        yield
+        return
     os.dup2(nowhere, 2)
     try:
         yield

@@ -18,7 +18,7 @@ def peak_resident_mb():
 
 
 class Metrics:
-    """Writes the history to metrics.csv (whole, so that a resumed run leaves no rows twice) and to TensorBoard where it is installed."""
+    """Writes the history to metrics.csv (whole: a resumed run leaves no rows twice) and, if installed, TensorBoard."""
 
     def __init__(self, out, names, step):
         self.path = None if out is None else Path(out) / "metrics.csv"
@@ -51,18 +51,18 @@ class Metrics:
 
 
 class Progress:
-    """The live display of fit. On a terminal with rich: a bar and a table of the blocks; otherwise one line an epoch; or nothing."""
+    """The live display of fit: on a terminal with rich a bar and a table of the blocks; elsewhere a line an epoch."""
 
     def __init__(self, show, names, epochs, batches):
         self.show, self.names, self.epochs, self.batches = show, names, epochs, batches
         self.live, self.start, self.shown, self.first = None, time.perf_counter(), 0.0, None
         if show and sys.stderr.isatty():
             try:
+                from rich.console import Console
                 from rich.live import Live
-
-                self.live = Live(refresh_per_second=4, transient=True)
             except ImportError:
-                pass
+                return
+            self.live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
 
     def __enter__(self):
         if self.live is not None:
@@ -74,43 +74,92 @@ class Progress:
             self.live.stop()
 
     def update(self, loop, images_per_second):
+        """Called after every step; draws at most twice a second, since looking at the losses waits for the device."""
         done = loop.position["epoch"] * self.batches + loop.position["batch"]
         if self.first is None:
             self.first = done - 1
         if self.live is None or time.perf_counter() - self.shown < 0.5:
             return
         self.shown = time.perf_counter()
-        self.live.update(self._table(loop, images_per_second, done))
+        self.live.update(self._display(loop, images_per_second, done))
 
-    def _table(self, loop, images_per_second, done):
+    def _display(self, loop, images_per_second, done):
+        from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         total = self.epochs * self.batches
         left = (time.perf_counter() - self.start) * (total - done) / max(1, done - self.first)
-        if loop.device.type == "cuda":
-            import torch
-
-            memory = f"{torch.cuda.max_memory_allocated(loop.device) / 2**20:.0f} MiB of GPU memory at peak"
-        else:
-            memory = f"{peak_resident_mb():.0f} MiB resident at peak"
-        table = Table(
-            title=f"epoch {loop.position['epoch'] + 1} of {self.epochs}, {images_per_second:.0f} images/s, {memory}, {left:.0f} s left",
-            caption_justify="left",
+        line = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            line.add_column(no_wrap=True)
+        line.add_row(
+            f"epoch {loop.position['epoch'] + 1} of {self.epochs}",
+            ProgressBar(total=total, completed=done, width=12),
+            f"{done / total:.0%}, {_clock(left)} left, {images_per_second:,.0f} images/s, {_memory(loop.device)}",
         )
-        for name, justify in (("block", "left"), ("loss", "right"), ("accuracy", "right"), ("", "left")):
-            table.add_column(name, justify=justify)
-        for name, loss, accuracy in zip(self.names, *loop.running(), strict=True):
-            table.add_row(name, f"{loss:.3f}", f"{accuracy:.1%}", ProgressBar(total=1.0, completed=accuracy, width=30))
-        table.add_section()
-        table.add_row("all", "", f"{done / total:.0%}", ProgressBar(total=total, completed=done, width=30))
+        return Group(line, self._blocks(*loop.running()))
+
+    def _blocks(self, losses, accuracies):
+        """Loss and accuracy of each block, in as many columns as the terminal's height asks for and its width bears."""
+        from rich import box
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        width, height = self.live.console.size
+        width -= 3  # Ctrl-C is echoed behind the last row: at the edge it would wrap and push the display up
+        columns = -(-len(self.names) // max(1, height - 5))
+        rows = -(-len(self.names) // columns)
+        room = width // columns - 10  # beside the accuracy, and the gaps around it and the name
+        show_loss = room >= 20
+        room -= 10 * show_loss
+        longest = min(max(map(len, self.names)), max(room, 4))
+        bar = min(room - longest - 2, 30)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+        for _ in range(columns):
+            table.add_column("block", no_wrap=True)
+            if show_loss:
+                table.add_column("loss", justify="right", no_wrap=True)
+            table.add_column("acc.", justify="right", no_wrap=True)
+            if bar >= 8:
+                table.add_column("", no_wrap=True)
+        cells = []
+        for name, loss, accuracy in zip(self.names, losses, accuracies, strict=True):
+            # The end of a long path tells more than its beginning.
+            cell = [name if len(name) <= longest else "…" + name[len(name) - longest + 1 :]]
+            cell += [f"{loss:.3f}"] * show_loss + [f"{accuracy:.1%}"]
+            cells.append(cell + [ProgressBar(total=1.0, completed=accuracy, width=bar)] * (bar >= 8))
+        for row in range(rows):
+            table.add_row(*(cell for entry in cells[row::rows] for cell in entry))
         return table
 
     def epoch(self, row):
+        """Called after every epoch with its row of the history: one line, which stays."""
         if not self.show:
             return
-        test = row.get("test vote")
         losses = [value for key, value in row.items() if key.startswith("train loss")]
         accuracies = [value for key, value in row.items() if key.startswith("train accuracy")]
-        line = f"epoch {row['epoch']:3d}/{self.epochs}  {row['seconds']:6.1f} s  loss {losses[-1]:.3f}  train {max(accuracies):6.1%}"
-        print(line + (f"  test {test:6.1%}" if test is not None else ""), file=sys.stderr, flush=True)
+        best, vote = ("best block", "vote on test") if len(self.names) > 1 else ("train", "test")
+        line = f"epoch {row['epoch']:3d}/{self.epochs} {row['seconds']:7.1f} s  loss {losses[-1]:.3f}"
+        line += f"  {best} {max(accuracies):6.1%}"
+        if (test := row.get("test vote")) is not None:
+            line += f"  {vote} {test:6.1%}"
+        if self.live is not None:
+            self.live.console.print(line, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _clock(seconds):
+    """45 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _memory(device):
+    if device.type == "cuda":
+        import torch
+
+        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of the GPU"
+    return f"{peak_resident_mb():,.0f} MiB at peak"

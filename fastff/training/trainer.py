@@ -58,9 +58,10 @@ class Trainer(Loop):
         schedule: "all" trains every block in every minibatch (the paper's); "greedy" one block after the other, `epochs` of fit each.
         window: overrides sff.window.
         frozen: the first blocks that are not trained and run in eval mode (transfer).
+        train_frozen_heads: whether the heads of frozen blocks learn (they vote, so other classes or data need it).
     """
 
-    def __init__(self, sff, optimizer=None, *, schedule="all", window=None, frozen=0, **options):
+    def __init__(self, sff, optimizer=None, *, schedule="all", window=None, frozen=0, train_frozen_heads=False, **options):
         if not isinstance(sff, SFF):
             raise TypeError(f"sff: expected fastff.SFF (wrap the model in it first), got {type(sff).__name__}")
         if schedule not in ("all", "greedy"):
@@ -75,7 +76,8 @@ class Trainer(Loop):
             raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {self.window}")
         make = optimizer or optim.adamw(optim.LOCAL_LR)
         for index in range(frozen):
-            for parameter in sff.block_parameters(index):
+            still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
+            for parameter in still:
                 parameter.requires_grad_(False)
         self.parameters = [[p for p in sff.block_parameters(i) if p.requires_grad] for i in range(len(sff.blocks))]
         self.block_optimizers = [optim.build(make, parameters) for parameters in self.parameters]

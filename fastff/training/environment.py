@@ -1,0 +1,103 @@
+"""What a result was measured on: machine, versions, commit; and which implementation of each op runs here."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import fastff
+from fastff.ops import TABLES
+from fastff.ops.table import choose
+
+
+def commit():
+    """The commit of the checkout fastff comes from, with a + where files differ; None for an installed package."""
+    root = Path(fastff.__file__).parents[1]
+    if not (root / ".git").exists():  # asking git would find the repository that an environment happens to lie in
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "fastff", "csrc"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def processor():
+    """The processor's name as the system gives it, and the vector instructions that PyTorch uses."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def environment(device):
+    """A dict of strings and numbers, for JSON."""
+    device = torch.device(device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fastff": fastff.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": commit(),
+    }
+
+
+def check_implementations(device):
+    """Raises ValueError where FASTFF_IMPL asks for what cannot run on `device`: before any work is done."""
+    for op, rows in TABLES.items():
+        try:
+            choose(op, rows, "auto", torch.empty(0, device=device))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+
+def implementations():
+    """Rows (op, implementation, device type, what happens there) of every op's table, in the order they are tried."""
+    found = []
+    for op, rows in TABLES.items():
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            x = torch.empty(0, device=device)
+            try:
+                taken, trouble = choose(op, rows, "auto", x), None
+            except (RuntimeError, ValueError) as error:
+                taken, trouble = None, str(error)
+            for row in rows:
+                why = row.can_run(x)
+                found.append((op, row.name, device, why or ("runs, auto takes it" if row is taken else "runs")))
+            if trouble:
+                found.append((op, "auto", device, trouble))
+    return found
+
+
+def versions():
+    """{what: version or state}, for `fastff info`."""
+    from fastff.kernels import native
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed (nothing here needs it yet)"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "fastff": fastff.__version__ + (f" (commit {commit()})" if commit() else ""),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "compiled library": f"not loaded: {native.reason()}" if native.reason() else "fastff._C, loaded",
+        "CPU": f"{processor()}, {torch.get_num_threads()} threads",
+        "GPU": ", ".join(gpus) or "none that this torch can use",
+        "FASTFF_IMPL": os.environ.get("FASTFF_IMPL") or "not set",
+    }

@@ -1,0 +1,101 @@
+"""The picture of `fastff compare`: test accuracy over epochs, over seconds and by block, and the memory of a step."""
+
+from pathlib import Path
+
+from fastff.training.readers import optional
+
+# Okabe and Ito's colours, which people with any common colour blindness tell apart; markers differ as well.
+STYLES = {
+    "backprop": ("backpropagation", "#444444", "s"),
+    "block": ("block-wise", "#0072B2", "o"),
+    "layer": ("layer-wise", "#D55E00", "^"),
+    "stage": ("stage-wise", "#009E73", "D"),
+}
+
+
+def picture(result, path):
+    """Draw the result of `fastff.training.compare.compare` as PNG."""
+    optional("matplotlib", "the picture").use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs, s = result["runs"], result["settings"]
+    look = {"font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    with plt.rc_context(look | {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
+        figure = plt.figure(figsize=(16, 5.6), layout="constrained")
+        grid = figure.add_gridspec(1, 4, width_ratios=[3, 3, 3, 1.9])
+        epochs = figure.add_subplot(grid[0])
+        seconds, blocks = (figure.add_subplot(grid[i], sharey=epochs) for i in (1, 2))
+        memory = figure.add_subplot(grid[3])
+        _curves(epochs, seconds, runs)
+        _by_block(blocks, runs)
+        _memory(memory, runs)
+        low, high = _range(runs)
+        epochs.set_ylim(low, high)
+        for axis in (epochs, seconds, blocks):
+            axis.grid(color="#dddddd", linewidth=0.8)
+        handles, labels = epochs.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=12)
+        figure.suptitle(
+            f"{s['model']} of width {s['width']} on {Path(s['data']).name}: the same network, weights and batches",
+            fontsize=13,
+        )
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def _percent(values):
+    return [100 * value for value in values]
+
+
+def _curves(epochs, seconds, runs):
+    for run in runs:
+        name, colour, marker = STYLES[run["mode"]]
+        history = run["history"]
+        accuracy = _percent(row["test_accuracy"] for row in history)
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 2, "alpha": 0.9, "clip_on": True}
+        epochs.plot([row["epoch"] for row in history], accuracy, label=f"{name}: {accuracy[-1]:.1f} %", **style)
+        seconds.plot([row["seconds"] for row in history], accuracy, **style)
+    epochs.set(title="After each epoch", xlabel="epoch", ylabel="test accuracy (%)")
+    epochs.xaxis.get_major_locator().set_params(integer=True)
+    seconds.set(title="After seconds of training", xlabel="seconds (without evaluation)")
+    seconds.set_xlim(left=0)
+
+
+def _by_block(axis, runs):
+    """Accuracy of each block's own goodness, and of the whole; 9 blocks and 17 layers share the axis as depth."""
+    axis.set(title="Each block alone, and all together", xlabel="depth of the block")
+    axis.set_xlim(-0.05, 1.3)
+    for run in runs:
+        name, colour, marker = STYLES[run["mode"]]
+        count = len(run["blocks"])
+        if count:
+            depth = [(i + 1) / count for i in range(count)]
+            axis.plot(depth, _percent(run["blocks"]), color=colour, marker=marker, markersize=5, linewidth=2, alpha=0.9)
+        vote = 100 * run["test_accuracy"]
+        shift = 1.18 + 0.03 * (runs.index(run) - (len(runs) - 1) / 2)
+        axis.plot([shift], [vote], color=colour, marker=marker, markersize=9, markeredgecolor="white", clip_on=False)
+    axis.axvline(1.08, color="#bbbbbb", linewidth=1)
+    axis.set_xticks([0, 0.5, 1, 1.18], ["input", "middle", "last", "all"])
+
+
+def _memory(axis, runs):
+    """What a training step allocates, as bars with their numbers."""
+    for place, run in enumerate(runs):
+        name, colour, _ = STYLES[run["mode"]]
+        axis.bar(place, run["peak_memory_mb"], color=colour, width=0.7)
+        axis.text(place, run["peak_memory_mb"], f"{run['peak_memory_mb']:.1f}", ha="center", va="bottom", fontsize=11)
+    axis.set(title="Memory of a step", ylabel="peak, MiB above parameters\nand optimiser state")
+    names = [STYLES[run["mode"]][0].replace("backpropagation", "back-\nprop.").replace("-wise", "") for run in runs]
+    axis.set_xticks(range(len(runs)), names)
+    axis.margins(y=0.12)
+
+
+def _range(runs):
+    """Limits of accuracy that show what matters: only the first epochs may leave the picture below."""
+    curves = [_percent(row["test_accuracy"] for row in run["history"]) for run in runs]
+    late = [value for curve in curves for value in curve[min(len(curve) // 5, len(curve) - 1) :]]
+    shown = late + [100 * value for run in runs for value in run["blocks"]]
+    low, high = min(shown), max(max(curve) for curve in curves)
+    room = max(1.0, 0.06 * (high - low))
+    return max(0.0, low - room), min(high + room, 100 + room / 2)
