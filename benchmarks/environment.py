@@ -13,8 +13,12 @@ def commit():
     """The checkout's commit, with a + where files differ from it."""
     folder = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "fastff", "csrc"], cwd=folder, capture_output=True, text=True).stdout.strip()
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "fastff", "csrc"], cwd=folder, capture_output=True, text=True
+        ).stdout.strip()
         return head + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -47,7 +47,9 @@ def measure(shape, channels_last, rounds, compiled):
         return ff.goodness_step(x, weight, None, target, normalize=None)
 
     step, plain = fast(), eager(x_grad, weight_grad, target)
-    for name, ours, theirs, true in zip(("loss", "grad_x", "grad_weight"), (step.loss, step.grad_x, step.grad_weight), plain, exact, strict=True):
+    for name, ours, theirs, true in zip(
+        ("loss", "grad_x", "grad_weight"), (step.loss, step.grad_x, step.grad_weight), plain, exact, strict=True
+    ):
         error, allowed = ((v.double() - true).norm() / true.norm() for v in (ours, theirs.detach()))
         if not error <= 4 * allowed + 1e-6:
             raise SystemExit(f"wrong result at {shape}: {name} is off by {error:.1e}, plain PyTorch by {allowed:.1e}")
@@ -84,7 +86,8 @@ def main():
             against = f"  {row['against_compile']:6.2f} x torch.compile" if arguments.compile else ""
             print(
                 f"{shape!s:20} {row['layout']:14} {row['algorithm']:14} {row['speedup']:7.2f} x eager "
-                f"[{row['speedup_20']:.2f}, {row['speedup_80']:.2f}]{against}   {row['floor_mbytes']:6.1f} MB, {row['gmultiply_adds']:5.2f} G multiply-adds"
+                f"[{row['speedup_20']:.2f}, {row['speedup_80']:.2f}]{against}   "
+                f"{row['floor_mbytes']:6.1f} MB, {row['gmultiply_adds']:5.2f} G multiply-adds"
             )
     slow = [row for row in rows if row["speedup"] < 1]
     print(f"slower than eager: {len(slow)} of {len(rows)}")

@@ -21,7 +21,16 @@ from fastff.training import Backprop, Trainer, data, optim
 
 RESULTS = Path(__file__).parent / "results" / "learning.csv"
 PAPER = {"grid": 0, "scale": 1.0, "window": 1}
-BASE = {"width": 16, "images": 5000, "epochs": 16, "lr": 2e-3, "weight_decay": 0.05, "mode": "sff", "dataset": "cifar10", "model": "resnet18"}
+BASE = {
+    "width": 16,
+    "images": 5000,
+    "epochs": 16,
+    "lr": 2e-3,
+    "weight_decay": 0.05,
+    "mode": "sff",
+    "dataset": "cifar10",
+    "model": "resnet18",
+}
 
 BEST = {"window": 2, "lr": 4e-3}
 STAGE = {"granularity": "stage"}
@@ -62,7 +71,19 @@ EXPERIMENTS = {
     "mobilenet-block": MOBILE | BEST,
 }
 
-SFF_KEYS = ("grid", "scale", "window", "squares", "label_smoothing", "learn_tau", "tau", "kernel_size", "margin", "bias", "normalize")
+SFF_KEYS = (
+    "grid",
+    "scale",
+    "window",
+    "squares",
+    "label_smoothing",
+    "learn_tau",
+    "tau",
+    "kernel_size",
+    "margin",
+    "bias",
+    "normalize",
+)
 
 
 @torch.no_grad()
@@ -140,7 +161,9 @@ def append(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="folder with the data sets' official files")
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=f"out of {', '.join(EXPERIMENTS)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=f"out of {', '.join(EXPERIMENTS)}"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     done = set()
@@ -151,7 +174,10 @@ def main():
         rows = []
         for row in run(name, EXPERIMENTS[name], arguments.root):
             rows.append(row)
-            print(f"{name:20} epoch {row['epoch']:2}  {row['seconds']:6.0f} s  vote {row['vote']:.1%}  last {row['last']:.1%}", flush=True)
+            print(
+                f"{name:20} epoch {row['epoch']:2}  {row['seconds']:6.0f} s  vote {row['vote']:.1%}  last {row['last']:.1%}",
+                flush=True,
+            )
         print(f"{'':20} {rows[-1]['other votes']}  blocks {rows[-1]['blocks']}", flush=True)
         append(rows)
 

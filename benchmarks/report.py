@@ -72,10 +72,15 @@ def step_table(*names):
     for _, rows in found:
         r = rows[0]
         body = [
-            (row["variant"], row["layout"].replace("_", " "), f"{float(row['ratio']):.2f} x", f"{float(row['ratio_20']):.2f} to {float(row['ratio_80']):.2f}",
-             f"{float(row['peak_mib']):.0f} MiB")
+            (
+                row["variant"],
+                row["layout"].replace("_", " "),
+                f"{float(row['ratio']):.2f} x",
+                f"{float(row['ratio_20']):.2f} to {float(row['ratio_80']):.2f}",
+                f"{float(row['peak_mib']):.0f} MiB",
+            )
             for row in rows
-        ]  # fmt: skip
+        ]
         title = f"{r['model']}, width {r['width']}, batch {r['batch']}, {r['size']} x {r['size']}, {r['classes']} classes; ratios to {r['base']}:\n\n"
         text.append(title + table(("variant", "layout", "time", "20 to 80 %", "peak memory"), body))
     return "\n\n".join(text) + measured_on(found[-1][1][0])
@@ -124,12 +129,21 @@ def learning_table(width="16", images="5000", dataset="cifar10", model="resnet18
 
 def learning_tables():
     every = runs()
-    tasks = list(dict.fromkeys((r[-1]["width"], r[-1]["images"], r[-1]["dataset"], r[-1]["model"]) for r in every.values()))
+    tasks = list(
+        dict.fromkeys((r[-1]["width"], r[-1]["images"], r[-1]["dataset"], r[-1]["model"]) for r in every.values())
+    )
     text = []
     for width, images, dataset, model in tasks:
-        epochs = next(r[-1]["epoch"] for r in every.values() if (r[-1]["width"], r[-1]["images"], r[-1]["dataset"], r[-1]["model"]) == (width, images, dataset, model))
+        epochs = next(
+            r[-1]["epoch"]
+            for r in every.values()
+            if (r[-1]["width"], r[-1]["images"], r[-1]["dataset"], r[-1]["model"]) == (width, images, dataset, model)
+        )
         size = f" of width {width}" if model.startswith("resnet") else ""
-        text.append(f"### {dataset}, {int(images):,} images, {model}{size}, {epochs} epochs\n\n" + learning_table(width, images, dataset, model))
+        text.append(
+            f"### {dataset}, {int(images):,} images, {model}{size}, {epochs} epochs\n\n"
+            + learning_table(width, images, dataset, model)
+        )
     return "\n\n".join(text) + measured_on(next(iter(every.values()))[-1])
 
 
@@ -147,7 +161,11 @@ def curves():
         tasks.setdefault((last["dataset"], last["model"], last["width"], last["images"]), []).append(name)
     shown = ("backprop", "paper", "grid-w2-lr4", "stage-w2-lr4", "layer-w2-lr4")
     for (dataset, model, width, images), names in tasks.items():
-        names = [n for n in names if dataset != "cifar10" or model != "resnet18" or re.sub(r"-(32|500|1000)$", "", n) in shown]
+        names = [
+            n
+            for n in names
+            if dataset != "cifar10" or model != "resnet18" or re.sub(r"-(32|500|1000)$", "", n) in shown
+        ]
         if len(names) < 2:
             continue
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
@@ -155,10 +173,17 @@ def curves():
             rows = every[name]
             kind = "backprop" if "backprop" in name else next((k for k in ("stage", "layer") if k in name), "block")
             style = ":" if name.startswith("paper") else "-"
-            label = {"backprop": "backpropagation", "block": "9 blocks" if model == "resnet18" else "blocks", "stage": "4 stages", "layer": "17 layers"}[kind]
+            label = {
+                "backprop": "backpropagation",
+                "block": "9 blocks" if model == "resnet18" else "blocks",
+                "stage": "4 stages",
+                "layer": "17 layers",
+            }[kind]
             label += ", paper's setting" if name.startswith("paper") else ""
             accuracy = [100 * float(r["vote"]) for r in rows]
-            for axis, x in zip(axes, ([int(r["epoch"]) for r in rows], [float(r["seconds"]) for r in rows]), strict=True):
+            for axis, x in zip(
+                axes, ([int(r["epoch"]) for r in rows], [float(r["seconds"]) for r in rows]), strict=True
+            ):
                 axis.plot(x, accuracy, style, color=COLOURS[kind], label=f"{label}: {accuracy[-1]:.1f} %", linewidth=2)
         for axis, x in zip(axes, ("epoch", "processor seconds, one thread"), strict=True):
             axis.set_xlabel(x)

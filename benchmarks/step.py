@@ -3,8 +3,8 @@
     python -m benchmarks.step [--width 64] [--batch 32] [--classes 100] [--model resnet18] [--csv FILE] [--rounds N] [--no-compile] [--budget]
 
 Interleaved in one run; ratios are to the faster of eager and compiled backpropagation, round by round. Each variant runs in the layout
-(contiguous or channels_last) that is faster for it on this machine, found by measurement first. Memory is what the step allocates above parameters and
-optimiser state. SFF as in the paper (grid=0, window=1) and with the defaults. Results are checked first: three steps must give
+(contiguous or channels_last) that is faster for it on this machine, found by measurement first. Memory is what the step allocates above
+parameters and optimiser state. SFF as in the paper (grid=0, window=1) and with the defaults. Results are checked first: three steps must give
 the same weights as with the reference implementation.
 
 --budget prints where the time of the block-wise step goes, by operator.
@@ -79,7 +79,9 @@ def budget(a, images, target):
     events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in events)
     for event in events[:24]:
-        print(f"{event.key:44} {event.count / 5:6.0f} calls {event.self_cpu_time_total / 5e3:8.2f} ms {event.self_cpu_time_total / total:6.1%}")
+        print(
+            f"{event.key:44} {event.count / 5:6.0f} calls {event.self_cpu_time_total / 5e3:8.2f} ms {event.self_cpu_time_total / total:6.1%}"
+        )
 
 
 def main():
@@ -123,7 +125,8 @@ def main():
         layout = "channels_last" if chosen[name] else "contiguous"
         print(f"{name:28} {layout:14} {ratio:6.2f} x   [{low:.2f}, {high:.2f}]  {memory[name]:6.0f} MiB")
         rows.append({
-            "model": a.model, "width": a.width, "batch": a.batch, "size": a.size, "classes": a.classes, "variant": name, "layout": layout, "base": base,
+            "model": a.model, "width": a.width, "batch": a.batch, "size": a.size, "classes": a.classes,
+            "variant": name, "layout": layout, "base": base,
             "ratio": ratio, "ratio_20": low, "ratio_80": high, "milliseconds": quantile(times[name], 0.5) * 1e3, "peak_mib": memory[name],
         })  # fmt: skip
     if a.csv:

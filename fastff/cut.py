@@ -30,7 +30,17 @@ from torch import fx, nn
 GRANULARITIES = ("layer", "block", "stage", "model")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-WEIGHT_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose2d, torch.conv2d, torch.matmul, torch.einsum, operator.matmul}
+WEIGHT_FUNCTIONS = {
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.linear,
+    F.conv_transpose2d,
+    torch.conv2d,
+    torch.matmul,
+    torch.einsum,
+    operator.matmul,
+}
 POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.flatten}
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
@@ -87,9 +97,13 @@ def cut(model, granularity, input_shape):
     if not isinstance(granularity, str):
         paths = _checked_paths(model, granularity)
     elif granularity not in GRANULARITIES:
-        raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)} or a list of module paths, got {granularity!r}")
+        raise ValueError(
+            f"granularity: expected one of {', '.join(GRANULARITIES)} or a list of module paths, got {granularity!r}"
+        )
     if not isinstance(input_shape, Sequence) or not all(isinstance(n, int) and n > 0 for n in input_shape):
-        raise ValueError(f"input_shape: expected the positive sizes of one sample such as (3, 32, 32), got {input_shape!r}")
+        raise ValueError(
+            f"input_shape: expected the positive sizes of one sample such as (3, 32, 32), got {input_shape!r}"
+        )
     example = _example(model, input_shape)
     modes = {module: module.training for module in model.modules()}
     try:
@@ -114,7 +128,9 @@ def cut(model, granularity, input_shape):
 def _example(model, input_shape):
     like = next(iter(model.parameters()), torch.empty(0))
     example = torch.zeros(2, *input_shape, device=like.device, dtype=like.dtype)
-    if len(input_shape) == 3 and any(p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters()):
+    if len(input_shape) == 3 and any(
+        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters()
+    ):
         example = example.contiguous(memory_format=torch.channels_last)
     return example
 
@@ -196,7 +212,9 @@ def _trace(model, granularity, paths, example):
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if sum(not node.args for node in inputs) != 1:
-        raise CutError(f"the model must take one tensor, got the inputs {', '.join(str(node.target) for node in inputs)}")
+        raise CutError(
+            f"the model must take one tensor, got the inputs {', '.join(str(node.target) for node in inputs)}"
+        )
     for node in inputs:
         if node.args:  # an argument with a default value
             node.replace_all_uses_with(node.args[0])
@@ -211,7 +229,11 @@ def _where(model, error):
     for frame, line in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         path = frame.f_code.co_filename
-        if isinstance(owner, nn.Module) and id(owner) in names and "/torch/nn/modules/module.py" not in path.replace("\\", "/"):
+        if (
+            isinstance(owner, nn.Module)
+            and id(owner) in names
+            and "/torch/nn/modules/module.py" not in path.replace("\\", "/")
+        ):
             code = traceback.extract_stack(frame, 1)
             text = traceback.FrameSummary(path, line, frame.f_code.co_name).line or (code[0].line if code else "")
             found = f"{names[id(owner)]} ({type(owner).__name__}), {path}:{line}: {text}"
@@ -233,10 +255,14 @@ def _chain(model, paths, example, where):
     graph, value = fx.Graph(owning_module=_CHAIN), example
     node = graph.placeholder("x")
     if [path for path, _, _ in calls] != paths:
-        raise CutError(f"granularity: the model calls these modules as {[path for path, _, _ in calls]}, not as {paths} ({where})")
+        raise CutError(
+            f"granularity: the model calls these modules as {[path for path, _, _ in calls]}, not as {paths} ({where})"
+        )
     for path, args, output in calls:
         if len(args) != 1 or args[0] is not value:
-            raise CutError(f"granularity: something happens to the data before {path!r}, and it cannot be traced: {where}")
+            raise CutError(
+                f"granularity: something happens to the data before {path!r}, and it cannot be traced: {where}"
+            )
         node, value = graph.call_module(path, (node,)), output
     graph.output(node)
     return graph
@@ -263,7 +289,11 @@ def _record_shapes(model, graph, example):
 def _warn_of_hooks(model, graph):
     called = {node.target for node in graph.nodes if node.op == "call_module"}
     inside = {name for name, _ in model.named_modules() if any(name == c or name.startswith(c + ".") for c in called)}
-    silent = [name or "the model itself" for name, m in model.named_modules() if name not in inside and (m._forward_hooks or m._forward_pre_hooks)]
+    silent = [
+        name or "the model itself"
+        for name, m in model.named_modules()
+        if name not in inside and (m._forward_hooks or m._forward_pre_hooks)
+    ]
     if silent:
         warnings.warn(f"cuts pass through {', '.join(silent)}, so the forward hooks there will not run", stacklevel=4)
 
@@ -319,13 +349,18 @@ def _mains(model, graph, granularity, paths):
         return node.target in WEIGHT_FUNCTIONS and any(n.op == "get_attr" for n in node.all_input_nodes)
 
     items = [node for node in graph.nodes if is_item(node)]
-    on_vectors = [len(next((n.meta["shape"] for n in node.all_input_nodes if _is_tensor(n) and n.op != "get_attr"), ())) == 2 for node in items]
+    on_vectors = [
+        len(next((n.meta["shape"] for n in node.all_input_nodes if _is_tensor(n) and n.op != "get_attr"), ())) == 2
+        for node in items
+    ]
     kept = len(items)
     while kept and on_vectors[kept - 1]:
         kept -= 1
     kept = kept or len(items) - 1  # vectors all along: a perceptron, whose last layer classifies
     if kept < 1:
-        raise CutError("the model has no layer with weights before its classifier: there is nothing to train block by block")
+        raise CutError(
+            "the model has no layer with weights before its classifier: there is nothing to train block by block"
+        )
 
     segment_of, segments = {}, [[] for _ in items]
     position = {node: i for i, node in enumerate(items)}
@@ -340,7 +375,9 @@ def _mains(model, graph, granularity, paths):
         return [last]
     needed, mains, done = _ancestors(last), [], set()
     for segment in segments[: kept - 1]:
-        main = next((n for n in reversed(segment) if n in needed and any(u in position and u in needed for u in n.users)), None)
+        main = next(
+            (n for n in reversed(segment) if n in needed and any(u in position and u in needed for u in n.users)), None
+        )
         if main is None:
             continue
         if granularity != "layer":
@@ -407,7 +444,16 @@ def _build(model, graphs, mains, input_shape):
     for i, (main, module, _) in enumerate(evaluate[: len(mains[False])]):
         train = parts[True][i][1] if True in parts else None
         called = [n.target for n in module.graph.nodes if n.op == "call_module"]
-        blocks.append(Block(_name(model, called) or main.name, model, train, module, main.meta["shape"][1:], _channel_dim(model, main, called, input_shape)))
+        blocks.append(
+            Block(
+                _name(model, called) or main.name,
+                model,
+                train,
+                module,
+                main.meta["shape"][1:],
+                _channel_dim(model, main, called, input_shape),
+            )
+        )
     tail = None
     if len(evaluate) > len(blocks):
         train = parts[True][-1][1] if True in parts else None
@@ -441,7 +487,13 @@ def _parts(model, graph, mains):
         done = done | new
         crossing = [n for n in done if n is not end and n is not output and any(u in needed - done for u in n.users)]
         crossing = [] if end is output else [end, *sorted(crossing, key=order.get)]
-        parts.append((end, _graph_module(model, alive, sorted(new - {output}, key=order.get), crossing or [output.args[0]]), len(crossing)))
+        parts.append(
+            (
+                end,
+                _graph_module(model, alive, sorted(new - {output}, key=order.get), crossing or [output.args[0]]),
+                len(crossing),
+            )
+        )
         alive = crossing
     return parts
 
@@ -453,7 +505,11 @@ def _with_earlier_readers(model, new, done, needed, order):
         if node.op == "call_module":
             return getattr(_attribute(model, node.target), "inplace", False)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return node.target in IN_PLACE or node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+        return (
+            node.target in IN_PLACE
+            or node.kwargs.get("inplace") is True
+            or (name.endswith("_") and not name.endswith("__"))
+        )
 
     for node in sorted(new, key=order.get):
         if node.op not in ("placeholder", "output") and node.all_input_nodes and in_place(node):

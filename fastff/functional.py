@@ -53,7 +53,16 @@ def goodness_loss(
     """Margin cross-entropy over tau * goodness, differentiable with respect to x, weight, bias, grid_weight and tau.
 
     loss_b = logsumexp_k(u) - u[y_b] with u = tau * g and u[y_b] lowered by `margin`; `reduction` "mean", "sum" or "none" ([B])."""
-    g = goodness(x, weight, bias, grid_weight=grid_weight, padding=padding, channel_dim=channel_dim, impl=impl, algorithm=algorithm)
+    g = goodness(
+        x,
+        weight,
+        bias,
+        grid_weight=grid_weight,
+        padding=padding,
+        channel_dim=channel_dim,
+        impl=impl,
+        algorithm=algorithm,
+    )
     return margin_cross_entropy(g, target, tau, margin, label_smoothing, reduction)
 
 

@@ -150,7 +150,11 @@ class SFF(nn.Module):
             probabilities = vote if self.vote == "softmax" else head.logits(vote).softmax(1)
             sure, best = probabilities.max(1)
             last = index + 1 == len(self.blocks)
-            leave = torch.ones_like(sure, dtype=torch.bool) if last else (sure >= (2.0 if exit_threshold is None else exit_threshold))
+            leave = (
+                torch.ones_like(sure, dtype=torch.bool)
+                if last
+                else (sure >= (2.0 if exit_threshold is None else exit_threshold))
+            )
             label[rows[leave]], confidence[rows[leave]], block_of[rows[leave]] = best[leave], sure[leave].float(), index
             stay = ~leave
             rows, seen = rows[stay], [g[stay] for g in seen]
@@ -161,11 +165,21 @@ class SFF(nn.Module):
         rows = [("block", "modules", "parameters", "output", "goodness")]
         for i, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
             called = block.modules_called
-            modules = block.name if called == [block.name] or len(called) < 2 else f"{block.name} ({len(called)} modules)"
+            modules = (
+                block.name if called == [block.name] or len(called) < 2 else f"{block.name} ({len(called)} modules)"
+            )
             count = sum(p.numel() for p in self.block_parameters(i))
-            rows.append((str(i), modules, f"{count:,}", " x ".join(map(str, block.output_shape)), self._algorithm(block, head)))
+            rows.append(
+                (str(i), modules, f"{count:,}", " x ".join(map(str, block.output_shape)), self._algorithm(block, head))
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join(cell.rjust(w) if i in (0, 2) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i in (0, 2) else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
         total = sum(p.numel() for i in range(len(self.blocks)) for p in self.block_parameters(i))
         head = f"SFF: {type(self.model).__name__} in {len(self.blocks)} blocks ({self.granularity}), {self.num_classes} classes, {total:,} parameters"
         kept = ", read-out kept" if self.readout else ""

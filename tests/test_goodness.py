@@ -41,7 +41,10 @@ def problems(draw, dtype):
     H, W = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     rank = draw(st.sampled_from([4, 4, 4, 3, 2]))
     H, W = {4: (H, W), 3: (1, W), 2: (1, 1)}[rank]
-    squares, grid = draw(st.booleans()) or draw(st.booleans()), draw(st.sampled_from([None, None, (1, 1), (2, 2), (3, 2), (4, 4), (12, 1)]))
+    squares, grid = (
+        draw(st.booleans()) or draw(st.booleans()),
+        draw(st.sampled_from([None, None, (1, 1), (2, 2), (3, 2), (4, 4), (12, 1)])),
+    )
     squares = squares or grid is None
     kernel = draw(st.sampled_from([1, 1, 1, 3, 5])) if squares else 1
     padding = kernel // 2
@@ -67,6 +70,7 @@ def problems(draw, dtype):
     x = back(given_x).reshape(B, C, H, W)
     weight = values((2 / (C * kernel**2)) ** 0.5, K, C, kernel, kernel) if squares else None
     grid_weight = values((1 / C) ** 0.5, K, C, *grid) if grid else None
+    algorithms = ["auto", "direct"] + ["second_moment"] * (kernel == 1)
     parameter_layout = draw(st.sampled_from(["contiguous", "slice", "every other", "batch inside"]))
     memories = [around]
 
@@ -83,7 +87,7 @@ def problems(draw, dtype):
         "lay": lay,
         "memories": memories,
         "flat_weight": kernel == 1 and draw(st.booleans()),
-        "options": {"padding": padding, "channel_dim": channel_dim, "algorithm": draw(st.sampled_from(["auto", "direct"] + ["second_moment"] * (kernel == 1)))},
+        "options": {"padding": padding, "channel_dim": channel_dim, "algorithm": draw(st.sampled_from(algorithms))},
         "budget": draw(st.sampled_from(BUDGETS)),
         "target": torch.randint(K, (B,), generator=generator),
         "d": torch.randn(B, K, generator=generator, dtype=torch.float64),
@@ -112,7 +116,9 @@ def eager_gradients(tensors, dtype, scalar):
     given = [t for t in leaves if t is not None]
     found = iter(torch.autograd.grad(number, given, allow_unused=True))
     grads = [None if t is None else next(found) for t in leaves]
-    return result, [torch.zeros_like(t) if g is None and t is not None else g for g, t in zip(grads, leaves, strict=True)]
+    return result, [
+        torch.zeros_like(t) if g is None and t is not None else g for g, t in zip(grads, leaves, strict=True)
+    ]
 
 
 def magnitudes(tensors, d, padding):
@@ -167,7 +173,9 @@ def test_goodness_and_its_gradients(data, dtype, impl):
     g, grads = runs[0]
     assert g.dtype == compute_dtype(dtype)
     assert_as_exact("goodness", g.detach(), exact_g.detach(), plain_g.detach(), large_g.detach())
-    for name, t, grad, want, rough, size in zip(NAMES, (problem["x"], *parameters), grads, exact, plain, large, strict=True):
+    for name, t, grad, want, rough, size in zip(
+        NAMES, (problem["x"], *parameters), grads, exact, plain, large, strict=True
+    ):
         if t is None:
             continue
         assert grad.dtype == dtype
@@ -183,9 +191,18 @@ def test_goodness_and_its_gradients(data, dtype, impl):
 @given(data=st.data())
 def test_goodness_step_and_loss(data, dtype, impl):
     """Every output of goodness_step, and goodness_loss with its gradients, for every loss option."""
-    problem, grad_scale, need_grad_x = data.draw(problems(dtype)), data.draw(st.sampled_from([None, 0.25])), data.draw(st.booleans())
+    problem, grad_scale, need_grad_x = (
+        data.draw(problems(dtype)),
+        data.draw(st.sampled_from([None, 0.25])),
+        data.draw(st.booleans()),
+    )
     normalize = data.draw(st.sampled_from(["layer_norm", "layer_norm_channels", None]))
-    tensors, target, padding, options = problem["canonical"], problem["target"], problem["options"]["padding"], problem["loss"]
+    tensors, target, padding, options = (
+        problem["canonical"],
+        problem["target"],
+        problem["options"]["padding"],
+        problem["loss"],
+    )
     tau = torch.tensor(problem["tau"], dtype=compute_dtype(problem["x"].dtype))
 
     def scalar(*leaves):
@@ -202,7 +219,10 @@ def test_goodness_step_and_loss(data, dtype, impl):
     large_g, large = magnitudes(tensors, d, padding)
     # a softmax magnifies the error of its argument: |loss error| <= 2 tau max |g error|, relative errors of d likewise
     sensitivity = 1 + 2 * problem["tau"] * large_g.max()
-    large, large_loss = [None if t is None else t * sensitivity for t in large], large_g.max() * problem["tau"] + 1 + options["margin"]
+    large, large_loss = (
+        [None if t is None else t * sensitivity for t in large],
+        large_g.max() * problem["tau"] + 1 + options["margin"],
+    )
 
     parameters = handed_in(problem)
     given_tau = tau if problem["learn_tau"] else problem["tau"]
@@ -247,7 +267,11 @@ def test_goodness_step_and_loss(data, dtype, impl):
         assert step.normalized is None
         return
     canonical = tensors[0]
-    norm = eager_layer_norm if normalize == "layer_norm" else lambda t: eager_layer_norm(t.flatten(2).mT.flatten(0, 1)).unflatten(0, (len(t), -1)).mT.reshape(t.shape)
+    norm = (
+        eager_layer_norm
+        if normalize == "layer_norm"
+        else lambda t: eager_layer_norm(t.flatten(2).mT.flatten(0, 1)).unflatten(0, (len(t), -1)).mT.reshape(t.shape)
+    )
     exact_norm, plain_norm = (shown_as(problem, norm(canonical.to(t))) for t in (torch.float64, compute_dtype(dtype)))
     assert step.normalized.dtype == dtype
     # the mean is taken away first: its rounding is as large as the elements, relative to the deviation it is divided by
@@ -259,14 +283,19 @@ def test_goodness_step_and_loss(data, dtype, impl):
 @pytest.mark.parametrize("algorithm", ["direct", "second_moment"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    ("shape", "classes"), [((3, 5, 4, 4), 40), ((6, 4, 2, 2), 3), ((5, 7, 1, 1), 9), ((2, 3, 8, 8), 600), ((4, 6, 7, 3), 35)]
+    ("shape", "classes"),
+    [((3, 5, 4, 4), 40), ((6, 4, 2, 2), 3), ((5, 7, 1, 1), 9), ((2, 3, 8, 8), 600), ((4, 6, 7, 3), 35)],
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_every_form_of_the_algorithms(shape, classes, impl, algorithm, layout):
     """Flat and batched products, tiles that are kept and computed again, one sample at a time: all give the same step."""
     torch.manual_seed(0)
     x, target = LAYOUTS[layout](torch.randn(shape, dtype=torch.float64))[0], torch.randint(classes, shape[:1])
-    weight, bias, grid_weight = torch.randn(classes, shape[1]), torch.randn(classes), torch.randn(classes, shape[1], 2, 3)
+    weight, bias, grid_weight = (
+        torch.randn(classes, shape[1]),
+        torch.randn(classes),
+        torch.randn(classes, shape[1], 2, 3),
+    )
     weight, bias, grid_weight = weight.double(), bias.double(), grid_weight.double()
 
     def scalar(*leaves):
@@ -279,7 +308,9 @@ def test_every_form_of_the_algorithms(shape, classes, impl, algorithm, layout):
             step = ff.goodness_step(x, weight, bias, target, grid_weight=grid_weight, impl=impl, algorithm=algorithm)
         got = (step.grad_x, step.grad_weight[:, :, None, None], step.grad_bias, step.grad_grid_weight)
         for name, a, b in zip(NAMES, got, exact, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12 * float(b.abs().max()), msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                a, b, rtol=1e-10, atol=1e-12 * float(b.abs().max()), msg=lambda m, name=name: f"{name}: {m}"
+            )
         formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
         assert step.grad_x.is_contiguous(memory_format=formats[layout])
 
@@ -342,7 +373,9 @@ def test_derivatives_of_the_loss():
 
 def test_goodness_step_cannot_be_differentiated_again():
     arguments = [torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 1, 1), None, None, torch.tensor([0, 4])]
-    loss, *_ = torch.ops.fastff.goodness_step(*arguments, 1.0, None, 0.0, 0.0, "mean", None, "layer_norm", 1e-5, True, [0, 0], "auto", "auto")
+    loss, *_ = torch.ops.fastff.goodness_step(
+        *arguments, 1.0, None, 0.0, 0.0, "mean", None, "layer_norm", 1e-5, True, [0, 0], "auto", "auto"
+    )
     with pytest.raises(RuntimeError, match="cannot be differentiated again; use goodness_loss"):
         loss.backward()
     step = ff.goodness_step(*arguments[:3], arguments[4])
@@ -353,22 +386,34 @@ def test_opcheck():
     """Schemas, fake kernels, autograd registration and tracing of every op, as PyTorch checks them."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(3, 4, 5, 2), torch.randn(6, 4, 1, 1), torch.randn(6)
-    grid_weight, target, last = torch.randn(6, 4, 2, 2), torch.tensor([0, 5, 2]), x.contiguous(memory_format=torch.channels_last)
+    grid_weight, target, last = (
+        torch.randn(6, 4, 2, 2),
+        torch.tensor([0, 5, 2]),
+        x.contiguous(memory_format=torch.channels_last),
+    )
     how = ([0, 0], "auto", "auto")
 
     def learned(*tensors):
         return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
 
     ops = torch.ops.fastff
-    for given in ((x, weight, bias, grid_weight), (last, weight, None, None), (x.half(), None, None, grid_weight.half())):
-        torch.library.opcheck(ops.goodness.default, (*learned(*given), *how))
-        torch.library.opcheck(ops.goodness.default, (*given, *how))
+    for inputs in (
+        (x, weight, bias, grid_weight),
+        (last, weight, None, None),
+        (x.half(), None, None, grid_weight.half()),
+    ):
+        torch.library.opcheck(ops.goodness.default, (*learned(*inputs), *how))
+        torch.library.opcheck(ops.goodness.default, (*inputs, *how))
         for need_x in (True, False):
-            torch.library.opcheck(ops.goodness_backward.default, (torch.randn(3, 6), *given, *how, need_x))
-        for reduction, normalize, tau in (("mean", "layer_norm", None), ("none", "none", torch.tensor(0.5)), ("sum", "layer_norm_channels", None)):
+            torch.library.opcheck(ops.goodness_backward.default, (torch.randn(3, 6), *inputs, *how, need_x))
+        for reduction, normalize, tau in (
+            ("mean", "layer_norm", None),
+            ("none", "none", torch.tensor(0.5)),
+            ("sum", "layer_norm_channels", None),
+        ):
             options = (1.0, tau, 0.1, 0.1, reduction, None, normalize, 1e-5, tau is None)
-            torch.library.opcheck(ops.goodness_step.default, (*given, target, *options, *how))
-        torch.library.opcheck(ops.layer_norm.default, (*learned(given[0]), 1e-5, "auto"))
+            torch.library.opcheck(ops.goodness_step.default, (*inputs, target, *options, *how))
+        torch.library.opcheck(ops.layer_norm.default, (*learned(inputs[0]), 1e-5, "auto"))
 
 
 def test_compile_and_export():
@@ -395,7 +440,9 @@ def test_compile_and_export():
         return net.block.head.loss(outputs[1], target) + net.head.loss(outputs[2], target)
 
     parameters = list(net.parameters())
-    for a, b in zip(torch.autograd.grad(loss(got), parameters), torch.autograd.grad(loss(want), parameters), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(loss(got), parameters), torch.autograd.grad(loss(want), parameters), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -421,7 +468,11 @@ def test_not_a_number_stays_in_its_sample(impl, algorithm, value):
     x[1, 2, 3, 3] = value
     step = ff.goodness_step(x, weight, None, target, reduction="none", impl=impl, algorithm=algorithm)
     eager = eager_goodness(x, weight[:, :, None, None])
-    assert step.loss.isnan().tolist() == eager_loss(eager, target, reduction="none").isnan().tolist() == [False, True, False, False]
+    assert (
+        step.loss.isnan().tolist()
+        == eager_loss(eager, target, reduction="none").isnan().tolist()
+        == [False, True, False, False]
+    )
     assert step.goodness.isfinite().all(1).tolist() == eager.isfinite().all(1).tolist() == [True, False, True, True]
     assert not step.grad_weight.isfinite().any()
     others = [0, 2, 3]
@@ -463,7 +514,7 @@ def test_large_head_is_never_formed_whole(algorithm):
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         both = memory_events(lambda: ff.goodness_loss(*leaves, None, target, algorithm=algorithm).backward())
     bound = max(4 * x.numel(), budget)
-    assert 4 * K * H * H > 2 * bound, "one sample's outputs must not fit, or this test could not fail"
+    assert 2 * bound < 4 * K * H * H, "one sample's outputs must not fit, or this test could not fail"
     assert 0 < max(step) <= bound
     assert 0 < max(both) <= bound
     memory = 4 * (2 * x.numel() + 4 * B * K + 3 * weight.numel()) + 4 * budget
@@ -481,4 +532,6 @@ def test_same_loss_whatever_the_batch_is_cut_into():
     whole = ff.goodness(x, weight)
     with planned_for(400):
         torch.testing.assert_close(ff.goodness(x, weight), whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.cat([ff.goodness(part, weight) for part in x.split(3)]), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.cat([ff.goodness(part, weight) for part in x.split(3)]), whole, rtol=1e-5, atol=1e-6
+    )

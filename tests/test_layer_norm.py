@@ -48,7 +48,9 @@ def test_values_and_gradients(data, dtype, impl):
     shape = data.draw(st.lists(st.integers(1, 7), min_size=2, max_size=4))
     over, channel_dim = data.draw(st.sampled_from(["sample", "channels"])), data.draw(st.sampled_from([1, -1]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    values = (torch.randn(shape, dtype=torch.float64, generator=generator) * 3 + data.draw(st.sampled_from([0.0, 10.0]))).to(dtype)
+    values = (
+        torch.randn(shape, dtype=torch.float64, generator=generator) * 3 + data.draw(st.sampled_from([0.0, 10.0]))
+    ).to(dtype)
     runnable(impl, values)
     x, memory = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](values)
     # the cotangent as autograd may hand it over: dense, or the stride-0 one of a sum
@@ -73,8 +75,12 @@ def test_values_and_gradients(data, dtype, impl):
     assert same_bits(cotangent, before_cotangent)
     worst = conditioning(x, over, channel_dim)
     assert_as_exact("layer_norm", y, exact, plain, worst)
-    deviation = (x.double().flatten(1).var(1, correction=0) if over == "sample" else eager_variance(x, channel_dim)).min()
-    assert_as_exact("gradient", grad, exact_grad, plain_grad, worst**2 * cotangent.double().abs().max() / (deviation + 1e-5).sqrt())
+    deviation = (
+        x.double().flatten(1).var(1, correction=0) if over == "sample" else eager_variance(x, channel_dim)
+    ).min()
+    assert_as_exact(
+        "gradient", grad, exact_grad, plain_grad, worst**2 * cotangent.double().abs().max() / (deviation + 1e-5).sqrt()
+    )
 
 
 def eager_variance(x, channel_dim):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastff.functional as ff
-from fastff.kernels.composed.goodness import Plan
 from fastff import ops
+from fastff.kernels.composed.goodness import Plan
 from fastff.ops import TABLES, plan, table
 from fastff.ops.goodness import plan_for
 from fastff.ops.table import Implementation, always, choose
@@ -43,7 +43,9 @@ def test_auto_takes_the_first_that_can_run():
 
 def test_a_name_runs_or_raises_with_the_reason():
     assert choose("op", ROWS, "reference", SINGLE).run == "slow"
-    with pytest.raises(RuntimeError, match=r"impl='native': no implementation of op can run here \(native: no compiler\)"):
+    with pytest.raises(
+        RuntimeError, match=r"impl='native': no implementation of op can run here \(native: no compiler\)"
+    ):
         choose("op", ROWS, "native", HALF)
     with pytest.raises(RuntimeError, match=r"triton: there is no such implementation of op yet"):
         choose("op", ROWS, "triton", SINGLE)
@@ -56,7 +58,9 @@ def test_names_in_order_of_preference():
 
 @pytest.mark.parametrize("wrong", ["fastest", "", "native,", "Native"])
 def test_unknown_names(wrong):
-    with pytest.raises(ValueError, match="impl: expected 'auto' or names out of cuda, triton, native, composed, reference, got"):
+    with pytest.raises(
+        ValueError, match="impl: expected 'auto' or names out of cuda, triton, native, composed, reference, got"
+    ):
         choose("op", ROWS, wrong, SINGLE)
 
 
@@ -79,7 +83,10 @@ def test_public_functions_follow_both(monkeypatch):
     def spied(op, row):
         if not isinstance(row.run, type):
             return row._replace(run=spy(calls, (op, row.name), row.run))
-        functions = {name: staticmethod(spy(calls, (op, row.name), getattr(row.run, name))) for name in ("goodness", "goodness_step")}
+        functions = {
+            name: staticmethod(spy(calls, (op, row.name), getattr(row.run, name)))
+            for name in ("goodness", "goodness_step")
+        }
         return row._replace(run=type("Spy", (row.run,), functions))
 
     for op, module in (("goodness", ops.goodness), ("layer_norm", ops.layer_norm)):
@@ -106,7 +113,9 @@ def spy(calls, note, function):
 def test_names_of_the_tables_are_known():
     for rows in TABLES.values():
         names = [row.name for row in rows]
-        assert names == [name for name in table.NAMES if name in names], "the order of preference is the same everywhere"
+        assert names == [name for name in table.NAMES if name in names], (
+            "the order of preference is the same everywhere"
+        )
 
 
 # --- the plan
@@ -120,7 +129,7 @@ def test_the_cheaper_algorithm_by_counted_cost():
         how = plan.plan(B, C, P, K)
         # products as in sff.md section 3, counted for the forward and the backward pass
         second = factor * plan.second_moment_cost(C, P, K)
-        direct = plan.direct_cost(C, P, K, recompute=K * P > plan.budget("cpu") // 4)
+        direct = plan.direct_cost(C, P, K, recompute=plan.budget("cpu") // 4 < K * P)
         assert how.algorithm == ("second_moment" if second < direct else "direct")
         chosen.add(how.algorithm)
     assert chosen == {"direct", "second_moment"}

@@ -20,14 +20,8 @@ _lock = threading.Lock()
 _reason: str | None = None  # None before the first attempt, then "" (loaded) or why not
 
 
-@torch.compiler.assume_constant_result
-def available() -> bool:
-    """Whether the compiled library is loaded; the first call loads it."""
-    return not reason()
-
-
 def reason() -> str:
-    """Why the compiled library is not available, in one line; empty if it is."""
+    """Why the compiled library is not available, in one line; empty if it is. The first call loads it."""
     global _reason
     if _reason is None:
         with _lock:

@@ -1,8 +1,8 @@
 """Blocks that train themselves: any module, or a convolution / depthwise convolution / linear layer, with a goodness head of its own.
 
-    block(x)                     -> output, goodness [B, K]      ordinary, differentiable
-    block.local_step(x, target)  -> normalised detached output (the next block's input), loss
-                                    adds this block's gradients to .grad; step your optimiser after it
+block(x)                     -> output, goodness [B, K]      ordinary, differentiable
+block.local_step(x, target)  -> normalised detached output (the next block's input), loss
+                                adds this block's gradients to .grad; step your optimiser after it
 """
 
 import torch
@@ -68,14 +68,27 @@ class FFConv2d(FFBlock):
         layers = [nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)]
         layers += [norm(out_channels)] if norm is not None else []
         layers += [activation()] if activation is not None else []
-        super().__init__(nn.Sequential(*layers), out_channels, num_classes, normalize=normalize, kernel_size=head_kernel_size, **head)
+        super().__init__(
+            nn.Sequential(*layers), out_channels, num_classes, normalize=normalize, kernel_size=head_kernel_size, **head
+        )
 
 
 class FFDepthwiseConv2d(FFConv2d):
     """Depthwise convolution (one filter a channel), batch norm and activation as one block. Arguments as of FFConv2d."""
 
     def __init__(self, channels, kernel_size, stride=1, padding=None, dilation=1, bias=None, *, num_classes, **options):
-        super().__init__(channels, channels, kernel_size, stride, padding, dilation, channels, bias, num_classes=num_classes, **options)
+        super().__init__(
+            channels,
+            channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            channels,
+            bias,
+            num_classes=num_classes,
+            **options,
+        )
 
 
 class FFLinear(FFBlock):

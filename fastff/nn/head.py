@@ -40,7 +40,9 @@ class GoodnessHead(nn.Module):
         if len(grid) != 2 or min(grid) < 0:
             raise ValueError(f"grid: expected a whole number of at least 0 or a pair, got {grid}")
         if not squares and (0 in grid or bias):
-            raise ValueError(f"squares: False needs a spatial term (grid > 0) and no bias, got grid={grid}, bias={bias}")
+            raise ValueError(
+                f"squares: False needs a spatial term (grid > 0) and no bias, got grid={grid}, bias={bias}"
+            )
         if scale is not None and not scale > 0:
             raise ValueError(f"scale: expected a positive number (a weight of zeros never learns), got {scale!r}")
         if not 0 < tau < float("inf"):

@@ -131,7 +131,10 @@ def _goodness_backward(d, x, weight, bias, grid_weight, padding, impl, algorithm
 
 
 def _empty_head(x, weight, bias, grid_weight, need_x):
-    head = [x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, bias, grid_weight)]
+    head = [
+        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (weight, bias, grid_weight)
+    ]
     return composed.empty_like(x) if need_x else x.new_empty(0), *head
 
 
@@ -161,7 +164,7 @@ def _goodness_step(
     )
     loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
     grads = _or_empty(grads, x, (None, weight, bias, grid_weight))
-    grad_tau = g.new_empty(()) if grad_tau is None else grad_tau
+    grad_tau = g.new_zeros(()) if grad_tau is None else grad_tau
     return (loss, g, *grads, grad_tau, _normalized(x, normalize, eps, impl))
 
 
@@ -225,7 +228,9 @@ def _double_backward(ctx, *cotangents):
     def gradients(*tensors):
         tensors = iter(tensors)
         d, x, weight, bias, grid_weight = (next(tensors) if here else None for here in present)
-        out = list(reference.gradients_direct(d, x, weight, bias, ctx.padding)) if weight is not None else [0, None, None]
+        out = (
+            list(reference.gradients_direct(d, x, weight, bias, ctx.padding)) if weight is not None else [0, None, None]
+        )
         grad_grid = None
         if grid_weight is not None:
             spread, grad_grid = reference.gradients_grid(d, x, grid_weight)

@@ -76,7 +76,7 @@ def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu"):
         if algorithm == "second_moment":
             raise ValueError(f"algorithm: second_moment needs kernel size 1, got {kernel[0]} x {kernel[1]}")
         return Plan("convolution", min(max(1, room // max(1, K * P + 2 * C * P)), max(B, 1)), K)
-    recompute = K * P > room
+    recompute = room < K * P
     if algorithm == "auto":
         second = second_moment_factor()[0] * second_moment_cost(C, P, K)
         algorithm = "second_moment" if second < direct_cost(C, P, K, recompute) else "direct"
@@ -106,7 +106,9 @@ def calibrate(repeats=5):
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps({"second_moment_factor": factor, "torch": torch.__version__, "threads": torch.get_num_threads()}))
+    temporary.write_text(
+        json.dumps({"second_moment_factor": factor, "torch": torch.__version__, "threads": torch.get_num_threads()})
+    )
     temporary.replace(path)
     second_moment_factor.cache_clear()
     plan.cache_clear()

@@ -39,7 +39,11 @@ class Backprop(Loop):
             return self.sff.model(images), 0
         alive, local = (images,), 0
         for block, head in zip(self.sff.blocks, self.sff.heads, strict=True):
-            alive = checkpoint(block, *alive, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*alive)
+            alive = (
+                checkpoint(block, *alive, use_reentrant=False)
+                if self.checkpointing and torch.is_grad_enabled()
+                else block(*alive)
+            )
             if supervised is not None:
                 local = local + head.loss(head(alive[0]), supervised)
         return self.sff.readout[0](*alive)[0], local

@@ -44,7 +44,9 @@ def load(path, map_location=None):
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable fastff checkpoint, it is damaged or of another kind ({reason})") from error
+        raise CheckpointError(
+            f"{path}: not a readable fastff checkpoint, it is damaged or of another kind ({reason})"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != "fastff":
         raise CheckpointError(f"{path}: expected a fastff checkpoint, got a file with something else in it")
     return state

@@ -36,7 +36,9 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, path, step):
         self.path = path
-        super().__init__(f"stopped after step {step}" + (f"; continue with --resume {Path(path).parent}" if path else ""))
+        super().__init__(
+            f"stopped after step {step}" + (f"; continue with --resume {Path(path).parent}" if path else "")
+        )
 
 
 class Loop:
@@ -56,10 +58,21 @@ class Loop:
     phases = 1
 
     def __init__(
-        self, module, names, optimizers, *, lr_schedule="cosine", micro_batches=1, amp=None, clip_grad_norm=None, compile=False
+        self,
+        module,
+        names,
+        optimizers,
+        *,
+        lr_schedule="cosine",
+        micro_batches=1,
+        amp=None,
+        clip_grad_norm=None,
+        compile=False,
     ):
         if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:
-            raise ValueError(f"lr_schedule: expected one of {', '.join(optim.SCHEDULES)} or a function, got {lr_schedule!r}")
+            raise ValueError(
+                f"lr_schedule: expected one of {', '.join(optim.SCHEDULES)} or a function, got {lr_schedule!r}"
+            )
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ValueError(f"micro_batches: expected a whole number of at least 1, got {micro_batches!r}")
         if amp not in AMP:
@@ -68,7 +81,12 @@ class Loop:
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {clip_grad_norm!r}")
         self.module, self.names, self.optimizers = module, names, optimizers
         self.lr_schedule = lr_schedule if callable(lr_schedule) else optim.SCHEDULES[lr_schedule]
-        self.micro_batches, self.amp, self.clip_grad_norm, self.compile = micro_batches, AMP[amp], clip_grad_norm, compile
+        self.micro_batches, self.amp, self.clip_grad_norm, self.compile = (
+            micro_batches,
+            AMP[amp],
+            clip_grad_norm,
+            compile,
+        )
         self.device = next(module.parameters()).device
         self.steps = 0
         self.position = {"epoch": 0, "batch": 0}
@@ -79,11 +97,17 @@ class Loop:
 
     def check_batch(self, images, target):
         if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-            raise TypeError(f"images: expected a floating-point tensor, got {images.dtype if isinstance(images, torch.Tensor) else type(images).__name__}")
+            raise TypeError(
+                f"images: expected a floating-point tensor, got {images.dtype if isinstance(images, torch.Tensor) else type(images).__name__}"
+            )
         if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
-            raise TypeError(f"target: expected int64 labels, got {target.dtype if isinstance(target, torch.Tensor) else type(target).__name__}")
+            raise TypeError(
+                f"target: expected int64 labels, got {target.dtype if isinstance(target, torch.Tensor) else type(target).__name__}"
+            )
         if len(images) == 0 or target.shape != (len(images),):
-            raise ValueError(f"target: expected one label for each of {len(images)} images (at least one), got {list(target.shape)}")
+            raise ValueError(
+                f"target: expected one label for each of {len(images)} images (at least one), got {list(target.shape)}"
+            )
 
     def to_device(self, tensor):
         return tensor.detach().to(self.device, non_blocking=True)
@@ -113,7 +137,9 @@ class Loop:
     def start_phase(self, phase):
         """Called when fit goes through its epochs once more (greedy schedule)."""
 
-    def fit(self, loader, epochs, validation=None, out=None, save_every=None, progress=True, evaluate_every=1, meta=None):
+    def fit(
+        self, loader, epochs, validation=None, out=None, save_every=None, progress=True, evaluate_every=1, meta=None
+    ):
         """Train for `epochs` from where this trainer stands (a loaded checkpoint goes on).
 
         Args:
@@ -167,7 +193,11 @@ class Loop:
                 self._check_finite(path)
                 if self.totals is None:
                     raise ValueError("loader: expected at least one minibatch, it gave none")
-                row = {"epoch": epoch + 1, "step": self.steps, "seconds": time.perf_counter() - start} | self._epoch_row()
+                row = {
+                    "epoch": epoch + 1,
+                    "step": self.steps,
+                    "seconds": time.perf_counter() - start,
+                } | self._epoch_row()
                 self.position = {"epoch": epoch + 1, "batch": 0}
                 if validation is not None and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == total):
                     row |= {f"test {name}": value for name, value in self.evaluate(validation).items()}
@@ -280,11 +310,17 @@ class Loop:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
         except (RuntimeError, ValueError) as error:
-            raise checkpoint.CheckpointError(f"{path}: its weights do not fit this network: {str(error).splitlines()[0]}") from error
+            raise checkpoint.CheckpointError(
+                f"{path}: its weights do not fit this network: {str(error).splitlines()[0]}"
+            ) from error
         for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
             if scaler is not None and saved is not None:
                 scaler.load_state_dict(saved)
         checkpoint.set_random_state(state["random"])
         self.epoch_random_state, self.meta = state["epoch_random"], state["meta"]
-        self.steps, self.position, self.history, self.totals = state["steps"], state["position"], state["history"], state["totals"]
-
+        self.steps, self.position, self.history, self.totals = (
+            state["steps"],
+            state["position"],
+            state["history"],
+            state["totals"],
+        )

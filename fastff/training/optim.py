@@ -4,7 +4,6 @@ import math
 
 import torch
 
-
 # Each is the better of 2e-3 and 4e-3 for its kind (docs/learning.md).
 LOCAL_LR, BACKPROP_LR = 4e-3, 2e-3
 
@@ -29,7 +28,9 @@ def build(make, parameters):
         return None
     optimizer = make(groups)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: expected a function of parameter groups that makes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise TypeError(
+            f"optimizer: expected a function of parameter groups that makes a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer

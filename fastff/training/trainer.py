@@ -41,7 +41,10 @@ class _Visit:
         self.grads = [grad_main] + [None] * (len(outputs) - 1)
 
     def add(self, grads):
-        self.grads = [new if old is None else old if new is None else old + new for old, new in zip(self.grads, grads, strict=True)]
+        self.grads = [
+            new if old is None else old if new is None else old + new
+            for old, new in zip(self.grads, grads, strict=True)
+        ]
 
     def backward(self, parameters=None):
         pairs = [(o, g) for o, g in zip(self.outputs, self.grads, strict=True) if g is not None and o.requires_grad]
@@ -61,7 +64,9 @@ class Trainer(Loop):
         train_frozen_heads: whether the heads of frozen blocks learn (they vote, so other classes or data need it).
     """
 
-    def __init__(self, sff, optimizer=None, *, schedule="all", window=None, frozen=0, train_frozen_heads=False, **options):
+    def __init__(
+        self, sff, optimizer=None, *, schedule="all", window=None, frozen=0, train_frozen_heads=False, **options
+    ):
         if not isinstance(sff, SFF):
             raise TypeError(f"sff: expected fastff.SFF (wrap the model in it first), got {type(sff).__name__}")
         if schedule not in ("all", "greedy"):
@@ -73,7 +78,9 @@ class Trainer(Loop):
         if not isinstance(self.window, int) or self.window < 1:
             raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
         if self.window > 1 and schedule == "greedy":
-            raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {self.window}")
+            raise ValueError(
+                f"window: expected 1 with schedule='greedy', which trains one block alone, got {self.window}"
+            )
         make = optimizer or optim.adamw(optim.LOCAL_LR)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
@@ -113,7 +120,9 @@ class Trainer(Loop):
         size = -(-len(images) // self.micro_batches)
         images, target = self.to_device(images).split(size), self.to_device(target).split(size)
         weights = [len(t) / sum(map(len, target)) for t in target]
-        self._losses, self.correct = torch.zeros(2, len(self.sff.blocks), device=target[0].device, dtype=loss_dtype(images[0]))
+        self._losses, self.correct = torch.zeros(
+            2, len(self.sff.blocks), device=target[0].device, dtype=loss_dtype(images[0])
+        )
         if self.window == 1:
             self._one_block_at_a_time(images, target, weights)
         else:
@@ -135,7 +144,9 @@ class Trainer(Loop):
                 visit, alive[part] = self._visit(index, alive[part], y, weight)
                 if visit is not None and visit.outputs[0].requires_grad:
                     seed = _Seed.apply(visit.outputs[0], [visit.grads.pop(0)])
-                    del visit  # the output, before the backward; with the graph all is gone before the next block starts
+                    del (
+                        visit
+                    )  # the output, before the backward; with the graph all is gone before the next block starts
                     seed.backward()
                     del seed
             if self._trained(index):
@@ -159,13 +170,19 @@ class Trainer(Loop):
         """Forward and goodness step of a block. Returns its _Visit (None if it is not trained) and the next block's inputs."""
         head, trained = self.sff.heads[index], self._trained(index)
         if keep and trained:
-            alive = tuple(t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in alive)
+            alive = tuple(
+                t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in alive
+            )
         with torch.set_grad_enabled(trained), self.autocast():
             outputs = self.forwards[index](*alive)
         main = outputs[0].detach()
         if trained:
             scaler = self.scalers[index]
-            scale = None if weight == 1 and scaler is None else torch.full((), weight, device=main.device, dtype=self._losses.dtype)
+            scale = (
+                None
+                if weight == 1 and scaler is None
+                else torch.full((), weight, device=main.device, dtype=self._losses.dtype)
+            )
             if scaler is not None:
                 scale = scaler.scale(scale)
             step = head.local_step(main, target, self.sff.normalize, grad_scale=scale)

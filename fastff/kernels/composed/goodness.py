@@ -234,7 +234,10 @@ class _Head:
         extra = {"padding": padding} if plan.algorithm == "convolution" else {}
         self.squares = None if weight is None else ALGORITHMS[plan.algorithm](weight, bias, plan, **extra)
         self.grid = None if grid_weight is None else Grid(grid_weight, x)
-        self.grads = [None if p is None else torch.zeros_like(p, memory_format=torch.contiguous_format) for p in (weight, bias, grid_weight)]
+        self.grads = [
+            None if p is None else torch.zeros_like(p, memory_format=torch.contiguous_format)
+            for p in (weight, bias, grid_weight)
+        ]
 
     def chunks(self):
         for start in range(0, len(self.x), self.plan.samples):
