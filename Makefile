@@ -42,6 +42,7 @@ bench: install
 	@mkdir -p benchmarks/results
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.goodness --csv benchmarks/results/goodness.csv
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.step --csv benchmarks/results/step.csv
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.budget --csv benchmarks/results/budget.csv
 
 lint: install
 	$(PY) -m ruff check .

@@ -86,6 +86,26 @@ def step_table(*names):
     return "\n\n".join(text) + measured_on(found[-1][1][0])
 
 
+def budget_table():
+    rows = read("budget")
+    if not rows:
+        return "Not measured yet: run `make bench`."
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    found = {(row["variant"], row["part"]): row for row in rows}
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    body = []
+    for part in parts:
+        cells = [part]
+        for variant in variants:
+            row = found.get((variant, part))
+            cells += ["", "", ""] if row is None else [
+                f"{float(row['milliseconds']):.1f} ({float(row['share']):.0%})", f"{float(row['gflop']):.2f}", f"{float(row['mbyte']):.0f}",
+            ]  # fmt: skip
+        body.append(cells)
+    header = ["part", *(f"{variant}, {unit}" for variant in variants for unit in ("ms", "GFLOP", "MB"))]
+    return table(header, body) + measured_on(rows[0])
+
+
 def runs():
     """{experiment: its rows by epoch}."""
     found = {}
@@ -201,6 +221,7 @@ TABLES = {
     "goodness": goodness_table,
     "step": lambda: step_table("step"),
     "steps": lambda: step_table("step", "step-16", "step-mobilenet"),
+    "budget": budget_table,
     "learning": lambda: learning_table(),
     "learning-all": learning_tables,
 }

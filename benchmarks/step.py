@@ -1,13 +1,11 @@
 """The whole training step: block-local training against backpropagation and its memory-saving variants, time and peak memory.
 
-    python -m benchmarks.step [--width 64] [--batch 32] [--classes 100] [--model resnet18] [--csv FILE] [--rounds N] [--no-compile] [--budget]
+    python -m benchmarks.step [--width 64] [--batch 32] [--classes 100] [--model resnet18] [--csv FILE] [--rounds N] [--no-compile]
 
 Interleaved in one run; ratios are to the faster of eager and compiled backpropagation, round by round. Each variant runs in the layout
 (contiguous or channels_last) that is faster for it on this machine, found by measurement first. Memory is what the step allocates above
 parameters and optimiser state. SFF as in the paper (grid=0, window=1) and with the defaults. Results are checked first: three steps must give
-the same weights as with the reference implementation.
-
---budget prints where the time of the block-wise step goes, by operator.
+the same weights as with the reference implementation. Where the time goes: benchmarks/budget.py.
 """
 
 import argparse
@@ -45,7 +43,7 @@ def variants(a):
         "layer": ("sff", PAPER | {"granularity": "layer"}),
         "stage": ("sff", PAPER | {"granularity": "stage"}),
         "block, defaults": ("sff", {}),
-        "block, window 2": ("sff", {"window": 2}),
+        "block, spatial term": ("sff", {"window": 1}),
         "block, 4 micro-batches": ("sff", PAPER | {"micro_batches": 4}),
         "block, compiled": ("sff", PAPER | {"compile": True}),
     }
@@ -67,30 +65,12 @@ def check(a, images, target):
     print(f"checked: three steps give the reference's weights to {error:.1e}")
 
 
-def budget(a, images, target):
-    """Where the time of a block-wise step goes."""
-    trainer = build(a, "sff", True, **PAPER)
-    images = images.contiguous(memory_format=torch.channels_last)
-    for _ in range(3):
-        trainer.step(images, target)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(5):
-            trainer.step(images, target)
-    events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    total = sum(e.self_cpu_time_total for e in events)
-    for event in events[:24]:
-        print(
-            f"{event.key:44} {event.count / 5:6.0f} calls {event.self_cpu_time_total / 5e3:8.2f} ms {event.self_cpu_time_total / total:6.1%}"
-        )
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18", choices=["resnet18", "mobilenet_v3_small", "mobilenet_v3_large"])
     for name, default in (("width", 64), ("batch", 32), ("classes", 100), ("size", 32), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--budget", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these, beside backprop")
     parser.add_argument("--csv")
     a = parser.parse_args()
@@ -98,9 +78,6 @@ def main():
     torch.manual_seed(1)
     images, target = torch.randn(a.batch, 3, a.size, a.size), torch.randint(0, a.classes, (a.batch,))
     check(a, images, target)
-    if a.budget:
-        budget(a, images, target)
-        return
     layouts = {False: images, True: images.contiguous(memory_format=torch.channels_last)}
     steps, chosen, memory = {}, {}, {}
     for name, (kind, options) in variants(a).items():

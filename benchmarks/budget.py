@@ -1,0 +1,131 @@
+"""Where the time of a training step goes: FLOPs and bytes of every operator by count, milliseconds by the profiler.
+
+    python -m benchmarks.budget [--width 64] [--batch 32] [--classes 100] [--csv FILE]
+
+ResNet18, 32 x 32 images, channels_last, Adam: backpropagation, block-wise and layer-wise training in the paper's setting. FLOPs count a
+multiply-add as two and are PyTorch's (torch.utils.flop_counter) except for the goodness head's, which are those of its plan; bytes are
+those of every operator's inputs and outputs once each, so what an operator reads twice or an allocator zeroes is above them.
+"""
+
+import argparse
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.step import PAPER, build
+from benchmarks.timing import print_environment, write_csv
+from fastff.ops.goodness import plan_for
+
+# {part of the step: words in the names of its operators}, the first match counts
+PARTS = {
+    "convolution, backward": ("convolution_backward",),
+    "convolution, forward": ("convolution",),
+    "goodness head and layer norm": ("goodness_step",),
+    "batch norm": ("batch_norm",),
+    "activation": ("relu", "threshold", "hardswish", "hardsigmoid", "clamp_min"),
+    "optimiser": ("_fused_adam", "Optimizer", "foreach"),
+    "gradients summed, residual additions": ("aten::add", "aten.add"),
+}
+
+
+def part_of(name):
+    return next((part for part, words in PARTS.items() if any(word in name for word in words)), "everything else")
+
+
+class Counter(TorchDispatchMode):
+    """Sums FLOPs and bytes of what runs under it by part; of one op of ours as one operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.bytes = {}, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        part, packet = part_of(str(function)), function._overloadpacket
+        if function.is_view or packet in (torch.ops.aten.empty, torch.ops.aten.detach):
+            return out
+        flops = 0
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        elif packet is torch.ops.fastff.goodness_step:
+            flops = head_flops(*args[:2], args[3])
+        tensors = {t.data_ptr(): t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)}
+        self.flops[part] = self.flops.get(part, 0) + flops
+        self.bytes[part] = self.bytes.get(part, 0) + sum(t.numel() * t.element_size() for t in tensors.values())
+        return out
+
+
+def head_flops(x, weight, grid_weight):
+    """Of the matrix products that the plan for this head does."""
+    (b, c), p, k = x.shape[:2], x[0, 0].numel(), len(weight)
+    how = plan_for(x, weight, grid_weight, (0, 0), "auto")
+    return 2 * b * (3 * p * c * k if how.algorithm == "direct" else 2 * (p + k) * c * c)
+
+
+def measure(trainer, images, target, repeats=5):
+    """{part: (FLOPs, bytes, milliseconds)} of one step."""
+    for _ in range(3):
+        trainer.step(images, target)
+    with Counter() as counted:
+        trainer.step(images, target)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(repeats):
+            trainer.step(images, target)
+    return {
+        part: (counted.flops.get(part, 0), counted.bytes.get(part, 0), milliseconds / repeats)
+        for part, milliseconds in sorted(times(profile.profiler.function_events).items(), key=lambda item: -item[1])
+    }
+
+
+def times(events):
+    """{part: milliseconds}: an operator's own time belongs to the outermost operator above it that PARTS names."""
+    found = {}
+
+    def visit(event, part):
+        part = part if part != "everything else" else part_of(event.name)
+        found[part] = found.get(part, 0) + event.self_cpu_time_total / 1e3
+        for child in event.cpu_children:
+            visit(child, part)
+
+    for event in events:
+        if event.cpu_parent is None:
+            visit(event, "everything else")
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("width", 64), ("batch", 32), ("classes", 100), ("size", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--csv")
+    a = parser.parse_args()
+    a.model = "resnet18"
+    print_environment()
+    torch.manual_seed(1)
+    images = torch.randn(a.batch, 3, a.size, a.size).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(0, a.classes, (a.batch,))
+    rows = []
+    for variant, kind, options in (
+        ("backprop", "backprop", {}),
+        ("block", "sff", PAPER),
+        ("layer", "sff", PAPER | {"granularity": "layer"}),
+    ):
+        found = measure(build(a, kind, True, **options), images, target)
+        total = sum(ms for *_, ms in found.values())
+        print(f"\n{variant:38} {'ms':>8} {'share':>6} {'GFLOP':>8} {'MB':>8} {'GFLOP/s':>8} {'GB/s':>6}")
+        for part, (flops, moved, ms) in found.items():
+            rates = f"{flops / ms / 1e6:8.0f} {moved / ms / 1e6:6.1f}"
+            print(f"{part:38} {ms:8.1f} {ms / total:6.1%} {flops / 1e9:8.2f} {moved / 1e6:8.0f} {rates}")
+            rows.append({
+                "variant": variant, "part": part, "milliseconds": ms, "share": ms / total, "gflop": flops / 1e9, "mbyte": moved / 1e6,
+                "width": a.width, "batch": a.batch, "classes": a.classes, "size": a.size,
+            })  # fmt: skip
+        print(f"{'sum':38} {total:8.1f}")
+    if a.csv:
+        write_csv(a.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
