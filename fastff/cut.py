@@ -72,6 +72,13 @@ class Block(nn.Module):
             return self.train_graph_module(*alive)
         return self.graph_module(*alive)
 
+    def compiled(self, **options):
+        """This block through torch.compile(**options), each graph by itself: all blocks share this forward, and one function is compiled
+        for eight sets of shapes at most."""
+        evaluate = torch.compile(self.graph_module, **options)
+        train = evaluate if self.train_graph_module is None else torch.compile(self.train_graph_module, **options)
+        return lambda *alive: (train if self._root[0].training else evaluate)(*alive)
+
     def rebind(self):
         """Point parameters and buffers used directly in the graph at the model's own again (after .to() replaced them)."""
         for module in (self.graph_module, self.train_graph_module):

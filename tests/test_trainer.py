@@ -336,6 +336,24 @@ def test_readout_learns_on_detached_features(window):
     assert "readout" in trainer.scores(data[0][0])
 
 
+def test_every_block_is_compiled():
+    """All 17, for training and for evaluation, though they share a forward method."""
+    sff, compiled = made("resnet18", granularity="layer"), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    alive = (batches(sff, 1)[0][0],)
+    want = sff.goodness(alive[0])
+    forwards = [block.compiled(backend=backend, dynamic=False) for block in sff.blocks]
+    for forward, head, goodness in zip(forwards, sff.heads, want, strict=True):
+        alive = forward(*alive)
+        torch.testing.assert_close(head(alive[0]), goodness)
+        alive = sff.next_input(alive, head)
+    assert len(compiled) == 17
+
+
 # --- 16 bits
 
 

@@ -94,7 +94,7 @@ class Trainer(Loop):
         names = [block.name for block in sff.blocks]
         optimizers = [o for o in (*self.block_optimizers, self.readout_optimizer) if o is not None]
         super().__init__(sff, names, optimizers, **options)
-        self.forwards = [torch.compile(block, dynamic=False) if self.compile else block for block in sff.blocks]
+        self.forwards = [block.compiled(dynamic=False) if self.compile else block for block in sff.blocks]
         self.scalers = [self.make_scaler() for _ in sff.blocks]
 
     @property
