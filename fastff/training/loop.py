@@ -305,13 +305,20 @@ class Loop:
             raise checkpoint.CheckpointError(
                 f"{path}: of another network or cut: it has {state['kind']} of {state['names']}, expected {type(self).__name__} of {list(self.names)}"
             )
+        shapes = [{name: tuple(t.shape) for name, t in d.items()} for d in (state["module"], self.module.state_dict())]
+        if shapes[0] != shapes[1]:  # looked at before anything is written
+            name = next(n for n in (*shapes[1], *shapes[0]) if shapes[0].get(n) != shapes[1].get(n))
+            has, expected = (s.get(name, "nothing") for s in shapes)
+            raise checkpoint.CheckpointError(
+                f"{path}: its weights do not fit this network: {name} is {has} there, expected {expected}"
+            )
         try:
             self.module.load_state_dict(state["module"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
-                f"{path}: its weights do not fit this network: {str(error).splitlines()[0]}"
+                f"{path}: its optimisers do not fit this trainer: {str(error).splitlines()[0]}"
             ) from error
         for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
             if scaler is not None and saved is not None:
