@@ -288,7 +288,11 @@ def _record_shapes(model, graph, example):
 
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        Recorder(fx.GraphModule(model, graph)).run(example)
+        try:
+            Recorder(fx.GraphModule(model, graph)).run(example)
+        except (RuntimeError, ValueError, TypeError) as error:
+            shape, says = list(example.shape), str(error).splitlines()[0]
+            raise CutError(f"input_shape: the model does not run on images of shape {shape}: {says}") from error
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])  # functional batch norm of the train graph
 

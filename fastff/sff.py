@@ -98,14 +98,15 @@ class SFF(nn.Module):
 
     def outputs(self, images):
         """Yields (main output, goodness [B, K]) block by block."""
-        alive = (self._checked(images),)
+        alive = (self.check_images(images),)
         for index, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
             alive = block(*alive)
             yield alive[0], head(alive[0])
             if index + 1 < len(self.blocks):
                 alive = self.next_input(alive, head)
 
-    def _checked(self, images):
+    def check_images(self, images):
+        """Returns images. Raises ValueError unless they are [B, *input_shape]; other heights and widths pass."""
         if not isinstance(images, torch.Tensor) or images.dim() != len(self.input_shape) + 1:
             got = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
             raise ValueError(f"images: expected [B, {', '.join(map(str, self.input_shape))}], got {got}")
@@ -140,7 +141,7 @@ class SFF(nn.Module):
         size, device = len(images), images.device
         label = torch.zeros(size, dtype=torch.int64, device=device)
         block_of, confidence = label.clone(), torch.zeros(size, device=device)
-        rows, alive, seen = torch.arange(size, device=device), (self._checked(images),), []
+        rows, alive, seen = torch.arange(size, device=device), (self.check_images(images),), []
         for index, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
             if len(rows) == 0:
                 break

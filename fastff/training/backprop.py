@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastff.ops.goodness import check_labels
 from fastff.sff import SFF
 from fastff.training import optim
 from fastff.training.loop import Loop, loss_dtype
@@ -53,6 +54,7 @@ class Backprop(Loop):
         self.check_batch(images, target)
         size = -(-len(images) // self.micro_batches)
         images, target = self.to_device(images), self.to_device(target)
+        check_labels(target, self.sff.num_classes)
         losses, self.correct = torch.zeros(2, 1, device=self.device, dtype=loss_dtype(images))
         scaler = self.scalers[0]
         for x, y in zip(images.split(size), target.split(size), strict=True):

@@ -42,7 +42,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Loop:
-    """Subclasses have step(images, target) -> losses [L], scores(images) -> {name: [B, K]}, train_mode(), and `names` of the losses.
+    """Subclasses have sff, step(images, target) -> losses [L], scores(images) -> {name: [B, K]}, train_mode(), and `names` of the losses.
 
     Args:
         module: whose state_dict a checkpoint holds.
@@ -104,10 +104,11 @@ class Loop:
             raise TypeError(
                 f"target: expected int64 labels, got {target.dtype if isinstance(target, torch.Tensor) else type(target).__name__}"
             )
-        if len(images) == 0 or target.shape != (len(images),):
-            raise ValueError(
-                f"target: expected one label for each of {len(images)} images (at least one), got {list(target.shape)}"
-            )
+        self.sff.check_images(images)
+        if len(images) == 0:
+            raise ValueError("images: expected at least one image, got an empty batch")
+        if target.shape != (len(images),):
+            raise ValueError(f"target: expected one label for each of {len(images)} images, got {list(target.shape)}")
 
     def to_device(self, tensor):
         return tensor.detach().to(self.device, non_blocking=True)

@@ -45,7 +45,24 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _loss_of(g, d, target, loss, dtau, tau, tau_factor, margin, smoothing, scale, scale_factor, n, B, K, NS: tl.constexpr, BK: tl.constexpr):
+def _loss_of(
+    g,
+    d,
+    target,
+    loss,
+    dtau,
+    tau,
+    tau_factor,
+    margin,
+    smoothing,
+    scale,
+    scale_factor,
+    n,
+    B,
+    K,
+    NS: tl.constexpr,
+    BK: tl.constexpr,
+):
     """loss, dL/dtau (where there is a pointer for it) and d = dL/dg of the samples n [NS], from g. Online softmax over tiles of K.
 
     A label outside 0..K-1 makes its sample's loss NaN."""
@@ -160,7 +177,9 @@ def direct(
             pooled = tl.zeros([BC, NS * BG], tl.float32)
         for k0 in range(0, K, BK):
             k = k0 + tl.arange(0, BK)
-            w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & has_c[None, :], other=0.0).to(kind)
+            w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & has_c[None, :], other=0.0).to(
+                kind
+            )
             goodness = tl.zeros([BK, NS], tl.float32)
             for p0 in range(start, end, BP):
                 p = p0 + tl.arange(0, R) % BP
@@ -217,7 +236,9 @@ def direct(
                 grad = tl.zeros([BC, R], tl.float32)
                 for k0 in range(0, K, BK):
                     k = k0 + tl.arange(0, BK)
-                    w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & has_c[None, :], other=0.0).to(kind)
+                    w = tl.load(
+                        weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & has_c[None, :], other=0.0
+                    ).to(kind)
                     a = _dot(w, X, PRECISION)
                     if bias is not None:
                         a += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[:, None]
@@ -233,7 +254,11 @@ def direct(
                     inside, share = _members(p, P, col, H, W, GH, GW, NS, BP, BG, R)
                     owner = first + col // BG
                     seen = has_c[:, None] & ((owner < B) & (col % BG < GH * GW))[None, :]
-                    cell = tl.load(cells + (owner[None, :] * C + c[:, None]) * (GH * GW) + (col % BG)[None, :], mask=seen, other=0.0)
+                    cell = tl.load(
+                        cells + (owner[None, :] * C + c[:, None]) * (GH * GW) + (col % BG)[None, :],
+                        mask=seen,
+                        other=0.0,
+                    )
                     grad += _dot(cell * share[None, :], tl.trans(inside).to(tl.float32), "tf32x3")
                 tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
             if NORM > 0:
@@ -302,7 +327,9 @@ def second_moment(
                 m = tl.load(mu + b * C + c, mask=has_c, other=0.0)
         for k0 in range(0, K, BK):
             k = k0 + tl.arange(0, BK)
-            w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & has_c[None, :], other=0.0).to(tl.float32)
+            w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & has_c[None, :], other=0.0).to(
+                tl.float32
+            )
             goodness = tl.sum(_dot(w, S, HEAD_PRECISION) * w, 1)
             if bias is not None:
                 beta = tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
@@ -325,7 +352,9 @@ def second_moment(
             constant = tl.zeros([BC], tl.float32)
             for k0 in range(0, K, BK):
                 k = k0 + tl.arange(0, BK)
-                w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & has_c[None, :], other=0.0).to(tl.float32)
+                w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & has_c[None, :], other=0.0).to(
+                    tl.float32
+                )
                 dk = tl.load(d + b * K + k, mask=k < K, other=0.0)
                 M += _dot(tl.trans(w * dk[:, None]), w, HEAD_PRECISION)
                 if bias is not None:
@@ -391,7 +420,9 @@ def head_direct(
             p = p0 + tl.arange(0, R) % BP
             row = (sample < B) & (p < P)
             X = tl.load(
-                x + (sample * xb)[None, :] + (c[:, None] * xc + p[None, :] * xp), mask=has_c[:, None] & row[None, :], other=0.0
+                x + (sample * xb)[None, :] + (c[:, None] * xc + p[None, :] * xp),
+                mask=has_c[:, None] & row[None, :],
+                other=0.0,
             )
             a = _dot(w, X, PRECISION)
             if bias is not None:
@@ -471,8 +502,14 @@ class _Launch:
         self.weight, self.bias = weight.flatten(1).contiguous(), None if bias is None else bias.contiguous()
         self.grid_weight, self.second_moment = grid_weight, how.algorithm == "second_moment"
         if self.second_moment and C > MAX_CHANNELS_SECOND_MOMENT:
-            raise ValueError(f"algorithm: second_moment holds C x C in registers, C <= {MAX_CHANNELS_SECOND_MOMENT}, got {C}")
-        self.G = (0, 0) if grid_weight is None else tuple(min(n, g) for n, g in zip((H, W), grid_weight.shape[2:], strict=True))
+            raise ValueError(
+                f"algorithm: second_moment holds C x C in registers, C <= {MAX_CHANNELS_SECOND_MOMENT}, got {C}"
+            )
+        self.G = (
+            (0, 0)
+            if grid_weight is None
+            else tuple(min(n, g) for n, g in zip((H, W), grid_weight.shape[2:], strict=True))
+        )
         self.blocks = blocks(how.algorithm, B, C, self.P, self.K, self.G[0] * self.G[1], x.element_size())
         self.groups = -(-B // self.blocks.NS)
         self.positions, self.parts = self._parts()
@@ -495,7 +532,9 @@ class _Launch:
         each = -(-tiles // min(tiles, wanted))
         return each * self.blocks.BP, -(-tiles // each)
 
-    def sweep(self, stages, loss=None, losses=None, dtau=None, grad_x=None, y=None, norm=0, cells=None, eps=0.0, g=None):
+    def sweep(
+        self, stages, loss=None, losses=None, dtau=None, grad_x=None, y=None, norm=0, cells=None, eps=0.0, g=None
+    ):
         B, C, H, W = self.x.shape
         out = grad_x if grad_x is not None else y if y is not None else self.x
         arguments = dict(
@@ -605,7 +644,9 @@ def _strides(x):
 def _areas(x, grid):
     """Positions in each cell, [GH GW]."""
     heights, widths = (
-        torch.tensor([((i + 1) * size + cells - 1) // cells - i * size // cells for i in range(cells)], dtype=torch.float32)
+        torch.tensor(
+            [((i + 1) * size + cells - 1) // cells - i * size // cells for i in range(cells)], dtype=torch.float32
+        )
         for size, cells in zip(x.shape[2:], grid, strict=True)
     )
     return (heights[:, None] * widths).flatten().to(x.device, non_blocking=True)
