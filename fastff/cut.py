@@ -115,10 +115,11 @@ def cut(model, granularity, input_shape):
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        graphs = {False: _trace(model, granularity, paths, example)}
-        if paths is None or graphs[False].owning_module is not _CHAIN:
+        graph, is_chain = _trace(model, granularity, paths, example)
+        graphs = {False: graph}
+        if not is_chain:
             model.train()
-            graphs[True] = _trace(model, granularity, paths, example)
+            graphs[True], _ = _trace(model, granularity, paths, example)
             model.eval()
             if _code(graphs[True]) == _code(graphs[False]):
                 del graphs[True]
@@ -201,17 +202,15 @@ class _Tracer(fx.Tracer):
         return not self.layers or _weights(module) < 2 or _normalises_first(module)
 
 
-_CHAIN = type("Chain", (nn.Module,), {})()  # marks the graph of a model run as a chain of modules
-
-
 def _trace(model, granularity, paths, example):
+    """(graph of the model in its present mode, whether it is a mere chain of the named modules, the same in every mode)."""
     tracer = _Tracer(model, granularity, paths)
     try:
         graph = tracer.trace(model)
     except Exception as error:
         where = _where(model, error)
         if paths is not None:
-            return _chain(model, paths, example, where)
+            return _chain(model, paths, example, where), True
         raise CutError(
             f"the model cannot be traced: {where}. Name the modules that end blocks instead, "
             f"granularity=[path, ...] (paths as in model.named_modules()): then only what lies between them is traced"
@@ -226,7 +225,7 @@ def _trace(model, granularity, paths, example):
         if node.args:  # an argument with a default value
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    return graph
+    return graph, False
 
 
 def _where(model, error):
@@ -259,7 +258,7 @@ def _chain(model, paths, example, where):
     finally:
         for handle in handles:
             handle.remove()
-    graph, value = fx.Graph(owning_module=_CHAIN), example
+    graph, value = fx.Graph(), example
     node = graph.placeholder("x")
     if [path for path, _, _ in calls] != paths:
         raise CutError(

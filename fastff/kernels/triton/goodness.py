@@ -39,9 +39,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 def _dot(a, b, PRECISION: tl.constexpr):
     """a @ b in float32. The interpreter's products of bfloat16 are wrong, those of what they widen to are not."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -654,11 +653,19 @@ def _areas(x, grid):
 
 def _loss_arguments(loss):
     if loss is None:
-        return dict(target=None, tau_factor=None, scale_factor=None, tau=1.0, margin=0.0, smoothing=0.0, scale=1.0)
-    return dict(
-        target=loss.target, tau_factor=loss.learned_tau, scale_factor=loss.grad_scale, tau=loss.tau, margin=loss.margin,
-        smoothing=loss.label_smoothing, scale=loss.scale,
-    )  # fmt: skip
+        return {
+            "target": None,
+            "tau_factor": None,
+            "scale_factor": None,
+            "tau": 1.0,
+            "margin": 0.0,
+            "smoothing": 0.0,
+            "scale": 1.0,
+        }
+    return {
+        "target": loss.target, "tau_factor": loss.learned_tau, "scale_factor": loss.grad_scale, "tau": loss.tau, "margin": loss.margin,
+        "smoothing": loss.label_smoothing, "scale": loss.scale,
+    }  # fmt: skip
 
 
 def _fits(x, weight, padding):
@@ -707,7 +714,7 @@ def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need
         grad_x = empty_like(x) if need_x else None
         y = None if normalize == "none" else empty_like(x)
         losses, dtau = launch.losses(loss)
-        second = dict(grad_x=grad_x, y=y, norm=NORMS[normalize], eps=eps)
+        second = {"grad_x": grad_x, "y": y, "norm": NORMS[normalize], "eps": eps}
         if launch.fused:
             stages = ("first", "head", "loss", "second")
             launch.sweep(stages, loss, losses, dtau, **second)
