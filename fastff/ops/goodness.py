@@ -7,10 +7,11 @@ None, grid_weight [K, C, G, G] or None, target [B] int64. Absent results are emp
 import torch
 
 from fastff import reference
+from fastff.kernels import triton
 from fastff.kernels.composed import goodness as composed
 from fastff.ops import layer_norm as layer_norm_op
 from fastff.ops.plan import plan
-from fastff.ops.table import Implementation, always, choose
+from fastff.ops.table import Implementation, Lazy, always, choose
 
 NORMALIZATIONS = ("layer_norm", "layer_norm_channels", "none")
 
@@ -50,13 +51,31 @@ class Reference:
         return grad_x, grad_weight, grad_bias if bias is not None else None, grad_grid
 
     @classmethod
-    def goodness_step(cls, x, weight, bias, grid_weight, padding, how, dtype, loss_gradient, need_x):
+    def goodness_step(cls, x, weight, bias, grid_weight, padding, how, dtype, loss, need_x, normalize, eps):
         g = cls.goodness(x, weight, bias, grid_weight, padding, how, dtype)
-        loss, d, dtau = loss_gradient(g, slice(None))
-        return loss, g, *cls.goodness_backward(d, x, weight, bias, grid_weight, padding, how, dtype, need_x), dtau
+        losses, d, dtau = composed.loss_gradient(g, slice(None), loss)
+        return (
+            losses,
+            g,
+            *cls.goodness_backward(d, x, weight, bias, grid_weight, padding, how, dtype, need_x),
+            dtau,
+            None,
+        )
 
 
-ROWS = [Implementation("composed", always, Composed), Implementation("reference", always, Reference)]
+def _triton_can_run(x):
+    channels = x.shape[1]
+    if channels > TRITON_CHANNELS:
+        return f"a Triton program holds all channels, at most {TRITON_CHANNELS}, x has {channels}"
+    return triton.reason(x)
+
+
+TRITON_CHANNELS = 1024
+ROWS = [
+    Implementation("triton", _triton_can_run, Lazy("fastff.kernels.triton.goodness")),
+    Implementation("composed", always, Composed),
+    Implementation("reference", always, Reference),
+]
 
 _lib = torch.library.Library("fastff", "FRAGMENT")
 _HEAD = "Tensor x, Tensor? weight, Tensor? bias, Tensor? grid_weight"
@@ -150,22 +169,15 @@ def _goodness_step(
     how = plan_for(x, weight, grid_weight, padding, algorithm)
     dtype = compute_dtype(x, weight, grid_weight)
     check_labels(target, _classes(weight, grid_weight))
-    if learned_tau is not None:
-        tau = tau * learned_tau.to(dtype)
     scale = 1 / len(x) if reduction == "mean" else 1.0
-    if grad_scale is not None:
-        scale = scale * grad_scale.to(dtype)
-
-    def loss_gradient(g, chunk):
-        return composed.loss_gradient(g, target[chunk], tau, margin, label_smoothing, scale)
-
-    losses, g, *grads, grad_tau = run.goodness_step(
-        x, weight, bias, grid_weight, tuple(padding), how, dtype, loss_gradient, need_x
+    parts = composed.Loss(target, tau, learned_tau, margin, label_smoothing, scale, grad_scale)
+    losses, g, *grads, grad_tau, normalized = run.goodness_step(
+        x, weight, bias, grid_weight, tuple(padding), how, dtype, parts, need_x, normalize, eps
     )
     loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
     grads = _or_empty(grads, x, (None, weight, bias, grid_weight))
     grad_tau = g.new_zeros(()) if grad_tau is None else grad_tau
-    return (loss, g, *grads, grad_tau, _normalized(x, normalize, eps, impl))
+    return (loss, g, *grads, grad_tau, _normalized(x, normalize, eps, impl) if normalized is None else normalized)
 
 
 def _normalized(x, normalize, eps, impl):

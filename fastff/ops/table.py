@@ -1,5 +1,6 @@
 """Which implementation of an op runs: an ordered table of rows, each with a predicate that gives the reason it refuses."""
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +14,16 @@ class Implementation(NamedTuple):
     name: str
     can_run: Callable
     run: object
+
+
+class Lazy:
+    """A module of kernels that is imported when something in it is first asked for."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.name), attribute)
 
 
 def always(x):

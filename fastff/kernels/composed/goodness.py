@@ -24,6 +24,18 @@ class Plan(NamedTuple):
     classes: int
 
 
+class Loss(NamedTuple):
+    """Of a goodness_step: tau times learned_tau (or None) is the factor of goodness, scale times grad_scale (or None) that of all gradients."""
+
+    target: torch.Tensor
+    tau: float
+    learned_tau: torch.Tensor | None
+    margin: float
+    label_smoothing: float
+    scale: float
+    grad_scale: torch.Tensor | None
+
+
 def is_rows(x):
     """Whether x [B, C, H, W] lies in memory as dense [B, H, W, C]."""
     return x.permute(0, 2, 3, 1).is_contiguous()
@@ -280,40 +292,43 @@ def goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, nee
     return grad_x, *head.grads
 
 
-def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss_gradient, need_x):
-    """One pass: per-sample losses [B], g [B, K], the four gradients, and dL/dtau or None. loss_gradient(g, chunk) gives (loss, d, dtau)."""
+def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need_x, normalize, eps):
+    """One pass: per-sample losses [B], g [B, K], the four gradients, dL/dtau or None, and None: x is normalised by the layer_norm op."""
     head = _Head(x, weight, bias, grid_weight, padding, plan, dtype)
     grad_x = empty_like(x) if need_x else None
     parts = []
     for part, chunk in head.chunks():
         g = head.goodness(chunk)
-        loss, d, dtau = loss_gradient(g, part)
+        losses, d, dtau = loss_gradient(g, part, loss)
         head.gradients(d, chunk, None if grad_x is None else grad_x[part])
-        parts.append((loss, g, dtau))
+        parts.append((losses, g, dtau))
     losses, g, dtau = zip(*parts, strict=True)
-    return _joined(losses), _joined(g), grad_x, *head.grads, None if dtau[0] is None else torch.stack(dtau).sum()
+    dtau = None if dtau[0] is None else torch.stack(dtau).sum()
+    return _joined(losses), _joined(g), grad_x, *head.grads, dtau, None
 
 
 def _joined(chunks):
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
-def loss_gradient(g, target, tau, margin, label_smoothing, scale):
-    """Per-sample loss [b], d [b, K] and d(loss)/d(tau) (None for a number tau) of a chunk. Formulas: reference.goodness_gradient.
+def loss_gradient(g, part, loss):
+    """Per-sample loss [b], d [b, K] and d(loss)/d(tau) (None for a number tau) of the samples `part`. Formulas: reference.goodness_gradient.
 
     A label outside 0..K-1 makes its sample's loss NaN or infinite on a GPU, where nobody can look at labels without waiting for it."""
-    K = g.shape[1]
-    hit = target[:, None] == torch.arange(K, device=g.device)
+    K, smoothing = g.shape[1], loss.label_smoothing
+    tau = loss.tau if loss.learned_tau is None else loss.tau * loss.learned_tau.to(g.dtype)
+    scale = loss.scale if loss.grad_scale is None else loss.scale * loss.grad_scale.to(g.dtype)
+    hit = loss.target[part, None] == torch.arange(K, device=g.device)
     q = hit.to(g.dtype)
     hits = q.sum(1) if g.is_cuda else 1
     u = g if isinstance(tau, float) and tau == 1 else g * tau
-    if margin:
-        u = torch.sub(u, q, alpha=margin)
-    if label_smoothing:
-        q = q.mul_(1 - label_smoothing).add_(label_smoothing / K)
+    if loss.margin:
+        u = torch.sub(u, q, alpha=loss.margin)
+    if smoothing:
+        q = q.mul_(1 - smoothing).add_(smoothing / K)
     log_p = u.log_softmax(1)
-    loss = (log_p * q).sum(1).div_(-hits)
+    losses = (log_p * q).sum(1).div_(-hits)
     d = log_p.exp_().sub_(q).mul_(scale)
     if isinstance(tau, torch.Tensor):
-        return loss, d * tau, (d * g).sum()
-    return loss, d if tau == 1 else d.mul_(tau), None
+        return losses, d * tau, (d * g).sum() * loss.tau
+    return losses, d if tau == 1 else d.mul_(tau), None

@@ -1,0 +1,21 @@
+"""Kernels in Triton, one file per op; imported when they first run, so that fastff does without Triton where there is none."""
+
+import importlib.util
+import os
+
+import torch
+
+
+def reason(x):
+    """Why no Triton kernel can take x, or None. With TRITON_INTERPRET=1 they run on the CPU, slowly: for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if x.device.type != ("cpu" if interpreted else "cuda"):
+        wanted = "is interpreted on the CPU (TRITON_INTERPRET=1)" if interpreted else "runs on CUDA devices"
+        return f"Triton {wanted}, x is on {x.device.type}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels are for float32, bfloat16 and float16, x is {x.dtype}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the Triton kernels are for compute capability 8.0 and later"
+    return None

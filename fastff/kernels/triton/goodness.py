@@ -30,7 +30,6 @@ import triton.language as tl
 from fastff.kernels.composed import goodness as composed
 from fastff.kernels.composed.goodness import empty_like, is_rows
 
-MAX_CHANNELS = 1024
 MAX_CHANNELS_SECOND_MOMENT = 128  # S [C, C] lives in registers
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -196,7 +195,7 @@ def direct(
                     square += tl.sum(tl.reshape(tl.sum(off * off, 0), [NS, BP]), 1)
                     if means is not None:
                         inside, _ = _members(p, P, col, H, W, GH, GW, NS, BP, BG, R)
-                        pooled += _dot(X, inside.to(kind), PRECISION)
+                        pooled += _dot(X, inside.to(tl.float32).to(kind), PRECISION)
             at = part.to(tl.int64) * B * K + n[None, :] * K + k[:, None]
             tl.store(g + at, goodness / P, mask=(n < B)[None, :] & (k < K)[:, None])
         tl.store(sums + part * 2 * B + n, total, mask=n < B)
@@ -258,7 +257,7 @@ def direct(
                         mask=seen,
                         other=0.0,
                     )
-                    grad += _dot(cell * share[None, :], tl.trans(inside).to(tl.float32), "tf32x3")
+                    grad += _dot(cell * share[None, :], tl.trans(inside.to(tl.float32)), "tf32x3")
                 tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
             if NORM > 0:
                 _next_input(X, y, at, mask, mean, rstd, C, eps, NORM)
@@ -306,7 +305,7 @@ def second_moment(
                 m += tl.sum(wide, 1)
             if means is not None:
                 inside, _ = _members(p, P, cell, H, W, GH, GW, 1, BP, BG, BP)
-                pooled += _dot(X, inside.to(kind), PRECISION)
+                pooled += _dot(X, inside.to(tl.float32).to(kind), PRECISION)
         S /= P
         m /= P
         own = part.to(tl.int64) * B + b
@@ -377,7 +376,7 @@ def second_moment(
                     inside, share = _members(p, P, cell, H, W, GH, GW, 1, BP, BG, BP)
                     seen = has_c[:, None] & (cell < GH * GW)[None, :]
                     spread = tl.load(cells + (b * C + c[:, None]) * (GH * GW) + cell[None, :], mask=seen, other=0.0)
-                    grad += _dot(spread * share[None, :], tl.trans(inside).to(tl.float32), "tf32x3")
+                    grad += _dot(spread * share[None, :], tl.trans(inside.to(tl.float32)), "tf32x3")
                 tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
             if NORM > 0:
                 row = tl.zeros([BP], tl.float32)
@@ -414,7 +413,7 @@ def head_direct(
     grad = tl.zeros([BK, BC], tl.float32)
     ones = tl.zeros([BK], tl.float32)
     for group in range(part * share, tl.minimum((part + 1) * share, groups)):
-        sample = group.to(tl.int64) * NS + tl.arange(0, R) // BP
+        sample = group * NS + (tl.arange(0, R) // BP).to(tl.int64)
         for p0 in range(0, P, BP):
             p = p0 + tl.arange(0, R) % BP
             row = (sample < B) & (p < P)
@@ -449,9 +448,10 @@ def head_second_moment(
     w = tl.load(weight + k[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
     grad = tl.zeros([BK, BC], tl.float32)
     for b in range(part * share, tl.minimum((part + 1) * share, B)):
-        at = b.to(tl.int64) * C * C + c[:, None] * C + c[None, :]
+        row = tl.zeros([], tl.int64) + b  # 64 bits: B C^2 may pass 2^31
+        at = row * C * C + c[:, None] * C + c[None, :]
         S = tl.load(second + at, mask=(c < C)[:, None] & (c < C)[None, :], other=0.0)
-        dk = tl.load(d + b.to(tl.int64) * K + k, mask=k < K, other=0.0)
+        dk = tl.load(d + row * K + k, mask=k < K, other=0.0)
         grad += _dot(w, S, PRECISION) * dk[:, None]
     at = (part.to(tl.int64) * K + k[:, None]) * C + c[None, :]
     tl.store(grad_weight + at, 2 * grad, mask=mask)
@@ -723,4 +723,4 @@ def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need
             launch.loss(loss, losses, dtau)
             launch.sweep(("second",), cells=launch.cells(), **second)
         grads = launch.head_gradients()
-        return losses, launch.g, grad_x, *grads, None if dtau is None else dtau.sum(), y
+        return losses, launch.g, grad_x, *grads, None if dtau is None else dtau.sum() * loss.tau, y
