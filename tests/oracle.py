@@ -1,12 +1,17 @@
 """What the tests compare with: the goodness loss in eager PyTorch, memory layouts users hand in, tolerances, measured memory."""
 
 import contextlib
+import os
 
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from fastff.ops import plan
+
+TRUNCATES = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # Triton's interpreter narrows float32 to bfloat16 by cutting it off
 
 
 def eager_goodness(x, weight, bias=None, grid_weight=None, padding=0):
@@ -45,7 +50,8 @@ def assert_as_exact(name, got, exact, plain, magnitude=None):
     scale = (exact if magnitude is None else magnitude.double()).abs().max()
     compute = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
     allowed = 4 * (plain.double() - exact).abs().max() + 4 * compute * scale
-    rounding = exact.abs() * torch.finfo(got.dtype).eps / 2 * (1 + 2**-7) + torch.finfo(got.dtype).smallest_normal
+    ulps = 1 if TRUNCATES and got.dtype == torch.bfloat16 else 0.5
+    rounding = exact.abs() * torch.finfo(got.dtype).eps * ulps * (1 + 2**-7) + torch.finfo(got.dtype).smallest_normal
     excess = (got.double() - exact).abs() - allowed - (rounding if got.dtype in (torch.bfloat16, torch.float16) else 0)
     assert bool((excess <= 0).all()), f"{name} ({got.dtype}): {excess.max():.3g} beyond the {allowed:.3g} allowed"
 

@@ -1,6 +1,7 @@
 """goodness, goodness_loss and goodness_step against autograd of the eager formulation in float64."""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -22,12 +23,23 @@ import fastff.functional as ff
 from fastff.nn import FFConv2d, GoodnessHead
 from fastff.ops.goodness import ROWS
 
-IMPLEMENTATIONS = [row.name for row in ROWS if row.name != "triton"]  # it has its own: tests/triton/
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so).
+TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+IMPLEMENTATIONS = ["triton"] if TRITON else [row.name for row in ROWS if row.name != "triton"]
+DTYPES = (
+    (torch.float32, torch.bfloat16, torch.float16)
+    if TRITON
+    else (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+)
 NAMES = ("x", "weight", "bias", "grid_weight")
-EXAMPLES = 60
+EXAMPLES = 25 if TRITON else 60
 # bytes of temporaries: this machine's; a few samples or classes at a time; one at a time
 BUDGETS = (None, 16, 400, 4000)
+
+
+def plain_dtype(dtype):
+    """What plain PyTorch may compute in to be compared with: the Triton kernels multiply 16-bit numbers as they are."""
+    return dtype if TRITON else compute_dtype(dtype)
 
 
 def compute_dtype(dtype):
@@ -158,7 +170,7 @@ def test_goodness_and_its_gradients(data, dtype, impl):
         return g, (g * d.to(g.dtype)).sum()
 
     exact_g, exact = eager_gradients(tensors, torch.float64, scalar)
-    plain_g, plain = eager_gradients(tensors, compute_dtype(dtype), scalar)
+    plain_g, plain = eager_gradients(tensors, plain_dtype(dtype), scalar)
     large_g, large = magnitudes(tensors, d, padding)
     parameters = handed_in(problem)
     memories = [t for t in (problem["x"], *parameters, *problem["memories"]) if t is not None]
@@ -212,7 +224,7 @@ def test_goodness_step_and_loss(data, dtype, impl):
         return (g, loss), loss.sum()
 
     (exact_g, exact_loss), exact = eager_gradients((*tensors, tau), torch.float64, scalar)
-    (plain_g, plain_loss), plain = eager_gradients((*tensors, tau), compute_dtype(dtype), scalar)
+    (plain_g, plain_loss), plain = eager_gradients((*tensors, tau), plain_dtype(dtype), scalar)
     # |d| of each class, at most the sum of both its terms, over terms that are all positive
     weight_of_sample = 1 / len(target) if options["reduction"] == "mean" else 1.0
     d = problem["tau"] * weight_of_sample * ((problem["tau"] * exact_g.detach()).softmax(1) + 1)

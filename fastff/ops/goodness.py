@@ -4,6 +4,8 @@ Canonical arguments (fastff/functional.py makes and checks them): x [B, C, H, W]
 None, grid_weight [K, C, G, G] or None, target [B] int64. Absent results are empty tensors. Formulas: fastff/reference.py.
 """
 
+import math
+
 import torch
 
 from fastff import reference
@@ -64,13 +66,12 @@ class Reference:
 
 
 def _triton_can_run(x):
-    channels = x.shape[1]
-    if channels > TRITON_CHANNELS:
-        return f"a Triton program holds all channels, at most {TRITON_CHANNELS}, x has {channels}"
+    channels, most = x.shape[1], 256 if x.dtype == torch.float32 else 1024
+    if channels > most:
+        return f"a Triton program holds all channels of a position, at most {most} of {x.dtype}, x has {channels}"
     return triton.reason(x)
 
 
-TRITON_CHANNELS = 1024
 ROWS = [
     Implementation("triton", _triton_can_run, Lazy("fastff.kernels.triton.goodness")),
     Implementation("composed", always, Composed),
@@ -100,14 +101,16 @@ def _classes(weight, grid_weight):
     return len(weight if weight is not None else grid_weight)
 
 
-def plan_for(x, weight, grid_weight, padding, algorithm="auto"):
-    """The Plan for these arguments."""
+def plan_for(x, weight, grid_weight, padding, algorithm="auto", run=None):
+    """The Plan for these arguments and an implementation, some of which hold second moments of few channels only."""
     B, C, H, W = x.shape
     if weight is None:
         return plan(B, C, H * W, 0, algorithm="direct", device_type=x.device.type)
     kernel = tuple(weight.shape[2:])
     P = (H + 2 * padding[0] - kernel[0] + 1) * (W + 2 * padding[1] - kernel[1] + 1)
-    return plan(B, C, P, len(weight), kernel, algorithm, x.device.type)
+    return plan(
+        B, C, P, len(weight), kernel, algorithm, x.device.type, getattr(run, "SECOND_MOMENT_CHANNELS", math.inf)
+    )
 
 
 def check_labels(target, num_classes):
@@ -127,7 +130,7 @@ def _or_empty(tensors, like, dtypes):
 
 def _goodness(x, weight, bias, grid_weight, padding, impl, algorithm):
     run = choose("goodness", ROWS, impl, x).run
-    how = plan_for(x, weight, grid_weight, padding, algorithm)
+    how = plan_for(x, weight, grid_weight, padding, algorithm, run)
     g = run.goodness(x, weight, bias, grid_weight, tuple(padding), how, compute_dtype(x, weight, grid_weight))
     return g.to(_result_dtype(x, weight, grid_weight))
 
@@ -143,7 +146,7 @@ def _goodness_fake(x, weight, bias, grid_weight, padding, impl, algorithm):
 
 def _goodness_backward(d, x, weight, bias, grid_weight, padding, impl, algorithm, need_x):
     run = choose("goodness", ROWS, impl, x).run
-    how = plan_for(x, weight, grid_weight, padding, algorithm)
+    how = plan_for(x, weight, grid_weight, padding, algorithm, run)
     dtype = compute_dtype(x, weight, grid_weight)
     grads = run.goodness_backward(d, x, weight, bias, grid_weight, tuple(padding), how, dtype, need_x)
     return _or_empty(grads, x, (None, weight, bias, grid_weight))
@@ -166,7 +169,7 @@ def _goodness_step(
     padding, impl, algorithm,
 ):  # fmt: skip
     run = choose("goodness", ROWS, impl, x).run
-    how = plan_for(x, weight, grid_weight, padding, algorithm)
+    how = plan_for(x, weight, grid_weight, padding, algorithm, run)
     dtype = compute_dtype(x, weight, grid_weight)
     check_labels(target, _classes(weight, grid_weight))
     scale = 1 / len(x) if reduction == "mean" else 1.0

@@ -1,15 +1,15 @@
 """torch.ops.fastff.layer_norm: each sample to mean 0 and variance 1 over all its elements, without affine (Ba et al. 2016).
 
-x [B, ...] -> the same shape and dtype, dense, channels_last where x is. Rows: the compiled kernel, PyTorch's own, the reference.
+x [B, ...] -> the same shape and dtype, dense, channels_last where x is. Rows: the Triton kernel, the compiled kernel, PyTorch's own, the reference.
 """
 
 import torch
 import torch.nn.functional as F
 
 from fastff import reference
-from fastff.kernels import native
+from fastff.kernels import native, triton
 from fastff.kernels.composed.goodness import empty_like, is_rows
-from fastff.ops.table import Implementation, always, choose
+from fastff.ops.table import Implementation, Lazy, always, choose
 
 
 def _native_can_run(x):
@@ -50,7 +50,12 @@ def over_channels(x, eps):
     return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=eps).permute(0, 3, 1, 2)
 
 
+def _triton(x, eps):
+    return Lazy("fastff.kernels.triton.layer_norm").layer_norm(x, eps)
+
+
 ROWS = [
+    Implementation("triton", triton.reason, _triton),
     Implementation("native", _native_can_run, _native),
     Implementation("composed", always, _composed),
     Implementation("reference", always, _reference),

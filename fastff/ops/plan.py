@@ -69,8 +69,8 @@ def budget(device_type):
 
 
 @lru_cache(maxsize=4096)
-def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu"):
-    """The Plan for x of B samples, C channels and P positions, and K classes (K = 0: no squares)."""
+def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=math.inf):
+    """The Plan for x of B samples, C channels and P positions, and K classes (K = 0: no squares); `most` channels for second moment."""
     room = budget(device_type) // 4
     if kernel != (1, 1):
         if algorithm == "second_moment":
@@ -79,7 +79,9 @@ def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu"):
     recompute = room < K * P
     if algorithm == "auto":
         second = second_moment_factor()[0] * second_moment_cost(C, P, K)
-        algorithm = "second_moment" if second < direct_cost(C, P, K, recompute) else "direct"
+        algorithm = "second_moment" if most >= C and second < direct_cost(C, P, K, recompute) else "direct"
+    elif algorithm == "second_moment" and most < C:
+        raise ValueError(f"algorithm: second_moment takes at most {most} channels in this implementation, x has {C}")
     per_sample = C * P + (K * P if algorithm == "direct" else 2 * C * K + 2 * C * C)
     samples = min(max(1, room // max(1, per_sample)), max(B, 1))
     return Plan(algorithm, samples, max(1, min(K, room // P)))

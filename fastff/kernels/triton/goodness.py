@@ -30,7 +30,7 @@ import triton.language as tl
 from fastff.kernels.composed import goodness as composed
 from fastff.kernels.composed.goodness import empty_like, is_rows
 
-MAX_CHANNELS_SECOND_MOMENT = 128  # S [C, C] lives in registers
+SECOND_MOMENT_CHANNELS = 128  # S [C, C] lives in registers
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -257,7 +257,11 @@ def direct(
                         mask=seen,
                         other=0.0,
                     )
-                    grad += _dot(cell * share[None, :], tl.trans(inside.to(tl.float32)), "tf32x3")
+                    grad += _dot(
+                        cell * share[None, :],
+                        tl.trans(inside.to(tl.float32)),
+                        "tf32" if kind != tl.float32 else "tf32x3",
+                    )
                 tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
             if NORM > 0:
                 _next_input(X, y, at, mask, mean, rstd, C, eps, NORM)
@@ -376,7 +380,11 @@ def second_moment(
                     inside, share = _members(p, P, cell, H, W, GH, GW, 1, BP, BG, BP)
                     seen = has_c[:, None] & (cell < GH * GW)[None, :]
                     spread = tl.load(cells + (b * C + c[:, None]) * (GH * GW) + cell[None, :], mask=seen, other=0.0)
-                    grad += _dot(spread * share[None, :], tl.trans(inside.to(tl.float32)), "tf32x3")
+                    grad += _dot(
+                        spread * share[None, :],
+                        tl.trans(inside.to(tl.float32)),
+                        "tf32" if kind != tl.float32 else "tf32x3",
+                    )
                 tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
             if NORM > 0:
                 row = tl.zeros([BP], tl.float32)
@@ -458,7 +466,7 @@ def head_second_moment(
 
 
 class Blocks(NamedTuple):
-    """Sizes of a launch: samples, positions, channels and classes of a tile, cells of the grid, warps."""
+    """Sizes of a launch: samples, positions, channels and classes of a tile, cells of the grid, warps of the sweeps and of the head."""
 
     NS: int
     BP: int
@@ -466,29 +474,35 @@ class Blocks(NamedTuple):
     BK: int
     BG: int
     warps: int
+    head_warps: int
 
 
 def blocks(algorithm, B, C, P, K, cells, itemsize):
-    """The heuristic table, for 64 K registers and 100 KiB of shared memory or more (sm_80 and later).
+    """The heuristic table, for 64 K registers and 160 KiB of shared memory (sm_80, 90, 100); tests/test_triton.py compiles all of it.
 
-    Direct holds a tile X [BC, R] of at most 32 KiB in shared memory (as much again for its pipeline), its gradient [BC, R] in registers at
-    4 bytes an element, and a tile of W. Second moment holds S or M [BC, BC] in registers. More classes a tile mean fewer passes
-    over X in shared memory, and registers for a [BK, R]."""
+    Direct holds a tile X [BC, R] in shared memory and its gradient [BC, R] in registers, with one [BK, BC] of W at a time; R is what leaves no
+    spill. 16 bits: 16 K elements, on tensor cores; 16 positions and twice the warps from BC = 512 on. float32: products are FMA, whose
+    operands take registers too: 4 K elements, BC <= 256.
+    Second moment holds S or M [BC, BC] in registers: at BC = 128 that is 128 a thread with 4 warps, so it has 8 (16 in float32)."""
+    narrow = itemsize == 2
     BC = max(16, triton.next_power_of_2(C))
     most = triton.next_power_of_2(P)
     BG = max(16, triton.next_power_of_2(cells)) if cells else 16
     if algorithm == "second_moment":
-        BP = min(max(16, most), 64 if itemsize == 2 else 32)
-        return Blocks(1, BP, BC, 16 if BC > 64 else 32, BG, 8 if BC > 64 else 4)
-    R = max(16, min(64, 16384 // BC) if itemsize == 2 else min(64, 8192 // BC))
+        warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
+        return Blocks(
+            1, min(max(16, most), 64 if narrow and not cells else 32), BC, 16 if BC > 64 else 32, BG, warps, warps
+        )
+    R = max(16, min(64, (16384 if narrow and BC < 512 else 4096) // BC))
     BP = min(R, most)
     NS = max(R // BP, 1)
     while NS > 1 and NS * BP > 16 and NS // 2 >= B:
         NS //= 2
     if cells:  # the grid's products have NS BG columns
         NS = min(NS, max(1, 16 // BP, 64 // BG))
-    BK = min(max(16, triton.next_power_of_2(K)), 32 if BC <= 128 else 16)
-    return Blocks(NS, BP, BC, BK, BG, 4 if BC <= 128 else 8)
+    BK = min(max(16, triton.next_power_of_2(K)), 32 if BC <= 128 and narrow else 16)
+    warps = 16 if BC > 256 else 8 if BC > 128 or not narrow else 4
+    return Blocks(NS, BP, BC, BK, BG, warps, warps if narrow else 4)
 
 
 class _Launch:
@@ -500,10 +514,6 @@ class _Launch:
         self.P, self.K = H * W, len(weight)
         self.weight, self.bias = weight.flatten(1).contiguous(), None if bias is None else bias.contiguous()
         self.grid_weight, self.second_moment = grid_weight, how.algorithm == "second_moment"
-        if self.second_moment and C > MAX_CHANNELS_SECOND_MOMENT:
-            raise ValueError(
-                f"algorithm: second_moment holds C x C in registers, C <= {MAX_CHANNELS_SECOND_MOMENT}, got {C}"
-            )
         self.G = (
             (0, 0)
             if grid_weight is None
@@ -606,7 +616,7 @@ class _Launch:
             head_second_moment[(tiles, parts)](
                 self.weight, self.d, self.second, partial, B, C, self.K, share,
                 PRECISION="tf32" if self.x.dtype != torch.float32 else self.precision["PRECISION"],
-                BC=self.blocks.BC, BK=self.blocks.BK, num_warps=self.blocks.warps,
+                BC=self.blocks.BC, BK=self.blocks.BK, num_warps=self.blocks.head_warps,
             )  # fmt: skip
             grad_weight = partial.sum(0)
             if self.bias is not None:
@@ -619,7 +629,7 @@ class _Launch:
             head_direct[(tiles, parts)](
                 self.x, self.weight, self.bias, self.d, largest, partial, part_bias, B, C, self.P, self.K, self.groups, share,
                 self.x.stride(0), *_strides(self.x), **self.precision, NS=self.blocks.NS, BP=self.blocks.BP, BC=self.blocks.BC,
-                BK=self.blocks.BK, num_warps=self.blocks.warps,
+                BK=self.blocks.BK, num_warps=self.blocks.head_warps,
             )  # fmt: skip
             grad_weight = partial.sum(0)
             grad_bias = None if part_bias is None else part_bias.sum(0)

@@ -1,0 +1,72 @@
+"""Layer normalisation of x [B, n], each sample over all its elements, without affine: y = (x - mean) / sqrt(variance + eps).
+
+A program takes a sample: sums of x - x[0] and of its square in one sweep (the shift keeps the variance of data far from zero), then y, with x
+read again, out of L2 up to samples of some megabytes. Floor: one read, one write. Few long samples are cut into parts: one launch
+for partial sums, their sum in a fixed order, one launch for y.
+
+Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastff.kernels.composed.goodness import empty_like, is_rows
+from fastff.kernels.triton.goodness import _multiprocessors, _on_device, _statistics
+
+BLOCK = 4096  # elements a program has in registers: 16 a thread with 8 warps
+
+
+@triton.jit
+def kernel(x, y, sums, B, n, share, xb, eps, SUMS: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (b, j): elements j share .. (j + 1) share - 1 of sample b. sums [parts, 2, B] written (SUMS) or, of one part, read (WRITE alone)."""
+    b = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    base = x + b * xb
+    start = part.to(tl.int64) * share
+    shift = tl.load(base).to(tl.float32)
+    at = tl.arange(0, BLOCK)
+    if SUMS:
+        total = tl.zeros([BLOCK], tl.float32)
+        square = tl.zeros([BLOCK], tl.float32)
+        for i in range(0, share, BLOCK):
+            mask = (i + at < share) & (start + i + at < n)
+            off = tl.where(mask, tl.load(base + start + i + at, mask=mask, other=0.0).to(tl.float32) - shift, 0.0)
+            total += off
+            square += off * off
+        tl.store(sums + part * 2 * B + b, tl.sum(total, 0))
+        tl.store(sums + part * 2 * B + B + b, tl.sum(square, 0))
+    if WRITE:
+        if SUMS:
+            tl.debug_barrier()
+        mean, rstd = _statistics(sums, b, B, n, shift, eps)
+        for i in range(0, share, BLOCK):
+            mask = (i + at < share) & (start + i + at < n)
+            value = tl.load(base + start + i + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(y + b * n + start + i + at, ((value - mean) * rstd).to(y.dtype.element_ty), mask=mask)
+
+
+def layer_norm(x, eps):
+    """x [B, C, H, W] -> the same shape and dtype, dense, channels_last where x is."""
+    x = x if is_rows(x) else x.contiguous()
+    B, n, y = len(x), x[0].numel(), empty_like(x)
+    with _on_device(x):
+        parts = max(1, min(2 * _multiprocessors(x.device) // B, -(-n // (4 * BLOCK))))
+        share = -(-n // parts)
+        sums = torch.empty(parts, 2, B, device=x.device, dtype=torch.float32)
+        arguments = {
+            "x": x,
+            "B": B,
+            "n": n,
+            "share": share,
+            "xb": x.stride(0),
+            "eps": eps,
+            "BLOCK": BLOCK,
+            "num_warps": 8,
+        }
+        if parts == 1:
+            kernel[(B, 1)](y=y, sums=sums, SUMS=True, WRITE=True, **arguments)
+        else:
+            kernel[(B, parts)](y=y, sums=sums, SUMS=True, WRITE=False, **arguments)
+            kernel[(B, parts)](y=y, sums=sums.sum(0), SUMS=False, WRITE=True, **arguments)
+    return y

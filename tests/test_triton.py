@@ -1,0 +1,177 @@
+"""The Triton kernels without a GPU: interpreted against float64, and compiled ahead of time within a GPU's budget.
+
+Interpreted runs are processes of their own, since Triton decides at its import. With a GPU the same files run on it through `make gpu`."""
+
+import functools
+import glob
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+HERE = Path(__file__).parent
+INTERPRETED = {
+    "goodness and gradients": ("test_goodness.py", "test_goodness_and_its_gradients"),
+    "goodness_step": (
+        "test_goodness.py",
+        "test_goodness_step_and_loss or empty_batch or not_a_number or labels_out_of_range",
+    ),
+    "layer_norm": ("test_layer_norm.py", "triton"),
+    "trainer": ("triton_trainer.py", "test"),
+}
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(name):
+    file, chosen = INTERPRETED[name]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file), "-k", chosen],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=HERE.parent,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert re.search(r"\d+ passed", run.stdout), run.stdout[-1000:]
+
+
+def test_without_a_gpu_the_table_says_why(monkeypatch):
+    import fastff.functional as ff
+
+    x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3)
+    with pytest.raises(RuntimeError, match="triton: Triton runs on CUDA devices, x is on cpu"):
+        ff.goodness(x, weight, impl="triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="triton: Triton is not installed"):
+        ff.layer_norm(x, impl="triton")
+
+
+# --- ahead of time
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+POINTERS = {"target": "*i64"}
+NUMBERS = {"tau", "margin", "smoothing", "scale", "eps"}
+ACTIVATIONS = {"x", "grad_x", "y"}
+DIVISIBLE = {"C", "P", "xb", "xc", "xp", "ob", "oc", "op", "n", "share"}
+
+
+def compiled(kernel, dtype, arch, warps, **fixed):
+    """The kernel for x of `dtype`; names fixed to None are absent, to a number constant."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in fixed:
+            signature[name] = "constexpr"
+            continue
+        is_pointer = name in kernel_pointers(kernel)
+        kind = POINTERS.get(name, f"*{dtype if name in ACTIVATIONS else 'fp32'}")
+        signature[name] = kind if is_pointer else "fp32" if name in NUMBERS else "i32"
+        if is_pointer or name in DIVISIBLE:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    places = {name: place for place, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel, signature=signature, constexprs={(places[name],): v for name, v in fixed.items()}, attrs=attributes
+    )  # fmt: skip
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+
+@functools.cache
+def kernel_pointers(kernel):
+    """Names of the parameters that a load or a store goes through, or that are handed on as such."""
+    return {
+        "x", "weight", "bias", "g", "d", "second", "mu", "grad_x", "y", "sums", "means", "cells", "target", "loss", "dtau", "tau_factor",
+        "scale_factor", "largest", "grad_weight", "grad_bias",
+    } & set(kernel.arg_names)  # fmt: skip
+
+
+def spilled(binary, arch):
+    """Bytes that ptxas spilled to memory."""
+    assembler = glob.glob(os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas*"))
+    suffix = "a" if arch >= 90 else ""
+    for tool in sorted(assembler):
+        with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+            file.write(binary.asm["ptx"])
+            file.flush()
+            command = [tool, "-v", f"--gpu-name=sm_{arch}{suffix}", "-o", os.devnull, file.name]
+            said = subprocess.run(command, capture_output=True, text=True)
+        found = re.search(r"(\d+) bytes spill stores", said.stdout + said.stderr)
+        if said.returncode == 0 and found:
+            return int(found[1])
+    raise AssertionError(said.stderr)
+
+
+def sweeps(dtype, algorithm, C, P, K, cells):
+    """[(kernel, warps, fixed)]: every launch that goodness_step makes for this shape, in the largest of its variants."""
+    from fastff.kernels.triton import goodness as module
+
+    b = module.blocks(algorithm, 512, C, P, K, cells, 4 if dtype == "fp32" else 2)
+    precision = "ieee" if dtype == "fp32" else "tf32"
+    sizes = {"PRECISION": precision, "BP": b.BP, "BC": b.BC, "BK": b.BK, "BG": b.BG, "NORM": 1, "xc": 1, "oc": 1}
+    none = dict.fromkeys(["tau_factor", "scale_factor", "dtau"])
+    pieces = [{"FIRST": True, "LOSS": True, "SECOND": True, "means": None, "cells": None, "bias": None}]
+    if cells:
+        pieces = [
+            {"FIRST": True, "LOSS": False, "SECOND": False, "cells": None, "grad_x": None, "y": None},
+            {"FIRST": False, "LOSS": False, "SECOND": True, "means": None},
+        ]
+    if algorithm == "direct":
+        found = [(module.direct, b.warps, {**sizes, "NS": b.NS, **none, **piece}) for piece in pieces]
+        head = {k: sizes[k] for k in ("PRECISION", "BP", "BC", "BK", "xc")} | {"NS": b.NS}
+        head |= {"largest": None} if dtype != "fp16" else {}
+        return [*found, (module.head_direct, b.head_warps, head | ({} if cells else {"bias": None, "grad_bias": None}))]
+    found = [
+        (module.second_moment, b.warps, {**sizes, "HEAD_PRECISION": precision, **none, **piece, "HEAD": piece["FIRST"]})
+        for piece in pieces
+    ]
+    found = [(k, w, f | ({"mu": None} if f.get("bias", 0) is None else {})) for k, w, f in found]
+    return [*found, (module.head_second_moment, b.head_warps, {k: sizes[k] for k in ("PRECISION", "BC", "BK")})]
+
+
+SHAPES = [(16, 1024, 10), (64, 1024, 100), (128, 256, 100), (256, 64, 1000)]
+CASES = [(90, dtype, "direct", *shape, 0) for dtype in ("bf16", "fp32") for shape in SHAPES]
+CASES += [(90, "bf16", "direct", C, P, K, 0) for C, P, K in [(512, 16, 1000), (960, 49, 1000), (512, 1, 10)]]
+CASES += [
+    (90, "fp16", "direct", 256, 64, 100, 0),
+    (90, "bf16", "direct", 64, 1024, 10, 16),
+    (90, "bf16", "direct", 512, 16, 100, 16),
+]
+CASES += [
+    (90, dtype, "second_moment", C, P, 1000, 0)
+    for dtype in ("bf16", "fp32")
+    for C, P in [(24, 3136), (64, 1024), (128, 784)]
+]
+CASES += [(90, "bf16", "second_moment", 64, 1024, 100, 16), (90, "fp16", "second_moment", 128, 784, 100, 0)]
+CASES += [(arch, "bf16", "direct", C, P, 100, 0) for arch in (80, 100) for C, P in [(64, 1024), (512, 16)]]
+CASES += [(arch, "bf16", "second_moment", 64, 1024, 100, 0) for arch in (80, 100)]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "algorithm", "C", "P", "K", "cells"), CASES)
+def test_fits_the_chip(arch, dtype, algorithm, C, P, K, cells):
+    """No spills, shared memory within the chip's, tensor cores and asynchronous copies where meant."""
+    for kernel, warps, fixed in sweeps(dtype, algorithm, C, P, K, cells):
+        name = kernel.fn.__name__
+        binary = compiled(kernel, dtype, arch, warps, **fixed)
+        assert binary.metadata.shared <= SHARED[arch], f"{name}: {binary.metadata.shared} bytes of shared memory"
+        assert spilled(binary, arch) == 0, f"{name}: spills"
+        assert "cp.async" in binary.asm["ptx"], f"{name}: loads are not asynchronous"
+        if dtype != "fp32":
+            products = {80: "mma.sync", 90: "mma", 100: "mma"}[arch]
+            assert products in binary.asm["ptx"], f"{name}: no tensor cores"
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_layer_norm_fits_the_chip(arch, dtype):
+    from fastff.kernels.triton.layer_norm import BLOCK, kernel
+
+    for stages in ({"SUMS": True, "WRITE": True}, {"SUMS": False, "WRITE": True}):
+        binary = compiled(kernel, dtype, arch, 8, BLOCK=BLOCK, **stages)
+        assert binary.metadata.shared <= SHARED[arch]
+        assert spilled(binary, arch) == 0
