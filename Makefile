@@ -1,4 +1,4 @@
-# make install | demo | test | bench | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
+# make install | demo | test | bench | gpu | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
 
 SHELL := bash
 VENV := .venv
@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
-.PHONY: install demo test bench lint clean
+.PHONY: install demo test bench gpu lint clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ bench: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.goodness --csv benchmarks/results/goodness.csv
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.step --csv benchmarks/results/step.csv
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.budget --csv benchmarks/results/budget.csv
+
+# With the python of an environment whose torch sees a GPU: make gpu PYTHON=python3. Nothing is installed.
+gpu:
+	PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.gpu
 
 lint: install
 	$(PY) -m ruff check .

@@ -13,7 +13,7 @@ product is cuBLAS's), and with few large samples, which several programs share (
 atomics: the same input gives the same bits.
 
 Bytes: x read twice (the second time mostly from L2), dL/dx and the next input written once; the floor is three times x. Products: direct
-10 P C K multiply-adds a sample (a three times), second moment 3 P C^2 + 4 K C^2. float32 accumulation; float32 products in TF32 only where
+5 P C K multiply-adds a sample (a three times), second moment 2 P C^2 + 3 K C^2. float32 accumulation; float32 products in TF32 only where
 torch.backends.cuda.matmul.allow_tf32 says so, S and M of 16-bit inputs in TF32. kernel sizes 3 and 5, and the spatial term without squares,
 are not fused: they run on composed/goodness.py, whose convolutions are cuDNN's.
 

@@ -1,0 +1,166 @@
+"""Everything that needs a GPU in one run of a few minutes: are the Triton kernels right there, how fast are they, how fast is a step.
+
+    python -m benchmarks.gpu [--out FOLDER] [--only check kernels step]      (make gpu)
+
+Checks come first: a kernel with a wrong result prints no time. Kernels: goodness_step with layer normalisation, bfloat16, channels_last,
+against PyTorch eager and compiled, against the composed row, and against the floor: bytes of x three times at the measured copy
+bandwidth. Steps: ResNet18 and MobileNetV3-large under bfloat16 autocast, against backpropagation eager and compiled. CSV files carry
+the device's name.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import fastff
+import fastff.functional as ff
+from benchmarks.roofline import SHAPES
+from benchmarks.timing import interleave, print_environment, quantile, ratios, write_csv
+from fastff.training import Backprop, Trainer
+from fastff.training.memory import peak_memory
+
+CHECKED = [(5, 24, 9, 7), (3, 64, 32, 100), (40, 128, 4, 11), (6, 256, 7, 33), (70, 96, 1, 10), (2, 64, 56, 1000)]
+
+
+def problem(B, C, H, K, dtype, device, channels_last=True):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(B, C, H, H, generator=generator) + 0.5).to(device, dtype)
+    weight = (torch.randn(K, C, generator=generator) * 2 / C**0.5).to(device)
+    target = torch.randint(K, (B,), generator=generator).to(device)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x, weight, target
+
+
+def check(device):
+    """Relative errors of every output against float64 on the CPU; stops at the first that is too large."""
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 3e-3)):
+        for shape in CHECKED:
+            for grid in (0, 4):
+                for algorithm in ("direct", "second_moment"):
+                    if algorithm == "second_moment" and shape[1] > 128:
+                        continue
+                    x, weight, target = problem(*shape, dtype, device)
+                    grid_weight = torch.randn(shape[3], shape[1], grid, grid, device=device) * 0.05 if grid else None
+                    bias = torch.linspace(-1, 1, shape[3], device=device)
+                    given = {"grid_weight": grid_weight, "tau": 0.7, "margin": 0.5, "algorithm": algorithm}
+                    got, again = (ff.goodness_step(x, weight, bias, target, impl="triton", **given) for _ in range(2))
+                    wide = [t.double().cpu() for t in (x, weight, bias)]
+                    given |= {"grid_weight": None if grid_weight is None else grid_weight.double().cpu()}
+                    want = ff.goodness_step(*wide, target.cpu(), impl="reference", **given)
+                    for name, a, b, twice in zip(got._fields, got, want, again, strict=True):
+                        if a is None:
+                            continue
+                        error = float((a.double().cpu() - b).abs().max() / b.abs().max().clamp(min=1e-6))
+                        if not error < most or not torch.equal(a, twice):
+                            reason = (
+                                f"error {error:.1e}, allowed {most:.0e}"
+                                if not error < most
+                                else "other bits the second time"
+                            )
+                            sys.exit(f"wrong result: {name} of {shape}, {dtype}, grid {grid}, {algorithm}: {reason}")
+        print(f"checked: goodness_step in {dtype} on {len(CHECKED)} shapes, within {most:.0e}", flush=True)
+
+
+def bandwidth(device, megabytes=512):
+    """Bytes a second of a device-to-device copy, read and write counted."""
+    a = torch.empty(megabytes * 2**18, device=device)
+    b = torch.empty_like(a)
+    times = interleave({"copy": lambda: b.copy_(a)}, 20)["copy"]
+    return 2 * a.numel() * 4 / quantile(times, 0.5)
+
+
+def kernels(device, rounds):
+    rate = bandwidth(device)
+    print(f"copy bandwidth {rate / 1e9:.0f} GB/s")
+    rows = []
+    for B, C, H, K in SHAPES:
+        x, weight, target = problem(B, C, H, K, torch.bfloat16, device)
+        leaf, head = x.clone().requires_grad_(), weight.bfloat16()[:, :, None, None].requires_grad_()
+
+        def eager(leaf=leaf, head=head, target=target):
+            leaf.grad = head.grad = None
+            loss = F.cross_entropy(F.conv2d(leaf, head).square().mean((2, 3)).float(), target)
+            loss.backward()
+            return F.layer_norm(leaf.detach(), leaf.shape[1:])
+
+        functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
+        for impl in ("triton", "composed"):
+            functions[impl] = lambda impl=impl, given=(x, weight, None, target): ff.goodness_step(*given, impl=impl)
+        times = interleave(functions, rounds)
+        floor = 3 * x.numel() * 2 / rate
+        row = {"B": B, "C": C, "H": H, "K": K, "floor_us": floor * 1e6}
+        for name in functions:
+            row |= {f"{name}_us": quantile(times[name], 0.5) * 1e6}
+        row["speedup"], row["speedup_20"], row["speedup_80"] = ratios(times, "compiled", "triton")
+        rows.append(row)
+        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows
+
+
+def steps(device, rounds):
+    adam = lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True)  # noqa: E731
+    rows = []
+    for model, batch, size, classes, stem in (
+        ("resnet18", 512, 32, 100, "cifar"),
+        ("mobilenet_v3_large", 256, 224, 1000, "imagenet"),
+    ):
+        images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        target, functions, memory = torch.randint(classes, (batch,), device=device), {}, {}
+        for name, kind, granularity, options in (
+            ("backprop", Backprop, "block", {}),
+            ("backprop, compiled", Backprop, "block", {"compile": True}),
+            ("block", Trainer, "block", {}),
+            ("layer", Trainer, "layer", {}),
+            ("block, compiled", Trainer, "block", {"compile": True}),
+        ):
+            torch.manual_seed(0)
+            net = getattr(fastff.models, model)(classes, stem=stem).to(device, memory_format=torch.channels_last)
+            sff = fastff.SFF(net, classes, granularity, (3, size, size), grid=0, window=1, readout=kind is Backprop).to(
+                device
+            )
+            trainer = kind(sff, adam, amp="bf16", **options)
+            functions[name] = functools.partial(trainer.step, images, target)
+            functions[name]()
+            functions[name]()
+            memory[name] = peak_memory(functions[name], device)
+        times = interleave(functions, rounds)
+        base = min(("backprop", "backprop, compiled"), key=lambda name: quantile(times[name], 0.5))
+        for name in functions:
+            ratio, low, high = ratios(times, name, base)
+            milliseconds = quantile(times[name], 0.5) * 1e3
+            print(
+                f"{model:20} {name:20} {milliseconds:8.2f} ms  {ratio:5.2f} x [{low:.2f}, {high:.2f}]  {memory[name]:7.0f} MiB",
+                flush=True,
+            )
+            rows.append({
+                "model": model, "variant": name, "batch": batch, "size": size, "classes": classes, "base": base, "milliseconds": milliseconds,
+                "ratio": ratio, "ratio_20": low, "ratio_80": high, "peak_mib": memory[name],
+            })  # fmt: skip
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--only", nargs="+", choices=["check", "kernels", "step"], default=["check", "kernels", "step"])
+    parser.add_argument("--rounds", type=int, default=20)
+    a = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(
+            "benchmarks.gpu needs a CUDA device, and torch sees none here; the kernels are interpreted in `make test` instead"
+        )
+    print_environment()
+    device = torch.device("cuda")
+    name = torch.cuda.get_device_name(device).replace(" ", "-").lower()
+    if "check" in a.only:
+        check(device)
+    for part, measure in (("kernels", kernels), ("step", steps)):
+        if part in a.only:
+            write_csv(a.out / f"gpu-{part}-{name}.csv", measure(device, a.rounds))
+
+
+if __name__ == "__main__":
+    main()
