@@ -221,7 +221,21 @@ def curves():
         plt.close(figure)
 
 
+def roofline_table():
+    header = ("B, C, H, K", "algorithm", "MB", "GFLOP", "bound by", "predicted us", "floor us", "x floor")
+    body = [
+        (
+            f"{r['B']}, {r['C']}, {r['H']}, {r['K']}", r["algorithm"].replace("_", " "), f"{float(r['mbytes']):.0f}",
+            f"{float(r['gflop']):.1f}", r["bound"], f"{float(r['total_us']):.0f}", f"{float(r['floor_us']):.0f}",
+            f"{float(r['times_floor']):.2f}",
+        )
+        for r in read("roofline")
+    ]  # fmt: skip
+    return table(header, body)
+
+
 TABLES = {
+    "roofline": roofline_table,
     "goodness": goodness_table,
     "step": lambda: step_table("step"),
     "steps": lambda: step_table("step", "step-16", "step-mobilenet"),

@@ -19,35 +19,27 @@ they are: their hooks fire and they read self.training as ever. The opened ones 
 import difflib
 import operator
 import os
-import traceback
-import warnings
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastff.trace import (
+    WEIGHT_FUNCTIONS,
+    CutError,
+    code,
+    count_weights,
+    example_input,
+    record_shapes,
+    trace,
+    warn_of_hooks,
+)
+
 GRANULARITIES = ("layer", "block", "stage", "model")
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-WEIGHT_FUNCTIONS = {
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.linear,
-    F.conv_transpose2d,
-    torch.conv2d,
-    torch.matmul,
-    torch.einsum,
-    operator.matmul,
-}
 POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.flatten}
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-
-
-class CutError(ValueError):
-    """The model cannot be cut as asked; the text says where it stopped and what to do instead."""
 
 
 class Block(nn.Module):
@@ -111,36 +103,26 @@ def cut(model, granularity, input_shape):
         raise ValueError(
             f"input_shape: expected the positive sizes of one sample such as (3, 32, 32), got {input_shape!r}"
         )
-    example = _example(model, input_shape)
+    example = example_input(model, input_shape)
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        graph, is_chain = _trace(model, granularity, paths, example)
+        graph, is_chain = trace(model, granularity, paths, example)
         graphs = {False: graph}
         if not is_chain:
             model.train()
-            graphs[True], _ = _trace(model, granularity, paths, example)
+            graphs[True], _ = trace(model, granularity, paths, example)
             model.eval()
-            if _code(graphs[True]) == _code(graphs[False]):
+            if code(graphs[True]) == code(graphs[False]):
                 del graphs[True]
         for graph in graphs.values():
-            _record_shapes(model, graph, example)
+            record_shapes(model, graph, example)
         mains = {mode: _mains(model, graph, granularity, paths) for mode, graph in graphs.items()}
     finally:
         for module, mode in modes.items():
             module.training = mode
-    _warn_of_hooks(model, graphs[False])
+    warn_of_hooks(model, graphs[False])
     return _build(model, graphs, mains, input_shape)
-
-
-def _example(model, input_shape):
-    like = next(iter(model.parameters()), torch.empty(0))
-    example = torch.zeros(2, *input_shape, device=like.device, dtype=like.dtype)
-    if len(input_shape) == 3 and any(
-        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters()
-    ):
-        example = example.contiguous(memory_format=torch.channels_last)
-    return example
 
 
 def _checked_paths(model, paths):
@@ -159,153 +141,6 @@ def _checked_paths(model, paths):
 
 
 # --- which modules to look into
-
-
-def _is_weight(module):
-    """Whether a module has a weight matrix or filter of its own."""
-    if isinstance(module, NORMS):
-        return False
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-        return True
-    return any(p.dim() >= 2 and sum(n > 1 for n in p.shape) >= 2 for p in module.parameters(recurse=False))
-
-
-def _weights(module):
-    return sum(_is_weight(m) for m in module.modules())
-
-
-def _holds_blocks(module):
-    """Whether a list in it has two or more members with two or more weight layers each."""
-    lists = (m for m in module.modules() if isinstance(m, CONTAINERS))
-    return any(sum(_weights(child) >= 2 for child in m.children()) >= 2 for m in lists)
-
-
-def _normalises_first(module):
-    first = next((m for m in module.modules() if next(m.parameters(recurse=False), None) is not None), None)
-    return isinstance(first, NORMS) or "norm" in type(first).__name__.lower()
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self, root, granularity, paths):
-        super().__init__()
-        self.paths, self.layers, self.main_module = paths, granularity == "layer", root
-
-    def is_leaf_module(self, module, name):
-        if self.paths is not None:
-            return not any(path.startswith(name + ".") for path in self.paths)
-        if type(module) in CONTAINERS:
-            return False
-        if type(module).__module__.startswith("torch.nn."):
-            return True
-        if _holds_blocks(module):
-            return False
-        return not self.layers or _weights(module) < 2 or _normalises_first(module)
-
-
-def _trace(model, granularity, paths, example):
-    """(graph of the model in its present mode, whether it is a mere chain of the named modules, the same in every mode)."""
-    tracer = _Tracer(model, granularity, paths)
-    try:
-        graph = tracer.trace(model)
-    except Exception as error:
-        where = _where(model, error)
-        if paths is not None:
-            return _chain(model, paths, example, where), True
-        raise CutError(
-            f"the model cannot be traced: {where}. Name the modules that end blocks instead, "
-            f"granularity=[path, ...] (paths as in model.named_modules()): then only what lies between them is traced"
-        ) from error
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if sum(not node.args for node in inputs) != 1:
-        raise CutError(
-            f"the model must take one tensor, got the inputs {', '.join(str(node.target) for node in inputs)}"
-        )
-    for node in inputs:
-        if node.args:  # an argument with a default value
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return graph, False
-
-
-def _where(model, error):
-    """The last line of a module of the model that was being traced."""
-    names = {id(module): name or "the model itself" for name, module in model.named_modules()}
-    found = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        path = frame.f_code.co_filename
-        if (
-            isinstance(owner, nn.Module)
-            and id(owner) in names
-            and "/torch/nn/modules/module.py" not in path.replace("\\", "/")
-        ):
-            code = traceback.extract_stack(frame, 1)
-            text = traceback.FrameSummary(path, line, frame.f_code.co_name).line or (code[0].line if code else "")
-            found = f"{names[id(owner)]} ({type(owner).__name__}), {path}:{line}: {text}"
-    return f"tracing stopped in {found}: {error}" if found else f"tracing stopped: {error}"
-
-
-def _chain(model, paths, example, where):
-    """The graph of a model that cannot be traced but is a chain of the named modules: checked by running it once."""
-    calls, handles = [], []
-    for path in paths:
-        hook = lambda module, args, output, path=path: calls.append((path, args, output))  # noqa: E731
-        handles.append(model.get_submodule(path).register_forward_hook(hook))
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    graph, value = fx.Graph(), example
-    node = graph.placeholder("x")
-    if [path for path, _, _ in calls] != paths:
-        raise CutError(
-            f"granularity: the model calls these modules as {[path for path, _, _ in calls]}, not as {paths} ({where})"
-        )
-    for path, args, output in calls:
-        if len(args) != 1 or args[0] is not value:
-            raise CutError(
-                f"granularity: something happens to the data before {path!r}, and it cannot be traced: {where}"
-            )
-        node, value = graph.call_module(path, (node,)), output
-    graph.output(node)
-    return graph
-
-
-def _code(graph):
-    return graph.python_code("self").src
-
-
-def _record_shapes(model, graph, example):
-    class Recorder(fx.Interpreter):
-        def run_node(self, node):
-            result = super().run_node(node)
-            node.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
-            return result
-
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            Recorder(fx.GraphModule(model, graph)).run(example)
-        except (RuntimeError, ValueError, TypeError) as error:
-            shape, says = list(example.shape), str(error).splitlines()[0]
-            raise CutError(f"input_shape: the model does not run on images of shape {shape}: {says}") from error
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])  # functional batch norm of the train graph
-
-
-def _warn_of_hooks(model, graph):
-    called = {node.target for node in graph.nodes if node.op == "call_module"}
-    inside = {name for name, _ in model.named_modules() if any(name == c or name.startswith(c + ".") for c in called)}
-    silent = [
-        name or "the model itself"
-        for name, m in model.named_modules()
-        if name not in inside and (m._forward_hooks or m._forward_pre_hooks)
-    ]
-    if silent:
-        warnings.warn(f"cuts pass through {', '.join(silent)}, so the forward hooks there will not run", stacklevel=4)
 
 
 # --- where blocks end
@@ -355,7 +190,7 @@ def _mains(model, graph, granularity, paths):
         if node in gated:
             return False
         if node.op == "call_module":
-            return _weights(_attribute(model, node.target)) > 0
+            return count_weights(_attribute(model, node.target)) > 0
         return node.target in WEIGHT_FUNCTIONS and any(n.op == "get_attr" for n in node.all_input_nodes)
 
     items = [node for node in graph.nodes if is_item(node)]
@@ -473,13 +308,15 @@ def _build(model, graphs, mains, input_shape):
 
 def _name(model, called):
     """The module that holds just the block's weight layers, or where there is none the last of these."""
-    weights = [target for target in called if _weights(_attribute(model, target))]
-    if not weights:
+    targets = [target for target in called if count_weights(_attribute(model, target))]
+    if not targets:
         return None
-    common = ".".join(os.path.commonprefix([target.split(".") for target in weights]))
-    if common and _weights(_attribute(model, common)) == sum(_weights(_attribute(model, target)) for target in weights):
+    common = ".".join(os.path.commonprefix([target.split(".") for target in targets]))
+    if common and count_weights(_attribute(model, common)) == sum(
+        count_weights(_attribute(model, target)) for target in targets
+    ):
         return common
-    return weights[-1]
+    return targets[-1]
 
 
 def _parts(model, graph, mains):

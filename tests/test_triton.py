@@ -110,6 +110,7 @@ def spilled(binary, arch):
 def sweeps(dtype, algorithm, C, P, K, cells):
     """[(kernel, warps, fixed)]: every launch that goodness_step makes for this shape, in the largest of its variants."""
     from fastff.kernels.triton import goodness as module
+    from fastff.kernels.triton import goodness_kernels as kernels
 
     b = module.blocks(algorithm, 512, C, P, K, cells, 4 if dtype == "fp32" else 2)
     precision = "ieee" if dtype == "fp32" else "tf32"
@@ -122,16 +123,23 @@ def sweeps(dtype, algorithm, C, P, K, cells):
             {"FIRST": False, "LOSS": False, "SECOND": True, "means": None},
         ]
     if algorithm == "direct":
-        found = [(module.direct, b.warps, {**sizes, "NS": b.NS, **none, **piece}) for piece in pieces]
+        found = [(kernels.direct, b.warps, {**sizes, "NS": b.NS, **none, **piece}) for piece in pieces]
         head = {k: sizes[k] for k in ("PRECISION", "BP", "BC", "BK", "xc")} | {"NS": b.NS}
         head |= {"largest": None} if dtype != "fp16" else {}
-        return [*found, (module.head_direct, b.head_warps, head | ({} if cells else {"bias": None, "grad_bias": None}))]
+        return [
+            *found,
+            (kernels.head_direct, b.head_warps, head | ({} if cells else {"bias": None, "grad_bias": None})),
+        ]
     found = [
-        (module.second_moment, b.warps, {**sizes, "HEAD_PRECISION": precision, **none, **piece, "HEAD": piece["FIRST"]})
+        (
+            kernels.second_moment,
+            b.warps,
+            {**sizes, "HEAD_PRECISION": precision, **none, **piece, "HEAD": piece["FIRST"]},
+        )
         for piece in pieces
     ]
     found = [(k, w, f | ({"mu": None} if f.get("bias", 0) is None else {})) for k, w, f in found]
-    return [*found, (module.head_second_moment, b.head_warps, {k: sizes[k] for k in ("PRECISION", "BC", "BK")})]
+    return [*found, (kernels.head_second_moment, b.head_warps, {k: sizes[k] for k in ("PRECISION", "BC", "BK")})]
 
 
 SHAPES = [(16, 1024, 10), (64, 1024, 100), (128, 256, 100), (256, 64, 1000)]

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from fastff.kernels.composed.goodness import empty_like, is_rows
-from fastff.kernels.triton.goodness import _multiprocessors, _on_device, _statistics
+from fastff.kernels.triton.goodness import multiprocessors, on_device
+from fastff.kernels.triton.goodness_kernels import statistics
 
 BLOCK = 4096  # elements a program has in registers: 16 a thread with 8 warps
 
@@ -39,7 +40,7 @@ def kernel(x, y, sums, B, n, share, xb, eps, SUMS: tl.constexpr, WRITE: tl.const
     if WRITE:
         if SUMS:
             tl.debug_barrier()
-        mean, rstd = _statistics(sums, b, B, n, shift, eps)
+        mean, rstd = statistics(sums, b, B, n, shift, eps)
         for i in range(0, share, BLOCK):
             mask = (i + at < share) & (start + i + at < n)
             value = tl.load(base + start + i + at, mask=mask, other=0.0).to(tl.float32)
@@ -50,8 +51,8 @@ def layer_norm(x, eps):
     """x [B, C, H, W] -> the same shape and dtype, dense, channels_last where x is."""
     x = x if is_rows(x) else x.contiguous()
     B, n, y = len(x), x[0].numel(), empty_like(x)
-    with _on_device(x):
-        parts = max(1, min(2 * _multiprocessors(x.device) // B, -(-n // (4 * BLOCK))))
+    with on_device(x):
+        parts = max(1, min(2 * multiprocessors(x.device) // B, -(-n // (4 * BLOCK))))
         share = -(-n // parts)
         sums = torch.empty(parts, 2, B, device=x.device, dtype=torch.float32)
         arguments = {
