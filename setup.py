@@ -49,6 +49,7 @@ def with_extension():
         extra_compile_args=[
             "-O3",
             "-g0",
+            "-Wno-psabi",  # vectors of gemm.h are passed between inlined functions only
             "-fopenmp-simd",  # the pragmas only: threads come from torch's own pool
             "-fno-trapping-math",  # lets GCC turn the selects of the float16 conversion into vector code
             "-fvisibility=hidden",

@@ -96,3 +96,28 @@ def gradients_grid(d, x, grid_weight):
     grad_grid = torch.zeros_like(grid_weight)
     grad_grid[..., :h, :w] = torch.einsum("bk,bchw->kchw", d, means)
     return spread(torch.einsum("bk,kchw->bchw", d, grid_weight[..., :h, :w]))[0], grad_grid
+
+
+def depthwise(x, weight, stride=1, padding=0):
+    """y[b,c,i,j] = sum_uv weight[c,0,u,v] x[b,c,i s + u - p, j s + v - p]: a convolution with one k x k filter a channel."""
+    padded = F.pad(x, (padding,) * 4)
+    return sum(weight[:, :, u, v, None] * padded[at] for u, v, at in taps(padded, weight, stride))
+
+
+def depthwise_gradients(grad, x, weight, stride=1, padding=0):
+    """dL/dx, each product of the sum sent back to where its x came from, and dL/dweight[c,0,u,v] = sum_bij grad * shifted x."""
+    padded = F.pad(x, (padding,) * 4)
+    grad_padded, grad_weight = torch.zeros_like(padded), torch.zeros_like(weight)
+    for u, v, at in taps(padded, weight, stride):
+        grad_padded[at] += weight[:, :, u, v, None] * grad
+        grad_weight[:, 0, u, v] = (grad * padded[at]).sum((0, 2, 3))
+    return grad_padded[:, :, padding : padding + x.shape[2], padding : padding + x.shape[3]], grad_weight
+
+
+def taps(padded, weight, stride):
+    """(u, v, index of the elements of `padded` that weight[..., u, v] meets) for each of the k x k."""
+    k = weight.shape[-1]
+    spans = [(n - k) // stride * stride + 1 for n in padded.shape[2:]]
+    for u in range(k):
+        for v in range(k):
+            yield u, v, (..., slice(u, u + spans[0], stride), slice(v, v + spans[1], stride))

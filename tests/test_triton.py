@@ -24,6 +24,7 @@ INTERPRETED = {
         "test_goodness_step_and_loss or empty_batch or not_a_number or labels_out_of_range",
     ),
     "layer_norm": ("test_layer_norm.py", "triton"),
+    "depthwise": ("test_depthwise.py", "values or empty"),
     "trainer": ("triton_trainer.py", "test"),
 }
 
@@ -45,7 +46,7 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3)
     with pytest.raises(RuntimeError, match="triton: Triton runs on CUDA devices, x is on cpu"):
         ff.goodness(x, weight, impl="triton")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fastff.kernels.triton.installed", lambda: False)
     with pytest.raises(RuntimeError, match="triton: Triton is not installed"):
         ff.layer_norm(x, impl="triton")
 
@@ -55,7 +56,7 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 POINTERS = {"target": "*i64"}
 NUMBERS = {"tau", "margin", "smoothing", "scale", "eps"}
-ACTIVATIONS = {"x", "grad_x", "y"}
+ACTIVATIONS = {"x", "grad_x", "y", "grad"}
 DIVISIBLE = {"C", "P", "xb", "xc", "xp", "ob", "oc", "op", "n", "share"}
 
 
@@ -88,6 +89,7 @@ def kernel_pointers(kernel):
     return {
         "x", "weight", "bias", "g", "d", "second", "mu", "grad_x", "y", "sums", "means", "cells", "target", "loss", "dtau", "tau_factor",
         "scale_factor", "largest", "grad_weight", "grad_bias",
+        "grad", "partial",
     } & set(kernel.arg_names)  # fmt: skip
 
 
@@ -183,3 +185,22 @@ def test_layer_norm_fits_the_chip(arch, dtype):
         binary = compiled(kernel, dtype, arch, 8, BLOCK=BLOCK, **stages)
         assert binary.metadata.shared <= SHARED[arch]
         assert spilled(binary, arch) == 0
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_depthwise_fits_the_chip(channels_last, arch, dtype):
+    from fastff.kernels.triton import depthwise as module
+
+    R, BC, warps = module.tiles(channels_last, 240)
+    inner = {"xc": 1, "yc": 1} if channels_last else {"xw": 1, "yw": 1}
+    for kernel, stride in ((3, 2), (5, 1)):
+        sizes = {"STRIDE": stride, "PADDING": kernel // 2, "KERNEL": kernel, "R": R, "BC": BC} | inner
+        for launch, fixed in (
+            (module.convolve, {"ADJOINT": False}),
+            (module.convolve, {"ADJOINT": True, "sums": None}),
+            (module.weight_gradient, {"TAPS": triton.next_power_of_2(kernel**2)}),
+        ):
+            binary = compiled(launch, dtype, arch, warps, **sizes, **fixed)
+            assert binary.metadata.shared <= SHARED[arch]
+            assert spilled(binary, arch) == 0, f"{launch.fn.__name__} {kernel} x {kernel}"

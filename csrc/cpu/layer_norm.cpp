@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "common.h"
+#include "layer_norm.h"
 
 namespace {
 
@@ -138,6 +139,8 @@ Tensor layer_norm_native(Tensor x, double eps) {
 }
 
 }  // namespace
+
+void normalize_sample(const float* x, float* y, int64_t n, double eps) { normalize(x, y, n, eps); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) { m.def("layer_norm_native(Tensor x, float eps) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("layer_norm_native", TORCH_BOX(&layer_norm_native)); }

@@ -9,8 +9,9 @@ import math
 import torch
 
 from fastff import reference
-from fastff.kernels import triton
+from fastff.kernels import native, triton
 from fastff.kernels.composed import goodness as composed
+from fastff.kernels.native import goodness as native_goodness
 from fastff.ops import layer_norm as layer_norm_op
 from fastff.ops.plan import plan
 from fastff.ops.table import Implementation, Lazy, always, choose
@@ -72,8 +73,17 @@ def _triton_can_run(x):
     return triton.reason(x)
 
 
+def _native_can_run(x):
+    if x.device.type != "cpu":
+        return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
+    if x.dtype != torch.float32:
+        return f"the compiled kernel is for float32, x is {x.dtype}"
+    return native.reason() or None
+
+
 ROWS = [
     Implementation("triton", _triton_can_run, Lazy("fastff.kernels.triton.goodness")),
+    Implementation("native", _native_can_run, native_goodness),
     Implementation("composed", always, Composed),
     Implementation("reference", always, Reference),
 ]

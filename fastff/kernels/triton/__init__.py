@@ -1,14 +1,21 @@
 """Kernels in Triton, one file per op; imported when they first run, so that fastff does without Triton where there is none."""
 
+import functools
 import importlib.util
 import os
 
 import torch
 
 
+@functools.cache
+def installed():
+    """Whether Triton can be imported: asked at every call of an op, answered once (looking costs 50 us)."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def reason(x):
     """Why no Triton kernel can take x, or None. With TRITON_INTERPRET=1 they run on the CPU, slowly: for tests."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if x.device.type != ("cpu" if interpreted else "cuda"):

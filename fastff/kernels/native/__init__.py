@@ -3,6 +3,7 @@
 Loading it registers the operators of csrc/ under torch.ops.fastff, and here their shape functions (fake kernels):
 
     layer_norm_native(Tensor x, float eps) -> Tensor        csrc/cpu/layer_norm.cpp
+    goodness_native(...), which writes into its results     csrc/cpu/goodness.cpp
 """
 
 import importlib

@@ -1,0 +1,472 @@
+// fastff::goodness_native: goodness of whole samples, its loss and its local gradient in one pass, float32 on the CPU.
+//
+// x [B, C, P] with contiguous positions, or [B, P, C] with contiguous channels (`rows`); weight [K, C]; bias [K] or empty; grid_weight
+// [K, C, GH, GW] or empty. Formulas: fastff/reference.py.
+//
+// One task takes a few samples through everything while they are in its cache: goodness, loss, d, gradient, layer norm. x is read from and dL/dx
+// and the next input are written to main memory once.
+//
+//   direct         a = W X by tiles of positions; a tile is kept for the gradient where all of a sample's fits in 256 KiB, else computed again.
+//                  With contiguous channels several small samples are one matrix of positions.
+//   second moment  S = X X^T and M = W^T diag(d) W by their upper halves; t = W S, g = w . t, dL/dx = M X
+//   spatial term   cell sums of the task's samples, then [samples, C G^2] x [C G^2, K] and its two adjoints
+//
+// dL/dW and its like are summed by group of samples and the groups' sums in order, so that the number of threads changes no bit.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "gemm.h"
+#include "layer_norm.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+FASTFF_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
+                            float* c, int64_t ldc, bool add, bool upper) {
+  gemm::multiply_inline(rows, columns, depth, a, row, column, b, ldb, c, ldc, add, upper);
+}
+
+FASTFF_CLONES void dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                        int64_t ldc, bool add, bool upper) {
+  gemm::dots_inline(rows, columns, depth, a, lda, b, ldb, c, ldc, add, upper);
+}
+
+// y += x, y += factor * x, y = factor * x, the sum of x * y, sum[i] += x[i]^2
+FASTFF_CLONES void add_to(float* __restrict y, const float* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += x[i];
+}
+FASTFF_CLONES void add_scaled(float* __restrict y, float factor, const float* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
+}
+FASTFF_CLONES void set_scaled(float* __restrict y, float factor, const float* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = factor * x[i];
+}
+FASTFF_CLONES float dot(const float* __restrict x, const float* __restrict y, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+FASTFF_CLONES float total_of(const float* __restrict x, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+FASTFF_CLONES void add_squares(float* __restrict sum, const float* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += x[i] * x[i];
+}
+FASTFF_CLONES void multiply_by(float* __restrict y, const float* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] *= x[i];
+}
+
+void mirror(float* square, int64_t n) {
+  for (int64_t i = 1; i < n; ++i) {
+    for (int64_t j = 0; j < i; ++j) square[i * n + j] = square[j * n + i];
+  }
+}
+
+int64_t padded(int64_t n) { return (n + gemm::kLanes - 1) / gemm::kLanes * gemm::kLanes; }
+
+enum Mode : int64_t { kGoodness = 0, kStep = 1, kBackward = 2 };
+
+struct Problem {
+  int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded to whole vectors; cells: C * GH * GW
+  bool rows, second_moment, need_x, normalize;
+  Mode mode;
+  const float *x, *weight, *bias, *grid, *d_given;
+  const int64_t* target;
+  float tau, margin, smoothing, scale;
+  double eps;
+  float *g, *losses, *dtau, *grad_x, *normalized;
+  std::vector<float> weight_t, grid_t;  // [C, KP], [cells, KP]
+};
+
+// Edges of the cells of adaptive average pooling.
+struct Cell {
+  int64_t top, bottom, left, right;
+};
+Cell cell_at(const Problem& p, int64_t i, int64_t j) {
+  return {i * p.H / p.GH, ((i + 1) * p.H + p.GH - 1) / p.GH, j * p.W / p.GW, ((j + 1) * p.W + p.GW - 1) / p.GW};
+}
+
+// Loss, d and dL/dtau of one sample from its goodness g [K].
+void loss_of(const Problem& p, int64_t b, const float* g, float* d) {
+  const int64_t y = p.target[b];
+  float top = -std::numeric_limits<float>::infinity();
+  for (int64_t k = 0; k < p.K; ++k) {
+    d[k] = p.tau * g[k] - (k == y ? p.margin : 0.0f);
+    top = std::max(top, d[k]);
+  }
+  double total = 0, sum_u = 0;
+  const double hit_u = d[y];
+  for (int64_t k = 0; k < p.K; ++k) {
+    sum_u += d[k];
+    d[k] = std::exp(d[k] - top);
+    total += d[k];
+  }
+  const double smooth = p.smoothing;
+  p.losses[b] = static_cast<float>(top + std::log(total) - (1 - smooth) * hit_u - smooth / p.K * sum_u);
+  const float rest = p.smoothing / p.K, one_over = static_cast<float>(1 / total);
+  double grad_tau = 0;
+  for (int64_t k = 0; k < p.K; ++k) {
+    const float dk = (d[k] * one_over - (k == y ? 1 - p.smoothing : 0.0f) - rest) * p.scale;
+    grad_tau += static_cast<double>(dk) * g[k];
+    d[k] = dk * p.tau;
+  }
+  p.dtau[b] = static_cast<float>(grad_tau);
+}
+
+// What a task adds up: dL/dW [K, C], dL/dbeta [K], dL/dV [K, cells].
+struct Sums {
+  float *weight, *bias, *grid;
+};
+
+class Task {
+ public:
+  explicit Task(const Problem& problem, int64_t most) : p(problem), d(most * p.K) {
+    const int64_t positions = p.rows ? most * p.P : p.P, per_position = p.rows ? p.KP : p.K;
+    tile = std::max<int64_t>(16, (256 << 10) / 4 / per_position);
+    kept = p.second_moment || tile >= positions;
+    if (p.second_moment) {
+      square.resize(p.C * p.C);
+      t.resize(most * p.K * p.C);
+      mean.resize(most * p.C);
+    } else {
+      a.resize(std::min(tile, positions) * per_position * (p.rows || !kept ? 1 : most));
+    }
+    if (p.cells) {
+      means.resize(most * p.cells);
+      spread.resize(most * p.cells);
+      scores.resize(most * p.KP);
+    }
+    ones.assign(p.KP, 0.0f);
+  }
+
+  // Samples first .. first + n - 1 through everything.
+  void run(int64_t first, int64_t n, const Sums& sums) {
+    const float* x = p.x + first * p.C * p.P;
+    if (p.mode != kBackward || kept) goodness(first, n, x);  // otherwise the gradients compute a themselves
+    if (p.cells) cell_goodness(first, n, x);
+    if (p.mode == kGoodness) return;
+    for (int64_t i = 0; i < n; ++i) {
+      float* di = d.data() + i * p.K;
+      if (p.mode == kStep) {
+        loss_of(p, first + i, p.g + (first + i) * p.K, di);
+      } else {
+        std::copy_n(p.d_given + (first + i) * p.K, p.K, di);
+      }
+    }
+    float* grad_x = p.need_x ? p.grad_x + first * p.C * p.P : nullptr;
+    if (p.cells) cell_gradients(n, grad_x, sums);
+    if (p.weight) p.second_moment ? second_moment_gradients(n, x, grad_x, sums) : direct_gradients(n, x, grad_x, sums);
+    if (p.normalize) {
+      for (int64_t i = 0; i < n; ++i) {
+        normalize_sample(x + i * p.C * p.P, p.normalized + (first + i) * p.C * p.P, p.C * p.P, p.eps);
+      }
+    }
+  }
+
+ private:
+  const Problem& p;
+  int64_t tile;
+  bool kept;
+  std::vector<float> d, square, t, mean, a, means, spread, scores, ones;
+
+  void goodness(int64_t first, int64_t n, const float* x) {
+    float* g = p.g + first * p.K;
+    std::fill_n(g, n * p.K, 0.0f);
+    if (!p.weight) return;
+    if (p.second_moment) {
+      for (int64_t i = 0; i < n; ++i) second_moment_goodness(x + i * p.C * p.P, g + i * p.K, t.data() + i * p.K * p.C, mean.data() + i * p.C);
+      return;
+    }
+    const float over = 1.0f / p.P;
+    if (p.rows) {
+      for (int64_t start = 0; start < n * p.P; start += tile) {
+        const int64_t count = std::min(tile, n * p.P - start);
+        outputs_rows(x + start * p.C, count);
+        for (int64_t r = 0; r < count; ++r) add_squares(g + (start + r) / p.P * p.K, a.data() + r * p.KP, p.K);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t start = 0; start < p.P; start += tile) {
+          const int64_t count = std::min(tile, p.P - start);
+          float* out = outputs(x + i * p.C * p.P + start, count, i);
+          for (int64_t k = 0; k < p.K; ++k) g[i * p.K + k] += dot(out + k * count, out + k * count, count);
+        }
+      }
+    }
+    for (int64_t i = 0; i < n * p.K; ++i) g[i] *= over;
+  }
+
+  // a [count, KP] of positions with contiguous channels.
+  void outputs_rows(const float* x, int64_t count) {
+    multiply(count, p.KP, p.C, x, p.C, 1, p.weight_t.data(), p.KP, a.data(), p.KP, false, false);
+    if (p.bias) {
+      for (int64_t r = 0; r < count; ++r) add_to(a.data() + r * p.KP, p.bias, p.K);
+    }
+  }
+
+  // a [K, count] of contiguous positions, of sample i of the task.
+  float* outputs(const float* x, int64_t count, int64_t i) {
+    float* out = a.data() + (kept ? i * p.K * p.P : 0);
+    multiply(p.K, count, p.C, p.weight, p.C, 1, x, p.P, out, count, false, false);
+    if (p.bias) {
+      for (int64_t k = 0; k < p.K; ++k) {
+        for (int64_t q = 0; q < count; ++q) out[k * count + q] += p.bias[k];
+      }
+    }
+    return out;
+  }
+
+  void direct_gradients(int64_t n, const float* x, float* grad_x, const Sums& sums) {
+    const float factor = 2.0f / p.P;
+    for (float& value : d) value *= factor;
+    if (p.rows) {
+      for (int64_t start = 0; start < n * p.P; start += tile) {
+        const int64_t count = std::min(tile, n * p.P - start);
+        if (!kept) outputs_rows(x + start * p.C, count);
+        for (int64_t r = 0; r < count; ++r) multiply_by(a.data() + r * p.KP, d.data() + (start + r) / p.P * p.K, p.K);
+        if (grad_x) multiply(count, p.C, p.K, a.data(), p.KP, 1, p.weight, p.C, grad_x + start * p.C, p.C, p.cells > 0, false);
+        multiply(p.K, p.C, count, a.data(), 1, p.KP, x + start * p.C, p.C, sums.weight, p.C, true, false);
+        if (p.bias) {
+          for (int64_t r = 0; r < count; ++r) add_to(sums.bias, a.data() + r * p.KP, p.K);
+        }
+      }
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const float* xi = x + i * p.C * p.P;
+      for (int64_t start = 0; start < p.P; start += tile) {
+        const int64_t count = std::min(tile, p.P - start);
+        float* e = kept ? a.data() + i * p.K * p.P : outputs(xi + start, count, i);
+        for (int64_t k = 0; k < p.K; ++k) {
+          const float dk = d[i * p.K + k];
+          for (int64_t q = 0; q < count; ++q) e[k * count + q] *= dk;
+          if (p.bias) sums.bias[k] += total_of(e + k * count, count);
+        }
+        if (grad_x) multiply(p.C, count, p.K, p.weight, 1, p.C, e, count, grad_x + i * p.C * p.P + start, p.P, p.cells > 0, false);
+        dots(p.K, p.C, count, e, count, xi + start, p.P, sums.weight, p.C, true, false);
+      }
+    }
+  }
+
+  void second_moment_goodness(const float* x, float* g, float* ti, float* mu) {
+    float* S = square.data();
+    if (p.rows) {
+      multiply(p.C, p.C, p.P, x, 1, p.C, x, p.C, S, p.C, false, true);
+    } else {
+      dots(p.C, p.C, p.P, x, p.P, x, p.P, S, p.C, false, true);
+    }
+    mirror(S, p.C);
+    multiply(p.K, p.C, p.C, p.weight, p.C, 1, S, p.C, ti, p.C, false, false);
+    if (p.bias) mean_of(x, mu);
+    const float over = 1.0f / p.P;
+    for (int64_t k = 0; k < p.K; ++k) {
+      const float* w = p.weight + k * p.C;
+      g[k] = over * dot(ti + k * p.C, w, p.C);
+      if (p.bias) g[k] += p.bias[k] * (2 * dot(w, mu, p.C) + p.bias[k]);
+    }
+  }
+
+  void mean_of(const float* x, float* mu) {
+    const float over = 1.0f / p.P;
+    std::fill_n(mu, p.C, 0.0f);
+    if (p.rows) {
+      for (int64_t q = 0; q < p.P; ++q) add_to(mu, x + q * p.C, p.C);
+    } else {
+      for (int64_t c = 0; c < p.C; ++c) mu[c] = total_of(x + c * p.P, p.P);
+    }
+    for (int64_t c = 0; c < p.C; ++c) mu[c] *= over;
+  }
+
+  void second_moment_gradients(int64_t n, const float* x, float* grad_x, const Sums& sums) {
+    const float factor = 2.0f / p.P;
+    std::vector<float> constant(p.bias ? p.C : 0);
+    for (int64_t i = 0; i < n; ++i) {
+      const float *di = d.data() + i * p.K, *xi = x + i * p.C * p.P, *mu = mean.data() + i * p.C;
+      float* ti = t.data() + i * p.K * p.C;
+      std::fill(constant.begin(), constant.end(), 0.0f);
+      for (int64_t k = 0; k < p.K; ++k) {
+        const float* w = p.weight + k * p.C;
+        add_scaled(sums.weight + k * p.C, factor * di[k], ti + k * p.C, p.C);
+        if (p.bias) {
+          add_scaled(sums.weight + k * p.C, 2 * di[k] * p.bias[k], mu, p.C);
+          sums.bias[k] += 2 * di[k] * (dot(w, mu, p.C) + p.bias[k]);
+          add_scaled(constant.data(), factor * di[k] * p.bias[k], w, p.C);
+        }
+        set_scaled(ti + k * p.C, factor * di[k], w, p.C);
+      }
+      if (!grad_x) continue;
+      float *M = square.data(), *out = grad_x + i * p.C * p.P;
+      multiply(p.C, p.C, p.K, ti, 1, p.C, p.weight, p.C, M, p.C, false, true);
+      mirror(M, p.C);
+      if (p.rows) {
+        multiply(p.P, p.C, p.C, xi, p.C, 1, M, p.C, out, p.C, p.cells > 0, false);
+      } else {
+        multiply(p.C, p.P, p.C, M, p.C, 1, xi, p.P, out, p.P, p.cells > 0, false);
+      }
+      if (p.bias && p.rows) {
+        for (int64_t q = 0; q < p.P; ++q) add_to(out + q * p.C, constant.data(), p.C);
+      } else if (p.bias) {
+        for (int64_t c = 0; c < p.C; ++c) {
+          for (int64_t q = 0; q < p.P; ++q) out[c * p.P + q] += constant[c];
+        }
+      }
+    }
+  }
+
+  // Adds the spatial term to g: means [n, C, GH, GW] times V^T.
+  void cell_goodness(int64_t first, int64_t n, const float* x) {
+    std::fill_n(means.data(), n * p.cells, 0.0f);
+    for (int64_t s = 0; s < n; ++s) {
+      const float* xs = x + s * p.C * p.P;
+      float* out = means.data() + s * p.cells;
+      for (int64_t i = 0; i < p.GH; ++i) {
+        for (int64_t j = 0; j < p.GW; ++j) {
+          const Cell e = cell_at(p, i, j);
+          const float over = 1.0f / ((e.bottom - e.top) * (e.right - e.left));
+          const int64_t at = i * p.GW + j;
+          if (p.rows) {
+            std::fill_n(row_sum(), p.C, 0.0f);
+            for (int64_t h = e.top; h < e.bottom; ++h) {
+              for (int64_t w = e.left; w < e.right; ++w) add_to(row_sum(), xs + (h * p.W + w) * p.C, p.C);
+            }
+            for (int64_t c = 0; c < p.C; ++c) out[c * p.GH * p.GW + at] = over * row_sum()[c];
+          } else {
+            for (int64_t c = 0; c < p.C; ++c) {
+              float sum = 0;
+              for (int64_t h = e.top; h < e.bottom; ++h) {
+                const float* line = xs + c * p.P + h * p.W;
+                for (int64_t w = e.left; w < e.right; ++w) sum += line[w];
+              }
+              out[c * p.GH * p.GW + at] = over * sum;
+            }
+          }
+        }
+      }
+    }
+    multiply(n, p.KP, p.cells, means.data(), p.cells, 1, p.grid_t.data(), p.KP, scores.data(), p.KP, false, false);
+    for (int64_t s = 0; s < n; ++s) add_to(p.g + (first + s) * p.K, scores.data() + s * p.KP, p.K);
+  }
+
+  float* row_sum() {
+    if (static_cast<int64_t>(line.size()) < p.C) line.resize(p.C);
+    return line.data();
+  }
+  std::vector<float> line;
+
+  // dL/dV += d^T means; dL/dx = the constant vector of each cell.
+  void cell_gradients(int64_t n, float* grad_x, const Sums& sums) {
+    multiply(p.K, p.cells, n, d.data(), 1, p.K, means.data(), p.cells, sums.grid, p.cells, true, false);
+    if (!grad_x) return;
+    multiply(n, p.cells, p.K, d.data(), p.K, 1, p.grid, p.cells, spread.data(), p.cells, false, false);
+    std::fill_n(grad_x, n * p.C * p.P, 0.0f);
+    for (int64_t s = 0; s < n; ++s) {
+      float* out = grad_x + s * p.C * p.P;
+      const float* cell = spread.data() + s * p.cells;
+      for (int64_t i = 0; i < p.GH; ++i) {
+        for (int64_t j = 0; j < p.GW; ++j) {
+          const Cell e = cell_at(p, i, j);
+          const float over = 1.0f / ((e.bottom - e.top) * (e.right - e.left));
+          const int64_t at = i * p.GW + j;
+          for (int64_t c = 0; c < p.C; ++c) row_sum()[c] = over * cell[c * p.GH * p.GW + at];
+          for (int64_t h = e.top; h < e.bottom; ++h) {
+            if (p.rows) {
+              for (int64_t w = e.left; w < e.right; ++w) add_to(out + (h * p.W + w) * p.C, line.data(), p.C);
+            } else {
+              for (int64_t c = 0; c < p.C; ++c) {
+                float* target = out + c * p.P + h * p.W;
+                for (int64_t w = e.left; w < e.right; ++w) target[w] += line[c];
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+const float* floats(const Tensor& t) { return t.numel() ? static_cast<const float*>(t.const_data_ptr()) : nullptr; }
+float* outputs_of(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
+
+// [n, m] -> [m, padded n], zeros behind.
+std::vector<float> transposed(const float* source, int64_t n, int64_t m) {
+  const int64_t width = padded(n);
+  std::vector<float> result(m * width, 0.0f);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < m; ++j) result[j * width + i] = source[i * m + j];
+  }
+  return result;
+}
+
+// Everything is float32, dense, on the CPU and checked by fastff/kernels/native/goodness.py, which also allocates the outputs; absent ones are
+// empty.
+void goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor d, Tensor tau_factor, Tensor scale_factor,
+                     int64_t mode, bool rows, bool second_moment, int64_t classes, int64_t grid_rows, int64_t grid_columns, double tau,
+                     double margin, double smoothing, double scale, double eps, Tensor g, Tensor losses, Tensor dtau, Tensor grad_x,
+                     Tensor grad_weight, Tensor grad_bias, Tensor grad_grid, Tensor normalized) {
+  Problem p{};
+  p.B = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.P = p.H * p.W, p.K = classes, p.KP = padded(classes);
+  p.GH = grid_rows, p.GW = grid_columns, p.cells = p.C * p.GH * p.GW;
+  p.rows = rows, p.second_moment = second_moment, p.mode = static_cast<Mode>(mode);
+  p.x = floats(x), p.weight = floats(weight), p.bias = floats(bias), p.grid = floats(grid), p.d_given = floats(d);
+  p.target = target.numel() ? static_cast<const int64_t*>(target.const_data_ptr()) : nullptr;
+  p.tau = static_cast<float>(tau) * (tau_factor.numel() ? *floats(tau_factor) : 1.0f);
+  p.scale = static_cast<float>(scale) * (scale_factor.numel() ? *floats(scale_factor) : 1.0f);
+  p.margin = static_cast<float>(margin), p.smoothing = static_cast<float>(smoothing), p.eps = eps;
+  p.g = outputs_of(g), p.losses = outputs_of(losses), p.dtau = outputs_of(dtau), p.grad_x = outputs_of(grad_x);
+  p.normalized = outputs_of(normalized);
+  p.need_x = p.grad_x != nullptr, p.normalize = p.normalized != nullptr;
+  if (p.rows && p.weight && !second_moment) p.weight_t = transposed(p.weight, p.K, p.C);
+  if (p.cells) p.grid_t = transposed(p.grid, p.K, p.cells);
+
+  // Samples of a task: several where one is too small to fill a register block or the spatial term's products want more rows than one.
+  const int64_t most = std::min<int64_t>(p.B, p.cells ? 6 : (p.rows && !second_moment ? std::max<int64_t>(1, 48 / p.P) : 1));
+  const int64_t head = p.weight ? p.K * p.C : 0, size = head + p.K + p.K * p.cells, tasks = (p.B + most - 1) / most;
+  const int64_t groups = std::min(tasks, std::clamp<int64_t>((4 << 20) / size, 2, 16));
+  const bool sums_wanted = p.mode != kGoodness;
+  std::vector<float> partial(sums_wanted ? groups * size : 0, 0.0f);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    Task task(p, most);
+    for (int64_t group = begin; group < end; ++group) {
+      float* own = sums_wanted ? partial.data() + group * size : nullptr;
+      const Sums sums{own, own + head, own + head + p.K};
+      for (int64_t i = group * tasks / groups; i < (group + 1) * tasks / groups; ++i) {
+        task.run(i * most, std::min(most, p.B - i * most), sums);
+      }
+    }
+  });
+  if (!sums_wanted) return;
+  const auto collect = [&](const Tensor& out, int64_t offset, int64_t n) {
+    float* target_sums = outputs_of(out);
+    if (!target_sums) return;
+    torch::stable::parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
+      std::copy_n(partial.data() + offset + begin, end - begin, target_sums + begin);
+      for (int64_t group = 1; group < groups; ++group) add_to(target_sums + begin, partial.data() + group * size + offset + begin, end - begin);
+    });
+  };
+  collect(grad_weight, 0, head);
+  collect(grad_bias, head, p.K);
+  collect(grad_grid, head + p.K, p.K * p.cells);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
+  m.def(
+      "goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor d, Tensor tau_factor, Tensor scale_factor, int mode, "
+      "bool rows, bool second_moment, int classes, int grid_rows, int grid_columns, float tau, float margin, float smoothing, float scale, "
+      "float eps, Tensor(a!) g, Tensor(b!) losses, Tensor(c!) dtau, Tensor(d!) grad_x, Tensor(e!) grad_weight, Tensor(f!) grad_bias, "
+      "Tensor(g!) grad_grid, Tensor(h!) normalized) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("goodness_native", TORCH_BOX(&goodness_native)); }

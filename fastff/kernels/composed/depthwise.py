@@ -1,0 +1,34 @@
+"""Depthwise convolution by PyTorch's grouped convolution; batch norm's sums in two passes more."""
+
+import torch
+import torch.nn.functional as F
+
+from fastff.kernels.composed.goodness import is_rows
+
+
+def forward(x, weight, stride, padding):
+    """(y, sums [2, C])."""
+    y = F.conv2d(x, weight, stride=stride, padding=padding, groups=len(weight))
+    return y, sums_of(y)
+
+
+def backward(grad, x, weight, stride, padding, need_x):
+    """(dL/dx or None, dL/dweight)."""
+    pairs = [stride] * 2, [padding] * 2, [1, 1]
+    wanted = [need_x, True, False]
+    dx, dw, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *pairs, False, [0, 0], len(weight), wanted)
+    return dx, dw
+
+
+def sums_of(y):
+    """[2, C]: sums of y and y^2 over everything but the channels."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    return torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+
+
+def out_like(x, weight, stride, padding):
+    """Uninitialised memory for y: dense, channels_last where x is."""
+    rows, columns = ((n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:])
+    if is_rows(x):
+        return x.new_empty((x.shape[0], rows, columns, x.shape[1])).permute(0, 3, 1, 2)
+    return x.new_empty((*x.shape[:2], rows, columns))

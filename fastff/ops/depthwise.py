@@ -1,0 +1,123 @@
+"""torch.ops.fastff.depthwise: depthwise convolution with the sums that batch norm needs, and its gradients.
+
+    depthwise(x, weight, stride, padding)           x [B, C, H, W], weight [C, 1, k, k] -> y [B, C, H', W'] laid out as x, and
+                                                    sums [2, C] of y and of its square, in float32 (float64 for float64)
+    depthwise_backward(grad, x, weight, ..., need_x) -> (dL/dx or an empty tensor, dL/dweight)
+
+The first convolution of a block never needs dL/dx. Rows: PyTorch's own, the Triton kernels, the reference. PyTorch's goes first: the
+Triton kernels have not been timed on a GPU, and nothing is dispatched that was not seen to win. Formula: fastff/reference.py.
+"""
+
+import torch
+
+from fastff import reference
+from fastff.kernels import triton
+from fastff.kernels.composed import depthwise as composed
+from fastff.kernels.composed.goodness import empty_like
+from fastff.ops.table import Implementation, Lazy, always, choose
+
+
+class Reference:
+    """The definition of fastff/reference.py."""
+
+    @staticmethod
+    def forward(x, weight, stride, padding):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = reference.depthwise(x.to(wide), weight.to(wide), stride, padding).to(x.dtype)
+        return y, composed.sums_of(y)
+
+    @staticmethod
+    def backward(grad, x, weight, stride, padding, need_x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dx, dw = reference.depthwise_gradients(grad.to(wide), x.to(wide), weight.to(wide), stride, padding)
+        return (dx.to(x.dtype) if need_x else None), dw.to(weight.dtype)
+
+
+ROWS = [
+    Implementation("composed", always, composed),
+    Implementation("triton", triton.reason, Lazy("fastff.kernels.triton.depthwise")),
+    Implementation("reference", always, Reference),
+]
+
+_lib = torch.library.Library("fastff", "FRAGMENT")
+_lib.define("depthwise(Tensor x, Tensor weight, int stride, int padding, str impl) -> (Tensor, Tensor)")
+_lib.define(
+    "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_x, str impl) -> (Tensor, Tensor)"
+)
+
+
+def check(x, weight, stride, padding):
+    """Raises ValueError or TypeError naming the argument."""
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [B, C, H, W], got {list(x.shape)}")
+    if weight.dim() != 4 or weight.shape[:2] != (x.shape[1], 1) or weight.shape[2] != weight.shape[3]:
+        raise ValueError(
+            f"weight: expected [{x.shape[1]}, 1, k, k] for x of {x.shape[1]} channels, got {list(weight.shape)}"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: expected {x.dtype} as x is, got {weight.dtype}")
+    if stride < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride}")
+    if not 0 <= padding < weight.shape[2]:
+        raise ValueError(f"padding: expected 0 to {weight.shape[2] - 1} for this kernel, got {padding}")
+    if min(x.shape[2:]) + 2 * padding < weight.shape[2]:
+        raise ValueError(
+            f"x: expected at least {weight.shape[2]} rows and columns with the padding, got {list(x.shape)}"
+        )
+
+
+def _forward(x, weight, stride, padding, impl):
+    check(x, weight, stride, padding)
+    y, sums = choose("depthwise", ROWS, impl, x).run.forward(x, weight, stride, padding)
+    like = composed.out_like(x, weight, stride, padding)
+    return (y if y.stride() == like.stride() else like.copy_(y)), sums
+
+
+def _forward_fake(x, weight, stride, padding, impl):
+    sums = x.new_empty((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+    return composed.out_like(x, weight, stride, padding), sums
+
+
+def _backward(grad, x, weight, stride, padding, need_x, impl):
+    check(x, weight, stride, padding)
+    dx, dw = choose("depthwise", ROWS, impl, x).run.backward(grad, x, weight, stride, padding, need_x)
+    if need_x and dx.stride() != empty_like(x).stride():
+        dx = empty_like(x).copy_(dx)
+    return (dx if need_x else x.new_empty(0)), dw.contiguous()
+
+
+def _backward_fake(grad, x, weight, stride, padding, need_x, impl):
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return (empty_like(x) if need_x else x.new_empty(0)), dw
+
+
+for _name, _run, _fake in (("depthwise", _forward, _forward_fake), ("depthwise_backward", _backward, _backward_fake)):
+    _lib.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastff::{_name}", _fake, lib=_lib)
+
+
+def _save(ctx, inputs, output):
+    x, weight, *ctx.how = inputs
+    ctx.save_for_backward(x, weight, output[0])
+
+
+def _differentiate(ctx, grad, grad_sums):
+    """sums carry gradients too: d(sum y) = 1, d(sum y^2) = 2 y."""
+    x, weight, y = ctx.saved_tensors
+    stride, padding, impl = ctx.how
+    grad = torch.zeros_like(y) if grad is None else grad
+    if grad_sums is not None:
+        first, second = grad_sums[:, None, :, None, None].to(y.dtype)
+        grad = grad + first + 2 * y * second
+    dx, dw = torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, ctx.needs_input_grad[0], impl)
+    return (dx if ctx.needs_input_grad[0] else None), dw, None, None, None
+
+
+torch.library.register_autograd("fastff::depthwise", _differentiate, setup_context=_save, lib=_lib)
+
+
+def _no_backward(ctx, *cotangents):
+    raise RuntimeError("depthwise_backward: its results are gradients and cannot be differentiated again")
+
+
+torch.library.register_autograd("fastff::depthwise_backward", _no_backward, lib=_lib)

@@ -1,0 +1,125 @@
+"""Depthwise convolution against PyTorch's in float64: values, sums and gradients of every row, layouts, dtypes, strides and paddings.
+
+With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so)."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import LAYOUTS, assert_as_exact, same_bits
+
+from fastff.kernels.composed.depthwise import out_like
+
+TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+IMPLEMENTATIONS = ["triton"] if TRITON else ["composed", "reference"]
+DTYPES = (
+    (torch.float32, torch.bfloat16, torch.float16)
+    if TRITON
+    else (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+)
+
+
+def plain(x, weight, grad, stride, padding, dtype):
+    """(y, sums, dL/dx, dL/dweight) by PyTorch in `dtype`."""
+    x, weight, grad = (t.detach().to(dtype) for t in (x, weight, grad))
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = F.conv2d(x, weight, stride=stride, padding=padding, groups=len(weight))
+    sums = torch.stack([y.sum((0, 2, 3)), y.square().sum((0, 2, 3))])
+    return (y.detach(), sums.detach(), *torch.autograd.grad(y, (x, weight), grad))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=15 if TRITON else 40, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_values_and_gradients(data, dtype, impl):
+    kernel, stride = data.draw(st.sampled_from([3, 5, 1])), data.draw(st.sampled_from([1, 2]))
+    padding = data.draw(st.integers(0, kernel - 1))
+    B, C = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 5, 17, 70]))
+    least = max(1, kernel - 2 * padding)
+    H, W = (data.draw(st.integers(least, least + 8)) for _ in range(2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    x, memory = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](draw(B, C, H, W))
+    weight = draw(C, 1, kernel, kernel)
+    grad = draw(B, C, *((n + 2 * padding - kernel) // stride + 1 for n in (H, W)))
+    need_x, before = data.draw(st.booleans()), memory.clone()
+    runs = []
+    for _ in range(2):
+        y, sums = torch.ops.fastff.depthwise(x, weight, stride, padding, impl)
+        runs.append((y, sums, *torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_x, impl)))
+    assert all(map(torch.equal, *runs))
+    assert same_bits(memory, before), "an input was written"
+    y, sums, dx, dw = runs[0]
+    assert y.stride() == out_like(x, weight, stride, padding).stride()
+    exact = plain(x, weight, grad, stride, padding, torch.float64)
+    # the composed row is PyTorch in that dtype itself
+    rough = plain(
+        x, weight, grad, stride, padding, dtype if impl == "composed" else torch.promote_types(dtype, torch.float32)
+    )
+    size = plain(x.abs(), weight.abs(), grad.abs(), stride, padding, torch.float64)
+    assert_as_exact("y", y, exact[0], rough[0], size[0])
+    if impl != "triton" or dtype == torch.float32:  # 16 bits: sums of y as it was rounded
+        of_y = torch.stack([y.double().sum((0, 2, 3)), y.double().square().sum((0, 2, 3))])
+        torch.testing.assert_close(sums.double(), of_y, rtol=1e-5, atol=1e-5 * float(of_y.abs().max()))
+    if need_x:
+        assert_as_exact("dL/dx", dx, exact[2], rough[2], size[2])
+    else:
+        assert dx.numel() == 0
+    assert_as_exact("dL/dweight", dw, exact[3], rough[3], size[3])
+
+
+@pytest.mark.skipif(TRITON, reason="float64, and no kernels in it")
+def test_autograd_and_opcheck():
+    torch.manual_seed(0)
+    x, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 6, 5), (3, 1, 3, 3)))
+    for impl in IMPLEMENTATIONS:
+        for stride, padding in ((1, 1), (2, 0)):
+            run = lambda x, w, how=(stride, padding, impl): torch.ops.fastff.depthwise(x, w, *how)  # noqa: E731
+            assert torch.autograd.gradcheck(run, (x, weight))
+            torch.library.opcheck(torch.ops.fastff.depthwise.default, (x, weight, stride, padding, impl))
+    last = x.detach().contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.fastff.depthwise_backward.default, (grad, last, weight.detach(), 1, 1, True, "auto")
+    )
+
+
+@pytest.mark.skipif(TRITON, reason="nothing of the kernels")
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"x": torch.zeros(3, 4, 4)}, r"x: expected \[B, C, H, W\], got \[3, 4, 4\]"),
+        ({"weight": torch.zeros(4, 1, 3, 3)}, r"weight: expected \[3, 1, k, k\] .* got \[4, 1, 3, 3\]"),
+        ({"weight": torch.zeros(3, 1, 3, 5)}, r"weight: expected"),
+        ({"weight": torch.zeros(3, 1, 3, 3).double()}, "weight: expected torch.float32 as x is, got torch.float64"),
+        ({"stride": 0}, "stride: expected at least 1, got 0"),
+        ({"padding": 3}, "padding: expected 0 to 2 for this kernel, got 3"),
+        (
+            {"x": torch.zeros(2, 3, 2, 9), "padding": 0},
+            r"x: expected at least 3 rows and columns .* got \[2, 3, 2, 9\]",
+        ),
+        ({"impl": "cuda"}, "no implementation of depthwise can run here"),
+    ],
+)
+def test_bad_input(change, text):
+    arguments = {
+        "x": torch.zeros(2, 3, 4, 4),
+        "weight": torch.zeros(3, 1, 3, 3),
+        "stride": 1,
+        "padding": 1,
+        "impl": "auto",
+    }
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=text):
+        torch.ops.fastff.depthwise(*(arguments | change).values())
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_empty_batch(impl):
+    y, sums = torch.ops.fastff.depthwise(torch.zeros(0, 3, 6, 6), torch.ones(3, 1, 3, 3), 1, 1, impl)
+    assert y.shape == (0, 3, 6, 6)
+    assert not sums.any()
