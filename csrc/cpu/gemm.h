@@ -1,13 +1,16 @@
-// Small matrix products on strided operands that lie in the cache, for the operators that own whole samples.
+// Small matrix products on operands that lie in the cache, for the operators that own whole samples.
 //
-//   multiply   c[m, n] = or += sum_k a[m, k] b[k, n]      a at any strides, b and c with rows of contiguous elements
+//   multiply   c[m, n] = or += sum_k a[m, k] b[k, n]      a at any strides, c with rows of contiguous elements; b likewise, or in Panels
 //   dots       c[m, n] = or += sum_k a[m, k] b[n, k]      a and b with contiguous k
+//   transpose  b[n, m] = a[m, n]
 //
-// Register blocks of 6 x 16 and 3 x 4 x 8 (AVX2 has 16 registers of 8 floats). Nothing is packed: an operand here is at most a
-// sample, which the L2 cache holds. The order of the sums depends on the shape alone. With `upper`, blocks below the diagonal are left out.
+// Register blocks of 6 x 16 and 3 x 4 x 8 (AVX2 has 16 registers of 8 floats); 256 of k at a time, so that 16 columns of b stay in the L1
+// cache. A weight that every sample meets is laid out in Panels once: 16 columns of all k behind each other, instead of one row in each
+// page. The order of the sums depends on the shape alone. With `upper`, blocks below the diagonal are left out.
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "common.h"
 
@@ -20,10 +23,14 @@ constexpr int64_t kLanes = 8;
 FASTFF_INLINE Vector read(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 FASTFF_INLINE void write(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
-// lanes: those of the last vector that are written, counted from its end.
+// Of the last vector, lanes from .. to - 1 are written.
+struct Lanes {
+  int64_t from, to;
+};
+
 template <int M, int N>
 FASTFF_INLINE void multiply_block(int64_t depth, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb, float* c,
-                                  int64_t ldc, bool add, int64_t lanes) {
+                                  int64_t ldc, bool add, Lanes lanes) {
   Vector sum[M][N] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[N];
@@ -39,10 +46,10 @@ FASTFF_INLINE void multiply_block(int64_t depth, const float* a, int64_t row, in
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < N; ++j) {
       float* target = c + i * ldc + j * kLanes;
-      if (lanes == kLanes) {
+      if (j + 1 < N || lanes.to - lanes.from == kLanes) {
         write(target, add ? read(target) + sum[i][j] : sum[i][j]);
       } else {
-        for (int64_t l = kLanes - lanes; l < kLanes; ++l) target[l] = add ? target[l] + sum[i][j][l] : sum[i][j][l];
+        for (int64_t l = lanes.from; l < lanes.to; ++l) target[l] = add ? target[l] + sum[i][j][l] : sum[i][j][l];
       }
     }
   }
@@ -50,7 +57,7 @@ FASTFF_INLINE void multiply_block(int64_t depth, const float* a, int64_t row, in
 
 template <int N>
 FASTFF_INLINE void multiply_rows(int64_t rows, int64_t depth, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
-                                 float* c, int64_t ldc, bool add, int64_t lanes) {
+                                 float* c, int64_t ldc, bool add, Lanes lanes) {
   int64_t m = 0;
   for (; m + 6 <= rows; m += 6) multiply_block<6, N>(depth, a + m * row, row, column, b, ldb, c + m * ldc, ldc, add, lanes);
   a += m * row;
@@ -65,6 +72,8 @@ FASTFF_INLINE void multiply_rows(int64_t rows, int64_t depth, const float* a, in
   }
 }
 
+constexpr int64_t kDepth = 256, kPanel = 2 * kLanes;
+
 FASTFF_INLINE void multiply_inline(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
                                    int64_t ldb, float* c, int64_t ldc, bool add, bool upper) {
   if (columns < kLanes) {  // no vector fits
@@ -77,15 +86,87 @@ FASTFF_INLINE void multiply_inline(int64_t rows, int64_t columns, int64_t depth,
     }
     return;
   }
-  int64_t n = 0;
-  for (; n + 2 * kLanes <= columns; n += 2 * kLanes) {
-    const int64_t reach = upper ? std::min(rows, n + 2 * kLanes) : rows;
-    multiply_rows<2>(reach, depth, a, row, column, b + n, ldb, c + n, ldc, add, kLanes);
+  for (int64_t k = 0; k < depth; k += kDepth, add = true) {
+    const int64_t part = std::min(kDepth, depth - k);
+    const float *left = a + k * column, *right = b + k * ldb;
+    int64_t n = 0;
+    for (; n + kPanel <= columns; n += kPanel) {
+      const int64_t reach = upper ? std::min(rows, n + kPanel) : rows;
+      multiply_rows<2>(reach, part, left, row, column, right + n, ldb, c + n, ldc, add, {0, kLanes});
+    }
+    for (; n < columns; n += kLanes) {  // the last vector ends at the last column, and writes what is left
+      const int64_t lanes = std::min(kLanes, columns - n), start = n + lanes - kLanes;
+      const int64_t reach = upper ? std::min(rows, n + lanes) : rows;
+      multiply_rows<1>(reach, part, left, row, column, right + start, ldb, c + start, ldc, add, {kLanes - lanes, kLanes});
+    }
   }
-  for (; n < columns; n += kLanes) {  // the last vector ends at the last column, and writes what is left
-    const int64_t lanes = std::min(kLanes, columns - n), start = n + lanes - kLanes;
-    const int64_t reach = upper ? std::min(rows, n + lanes) : rows;
-    multiply_rows<1>(reach, depth, a, row, column, b + start, ldb, c + start, ldc, add, lanes);
+}
+
+// b[k, n] = source[k * row + n * column] for multiply_panels: zeros behind the last column.
+struct Panels {
+  int64_t depth = 0, columns = 0;
+  std::vector<float> data;
+
+  Panels() = default;
+  Panels(int64_t depth, int64_t columns, const float* source, int64_t row, int64_t column)
+      : depth(depth), columns(columns), data((columns + kPanel - 1) / kPanel * kPanel * depth, 0.0f) {
+    for (int64_t n = 0; n < columns; ++n) {
+      float* target = data.data() + n / kPanel * kPanel * depth + n % kPanel;
+      for (int64_t k = 0; k < depth; ++k) target[k * kPanel] = source[k * row + n * column];
+    }
+  }
+};
+
+FASTFF_INLINE void multiply_panels_inline(int64_t rows, const float* a, int64_t row, int64_t column, const Panels& b, float* c, int64_t ldc,
+                                          bool add) {
+  for (int64_t k = 0; k < b.depth; k += kDepth, add = true) {
+    const int64_t part = std::min(kDepth, b.depth - k);
+    for (int64_t n = 0; n < b.columns; n += kPanel) {
+      const float *left = a + k * column, *right = b.data.data() + n * b.depth + k * kPanel;
+      const int64_t width = std::min(kPanel, b.columns - n);
+      if (width > kLanes) {
+        multiply_rows<2>(rows, part, left, row, column, right, kPanel, c + n, ldc, add, {0, width - kLanes});
+      } else {
+        multiply_rows<1>(rows, part, left, row, column, right, kPanel, c + n, ldc, add, {0, width});
+      }
+    }
+  }
+}
+
+// b [columns, rows] with rows ldb apart from a [rows, columns] with rows lda apart.
+FASTFF_INLINE void transpose_inline(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
+  constexpr int64_t kBlock = 8;
+  int64_t m = 0;
+  for (; m + kBlock <= rows; m += kBlock) {
+    int64_t n = 0;
+    for (; n + kBlock <= columns; n += kBlock) {
+      Vector r[8], s[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) r[i] = read(a + (m + i) * lda + n);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {  // pairs of rows: elements 0, 1 and 2, 3 of each half
+        s[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        s[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {  // fours of rows: one element of each half
+        r[4 * i] = __builtin_shufflevector(s[4 * i], s[4 * i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        r[4 * i + 1] = __builtin_shufflevector(s[4 * i], s[4 * i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        r[4 * i + 2] = __builtin_shufflevector(s[4 * i + 1], s[4 * i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+        r[4 * i + 3] = __builtin_shufflevector(s[4 * i + 1], s[4 * i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        write(b + (n + i) * ldb + m, __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+        write(b + (n + i + 4) * ldb + m, __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+      }
+    }
+    for (; n < columns; ++n) {
+      for (int64_t i = 0; i < kBlock; ++i) b[n * ldb + m + i] = a[(m + i) * lda + n];
+    }
+  }
+  for (; m < rows; ++m) {
+    for (int64_t n = 0; n < columns; ++n) b[n * ldb + m] = a[m * lda + n];
   }
 }
 

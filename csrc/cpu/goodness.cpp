@@ -6,8 +6,8 @@
 // One task takes a few samples through everything while they are in its cache: goodness, loss, d, gradient, layer norm. x is read from and dL/dx
 // and the next input are written to main memory once.
 //
-//   direct         a = W X by tiles of positions; a tile is kept for the gradient where all of a sample's fits in 256 KiB, else computed again.
-//                  With contiguous channels several small samples are one matrix of positions.
+//   direct         a = X W^T [positions, K] by tiles; kept for the gradient where all of the task's fits in 256 KiB, else computed again.
+//                  Contiguous positions are transposed in cache on the way in and out; several small samples are one matrix.
 //   second moment  S = X X^T and M = W^T diag(d) W by their upper halves; t = W S, g = w . t, dL/dx = M X
 //   spatial term   cell sums of the task's samples, then [samples, C G^2] x [C G^2, K] and its two adjoints
 //
@@ -37,6 +37,15 @@ FASTFF_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const 
 FASTFF_CLONES void dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                         int64_t ldc, bool add, bool upper) {
   gemm::dots_inline(rows, columns, depth, a, lda, b, ldb, c, ldc, add, upper);
+}
+
+FASTFF_CLONES void multiply_panels(int64_t rows, const float* a, int64_t row, int64_t column, const gemm::Panels& b, float* c, int64_t ldc,
+                                   bool add) {
+  gemm::multiply_panels_inline(rows, a, row, column, b, c, ldc, add);
+}
+
+FASTFF_CLONES void transpose(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
+  gemm::transpose_inline(rows, columns, a, lda, b, ldb);
 }
 
 // y += x, y += factor * x, y = factor * x, the sum of x * y, sum[i] += x[i]^2
@@ -74,12 +83,12 @@ void mirror(float* square, int64_t n) {
   }
 }
 
-int64_t padded(int64_t n) { return (n + gemm::kLanes - 1) / gemm::kLanes * gemm::kLanes; }
+int64_t padded(int64_t n) { return (n + gemm::kPanel - 1) / gemm::kPanel * gemm::kPanel; }
 
 enum Mode : int64_t { kGoodness = 0, kStep = 1, kBackward = 2 };
 
 struct Problem {
-  int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded to whole vectors; cells: C * GH * GW
+  int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded to whole panels; cells: C * GH * GW
   bool rows, second_moment, need_x, normalize;
   Mode mode;
   const float *x, *weight, *bias, *grid, *d_given;
@@ -87,7 +96,7 @@ struct Problem {
   float tau, margin, smoothing, scale;
   double eps;
   float *g, *losses, *dtau, *grad_x, *normalized;
-  std::vector<float> weight_t, grid_t;  // [C, KP], [cells, KP]
+  gemm::Panels to_outputs, to_input, to_scores;  // W^T [C, K] and W [K, C] of the direct algorithm, V^T [cells, K]
 };
 
 // Edges of the cells of adaptive average pooling.
@@ -133,27 +142,38 @@ struct Sums {
 class Task {
  public:
   explicit Task(const Problem& problem, int64_t most) : p(problem), d(most * p.K) {
-    const int64_t positions = p.rows ? most * p.P : p.P, per_position = p.rows ? p.KP : p.K;
-    tile = std::max<int64_t>(16, (256 << 10) / 4 / per_position);
-    kept = p.second_moment || tile >= positions;
+    tile = std::max<int64_t>(16, (256 << 10) / 4 / p.KP);
+    kept = p.second_moment || tile >= most * p.P;
+    turned = !p.rows && !p.second_moment;
     if (p.second_moment) {
       square.resize(p.C * p.C);
       t.resize(most * p.K * p.C);
       mean.resize(most * p.C);
     } else {
-      a.resize(std::min(tile, positions) * per_position * (p.rows || !kept ? 1 : most));
+      a.resize(std::min(tile, most * p.P) * p.KP);
+    }
+    if (turned) {
+      x_turned.resize(most * p.P * p.C);
+      if (p.need_x) grad_turned.resize(most * p.P * p.C);
     }
     if (p.cells) {
       means.resize(most * p.cells);
       spread.resize(most * p.cells);
       scores.resize(most * p.KP);
+      line.resize(p.C);
     }
-    ones.assign(p.KP, 0.0f);
   }
 
   // Samples first .. first + n - 1 through everything.
   void run(int64_t first, int64_t n, const Sums& sums) {
-    const float* x = p.x + first * p.C * p.P;
+    const int64_t size = p.C * p.P;
+    const float* x = p.x + first * size;
+    float* grad_x = p.need_x ? p.grad_x + first * size : nullptr;
+    if (turned) {
+      for (int64_t i = 0; i < n; ++i) transpose(p.C, p.P, x + i * size, p.P, x_turned.data() + i * size, p.C);
+      x = x_turned.data();
+      if (grad_x) grad_x = grad_turned.data();
+    }
     if (p.mode != kBackward || kept) goodness(first, n, x);  // otherwise the gradients compute a themselves
     if (p.cells) cell_goodness(first, n, x);
     if (p.mode == kGoodness) return;
@@ -165,21 +185,22 @@ class Task {
         std::copy_n(p.d_given + (first + i) * p.K, p.K, di);
       }
     }
-    float* grad_x = p.need_x ? p.grad_x + first * p.C * p.P : nullptr;
     if (p.cells) cell_gradients(n, grad_x, sums);
     if (p.weight) p.second_moment ? second_moment_gradients(n, x, grad_x, sums) : direct_gradients(n, x, grad_x, sums);
-    if (p.normalize) {
-      for (int64_t i = 0; i < n; ++i) {
-        normalize_sample(x + i * p.C * p.P, p.normalized + (first + i) * p.C * p.P, p.C * p.P, p.eps);
-      }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = (first + i) * size;
+      if (turned && grad_x) transpose(p.P, p.C, grad_x + i * size, p.C, p.grad_x + at, p.P);
+      if (p.normalize) normalize_sample(p.x + at, p.normalized + at, size, p.eps);
     }
   }
 
  private:
   const Problem& p;
   int64_t tile;
-  bool kept;
-  std::vector<float> d, square, t, mean, a, means, spread, scores, ones;
+  bool kept, turned;  // turned: the task works on transposed copies
+  std::vector<float> d, square, t, mean, a, x_turned, grad_turned, means, spread, scores, line;
+
+  bool by_rows() const { return p.rows || turned; }
 
   void goodness(int64_t first, int64_t n, const float* x) {
     float* g = p.g + first * p.K;
@@ -189,73 +210,34 @@ class Task {
       for (int64_t i = 0; i < n; ++i) second_moment_goodness(x + i * p.C * p.P, g + i * p.K, t.data() + i * p.K * p.C, mean.data() + i * p.C);
       return;
     }
-    const float over = 1.0f / p.P;
-    if (p.rows) {
-      for (int64_t start = 0; start < n * p.P; start += tile) {
-        const int64_t count = std::min(tile, n * p.P - start);
-        outputs_rows(x + start * p.C, count);
-        for (int64_t r = 0; r < count; ++r) add_squares(g + (start + r) / p.P * p.K, a.data() + r * p.KP, p.K);
-      }
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t start = 0; start < p.P; start += tile) {
-          const int64_t count = std::min(tile, p.P - start);
-          float* out = outputs(x + i * p.C * p.P + start, count, i);
-          for (int64_t k = 0; k < p.K; ++k) g[i * p.K + k] += dot(out + k * count, out + k * count, count);
-        }
-      }
+    for (int64_t start = 0; start < n * p.P; start += tile) {
+      const int64_t count = std::min(tile, n * p.P - start);
+      outputs(x + start * p.C, count);
+      for (int64_t r = 0; r < count; ++r) add_squares(g + (start + r) / p.P * p.K, a.data() + r * p.KP, p.K);
     }
+    const float over = 1.0f / p.P;
     for (int64_t i = 0; i < n * p.K; ++i) g[i] *= over;
   }
 
   // a [count, KP] of positions with contiguous channels.
-  void outputs_rows(const float* x, int64_t count) {
-    multiply(count, p.KP, p.C, x, p.C, 1, p.weight_t.data(), p.KP, a.data(), p.KP, false, false);
+  void outputs(const float* x, int64_t count) {
+    multiply_panels(count, x, p.C, 1, p.to_outputs, a.data(), p.KP, false);
     if (p.bias) {
       for (int64_t r = 0; r < count; ++r) add_to(a.data() + r * p.KP, p.bias, p.K);
     }
   }
 
-  // a [K, count] of contiguous positions, of sample i of the task.
-  float* outputs(const float* x, int64_t count, int64_t i) {
-    float* out = a.data() + (kept ? i * p.K * p.P : 0);
-    multiply(p.K, count, p.C, p.weight, p.C, 1, x, p.P, out, count, false, false);
-    if (p.bias) {
-      for (int64_t k = 0; k < p.K; ++k) {
-        for (int64_t q = 0; q < count; ++q) out[k * count + q] += p.bias[k];
-      }
-    }
-    return out;
-  }
-
   void direct_gradients(int64_t n, const float* x, float* grad_x, const Sums& sums) {
     const float factor = 2.0f / p.P;
     for (float& value : d) value *= factor;
-    if (p.rows) {
-      for (int64_t start = 0; start < n * p.P; start += tile) {
-        const int64_t count = std::min(tile, n * p.P - start);
-        if (!kept) outputs_rows(x + start * p.C, count);
-        for (int64_t r = 0; r < count; ++r) multiply_by(a.data() + r * p.KP, d.data() + (start + r) / p.P * p.K, p.K);
-        if (grad_x) multiply(count, p.C, p.K, a.data(), p.KP, 1, p.weight, p.C, grad_x + start * p.C, p.C, p.cells > 0, false);
-        multiply(p.K, p.C, count, a.data(), 1, p.KP, x + start * p.C, p.C, sums.weight, p.C, true, false);
-        if (p.bias) {
-          for (int64_t r = 0; r < count; ++r) add_to(sums.bias, a.data() + r * p.KP, p.K);
-        }
-      }
-      return;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const float* xi = x + i * p.C * p.P;
-      for (int64_t start = 0; start < p.P; start += tile) {
-        const int64_t count = std::min(tile, p.P - start);
-        float* e = kept ? a.data() + i * p.K * p.P : outputs(xi + start, count, i);
-        for (int64_t k = 0; k < p.K; ++k) {
-          const float dk = d[i * p.K + k];
-          for (int64_t q = 0; q < count; ++q) e[k * count + q] *= dk;
-          if (p.bias) sums.bias[k] += total_of(e + k * count, count);
-        }
-        if (grad_x) multiply(p.C, count, p.K, p.weight, 1, p.C, e, count, grad_x + i * p.C * p.P + start, p.P, p.cells > 0, false);
-        dots(p.K, p.C, count, e, count, xi + start, p.P, sums.weight, p.C, true, false);
+    for (int64_t start = 0; start < n * p.P; start += tile) {
+      const int64_t count = std::min(tile, n * p.P - start);
+      if (!kept) outputs(x + start * p.C, count);
+      for (int64_t r = 0; r < count; ++r) multiply_by(a.data() + r * p.KP, d.data() + (start + r) / p.P * p.K, p.K);
+      if (grad_x) multiply_panels(count, a.data(), p.KP, 1, p.to_input, grad_x + start * p.C, p.C, p.cells > 0);
+      multiply(p.K, p.C, count, a.data(), 1, p.KP, x + start * p.C, p.C, sums.weight, p.C, true, false);
+      if (p.bias) {
+        for (int64_t r = 0; r < count; ++r) add_to(sums.bias, a.data() + r * p.KP, p.K);
       }
     }
   }
@@ -336,18 +318,18 @@ class Task {
           const Cell e = cell_at(p, i, j);
           const float over = 1.0f / ((e.bottom - e.top) * (e.right - e.left));
           const int64_t at = i * p.GW + j;
-          if (p.rows) {
-            std::fill_n(row_sum(), p.C, 0.0f);
+          if (by_rows()) {
+            std::fill_n(line.data(), p.C, 0.0f);
             for (int64_t h = e.top; h < e.bottom; ++h) {
-              for (int64_t w = e.left; w < e.right; ++w) add_to(row_sum(), xs + (h * p.W + w) * p.C, p.C);
+              for (int64_t w = e.left; w < e.right; ++w) add_to(line.data(), xs + (h * p.W + w) * p.C, p.C);
             }
-            for (int64_t c = 0; c < p.C; ++c) out[c * p.GH * p.GW + at] = over * row_sum()[c];
+            for (int64_t c = 0; c < p.C; ++c) out[c * p.GH * p.GW + at] = over * line[c];
           } else {
             for (int64_t c = 0; c < p.C; ++c) {
               float sum = 0;
               for (int64_t h = e.top; h < e.bottom; ++h) {
-                const float* line = xs + c * p.P + h * p.W;
-                for (int64_t w = e.left; w < e.right; ++w) sum += line[w];
+                const float* source = xs + c * p.P + h * p.W;
+                for (int64_t w = e.left; w < e.right; ++w) sum += source[w];
               }
               out[c * p.GH * p.GW + at] = over * sum;
             }
@@ -355,15 +337,9 @@ class Task {
         }
       }
     }
-    multiply(n, p.KP, p.cells, means.data(), p.cells, 1, p.grid_t.data(), p.KP, scores.data(), p.KP, false, false);
+    multiply_panels(n, means.data(), p.cells, 1, p.to_scores, scores.data(), p.KP, false);
     for (int64_t s = 0; s < n; ++s) add_to(p.g + (first + s) * p.K, scores.data() + s * p.KP, p.K);
   }
-
-  float* row_sum() {
-    if (static_cast<int64_t>(line.size()) < p.C) line.resize(p.C);
-    return line.data();
-  }
-  std::vector<float> line;
 
   // dL/dV += d^T means; dL/dx = the constant vector of each cell.
   void cell_gradients(int64_t n, float* grad_x, const Sums& sums) {
@@ -379,9 +355,9 @@ class Task {
           const Cell e = cell_at(p, i, j);
           const float over = 1.0f / ((e.bottom - e.top) * (e.right - e.left));
           const int64_t at = i * p.GW + j;
-          for (int64_t c = 0; c < p.C; ++c) row_sum()[c] = over * cell[c * p.GH * p.GW + at];
+          for (int64_t c = 0; c < p.C; ++c) line[c] = over * cell[c * p.GH * p.GW + at];
           for (int64_t h = e.top; h < e.bottom; ++h) {
-            if (p.rows) {
+            if (by_rows()) {
               for (int64_t w = e.left; w < e.right; ++w) add_to(out + (h * p.W + w) * p.C, line.data(), p.C);
             } else {
               for (int64_t c = 0; c < p.C; ++c) {
@@ -398,16 +374,6 @@ class Task {
 
 const float* floats(const Tensor& t) { return t.numel() ? static_cast<const float*>(t.const_data_ptr()) : nullptr; }
 float* outputs_of(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
-
-// [n, m] -> [m, padded n], zeros behind.
-std::vector<float> transposed(const float* source, int64_t n, int64_t m) {
-  const int64_t width = padded(n);
-  std::vector<float> result(m * width, 0.0f);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < m; ++j) result[j * width + i] = source[i * m + j];
-  }
-  return result;
-}
 
 // Everything is float32, dense, on the CPU and checked by fastff/kernels/native/goodness.py, which also allocates the outputs; absent ones are
 // empty.
@@ -427,11 +393,12 @@ void goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor t
   p.g = outputs_of(g), p.losses = outputs_of(losses), p.dtau = outputs_of(dtau), p.grad_x = outputs_of(grad_x);
   p.normalized = outputs_of(normalized);
   p.need_x = p.grad_x != nullptr, p.normalize = p.normalized != nullptr;
-  if (p.rows && p.weight && !second_moment) p.weight_t = transposed(p.weight, p.K, p.C);
-  if (p.cells) p.grid_t = transposed(p.grid, p.K, p.cells);
+  if (p.weight && !second_moment) p.to_outputs = gemm::Panels(p.C, p.K, p.weight, 1, p.C);
+  if (p.weight && !second_moment && p.need_x) p.to_input = gemm::Panels(p.K, p.C, p.weight, p.C, 1);
+  if (p.cells) p.to_scores = gemm::Panels(p.cells, p.K, p.grid, 1, p.cells);
 
   // Samples of a task: several where one is too small to fill a register block or the spatial term's products want more rows than one.
-  const int64_t most = std::min<int64_t>(p.B, p.cells ? 6 : (p.rows && !second_moment ? std::max<int64_t>(1, 48 / p.P) : 1));
+  const int64_t most = std::min<int64_t>(p.B, std::max<int64_t>(p.cells ? 6 : 1, second_moment ? 1 : 96 / p.P));
   const int64_t head = p.weight ? p.K * p.C : 0, size = head + p.K + p.K * p.cells, tasks = (p.B + most - 1) / most;
   const int64_t groups = std::min(tasks, std::clamp<int64_t>((4 << 20) / size, 2, 16));
   const bool sums_wanted = p.mode != kGoodness;

@@ -1,7 +1,6 @@
 """Goodness by the compiled library, float32 on the CPU: whole samples in one pass (csrc/cpu/goodness.cpp).
 
-Here: what it may be handed. x dense in either layout; few positions with contiguous ones are laid out by channels first, since a register
-block wants 16 elements in a row. Kernel sizes 3 and 5 run on PyTorch's convolutions (composed/goodness.py).
+Here: what it may be handed. x dense in either layout. Kernel sizes 3 and 5 run on PyTorch's convolutions (composed/goodness.py).
 """
 
 import torch
@@ -10,7 +9,6 @@ from fastff.kernels.composed import goodness as composed
 from fastff.kernels.composed.goodness import Loss, empty_like, is_rows
 
 GOODNESS, STEP, BACKWARD = range(3)
-FEW_POSITIONS = 16
 
 
 def _fits(x, weight, padding, dtype):
@@ -20,11 +18,7 @@ def _fits(x, weight, padding, dtype):
 
 def _call(mode, x, weight, bias, grid_weight, plan, loss, d, need_x, normalize, eps):
     """(g, losses, dtau, grad_x, grad_weight, grad_bias, grad_grid, normalized): empty tensors where there is no such thing."""
-    given = x
-    if not is_rows(x) and x[0, 0].numel() < FEW_POSITIONS:
-        x = x.contiguous(memory_format=torch.channels_last)
-    elif not is_rows(x):
-        x = x.contiguous()
+    x = x if is_rows(x) else x.contiguous()
     B, C, H, W = x.shape
     none, new = x.new_empty(0), x.new_empty
     K = len(weight if weight is not None else grid_weight)
@@ -55,8 +49,6 @@ def _call(mode, x, weight, bias, grid_weight, plan, loss, d, need_x, normalize, 
         none if d is None else d.contiguous(), *factors, mode, is_rows(x), plan.algorithm == "second_moment", K,
         *((0, 0) if cut is None else cut.shape[2:]), *numbers, eps, *out,
     )  # fmt: skip
-    if is_rows(x) != is_rows(given):
-        out[3], out[7] = (t if t.numel() == 0 else t.contiguous() for t in (out[3], out[7]))
     if cut is not None and grads and cut.shape != grid_weight.shape:
         whole = torch.zeros_like(grid_weight, memory_format=torch.contiguous_format)
         whole[..., : cut.shape[2], : cut.shape[3]] = out[6]
