@@ -31,6 +31,13 @@ DTYPES = (
     if TRITON
     else (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 )
+RUNS = [
+    (dtype, row.name)
+    for row in ROWS
+    for dtype in DTYPES
+    if row.name in IMPLEMENTATIONS and row.can_run(torch.zeros(1, 1, 1, 1, dtype=dtype)) is None
+]
+IN_FLOAT64 = [impl for impl in IMPLEMENTATIONS if impl != "native"]
 NAMES = ("x", "weight", "bias", "grid_weight")
 EXAMPLES = 25 if TRITON else 60
 # bytes of temporaries: this machine's; a few samples or classes at a time; one at a time
@@ -156,8 +163,7 @@ def shown_as(problem, t):
     return t.movedim(1, -1) if problem["options"]["channel_dim"] == -1 else t
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "impl"), RUNS)
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_goodness_and_its_gradients(data, dtype, impl):
@@ -197,8 +203,7 @@ def test_goodness_and_its_gradients(data, dtype, impl):
         assert first is None or torch.equal(first, second)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "impl"), RUNS)
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_goodness_step_and_loss(data, dtype, impl):
@@ -296,19 +301,27 @@ def test_goodness_step_and_loss(data, dtype, impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("shape", "classes"),
-    [((3, 5, 4, 4), 40), ((6, 4, 2, 2), 3), ((5, 7, 1, 1), 9), ((2, 3, 8, 8), 600), ((4, 6, 7, 3), 35)],
+    [
+        ((3, 5, 4, 4), 40),
+        ((6, 4, 2, 2), 3),
+        ((5, 7, 1, 1), 9),
+        ((2, 3, 8, 8), 600),
+        ((4, 6, 7, 3), 35),
+        ((3, 5, 21, 17), 200),
+    ],
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_every_form_of_the_algorithms(shape, classes, impl, algorithm, layout):
     """Flat and batched products, tiles that are kept and computed again, one sample at a time: all give the same step."""
     torch.manual_seed(0)
-    x, target = LAYOUTS[layout](torch.randn(shape, dtype=torch.float64))[0], torch.randint(classes, shape[:1])
+    dtype, rtol = (torch.float32, 1e-4) if impl == "native" else (torch.float64, 1e-10)
+    x, target = LAYOUTS[layout](torch.randn(shape, dtype=dtype))[0], torch.randint(classes, shape[:1])
     weight, bias, grid_weight = (
         torch.randn(classes, shape[1]),
         torch.randn(classes),
         torch.randn(classes, shape[1], 2, 3),
     )
-    weight, bias, grid_weight = weight.double(), bias.double(), grid_weight.double()
+    weight, bias, grid_weight = weight.to(dtype), bias.to(dtype), grid_weight.to(dtype)
 
     def scalar(*leaves):
         g = eager_goodness(*leaves)
@@ -321,7 +334,11 @@ def test_every_form_of_the_algorithms(shape, classes, impl, algorithm, layout):
         got = (step.grad_x, step.grad_weight[:, :, None, None], step.grad_bias, step.grad_grid_weight)
         for name, a, b in zip(NAMES, got, exact, strict=True):
             torch.testing.assert_close(
-                a, b, rtol=1e-10, atol=1e-12 * float(b.abs().max()), msg=lambda m, name=name: f"{name}: {m}"
+                a.double(),
+                b,
+                rtol=rtol,
+                atol=rtol / 100 * float(b.abs().max()),
+                msg=lambda m, name=name: f"{name}: {m}",
             )
         formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
         assert step.grad_x.is_contiguous(memory_format=formats[layout])
@@ -350,7 +367,7 @@ DERIVATIVES = {
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "second_moment"])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", IN_FLOAT64)
 @pytest.mark.parametrize("case", DERIVATIVES)
 def test_first_and_second_derivatives(case, impl, algorithm):
     if case == "3 x 3" and algorithm == "second_moment":

@@ -111,11 +111,12 @@ def spy(calls, note, function):
 
 
 def test_names_of_the_tables_are_known():
-    for rows in TABLES.values():
+    for op, rows in TABLES.items():
         names = [row.name for row in rows]
-        assert names == [name for name in table.NAMES if name in names], (
-            "the order of preference is the same everywhere"
-        )
+        preferred = [name for name in table.NAMES if name in names]
+        if op == "depthwise":  # PyTorch's own goes first until the Triton kernels were timed on a GPU
+            preferred = ["composed", "triton", "reference"]
+        assert names == preferred, "the order of preference is the same everywhere"
 
 
 # --- the plan

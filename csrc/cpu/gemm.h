@@ -74,6 +74,32 @@ FASTFF_INLINE void multiply_rows(int64_t rows, int64_t depth, const float* a, in
 
 constexpr int64_t kDepth = 256, kPanel = 2 * kLanes;
 
+// M rows of a transposed a (its k lie `column` apart), copied together once and taken past all columns: read in place, every step of k
+// would be in another page (dL/dW of 1,000 classes and 512 channels took 3 times as long).
+template <int M>
+FASTFF_INLINE void multiply_turned(int64_t columns, int64_t depth, const float* a, int64_t column, const float* b, int64_t ldb, float* c,
+                                   int64_t ldc, bool add, int64_t from) {
+  float together[kDepth * M];
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int i = 0; i < M; ++i) together[k * M + i] = a[k * column + i];
+  }
+  int64_t n = from;
+  for (; n + kPanel <= columns; n += kPanel) multiply_block<M, 2>(depth, together, 1, M, b + n, ldb, c + n, ldc, add, {0, kLanes});
+  for (; n < columns; n += kLanes) {  // the last vector ends at the last column, and writes what is left
+    const int64_t lanes = std::min(kLanes, columns - n), start = n + lanes - kLanes;
+    multiply_block<M, 1>(depth, together, 1, M, b + start, ldb, c + start, ldc, add, {kLanes - lanes, kLanes});
+  }
+}
+
+FASTFF_INLINE void multiply_all_turned(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t column, const float* b, int64_t ldb,
+                                       float* c, int64_t ldc, bool add, bool upper) {
+  int64_t m = 0;
+  for (; m + 6 <= rows; m += 6) {
+    multiply_turned<6>(columns, depth, a + m, column, b, ldb, c + m * ldc, ldc, add, upper ? m / kPanel * kPanel : 0);
+  }
+  for (; m < rows; ++m) multiply_turned<1>(columns, depth, a + m, column, b, ldb, c + m * ldc, ldc, add, upper ? m / kPanel * kPanel : 0);
+}
+
 FASTFF_INLINE void multiply_inline(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
                                    int64_t ldb, float* c, int64_t ldc, bool add, bool upper) {
   if (columns < kLanes) {  // no vector fits
@@ -89,6 +115,10 @@ FASTFF_INLINE void multiply_inline(int64_t rows, int64_t columns, int64_t depth,
   for (int64_t k = 0; k < depth; k += kDepth, add = true) {
     const int64_t part = std::min(kDepth, depth - k);
     const float *left = a + k * column, *right = b + k * ldb;
+    if (row == 1 && column > 1) {
+      multiply_all_turned(rows, columns, part, left, column, right, ldb, c, ldc, add, upper);
+      continue;
+    }
     int64_t n = 0;
     for (; n + kPanel <= columns; n += kPanel) {
       const int64_t reach = upper ? std::min(rows, n + kPanel) : rows;

@@ -6,7 +6,7 @@
 // One task takes a few samples through everything while they are in its cache: goodness, loss, d, gradient, layer norm. x is read from and dL/dx
 // and the next input are written to main memory once.
 //
-//   direct         a = X W^T [positions, K] by tiles; kept for the gradient where all of the task's fits in 256 KiB, else computed again.
+//   direct         a = X W^T [positions, K] by tiles; kept for the gradient where the task has one tile, else computed again.
 //                  Contiguous positions are transposed in cache on the way in and out; several small samples are one matrix.
 //   second moment  S = X X^T and M = W^T diag(d) W by their upper halves; t = W S, g = w . t, dL/dx = M X
 //   spatial term   cell sums of the task's samples, then [samples, C G^2] x [C G^2, K] and its two adjoints
@@ -85,6 +85,9 @@ void mirror(float* square, int64_t n) {
 
 int64_t padded(int64_t n) { return (n + gemm::kPanel - 1) / gemm::kPanel * gemm::kPanel; }
 
+// Positions that the direct algorithm takes at a time, at least: dL/dW passes through the cache once for so many.
+constexpr int64_t kPositions = 160;
+
 enum Mode : int64_t { kGoodness = 0, kStep = 1, kBackward = 2 };
 
 struct Problem {
@@ -142,7 +145,7 @@ struct Sums {
 class Task {
  public:
   explicit Task(const Problem& problem, int64_t most) : p(problem), d(most * p.K) {
-    tile = std::max<int64_t>(16, (256 << 10) / 4 / p.KP);
+    tile = std::max<int64_t>(kPositions, (256 << 10) / 4 / p.KP);
     kept = p.second_moment || tile >= most * p.P;
     turned = !p.rows && !p.second_moment;
     if (p.second_moment) {
@@ -398,9 +401,9 @@ void goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor t
   if (p.cells) p.to_scores = gemm::Panels(p.cells, p.K, p.grid, 1, p.cells);
 
   // Samples of a task: several where one is too small to fill a register block or the spatial term's products want more rows than one.
-  const int64_t most = std::min<int64_t>(p.B, std::max<int64_t>(p.cells ? 6 : 1, second_moment ? 1 : 96 / p.P));
+  const int64_t most = std::min<int64_t>(p.B, std::max<int64_t>(p.cells ? 6 : 1, second_moment ? 1 : std::min(kPositions / p.P, (p.B + 3) / 4)));
   const int64_t head = p.weight ? p.K * p.C : 0, size = head + p.K + p.K * p.cells, tasks = (p.B + most - 1) / most;
-  const int64_t groups = std::min(tasks, std::clamp<int64_t>((4 << 20) / size, 2, 16));
+  const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / size, 2, 16));
   const bool sums_wanted = p.mode != kGoodness;
   std::vector<float> partial(sums_wanted ? groups * size : 0, 0.0f);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
