@@ -192,8 +192,9 @@ class SFF(nn.Module):
             return "grid"
         shape = block.output_shape
         dims = (shape if head.channel_dim == 1 else (shape[-1], *shape[:-1])) if len(shape) > 1 else (*shape, 1)
-        x = torch.empty((32, dims[0], *(dims[1:] if len(dims) == 3 else (1, *dims[1:]))), device="meta")
-        how = plan_for(x, head.weight, head.grid_weight, (head.kernel_size // 2,) * 2, head.algorithm)
+        spatial = dims[1:] if len(dims) == 3 else (1, *dims[1:])
+        x = head.weight.new_empty(1).expand(32, dims[0], *spatial)  # a shape, without its memory
+        how = plan_for(x, head.weight, head.grid_weight, (head.kernel_size // 2,) * 2, head.algorithm, head.impl)
         return how.algorithm.replace("_", " ")
 
 

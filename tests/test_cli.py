@@ -366,7 +366,7 @@ def test_info(monkeypatch, tmp_path):
         assert op in out and all(row.name in out for row in rows)
     monkeypatch.setenv("FASTFF_IMPL", "reference")
     out, _ = call("info")
-    assert out.count("auto takes it") == out.count("reference  ") == 2 * (1 + torch.cuda.is_available())
+    assert out.count("auto takes it") == out.count("reference  ") == len(TABLES) * (1 + torch.cuda.is_available())
     monkeypatch.setattr(plan, "CALIBRATION_SHAPES", [(2, 8, 16, 4)])
     out, _ = call("info", "--calibrate")
     assert (tmp_path / "plan.json").exists() and f"({tmp_path / 'plan.json'})" in out

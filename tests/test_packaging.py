@@ -75,7 +75,7 @@ def test_without_torch_the_wheel_is_pure_python(checkout):
     ]
     assert [wheel.name.endswith("-py3-none-any.whl") for wheel in wheels] == [True]
     names = zipfile.ZipFile(wheels[0]).namelist()
-    assert "fastff/kernels/native.py" in names
+    assert "fastff/kernels/native/__init__.py" in names
     assert not [name for name in names if name.endswith(".so") or name.split("/")[0] in ("tests", "csrc", "benchmarks")]
 
 

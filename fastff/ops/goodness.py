@@ -111,16 +111,19 @@ def _classes(weight, grid_weight):
     return len(weight if weight is not None else grid_weight)
 
 
-def plan_for(x, weight, grid_weight, padding, algorithm="auto", run=None):
-    """The Plan for these arguments and an implementation, some of which hold second moments of few channels only."""
+def plan_for(x, weight, grid_weight, padding, algorithm="auto", impl="auto"):
+    """The Plan for these arguments."""
+    return _planned(choose("goodness", ROWS, impl, x).run, x, weight, padding, algorithm)
+
+
+def _planned(run, x, weight, padding, algorithm):
     B, C, H, W = x.shape
     if weight is None:
         return plan(B, C, H * W, 0, algorithm="direct", device_type=x.device.type)
     kernel = tuple(weight.shape[2:])
     P = (H + 2 * padding[0] - kernel[0] + 1) * (W + 2 * padding[1] - kernel[1] + 1)
-    return plan(
-        B, C, P, len(weight), kernel, algorithm, x.device.type, getattr(run, "SECOND_MOMENT_CHANNELS", math.inf)
-    )
+    most, cost = getattr(run, "SECOND_MOMENT_CHANNELS", math.inf), getattr(run, "SECOND_MOMENT_COST", 1.0)
+    return plan(B, C, P, len(weight), kernel, algorithm, x.device.type, most, cost)
 
 
 def check_labels(target, num_classes):
@@ -140,7 +143,7 @@ def _or_empty(tensors, like, dtypes):
 
 def _goodness(x, weight, bias, grid_weight, padding, impl, algorithm):
     run = choose("goodness", ROWS, impl, x).run
-    how = plan_for(x, weight, grid_weight, padding, algorithm, run)
+    how = _planned(run, x, weight, padding, algorithm)
     g = run.goodness(x, weight, bias, grid_weight, tuple(padding), how, compute_dtype(x, weight, grid_weight))
     return g.to(_result_dtype(x, weight, grid_weight))
 
@@ -156,7 +159,7 @@ def _goodness_fake(x, weight, bias, grid_weight, padding, impl, algorithm):
 
 def _goodness_backward(d, x, weight, bias, grid_weight, padding, impl, algorithm, need_x):
     run = choose("goodness", ROWS, impl, x).run
-    how = plan_for(x, weight, grid_weight, padding, algorithm, run)
+    how = _planned(run, x, weight, padding, algorithm)
     dtype = compute_dtype(x, weight, grid_weight)
     grads = run.goodness_backward(d, x, weight, bias, grid_weight, tuple(padding), how, dtype, need_x)
     return _or_empty(grads, x, (None, weight, bias, grid_weight))
@@ -179,7 +182,7 @@ def _goodness_step(
     padding, impl, algorithm,
 ):  # fmt: skip
     run = choose("goodness", ROWS, impl, x).run
-    how = plan_for(x, weight, grid_weight, padding, algorithm, run)
+    how = _planned(run, x, weight, padding, algorithm)
     dtype = compute_dtype(x, weight, grid_weight)
     check_labels(target, _classes(weight, grid_weight))
     scale = 1 / len(x) if reduction == "mean" else 1.0

@@ -69,8 +69,10 @@ def budget(device_type):
 
 
 @lru_cache(maxsize=4096)
-def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=math.inf):
-    """The Plan for x of B samples, C channels and P positions, and K classes (K = 0: no squares); `most` channels for second moment."""
+def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=math.inf, cost=1.0):
+    """The Plan for x of B samples, C channels and P positions, and K classes (K = 0: no squares).
+
+    most, cost: of the second moment in this implementation, the channels it takes and its time relative to the composed one's."""
     room = budget(device_type) // 4
     if kernel != (1, 1):
         if algorithm == "second_moment":
@@ -78,7 +80,7 @@ def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=ma
         return Plan("convolution", min(max(1, room // max(1, K * P + 2 * C * P)), max(B, 1)), K)
     recompute = room < K * P
     if algorithm == "auto":
-        second = second_moment_factor()[0] * second_moment_cost(C, P, K)
+        second = cost * second_moment_factor()[0] * second_moment_cost(C, P, K)
         algorithm = "second_moment" if most >= C and second < direct_cost(C, P, K, recompute) else "direct"
     elif algorithm == "second_moment" and most < C:
         raise ValueError(f"algorithm: second_moment takes at most {most} channels in this implementation, x has {C}")

@@ -57,7 +57,7 @@ def check_implementations(device):
     """Raises ValueError where FASTFF_IMPL asks for what cannot run on `device`: before any work is done."""
     for op, rows in TABLES.items():
         try:
-            choose(op, rows, "auto", torch.empty(0, device=device))
+            choose(op, rows, "auto", torch.empty(1, 1, 1, 1, device=device))
         except RuntimeError as error:
             raise ValueError(str(error)) from error
 
@@ -67,7 +67,7 @@ def implementations():
     found = []
     for op, rows in TABLES.items():
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            x = torch.empty(0, device=device)
+            x = torch.empty(1, 1, 1, 1, device=device)
             try:
                 taken, trouble = choose(op, rows, "auto", x), None
             except (RuntimeError, ValueError) as error:

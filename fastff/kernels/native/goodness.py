@@ -14,6 +14,9 @@ GOODNESS, STEP, BACKWARD = range(3)
 
 
 LARGE_PRODUCT = 1 << 17
+SECOND_MOMENT_COST = (
+    0.65  # of what batched products take: halves of two of its four, and t stays in the cache (0.5 to 1.1 at 12 shapes)
+)
 
 
 def _fits(x, weight, padding, plan, dtype):

@@ -89,11 +89,11 @@ def weight_gradient(
 
 
 def tiles(channels_last, C):
-    """(R, BC, warps): 1,024 elements, 4 a thread: a row of k taps is unrolled, its loads in flight at once (4,096 elements, or all k^2, spill).
+    """(R, BC, warps): 512 elements, 4 a thread: a row of k taps is unrolled, its loads in flight at once (more elements, or all k^2, spill).
 
     Lanes along channels take up to 64 of them; lanes along positions, few channels a tile."""
     BC = min(64, max(16, triton.next_power_of_2(C))) if channels_last else 4
-    return 1024 // BC, BC, 8
+    return 512 // BC, BC, 4
 
 
 def _dense(x):
