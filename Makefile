@@ -1,4 +1,4 @@
-# make install | demo | test | bench | gpu | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
+# make install | demo | test | bench | gpu | sanitize | fuzz | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
 
 SHELL := bash
 VENV := .venv
@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
-.PHONY: install demo test bench gpu lint clean
+.PHONY: install demo test bench gpu sanitize fuzz lint clean
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,20 @@ bench: install
 # With the python of an environment whose torch sees a GPU: make gpu PYTHON=python3. Nothing is installed.
 gpu:
 	PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.gpu
+
+# The compiled operators under AddressSanitizer and UndefinedBehaviorSanitizer (GCC), in a copy of the tree.
+SANITIZE := -fsanitize=address,undefined
+sanitize: install
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r fastff csrc tests setup.py pyproject.toml README.md LICENSE build/sanitize && rm -f build/sanitize/fastff/_C*.so
+	cd build/sanitize && CFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" FASTFF_FORCE_BUILD=1 \
+	  $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(abspath $(PY)) -m pytest -q -p no:cacheprovider tests/test_goodness.py tests/test_layer_norm.py -k native
+
+# 2,500 drawn calls for each of the two property tests of the C++ goodness kernel.
+fuzz: install
+	FASTFF_EXAMPLES=2500 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_goodness.py -k "native and (its_gradients or step_and_loss)"
 
 lint: install
 	$(PY) -m ruff check .

@@ -39,7 +39,7 @@ RUNS = [
 ]
 IN_FLOAT64 = [impl for impl in IMPLEMENTATIONS if impl != "native"]
 NAMES = ("x", "weight", "bias", "grid_weight")
-EXAMPLES = 25 if TRITON else 60
+EXAMPLES = int(os.environ.get("FASTFF_EXAMPLES", 25 if TRITON else 60))
 # bytes of temporaries: this machine's; a few samples or classes at a time; one at a time
 BUDGETS = (None, 16, 400, 4000)
 
