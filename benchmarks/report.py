@@ -24,10 +24,8 @@ LABELS = {
     "stage-lr4": "4 stages, grid=4, learning rate 4e-3",
     "stage-w2-lr4": "4 stages, grid=4, window=2, learning rate 4e-3",
     "layer-w2-lr4": "17 layers, the defaults",
-    "grid-w2-smooth": "9 blocks, grid=4, window=2, label smoothing 0.1",
-    "grid-w2-tau": "9 blocks, grid=4, window=2, a learned temperature",
-    "grid-w2-lr4-smooth": "the defaults with label smoothing 0.1",
-    "grid-w2-lr4-tau": "the defaults with a learned temperature",
+    "grid-w2-smooth": "9 blocks, grid=4, window=2, learning rate 2e-3, label smoothing 0.1",
+    "grid-w2-tau": "9 blocks, grid=4, window=2, learning rate 2e-3, a learned temperature",
     "grid-w2-lr4-wd20": "the defaults with weight decay 0.2",
 }
 COLOURS = {"backprop": "#555555", "block": "#0072B2", "stage": "#D55E00", "layer": "#009E73"}
