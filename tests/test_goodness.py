@@ -564,3 +564,25 @@ def test_same_loss_whatever_the_batch_is_cut_into():
     torch.testing.assert_close(
         torch.cat([ff.goodness(part, weight) for part in x.split(3)]), whole, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason="of the C++ kernel")
+@pytest.mark.parametrize("algorithm", ["direct", "second_moment"])
+@pytest.mark.parametrize(("shape", "classes"), [((33, 12, 6, 5), 20), ((3, 40, 20, 20), 70), ((50, 24, 2, 2), 9)])
+def test_the_number_of_threads_changes_no_bit(shape, classes, algorithm):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape), torch.randn(classes, shape[1]), torch.randn(classes)
+    grid_weight, target = torch.randn(classes, shape[1], 3, 2), torch.randint(classes, shape[:1])
+    before, steps = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            step = ff.goodness_step(
+                x, weight, bias, target, grid_weight=grid_weight, impl="native", algorithm=algorithm
+            )
+            steps.append(step)
+    finally:
+        torch.set_num_threads(before)
+    for step in steps[1:]:
+        for a, b in zip(step, steps[0], strict=True):
+            assert a is None or torch.equal(a, b)
