@@ -64,6 +64,25 @@ def check(device):
         print(f"checked: goodness_step in {dtype} on {len(CHECKED)} shapes, within {most:.0e}", flush=True)
 
 
+def check_step(device):
+    """A training step makes the host wait nowhere: PyTorch raises where it would."""
+    torch.manual_seed(0)
+    net = fastff.models.resnet18(10, stem="cifar", width=16).to(device, memory_format=torch.channels_last)
+    images, target = torch.randn(32, 3, 32, 32, device=device), torch.randint(10, (32,), device=device)
+    for options in ({"grid": 0, "window": 1}, {}):
+        trainer = Trainer(fastff.SFF(net, 10, **options).to(device), amp="bf16")
+        for _ in range(2):
+            trainer.step(images, target)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses = trainer.step(images, target)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if not torch.isfinite(losses).all():
+            sys.exit(f"wrong result: losses {losses.tolist()} of a step with {options}")
+    print("checked: no step waits for the device", flush=True)
+
+
 def bandwidth(device, megabytes=512):
     """Bytes a second of a device-to-device copy, read and write counted."""
     a = torch.empty(megabytes * 2**18, device=device)
@@ -157,6 +176,7 @@ def main():
     name = torch.cuda.get_device_name(device).replace(" ", "-").lower()
     if "check" in a.only:
         check(device)
+        check_step(device)
     for part, measure in (("kernels", kernels), ("step", steps)):
         if part in a.only:
             write_csv(a.out / f"gpu-{part}-{name}.csv", measure(device, a.rounds))
