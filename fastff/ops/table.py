@@ -9,11 +9,12 @@ NAMES = ("cuda", "triton", "native", "composed", "reference")
 
 
 class Implementation(NamedTuple):
-    """One row: its name, can_run(x) -> None or the reason why not, and what runs (a function, or a module of them)."""
+    """One row: its name, can_run(x) -> None or the reason why not, what runs (a function, or a module of them), what it leaves to others."""
 
     name: str
     can_run: Callable
     run: object
+    note: str = ""
 
 
 class Lazy:

@@ -74,7 +74,9 @@ def implementations():
                 taken, trouble = None, str(error)
             for row in rows:
                 why = row.can_run(x)
-                found.append((op, row.name, device, why or ("runs, auto takes it" if row is taken else "runs")))
+                runs = "runs, auto takes it" if row is taken else "runs"
+                note = f"; {row.note}" if row.note else ""
+                found.append((op, row.name, device, why or runs + note))
             if trouble:
                 found.append((op, "auto", device, trouble))
     return found
