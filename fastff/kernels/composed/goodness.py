@@ -41,6 +41,11 @@ def is_rows(x):
     return x.permute(0, 2, 3, 1).is_contiguous()
 
 
+def dense(x):
+    """x itself where it is dense in either layout, else a contiguous copy."""
+    return x if is_rows(x) else x.contiguous()
+
+
 def empty_like(x, dtype=None):
     """Uninitialised memory for a result of x's shape: dense, channels_last where x is."""
     dtype = dtype or x.dtype
@@ -255,7 +260,7 @@ class _Head:
         for start in range(0, len(self.x), self.plan.samples):
             chunk = slice(start, start + self.plan.samples)
             x = self.x[chunk].to(self.dtype)
-            yield chunk, x if is_rows(x) else x.contiguous()
+            yield chunk, dense(x)
 
     def goodness(self, x):
         if self.squares is None:

@@ -8,7 +8,7 @@ against 11 at (32, 512, 4 x 4, 1000); 51,200: as fast).
 import torch
 
 from fastff.kernels.composed import goodness as composed
-from fastff.kernels.composed.goodness import Loss, empty_like, is_rows
+from fastff.kernels.composed.goodness import Loss, dense, empty_like, is_rows
 
 GOODNESS, STEP, BACKWARD = range(3)
 
@@ -30,7 +30,7 @@ def _fits(x, weight, padding, plan, dtype):
 
 def _call(mode, x, weight, bias, grid_weight, plan, loss, d, need_x, normalize, eps):
     """(g, losses, dtau, grad_x, grad_weight, grad_bias, grad_grid, normalized): empty tensors where there is no such thing."""
-    x = x if is_rows(x) else x.contiguous()
+    x = dense(x)
     B, C, H, W = x.shape
     none, new = x.new_empty(0), x.new_empty
     K = len(weight if weight is not None else grid_weight)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastff.kernels.composed.depthwise import out_like
-from fastff.kernels.composed.goodness import empty_like, is_rows
+from fastff.kernels.composed.goodness import dense, empty_like, is_rows
 from fastff.kernels.triton.goodness import multiprocessors, on_device
 
 
@@ -96,10 +96,6 @@ def tiles(channels_last, C):
     return 512 // BC, BC, 4
 
 
-def _dense(x):
-    return x if is_rows(x) else x.contiguous()
-
-
 def _sizes(x, weight, stride, padding):
     """(R, BC, what both kernels take as constants)."""
     R, BC, warps = tiles(is_rows(x) and x.shape[1] > 1, x.shape[1])
@@ -110,7 +106,7 @@ def _sizes(x, weight, stride, padding):
 def forward(x, weight, stride, padding):
     """(y, sums [2, C])."""
     y = out_like(x, weight, stride, padding)
-    x = _dense(x)
+    x = dense(x)
     return y, _convolve(x, weight, y, stride, padding, sums=True)
 
 
@@ -129,7 +125,7 @@ def _convolve(x, weight, y, stride, padding, sums=False, adjoint=False):
 
 def backward(grad, x, weight, stride, padding, need_x):
     """(dL/dx or None, dL/dweight)."""
-    x, grad, k = _dense(x), _dense(grad), weight.shape[2]
+    x, grad, k = dense(x), dense(grad), weight.shape[2]
     B, C = x.shape[:2]
     dx = empty_like(x) if need_x else None
     if need_x:

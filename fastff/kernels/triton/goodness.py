@@ -26,7 +26,7 @@ import torch
 import triton
 
 from fastff.kernels.composed import goodness as composed
-from fastff.kernels.composed.goodness import empty_like, is_rows
+from fastff.kernels.composed.goodness import dense, empty_like, is_rows
 from fastff.kernels.triton.goodness_kernels import direct, head_direct, head_second_moment, loss_kernel, second_moment
 
 SECOND_MOMENT_CHANNELS = 128  # S [C, C] lives in registers
@@ -76,7 +76,7 @@ class _Launch:
     """One batch through the kernels above: buffers, block sizes, and the launches in order."""
 
     def __init__(self, x, weight, bias, grid_weight, how):
-        self.x = x if is_rows(x) else x.contiguous()
+        self.x = dense(x)
         B, C, H, W = x.shape
         self.P, self.K = H * W, len(weight)
         self.weight, self.bias = weight.flatten(1).contiguous(), None if bias is None else bias.contiguous()
@@ -123,11 +123,11 @@ class _Launch:
         )  # fmt: skip
         parts = 1 if stages == ("head",) else self.parts
         if self.second_moment:
-            direct_only = {
+            second_only = {
                 "second": self.second, "mu": self.mu, "HEAD": "head" in stages,
                 "HEAD_PRECISION": "tf32" if self.x.dtype != torch.float32 else self.precision["PRECISION"],
             }  # fmt: skip
-            second_moment[(self.groups, parts)](**arguments, **direct_only)
+            second_moment[(self.groups, parts)](**arguments, **second_only)
         else:
             direct[(self.groups, parts)](**arguments, NS=self.blocks.NS)
 

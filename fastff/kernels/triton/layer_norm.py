@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastff.kernels.composed.goodness import empty_like, is_rows
+from fastff.kernels.composed.goodness import dense, empty_like
 from fastff.kernels.triton.goodness import multiprocessors, on_device
 from fastff.kernels.triton.goodness_kernels import statistics
 
@@ -49,7 +49,7 @@ def kernel(x, y, sums, B, n, share, xb, eps, SUMS: tl.constexpr, WRITE: tl.const
 
 def layer_norm(x, eps):
     """x [B, C, H, W] -> the same shape and dtype, dense, channels_last where x is."""
-    x = x if is_rows(x) else x.contiguous()
+    x = dense(x)
     B, n, y = len(x), x[0].numel(), empty_like(x)
     with on_device(x):
         parts = max(1, min(2 * multiprocessors(x.device) // B, -(-n // (4 * BLOCK))))
