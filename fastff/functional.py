@@ -1,4 +1,4 @@
-"""The stateless functions: goodness, goodness_loss, goodness_step, layer_norm.
+"""The stateless functions: goodness, goodness_loss, goodness_step, tail_step, layer_norm.
 
 Common arguments
 
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastff.kernels.composed.tail import ACTIVATIONS
 from fastff.ops.goodness import NORMALIZATIONS, check_labels
 from fastff.ops.layer_norm import over_channels
 
@@ -38,6 +39,24 @@ class GoodnessStep(NamedTuple):
     grad_grid_weight: torch.Tensor | None
     grad_tau: torch.Tensor | None
     normalized: torch.Tensor | None
+
+
+class TailStep(NamedTuple):
+    """Results of `tail_step`; None where there is no such input or it was not asked for."""
+
+    loss: torch.Tensor
+    goodness: torch.Tensor
+    grad_y: torch.Tensor
+    grad_residual: torch.Tensor | None
+    grad_bn_weight: torch.Tensor | None
+    grad_bn_bias: torch.Tensor | None
+    grad_weight: torch.Tensor | None
+    grad_bias: torch.Tensor | None
+    grad_grid_weight: torch.Tensor | None
+    grad_tau: torch.Tensor | None
+    normalized: torch.Tensor | None
+    mean: torch.Tensor
+    var: torch.Tensor
 
 
 def goodness(x, weight, bias=None, *, grid_weight=None, padding=0, channel_dim=1, impl="auto", algorithm="auto"):
@@ -95,14 +114,13 @@ def goodness_step(
     """
     canonical = _canonical(x, weight, bias, grid_weight, padding, channel_dim, algorithm)
     x4, weight4, bias, grid_weight, padding = (t.detach() if isinstance(t, torch.Tensor) else t for t in canonical)
-    _check_loss(target, x.shape[0], x.device, tau, margin, label_smoothing, reduction)
-    if (normalize or "none") not in NORMALIZATIONS:
-        raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
-    learned = isinstance(tau, torch.Tensor)
+    loss_arguments = _loss_arguments(
+        x, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, float(eps)
+    )
     loss, g, grad_x, grad_weight, grad_bias, grad_grid, grad_tau, normalized = torch.ops.fastff.goodness_step(
-        x4, weight4, bias, grid_weight, target, 1.0 if learned else float(tau), tau.detach() if learned else None, float(margin),
-        float(label_smoothing), reduction, grad_scale, normalize or "none", float(eps), need_grad_x, padding, impl, algorithm,
-    )  # fmt: skip
+        x4, weight4, bias, grid_weight, *loss_arguments, need_grad_x, padding, impl, algorithm
+    )
+    learned = isinstance(tau, torch.Tensor)
     return GoodnessStep(
         loss,
         g,
@@ -113,6 +131,78 @@ def goodness_step(
         grad_tau if learned else None,
         _restore(normalized, x, channel_dim) if normalize not in (None, "none") else None,
     )
+
+
+def tail_step(
+    y, weight, bias, target, *, bn_weight=None, bn_bias=None, bn_eps=1e-5, residual=None, need_grad_residual=True, activation="relu",
+    grid_weight=None, padding=0, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean", grad_scale=None, normalize="layer_norm",
+    eps=1e-5, impl="auto", algorithm="auto",
+):  # fmt: skip
+    """The end of a block in one call: goodness_step on x = activation(batch_norm(y) + residual), and the gradients back to y.
+
+    Args beyond those of goodness_step:
+        y: [B, C, H, W], the output of the block's last convolution.
+        bn_weight, bn_bias: [C] or None, batch norm's; bn_eps is added to the variance. The statistics are those of this batch.
+        residual: as y (shape, dtype), or None.
+        need_grad_residual: False where the residual needs no gradient.
+        activation: "none", "relu", "relu6", "hardswish", "silu" or "gelu".
+
+    Returns TailStep: as GoodnessStep, with grad_y instead of grad_x; grad_residual as y; the gradients of batch norm's parameters; mean and
+    var [C], the batch's biased statistics in float32 (for the running ones). Nothing is written to. Source: Ioffe and Szegedy 2015 (batch
+    norm and its gradient), arXiv 1502.03167."""
+    if not isinstance(y, torch.Tensor) or y.dim() != 4:
+        got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ValueError(f"y: expected a tensor [B, C, H, W], got {got}")
+    canonical = _canonical(y, weight, bias, grid_weight, padding, 1, algorithm)
+    y, weight4, bias, grid_weight, padding = (t.detach() if isinstance(t, torch.Tensor) else t for t in canonical)
+    loss_arguments = _loss_arguments(
+        y, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, float(eps)
+    )
+    for name, t in (("bn_weight", bn_weight), ("bn_bias", bn_bias)):
+        if t is not None and (t.shape != (y.shape[1],) or t.device != y.device or t.dtype not in FLOATS):
+            expected = f"a floating-point tensor [{y.shape[1]}] on {y.device}"
+            raise ValueError(f"{name}: expected {expected}, got {list(t.shape)} of {t.dtype} on {t.device}")
+    if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype or residual.device != y.device):
+        expected = f"{list(y.shape)} of {y.dtype} on {y.device} as y is"
+        raise ValueError(
+            f"residual: expected {expected}, got {list(residual.shape)} of {residual.dtype} on {residual.device}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if y.numel() == y.shape[1]:
+        raise ValueError(f"y: expected more than one value per channel for batch statistics, got {list(y.shape)}")
+    loss, g, grad_y, grad_weight, grad_bias, grad_grid, grad_tau, normalized, grad_residual, *grad_bn, mean, var = (
+        torch.ops.fastff.tail_step(
+            y, *(None if t is None else t.detach() for t in (bn_weight, bn_bias)), float(bn_eps),
+            None if residual is None else residual.detach(), need_grad_residual, activation,
+            weight4, bias, grid_weight, *loss_arguments, padding, impl, algorithm,
+        )
+    )  # fmt: skip
+    return TailStep(
+        loss,
+        g,
+        grad_y,
+        grad_residual if need_grad_residual and residual is not None else None,
+        *(None if t is None else grad for t, grad in zip((bn_weight, bn_bias), grad_bn, strict=True)),
+        None if weight is None else grad_weight.view(weight.shape),
+        None if bias is None else grad_bias,
+        None if grid_weight is None else grad_grid,
+        grad_tau if isinstance(tau, torch.Tensor) else None,
+        None if normalize in (None, "none") else normalized,
+        mean,
+        var,
+    )
+
+
+def _loss_arguments(x, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps):
+    """target .. eps as the ops take them, checked."""
+    _check_loss(target, x.shape[0], x.device, tau, margin, label_smoothing, reduction)
+    if (normalize or "none") not in NORMALIZATIONS:
+        raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
+    number, learned = (1.0, tau.detach()) if isinstance(tau, torch.Tensor) else (float(tau), None)
+    return (
+        target, number, learned, float(margin), float(label_smoothing), reduction, grad_scale, normalize or "none", eps
+    )  # fmt: skip
 
 
 def layer_norm(x, eps=1e-5, *, over="sample", channel_dim=1, impl="auto"):

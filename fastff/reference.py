@@ -98,6 +98,43 @@ def gradients_grid(d, x, grid_weight):
     return spread(torch.einsum("bk,kchw->bchw", d, grid_weight[..., :h, :w]))[0], grad_grid
 
 
+ACTIVATIONS = {
+    "none": (lambda h: h, torch.ones_like),
+    "relu": (F.relu, lambda h: (h > 0).to(h.dtype)),
+    "relu6": (F.relu6, lambda h: ((h > 0) & (h < 6)).to(h.dtype)),
+    "hardswish": (F.hardswish, lambda h: (h / 3 + 0.5).where(h > -3, 0).where(h < 3, 1)),
+    "silu": (F.silu, lambda h: h.sigmoid() * (1 + h * (1 - h.sigmoid()))),
+    "gelu": (F.gelu, lambda h: (1 + (h / 2**0.5).erf()) / 2 + h * (-h.square() / 2).exp() / (2 * torch.pi) ** 0.5),
+}
+"""name: (activation, its derivative)"""
+
+
+def channels(v):
+    """A vector [C] against [B, C, H, W]."""
+    return v[:, None, None]
+
+
+def tail(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu"):
+    """The end of a block: x = activation(h), h = batch_norm(y) + residual, with the batch's mean [C] and biased variance [C]."""
+    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    h = (y - channels(mean)) * channels((var + eps).rsqrt())
+    h = h if weight is None else h * channels(weight)
+    h = h if bias is None else h + channels(bias)
+    h = h if residual is None else h + residual
+    return ACTIVATIONS[activation][0](h), h, mean, var
+
+
+def tail_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="relu"):
+    """From dL/dx: dL/dy, dL/dh (which is that of the residual), and the two sums that are dL/dweight and dL/dbias (Ioffe and Szegedy 2015)."""
+    grad_h = grad_x * ACTIVATIONS[activation][1](h)
+    rstd = channels((var + eps).rsqrt())
+    normal = (y - channels(mean)) * rstd
+    grad_bias, grad_weight = grad_h.sum((0, 2, 3)), (grad_h * normal).sum((0, 2, 3))
+    n = y.numel() / y.shape[1]
+    grad_y = rstd * (grad_h - channels(grad_bias) / n - normal * channels(grad_weight) / n)
+    return grad_y if weight is None else grad_y * channels(weight), grad_h, grad_weight, grad_bias
+
+
 def depthwise(x, weight, stride=1, padding=0):
     """y[b,c,i,j] = sum_uv weight[c,0,u,v] x[b,c,i s + u - p, j s + v - p]: a convolution with one k x k filter a channel."""
     padded = F.pad(x, (padding,) * 4)

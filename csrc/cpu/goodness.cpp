@@ -22,12 +22,11 @@
 #include <limits>
 #include <vector>
 
-#include "gemm.h"
+#include "goodness.h"
 #include "layer_norm.h"
 
+namespace goodness {
 namespace {
-
-using torch::stable::Tensor;
 
 FASTFF_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
                             float* c, int64_t ldc, bool add, bool upper) {
@@ -88,20 +87,6 @@ int64_t padded(int64_t n) { return (n + gemm::kPanel - 1) / gemm::kPanel * gemm:
 // Positions that the direct algorithm takes at a time, at least: dL/dW passes through the cache once for so many.
 constexpr int64_t kPositions = 160;
 
-enum Mode : int64_t { kGoodness = 0, kStep = 1, kBackward = 2 };
-
-struct Problem {
-  int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded to whole panels; cells: C * GH * GW
-  bool rows, second_moment, need_x, normalize;
-  Mode mode;
-  const float *x, *weight, *bias, *grid, *d_given;
-  const int64_t* target;
-  float tau, margin, smoothing, scale;
-  double eps;
-  float *g, *losses, *dtau, *grad_x, *normalized;
-  gemm::Panels to_outputs, to_input, to_scores;  // W^T [C, K] and W [K, C] of the direct algorithm, V^T [cells, K]
-};
-
 // Edges of the cells of adaptive average pooling.
 struct Cell {
   int64_t top, bottom, left, right;
@@ -137,9 +122,9 @@ void loss_of(const Problem& p, int64_t b, const float* g, float* d) {
   p.dtau[b] = static_cast<float>(grad_tau);
 }
 
-// What a task adds up: dL/dW [K, C], dL/dbeta [K], dL/dV [K, cells].
+// What a task adds up: dL/dW [K, C], dL/dbeta [K], dL/dV [K, cells], the tail's two sums [2, C].
 struct Sums {
-  float *weight, *bias, *grid;
+  float *weight, *bias, *grid, *tail;
 };
 
 class Task {
@@ -155,6 +140,7 @@ class Task {
     } else {
       a.resize(std::min(tile, most * p.P) * p.KP);
     }
+    if (p.tail) x_tail.resize(most * p.P * p.C);
     if (turned) {
       x_turned.resize(most * p.P * p.C);
       if (p.need_x) grad_turned.resize(most * p.P * p.C);
@@ -170,7 +156,8 @@ class Task {
   // Samples first .. first + n - 1 through everything.
   void run(int64_t first, int64_t n, const Sums& sums) {
     const int64_t size = p.C * p.P;
-    const float* x = p.x + first * size;
+    const float* const given = input(first, n);
+    const float* x = given;
     float* grad_x = p.need_x ? p.grad_x + first * size : nullptr;
     if (turned) {
       for (int64_t i = 0; i < n; ++i) transpose(p.C, p.P, x + i * size, p.P, x_turned.data() + i * size, p.C);
@@ -193,17 +180,24 @@ class Task {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = (first + i) * size;
       if (turned && grad_x) transpose(p.P, p.C, grad_x + i * size, p.C, p.grad_x + at, p.P);
-      if (p.normalize) normalize_sample(p.x + at, p.normalized + at, size, p.eps);
+      if (p.normalize) normalize_sample(given + i * size, p.normalized + at, size, p.eps);
     }
+    if (p.tail) p.tail->backward(first, n, p.grad_x + first * size, sums.tail);
   }
 
  private:
   const Problem& p;
   int64_t tile;
   bool kept, turned;  // turned: the task works on transposed copies
-  std::vector<float> d, square, t, mean, a, x_turned, grad_turned, means, spread, scores, line;
+  std::vector<float> d, square, t, mean, a, x_tail, x_turned, grad_turned, means, spread, scores, line;
 
   bool by_rows() const { return p.rows || turned; }
+
+  const float* input(int64_t first, int64_t n) {
+    if (!p.tail) return p.x + first * p.C * p.P;
+    p.tail->forward(first, n, x_tail.data());
+    return x_tail.data();
+  }
 
   void goodness(int64_t first, int64_t n, const float* x) {
     float* g = p.g + first * p.K;
@@ -375,50 +369,50 @@ class Task {
   }
 };
 
-const float* floats(const Tensor& t) { return t.numel() ? static_cast<const float*>(t.const_data_ptr()) : nullptr; }
-float* outputs_of(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
+}  // namespace
 
-// Everything is float32, dense, on the CPU and checked by fastff/kernels/native/goodness.py, which also allocates the outputs; absent ones are
-// empty.
-void goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor d, Tensor tau_factor, Tensor scale_factor,
-                     int64_t mode, bool rows, bool second_moment, int64_t classes, int64_t grid_rows, int64_t grid_columns, double tau,
-                     double margin, double smoothing, double scale, double eps, Tensor g, Tensor losses, Tensor dtau, Tensor grad_x,
-                     Tensor grad_weight, Tensor grad_bias, Tensor grad_grid, Tensor normalized) {
+const float* read_only(const Tensor& t) { return t.numel() ? static_cast<const float*>(t.const_data_ptr()) : nullptr; }
+float* writable(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
+
+Problem problem_of(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& grid, const Tensor& target, const Tensor& tau_factor,
+                   const Tensor& scale_factor, Mode mode, bool rows, bool second_moment, int64_t classes, int64_t grid_rows, int64_t grid_columns,
+                   double tau, double margin, double smoothing, double scale, double eps) {
   Problem p{};
   p.B = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.P = p.H * p.W, p.K = classes, p.KP = padded(classes);
   p.GH = grid_rows, p.GW = grid_columns, p.cells = p.C * p.GH * p.GW;
-  p.rows = rows, p.second_moment = second_moment, p.mode = static_cast<Mode>(mode);
-  p.x = floats(x), p.weight = floats(weight), p.bias = floats(bias), p.grid = floats(grid), p.d_given = floats(d);
+  p.rows = rows, p.second_moment = second_moment, p.mode = mode;
+  p.x = read_only(x), p.weight = read_only(weight), p.bias = read_only(bias), p.grid = read_only(grid);
   p.target = target.numel() ? static_cast<const int64_t*>(target.const_data_ptr()) : nullptr;
-  p.tau = static_cast<float>(tau) * (tau_factor.numel() ? *floats(tau_factor) : 1.0f);
-  p.scale = static_cast<float>(scale) * (scale_factor.numel() ? *floats(scale_factor) : 1.0f);
+  p.tau = static_cast<float>(tau) * (tau_factor.numel() ? *read_only(tau_factor) : 1.0f);
+  p.scale = static_cast<float>(scale) * (scale_factor.numel() ? *read_only(scale_factor) : 1.0f);
   p.margin = static_cast<float>(margin), p.smoothing = static_cast<float>(smoothing), p.eps = eps;
-  p.g = outputs_of(g), p.losses = outputs_of(losses), p.dtau = outputs_of(dtau), p.grad_x = outputs_of(grad_x);
-  p.normalized = outputs_of(normalized);
+  return p;
+}
+
+void run(Problem& p, float* grad_weight, float* grad_bias, float* grad_grid, float* tail_sums) {
   p.need_x = p.grad_x != nullptr, p.normalize = p.normalized != nullptr;
-  if (p.weight && !second_moment) p.to_outputs = gemm::Panels(p.C, p.K, p.weight, 1, p.C);
-  if (p.weight && !second_moment && p.need_x) p.to_input = gemm::Panels(p.K, p.C, p.weight, p.C, 1);
+  if (p.weight && !p.second_moment) p.to_outputs = gemm::Panels(p.C, p.K, p.weight, 1, p.C);
+  if (p.weight && !p.second_moment && p.need_x) p.to_input = gemm::Panels(p.K, p.C, p.weight, p.C, 1);
   if (p.cells) p.to_scores = gemm::Panels(p.cells, p.K, p.grid, 1, p.cells);
 
   // Samples of a task: several where one is too small to fill a register block or the spatial term's products want more rows than one.
-  const int64_t most = std::min<int64_t>(p.B, std::max<int64_t>(p.cells ? 6 : 1, second_moment ? 1 : std::min(kPositions / p.P, (p.B + 3) / 4)));
-  const int64_t head = p.weight ? p.K * p.C : 0, size = head + p.K + p.K * p.cells, tasks = (p.B + most - 1) / most;
-  const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / size, 2, 16));
+  const int64_t most = std::min<int64_t>(p.B, std::max<int64_t>(p.cells ? 6 : 1, p.second_moment ? 1 : std::min(kPositions / p.P, (p.B + 3) / 4)));
+  const int64_t head = p.weight ? p.K * p.C : 0, ours = head + p.K + p.K * p.cells, size = ours + (p.tail ? 2 * p.C : 0);
+  const int64_t tasks = (p.B + most - 1) / most, groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / size, 2, 16));
   const bool sums_wanted = p.mode != kGoodness;
   std::vector<float> partial(sums_wanted ? groups * size : 0, 0.0f);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     Task task(p, most);
     for (int64_t group = begin; group < end; ++group) {
       float* own = sums_wanted ? partial.data() + group * size : nullptr;
-      const Sums sums{own, own + head, own + head + p.K};
+      const Sums sums{own, own + head, own + head + p.K, own + ours};
       for (int64_t i = group * tasks / groups; i < (group + 1) * tasks / groups; ++i) {
         task.run(i * most, std::min(most, p.B - i * most), sums);
       }
     }
   });
   if (!sums_wanted) return;
-  const auto collect = [&](const Tensor& out, int64_t offset, int64_t n) {
-    float* target_sums = outputs_of(out);
+  const auto collect = [&](float* target_sums, int64_t offset, int64_t n) {
     if (!target_sums) return;
     torch::stable::parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
       std::copy_n(partial.data() + offset + begin, end - begin, target_sums + begin);
@@ -428,15 +422,29 @@ void goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor t
   collect(grad_weight, 0, head);
   collect(grad_bias, head, p.K);
   collect(grad_grid, head + p.K, p.K * p.cells);
+  collect(tail_sums, ours, 2 * p.C);
 }
 
-}  // namespace
+// Everything is float32, dense, on the CPU and checked by fastff/kernels/native/goodness.py, which also allocates the outputs; absent ones are
+// empty.
+void goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor tau_factor, Tensor scale_factor, Tensor d,
+                     int64_t mode, bool rows, bool second_moment, int64_t classes, int64_t grid_rows, int64_t grid_columns, double tau,
+                     double margin, double smoothing, double scale, double eps, Tensor g, Tensor losses, Tensor dtau, Tensor grad_x,
+                     Tensor grad_weight, Tensor grad_bias, Tensor grad_grid, Tensor normalized) {
+  Problem p = problem_of(x, weight, bias, grid, target, tau_factor, scale_factor, static_cast<Mode>(mode), rows, second_moment, classes, grid_rows,
+                         grid_columns, tau, margin, smoothing, scale, eps);
+  p.d_given = read_only(d);
+  p.g = writable(g), p.losses = writable(losses), p.dtau = writable(dtau), p.grad_x = writable(grad_x), p.normalized = writable(normalized);
+  run(p, writable(grad_weight), writable(grad_bias), writable(grad_grid), nullptr);
+}
+
+}  // namespace goodness
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
   m.def(
-      "goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor d, Tensor tau_factor, Tensor scale_factor, int mode, "
+      "goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor tau_factor, Tensor scale_factor, Tensor d, int mode, "
       "bool rows, bool second_moment, int classes, int grid_rows, int grid_columns, float tau, float margin, float smoothing, float scale, "
       "float eps, Tensor(a!) g, Tensor(b!) losses, Tensor(c!) dtau, Tensor(d!) grad_x, Tensor(e!) grad_weight, Tensor(f!) grad_bias, "
       "Tensor(g!) grad_grid, Tensor(h!) normalized) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("goodness_native", TORCH_BOX(&goodness_native)); }
+STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("goodness_native", TORCH_BOX(&goodness::goodness_native)); }

@@ -183,19 +183,40 @@ def _goodness_step(
     x, weight, bias, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, need_x,
     padding, impl, algorithm,
 ):  # fmt: skip
-    run = choose("goodness", ROWS, impl, x).run
-    how = _planned(run, x, weight, padding, algorithm)
-    dtype = compute_dtype(x, weight, grid_weight)
+    loss = loss_of(x, weight, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale)
+    how = planned_row(x, weight, grid_weight, padding, impl, algorithm)
+    step = row_step(x, weight, bias, grid_weight, padding, how, loss, need_x, normalize, eps, impl)
+    return results_of(step, x, weight, bias, grid_weight, reduction)
+
+
+def loss_of(x, weight, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale):
+    """The Loss that rows are handed; labels are checked."""
     check_labels(target, _classes(weight, grid_weight))
     scale = 1 / len(x) if reduction == "mean" else 1.0
-    parts = composed.Loss(target, tau, learned_tau, margin, label_smoothing, scale, grad_scale)
-    losses, g, *grads, grad_tau, normalized = run.goodness_step(
-        x, weight, bias, grid_weight, tuple(padding), how, dtype, parts, need_x, normalize, eps
+    return composed.Loss(target, tau, learned_tau, margin, label_smoothing, scale, grad_scale)
+
+
+def planned_row(x, weight, grid_weight, padding, impl, algorithm):
+    """(what runs, its Plan, the dtype of its arithmetic)."""
+    run = choose("goodness", ROWS, impl, x).run
+    return run, _planned(run, x, weight, padding, algorithm), compute_dtype(x, weight, grid_weight)
+
+
+def row_step(x, weight, bias, grid_weight, padding, how, loss, need_x, normalize, eps, impl):
+    """goodness_step as rows return it, with x normalised whether the row does that or not."""
+    run, plan, dtype = how
+    *step, normalized = run.goodness_step(
+        x, weight, bias, grid_weight, tuple(padding), plan, dtype, loss, need_x, normalize, eps
     )
+    return *step, _normalized(x, normalize, eps, impl) if normalized is None else normalized
+
+
+def results_of(step, x, weight, bias, grid_weight, reduction):
+    """What the op returns from what a row does: the loss reduced, gradients in their parameters' dtypes, empty tensors for absent ones."""
+    losses, g, *grads, grad_tau, normalized = step
     loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
     grads = _or_empty(grads, x, (None, weight, bias, grid_weight))
-    grad_tau = g.new_zeros(()) if grad_tau is None else grad_tau
-    return (loss, g, *grads, grad_tau, _normalized(x, normalize, eps, impl) if normalized is None else normalized)
+    return loss, g, *grads, g.new_zeros(()) if grad_tau is None else grad_tau, normalized
 
 
 def _normalized(x, normalize, eps, impl):

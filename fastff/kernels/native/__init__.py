@@ -4,6 +4,7 @@ Loading it registers the operators of csrc/ under torch.ops.fastff, and here the
 
     layer_norm_native(Tensor x, float eps) -> Tensor        csrc/cpu/layer_norm.cpp
     goodness_native(...), which writes into its results     csrc/cpu/goodness.cpp
+    tail_native(...), likewise                              csrc/cpu/tail.cpp
 """
 
 import importlib

@@ -1,0 +1,271 @@
+// Batch norm with residual and activation (batch_norm.h): Ioffe and Szegedy 2015, arXiv 1502.03167. Each loop is one pass over its samples.
+
+#include "batch_norm.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "common.h"
+
+namespace {
+
+FASTFF_INLINE float activate(Activation activation, float h) {
+  switch (activation) {
+    case kReLU: return h < 0 ? 0.0f : h;  // NaN stays
+    case kReLU6: return h < 0 ? 0.0f : h > 6 ? 6.0f : h;
+    case kHardswish: return h * (h < -3 ? 0.0f : h > 3 ? 6.0f : h + 3) * (1.0f / 6);
+    case kSiLU: return h / (1 + exp_of(-h));
+    case kGELU: return 0.5f * h * (1 + std::erf(h * 0.707106781f));
+    default: return h;
+  }
+}
+
+FASTFF_INLINE float derivative(Activation activation, float h) {
+  switch (activation) {
+    case kReLU: return h > 0 ? 1.0f : 0.0f;
+    case kReLU6: return h > 0 && h < 6 ? 1.0f : 0.0f;
+    case kHardswish: return h <= -3 ? 0.0f : h >= 3 ? 1.0f : h * (1.0f / 3) + 0.5f;
+    case kSiLU: {
+      const float s = 1 / (1 + exp_of(-h));
+      return s * (1 + h * (1 - s));
+    }
+    case kGELU: return 0.5f * (1 + std::erf(h * 0.707106781f)) + h * 0.398942280f * std::exp(-0.5f * h * h);
+    default: return 1.0f;
+  }
+}
+
+// `lines` runs of n elements whose constants are m, a, b: per element for rows (a line is one position), one for all otherwise (a channel).
+template <Activation A, bool Residual, bool Rows>
+FASTFF_INLINE void forward_line(const float* __restrict y, const float* __restrict residual, const float* __restrict m, const float* __restrict a,
+                                const float* __restrict b, float* __restrict x, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t c = Rows ? i : 0;
+    float h = (y[i] - m[c]) * a[c] + b[c];
+    if (Residual) h += residual[i];
+    x[i] = activate(A, h);
+  }
+}
+
+template <Activation A, bool Residual>
+FASTFF_INLINE void backward_row(const float* __restrict y, const float* __restrict residual, const float* __restrict m, const float* __restrict a,
+                                const float* __restrict b, float* __restrict grad, float* __restrict first, float* __restrict second, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float off = y[i] - m[i];
+    float h = off * a[i] + b[i];
+    if (Residual) h += residual[i];
+    const float g = grad[i] * derivative(A, h);
+    grad[i] = g;
+    first[i] += g;
+    second[i] += g * off;
+  }
+}
+
+template <Activation A, bool Residual>
+FASTFF_INLINE void backward_channel(const float* __restrict y, const float* __restrict residual, float m, float a, float b, float* __restrict grad,
+                                    float* first, float* second, int64_t n) {
+  float sum = 0, product = 0;
+#pragma omp simd reduction(+ : sum, product)
+  for (int64_t i = 0; i < n; ++i) {
+    const float off = y[i] - m;
+    float h = off * a + b;
+    if (Residual) h += residual[i];
+    const float g = grad[i] * derivative(A, h);
+    grad[i] = g;
+    sum += g;
+    product += g * off;
+  }
+  *first += sum;
+  *second += product;
+}
+
+// Everything a loop over n samples of one memory layout needs.
+struct Samples {
+  int64_t n, C, P;
+  bool rows;
+  const float *y, *residual, *mean, *scale, *shift;
+};
+
+template <Activation A, bool Residual>
+FASTFF_INLINE void forward_samples(const Samples& s, float* x) {
+  const int64_t lines = s.n * (s.rows ? s.P : s.C), length = s.rows ? s.C : s.P;
+  for (int64_t i = 0; i < lines; ++i) {
+    const int64_t at = i * length, c = s.rows ? 0 : i % s.C;
+    const float* residual = Residual ? s.residual + at : nullptr;
+    if (s.rows) {
+      forward_line<A, Residual, true>(s.y + at, residual, s.mean, s.scale, s.shift, x + at, length);
+    } else {
+      forward_line<A, Residual, false>(s.y + at, residual, s.mean + c, s.scale + c, s.shift + c, x + at, length);
+    }
+  }
+}
+
+template <Activation A, bool Residual>
+FASTFF_INLINE void backward_samples(const Samples& s, float* grad, float* first, float* second) {
+  const int64_t lines = s.n * (s.rows ? s.P : s.C), length = s.rows ? s.C : s.P;
+  for (int64_t i = 0; i < lines; ++i) {
+    const int64_t at = i * length, c = s.rows ? 0 : i % s.C;
+    const float* residual = Residual ? s.residual + at : nullptr;
+    if (s.rows) {
+      backward_row<A, Residual>(s.y + at, residual, s.mean, s.scale, s.shift, grad + at, first, second, length);
+    } else {
+      backward_channel<A, Residual>(s.y + at, residual, s.mean[c], s.scale[c], s.shift[c], grad + at, first + c, second + c, length);
+    }
+  }
+}
+
+template <Activation A>
+FASTFF_INLINE void forward_of(const Samples& s, float* x) {
+  s.residual ? forward_samples<A, true>(s, x) : forward_samples<A, false>(s, x);
+}
+template <Activation A>
+FASTFF_INLINE void backward_of(const Samples& s, float* grad, float* first, float* second) {
+  s.residual ? backward_samples<A, true>(s, grad, first, second) : backward_samples<A, false>(s, grad, first, second);
+}
+
+FASTFF_CLONES void forward_any(const Samples& s, Activation activation, float* x) {
+  switch (activation) {
+    case kReLU: return forward_of<kReLU>(s, x);
+    case kReLU6: return forward_of<kReLU6>(s, x);
+    case kHardswish: return forward_of<kHardswish>(s, x);
+    case kSiLU: return forward_of<kSiLU>(s, x);
+    case kGELU: return forward_of<kGELU>(s, x);
+    default: return forward_of<kNone>(s, x);
+  }
+}
+FASTFF_CLONES void backward_any(const Samples& s, Activation activation, float* grad, float* first, float* second) {
+  switch (activation) {
+    case kReLU: return backward_of<kReLU>(s, grad, first, second);
+    case kReLU6: return backward_of<kReLU6>(s, grad, first, second);
+    case kHardswish: return backward_of<kHardswish>(s, grad, first, second);
+    case kSiLU: return backward_of<kSiLU>(s, grad, first, second);
+    case kGELU: return backward_of<kGELU>(s, grad, first, second);
+    default: return backward_of<kNone>(s, grad, first, second);
+  }
+}
+
+// sums[c] += y - pivot[c], squares[c] += its square, over n positions of contiguous channels.
+FASTFF_CLONES void add_rows(const float* __restrict y, const float* __restrict pivot, float* __restrict sums, float* __restrict squares, int64_t n,
+                            int64_t C) {
+  for (int64_t q = 0; q < n; ++q) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) {
+      const float d = y[q * C + c] - pivot[c];
+      sums[c] += d;
+      squares[c] += d * d;
+    }
+  }
+}
+FASTFF_CLONES void add_channel(const float* __restrict y, float pivot, float* sums, float* squares, int64_t n) {
+  float sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+  for (int64_t i = 0; i < n; ++i) {
+    const float d = y[i] - pivot;
+    sum += d;
+    square += d * d;
+  }
+  *sums += sum;
+  *squares += square;
+}
+
+// grad_y = (grad_h - first - (y - mean) second) scale, constants as in forward_line.
+template <bool Rows>
+FASTFF_INLINE void finish_line(const float* __restrict y, const float* __restrict m, const float* __restrict a, const float* __restrict first,
+                               const float* __restrict second, const float* grad_h, float* grad_y, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t c = Rows ? i : 0;
+    grad_y[i] = (grad_h[i] - first[c] - (y[i] - m[c]) * second[c]) * a[c];
+  }
+}
+FASTFF_CLONES void finish_samples(const Samples& s, const float* first, const float* second, const float* grad_h, float* grad_y) {
+  const int64_t lines = s.n * (s.rows ? s.P : s.C), length = s.rows ? s.C : s.P;
+  for (int64_t i = 0; i < lines; ++i) {
+    const int64_t at = i * length, c = s.rows ? 0 : i % s.C;
+    if (s.rows) {
+      finish_line<true>(s.y + at, s.mean, s.scale, first, second, grad_h + at, grad_y + at, length);
+    } else {
+      finish_line<false>(s.y + at, s.mean + c, s.scale + c, first + c, second + c, grad_h + at, grad_y + at, length);
+    }
+  }
+}
+
+// Positions whose float sums are added to double ones together.
+constexpr int64_t kChunk = 256;
+
+}  // namespace
+
+BatchNorm::BatchNorm(const float* y, const float* residual, const float* weight, const float* bias, float eps, int64_t B, int64_t C, int64_t P,
+                     bool rows, Activation activation, float* mean, float* var)
+    : y(y), residual(residual), B(B), C(C), P(P), rows(rows), activation(activation), mean(mean), rstds(C), scale(C), shift(C) {
+  // Relative to about the mean of each channel, lest the squares cancel: that of some positions of the first sample.
+  std::vector<float> pivot(C, 0.0f);
+  const int64_t seen = std::min<int64_t>(P, 32), step = P / seen;
+  for (int64_t i = 0; i < seen; ++i) {
+    for (int64_t c = 0; c < C; ++c) pivot[c] += y[rows ? i * step * C + c : c * P + i * step] / seen;
+  }
+  const int64_t groups = std::min<int64_t>(B, 16);  // whatever the number of threads
+  std::vector<double> partial(groups * 2 * C, 0.0);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(2 * C);
+    for (int64_t group = begin; group < end; ++group) {
+      double* own = partial.data() + group * 2 * C;
+      for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
+        for (int64_t start = 0; start < P; start += kChunk) {
+          const int64_t n = std::min(kChunk, P - start);
+          std::fill(sums.begin(), sums.end(), 0.0f);
+          if (rows) {
+            add_rows(y + (b * P + start) * C, pivot.data(), sums.data(), sums.data() + C, n, C);
+          } else {
+            for (int64_t c = 0; c < C; ++c) add_channel(y + (b * C + c) * P + start, pivot[c], &sums[c], &sums[C + c], n);
+          }
+          for (int64_t i = 0; i < 2 * C; ++i) own[i] += sums[i];
+        }
+      }
+    }
+  });
+  for (int64_t c = 0; c < C; ++c) {
+    double sum = 0, square = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      sum += partial[group * 2 * C + c];
+      square += partial[group * 2 * C + C + c];
+    }
+    const double off = sum / (B * P), variance = square / (B * P) - off * off;
+    mean[c] = static_cast<float>(pivot[c] + off);
+    var[c] = static_cast<float>(variance < 0 ? 0 : variance);  // NaN stays
+    rstds[c] = static_cast<float>(1 / std::sqrt((variance < 0 ? 0 : variance) + eps));
+    scale[c] = rstds[c] * (weight ? weight[c] : 1.0f);
+    shift[c] = bias ? bias[c] : 0.0f;
+  }
+}
+
+void BatchNorm::forward(int64_t first, int64_t n, float* x) const {
+  const int64_t at = first * C * P;
+  forward_any({n, C, P, rows, y + at, residual ? residual + at : nullptr, mean, scale.data(), shift.data()}, activation, x);
+}
+
+void BatchNorm::backward(int64_t first, int64_t n, float* grad, float* sums) const {
+  for (int64_t i = 0; i < n; ++i) {  // float sums over one sample, then over samples
+    const int64_t at = (first + i) * C * P;
+    std::vector<float> own(2 * C, 0.0f);
+    backward_any({1, C, P, rows, y + at, residual ? residual + at : nullptr, mean, scale.data(), shift.data()}, activation, grad + i * C * P,
+                 own.data(), own.data() + C);
+    for (int64_t c = 0; c < 2 * C; ++c) sums[c] += own[c];
+  }
+}
+
+void BatchNorm::finish(const float* grad_h, const float* sums, float* grad_y) const {
+  std::vector<float> first(C), second(C);
+  for (int64_t c = 0; c < C; ++c) {
+    first[c] = sums[c] / (B * P);
+    second[c] = sums[C + c] * rstds[c] * rstds[c] / (B * P);
+  }
+  torch::stable::parallel_for(0, B, std::max<int64_t>(1, 32768 / (C * P)), [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * C * P;
+    finish_samples({end - begin, C, P, rows, y + at, nullptr, mean, scale.data(), shift.data()}, first.data(), second.data(), grad_h + at,
+                   grad_y + at);
+  });
+}

@@ -1,0 +1,110 @@
+"""torch.ops.fastff.tail_step: batch norm, residual, activation and goodness_step at the end of a block, with all their gradients.
+
+    y [B, C, H, W]  the last convolution's output; residual as y, or None
+    h = batch_norm(y) + residual;  x = activation(h);  goodness_step on x;  dL/dh = dL/dx activation'(h);  dL/dy through batch norm
+
+x itself is never returned, and where kernels fuse it never written. The batch's mean and biased variance are returned for the running
+statistics. The head's arguments are those of goodness_step (fastff/ops/goodness.py). Formulas: fastff/reference.py.
+"""
+
+import torch
+
+from fastff import reference
+from fastff.kernels.composed import goodness as composed_goodness
+from fastff.kernels.composed import tail as composed
+from fastff.kernels.composed.tail import Gradients, Tail
+from fastff.kernels.native import tail as native_tail
+from fastff.ops import goodness as goodness_op
+from fastff.ops.table import Implementation, Lazy, always, choose
+
+
+class Reference:
+    """The definitions of fastff/reference.py, around the reference's goodness step."""
+
+    @staticmethod
+    def tail_step(y, tail, head, step):
+        wide = torch.promote_types(y.dtype, torch.float32)
+        weight, bias, residual = (None if t is None else t.to(wide) for t in (tail.weight, tail.bias, tail.residual))
+        x, h, mean, var = reference.tail(y.to(wide), weight, bias, tail.eps, residual, tail.activation)
+        results = step(composed_goodness.empty_like(y).copy_(x))
+        grad_y, grad_h, *grads = reference.tail_gradients(
+            results[2].to(wide), y.to(wide), h, mean, var, weight, tail.eps, tail.activation
+        )
+        grad_y, grad_h = (composed_goodness.empty_like(y).copy_(g) for g in (grad_y, grad_h))
+        return results, Gradients(grad_y, grad_h if tail.need_residual else None, *grads, mean, var)
+
+
+_native = goodness_op.ROWS[1]
+ROWS = [
+    Implementation("triton", goodness_op.ROWS[0].can_run, Lazy("fastff.kernels.triton.tail")),
+    Implementation("native", _native.can_run, native_tail, "what goodness leaves to others"),
+    Implementation("composed", always, composed),
+    Implementation("reference", always, Reference),
+]
+
+_lib = torch.library.Library("fastff", "FRAGMENT")
+_lib.define(
+    "tail_step(Tensor y, Tensor? bn_weight, Tensor? bn_bias, float bn_eps, Tensor? residual, bool need_residual, str activation, "
+    "Tensor? weight, Tensor? bias, Tensor? grid_weight, Tensor target, float tau, Tensor? learned_tau, float margin, float label_smoothing, "
+    "str reduction, Tensor? grad_scale, str normalize, float eps, SymInt[2] padding, str impl, str algorithm) "
+    "-> (Tensor loss, Tensor goodness, Tensor grad_y, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid_weight, Tensor grad_tau, "
+    "Tensor normalized, Tensor grad_residual, Tensor grad_bn_weight, Tensor grad_bn_bias, Tensor mean, Tensor var)"
+)
+
+
+def _tail_step(
+    y, bn_weight, bn_bias, bn_eps, residual, need_residual, activation, weight, bias, grid_weight, target, tau, learned_tau, margin,
+    label_smoothing, reduction, grad_scale, normalize, eps, padding, impl, algorithm,
+):  # fmt: skip
+    run = choose("tail", ROWS, impl, y).run
+    loss = goodness_op.loss_of(
+        y, weight, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale
+    )
+    how = goodness_op.planned_row(y, weight, grid_weight, padding, impl, algorithm)
+    head = (weight, bias, grid_weight, tuple(padding), how[1], how[2], loss, normalize, eps)
+
+    def step(x):
+        return goodness_op.row_step(x, weight, bias, grid_weight, padding, how, loss, True, normalize, eps, impl)
+
+    tail = Tail(bn_weight, bn_bias, bn_eps, residual, need_residual and residual is not None, activation)
+    results, grads = run.tail_step(y, tail, head, step)
+    loss, g, _, *rest = goodness_op.results_of(results, y, weight, bias, grid_weight, reduction)
+    own = [
+        y.new_empty(0) if parameter is None else grad.to(parameter.dtype)
+        for grad, parameter in ((grads.weight, bn_weight), (grads.bias, bn_bias))
+    ]
+    return (
+        loss,
+        g,
+        grads.y,
+        *rest,
+        y.new_empty(0) if grads.residual is None else grads.residual,
+        *own,
+        grads.mean,
+        grads.var,
+    )
+
+
+def _tail_step_fake(
+    y, bn_weight, bn_bias, bn_eps, residual, need_residual, activation, weight, bias, grid_weight, target, tau, learned_tau, margin,
+    label_smoothing, reduction, grad_scale, normalize, eps, padding, impl, algorithm,
+):  # fmt: skip
+    results = goodness_op._goodness_step_fake(
+        y, weight, bias, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, True,
+        padding, impl, algorithm,
+    )  # fmt: skip
+    none, wide = y.new_empty(0), torch.promote_types(y.dtype, torch.float32)
+    like = composed_goodness.empty_like(y) if need_residual and residual is not None else none
+    own = [none if p is None else torch.empty_like(p) for p in (bn_weight, bn_bias)]
+    return *results, like, *own, y.new_empty(y.shape[1], dtype=wide), y.new_empty(y.shape[1], dtype=wide)
+
+
+_lib.impl("tail_step", _tail_step, "CompositeExplicitAutograd")
+torch.library.register_fake("fastff::tail_step", _tail_step_fake, lib=_lib)
+
+
+def _no_backward(ctx, *cotangents):
+    raise RuntimeError("tail_step: its results are gradients already and cannot be differentiated again")
+
+
+torch.library.register_autograd("fastff::tail_step", _no_backward, lib=_lib)

@@ -1,0 +1,189 @@
+"""tail_step against autograd of the eager sequence (batch norm, addition, activation, head, loss, layer norm) in float64."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from oracle import LAYOUTS, eager_goodness, eager_layer_norm, eager_loss, planned_for, same_bits
+
+import fastff.functional as ff
+from fastff.kernels.composed.tail import ACTIVATIONS
+from fastff.ops.tail import ROWS
+
+# With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so).
+TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+IMPLEMENTATIONS = ["triton"] if TRITON else [row.name for row in ROWS if row.name != "triton"]
+DTYPES = (torch.float32, torch.bfloat16) + (() if TRITON else (torch.float64,))
+RUNS = [
+    (dtype, row.name)
+    for row in ROWS
+    for dtype in DTYPES
+    if row.name in IMPLEMENTATIONS and row.can_run(torch.zeros(1, 1, 1, 1, dtype=dtype)) is None
+]
+EXAMPLES = int(os.environ.get("FASTFF_EXAMPLES", 12 if TRITON else 60))
+EAGER = {
+    "none": lambda h: h,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+GRADIENTS = (
+    "grad_y",
+    "grad_residual",
+    "grad_bn_weight",
+    "grad_bn_bias",
+    "grad_weight",
+    "grad_bias",
+    "grad_grid_weight",
+    "grad_tau",
+)
+
+
+@st.composite
+def problems(draw, dtype):
+    B, C, K = draw(st.integers(2, 6)), draw(st.integers(1, 20)), draw(st.sampled_from([1, 3, 11, 40]))
+    H, W = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    grid = draw(st.sampled_from([None, None, (2, 2), (4, 3)]))
+    kernel = draw(st.sampled_from([1, 1, 1, 3]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def values(scale, *shape, offset=0.0):
+        return (torch.randn(shape, dtype=torch.float64, generator=generator) * scale + offset).to(dtype)
+
+    def optional(*args, **kwargs):
+        return values(*args, **kwargs) if draw(st.booleans()) else None
+
+    layout, other = (draw(st.sampled_from(sorted(LAYOUTS.keys() - {"expanded"}))) for _ in range(2))
+    y = LAYOUTS[layout](values(2.0, B, C, H, W, offset=draw(st.sampled_from([0.0, 3.0]))))[0]
+    residual = optional(1.0, B, C, H, W)
+    return {
+        "y": y,
+        "residual": None if residual is None else LAYOUTS[other](residual)[0],
+        "bn_weight": optional(0.3, C, offset=1.0),
+        "bn_bias": optional(0.5, C),
+        "weight": values((2 / (C * kernel**2)) ** 0.5, K, C, kernel, kernel),
+        "bias": optional(0.5, K),
+        "grid_weight": values((1 / C) ** 0.5, K, C, *grid) if grid else None,
+        "tau": torch.tensor(0.7, dtype=torch.promote_types(dtype, torch.float32)) if draw(st.booleans()) else 0.5,
+        "target": torch.randint(K, (B,), generator=generator),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "options": {
+            "padding": kernel // 2,
+            "normalize": draw(st.sampled_from(["layer_norm", "layer_norm_channels", None])),
+            "algorithm": draw(st.sampled_from(["auto", "direct"] + ["second_moment"] * (kernel == 1))),
+            "reduction": draw(st.sampled_from(["mean", "sum"])),
+            "margin": draw(st.sampled_from([0.0, 1.0])),
+        },
+        "budget": draw(st.sampled_from([None, 16, 400, 4000])),
+    }
+
+
+def eager(p, dtype):
+    """(loss, goodness, next input, mean, var, {name: gradient}) of the sequence a user would write."""
+    names = ("y", "residual", "bn_weight", "bn_bias", "weight", "bias", "grid_weight", "tau")
+    leaves = {n: p[n].detach().to(dtype, copy=True).requires_grad_() for n in names if isinstance(p[n], torch.Tensor)}
+    get = lambda name: leaves.get(name, p[name])  # noqa: E731
+    h = F.batch_norm(get("y"), None, None, get("bn_weight"), get("bn_bias"), training=True, eps=1e-5)
+    h = h if get("residual") is None else h + get("residual")
+    x = EAGER[p["activation"]](h)
+    o = p["options"]
+    g = eager_goodness(x, get("weight"), get("bias"), get("grid_weight"), o["padding"])
+    loss = eager_loss(g, p["target"], get("tau"), o["margin"], 0.0, o["reduction"])
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    normalized = None
+    if o["normalize"] == "layer_norm":
+        normalized = eager_layer_norm(x.detach())
+    elif o["normalize"]:
+        normalized = F.layer_norm(x.detach().movedim(1, -1), (x.shape[1],), eps=1e-5).movedim(-1, 1)
+    var, mean = torch.var_mean(p["y"].to(dtype), (0, 2, 3), correction=0)
+    return loss.detach(), g.detach(), normalized, mean, var, grads
+
+
+KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+
+
+def magnitudes(p, exact):
+    """(whether every h is away from the kinks of its activation, {result: its size with every term of its sums positive}).
+
+    Roundings are relative to these sizes, times what a softmax magnifies: 1 + 2 tau max g."""
+    y, o = p["y"].double(), p["options"]
+    w, b, r = (torch.zeros(()) if p[n] is None else p[n].double().abs() for n in ("bn_weight", "bn_bias", "residual"))
+    w = torch.ones(y.shape[1]) if p["bn_weight"] is None else w
+    var, mean = torch.var_mean(y, (0, 2, 3), correction=0, keepdim=True)
+    rstd = (var + 1e-5).rsqrt()
+    column = lambda v: v.reshape(-1, 1, 1) if v.dim() else v  # noqa: E731
+    size = ((y.abs() + mean.abs()) * rstd * column(w) + column(b) + r).requires_grad_()
+    signed = (y - mean) * rstd * (1 if p["bn_weight"] is None else column(p["bn_weight"].double()))
+    signed = signed + (0 if p["bn_bias"] is None else column(p["bn_bias"].double()))
+    signed = signed + (0 if p["residual"] is None else p["residual"].double())
+    safe = all(float((signed - kink).abs().min()) > 1e-4 for kink in KINKS.get(p["activation"], ()))
+    tau = float(p["tau"])
+    head = {n: p[n].double().abs().requires_grad_() for n in ("weight", "bias", "grid_weight") if p[n] is not None}
+    g = eager_goodness(size, head["weight"], head.get("bias"), head.get("grid_weight"), o["padding"])
+    magnified = 1 + 2 * tau * float(g.detach().max())
+    d = tau * ((tau * exact[1].double()).softmax(1) + 1) / (len(y) if o["reduction"] == "mean" else 1)
+    grad_x, *grads = torch.autograd.grad((g * d).sum(), [size, *head.values()])
+    size, g = size.detach(), g.detach()
+    h = grad_x * 1.2 * (1 + (size.max() if p["activation"] in ("silu", "gelu", "hardswish") else 0))
+    normal = (y.abs() + mean.abs()) * rstd
+    found = dict(zip(head, (float(v.max()) for v in grads), strict=True))
+    found |= {"bn_bias": h.sum((0, 2, 3)), "bn_weight": (h * normal).sum((0, 2, 3)), "residual": h}
+    n = y.numel() / y.shape[1]
+    found["y"] = (h + column(found["bn_bias"]) / n + normal * column(found["bn_weight"]) / n) * rstd * column(w)
+    found["tau"] = (g * d).sum() / tau
+    found = {name: float(torch.as_tensor(v).max()) * magnified for name, v in found.items()}
+    x = EAGER[p["activation"]](signed)
+    over = x.flatten(1) if o["normalize"] == "layer_norm" else x.movedim(1, -1)
+    spread = float((over.var(-1, correction=0) + 1e-5).sqrt().min())
+    total = 1 if o["reduction"] == "mean" else len(y)
+    found |= {
+        "goodness": float(g.max()),
+        "loss": (tau * float(g.max()) + 2) * total,
+        "normalized": float(size.max()) / spread,
+    }
+    return safe, found | {"mean": float(y.abs().max()), "var": float(y.square().max())}
+
+
+def call(p, impl):
+    named = {n: p[n] for n in ("bn_weight", "bn_bias", "residual", "activation", "grid_weight", "tau")}
+    with planned_for(p["budget"]):
+        return ff.tail_step(p["y"], p["weight"], p["bias"], p["target"], impl=impl, **named, **p["options"])
+
+
+@pytest.mark.parametrize(("dtype", "impl"), RUNS)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_tail_step(data, dtype, impl):
+    """Every result, its argument untouched, the same bits twice. x is rounded to y's dtype before it meets the head."""
+    p = data.draw(problems(dtype))
+    assume(p["y"].numel() > p["y"].shape[1])
+    exact, plain = eager(p, torch.float64), eager(p, torch.promote_types(dtype, torch.float32))
+    away, size = magnitudes(p, exact)
+    assume(away)
+    before = {n: t.clone() for n, t in p.items() if isinstance(t, torch.Tensor)}
+    step, again = call(p, impl), call(p, impl)
+
+    def close(name, got, want, rough):
+        assert got.shape == want.shape, name
+        eps = torch.finfo(torch.bfloat16 if dtype == torch.bfloat16 else got.dtype).eps
+        allowed = 4 * float((rough.double() - want).abs().max()) + 8 * eps * size[name]
+        off = float((got.double() - want).abs().max())
+        assert off <= allowed, f"{name}: off by {off:.3g}, allowed {allowed:.3g}"
+
+    for i, name in enumerate(("loss", "goodness", "normalized", "mean", "var")):
+        assert (exact[i] is None) == (getattr(step, name) is None)
+        if exact[i] is not None:
+            close(name, getattr(step, name), exact[i], plain[i])
+    for field in GRADIENTS:
+        name, found = field.removeprefix("grad_"), getattr(step, field)
+        assert (found is None) == (name not in exact[5]), field
+        if found is not None:
+            assert found.dtype == p[name].dtype
+            close(name, found, exact[5][name], plain[5][name])
+    assert all(same_bits(p[n], t) for n, t in before.items()), "an argument was written to"
+    assert all(same_bits(a, b) for a, b in zip(step, again, strict=True) if a is not None)
