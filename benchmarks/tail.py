@@ -2,9 +2,9 @@
 
     python -m benchmarks.tail [--csv FILE] [--rounds N]
 
-eager: what a user writes, with autograd from the last convolution's output and the residual to the loss, and layer norm of the block's
-output; float32, channels_last and contiguous, with and without the residual's gradient. "by parts" is fastff without the fused tail: PyTorch's batch norm, addition
-and ReLU around goodness_step. Results are compared in float64 first: a wrong one prints no number.
+eager: what a user writes, with autograd from the last convolution's output and the residual to the loss, and layer norm of the block's output;
+float32, with and without the residual's gradient. "by parts" is fastff without the fused tail: PyTorch's batch norm, addition and ReLU around
+goodness_step. Results are compared in float64 first: a wrong one prints no number.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import fastff.functional as ff
 from benchmarks.timing import interleave, print_environment, quantile, ratios, write_csv
 
 SHAPES = [  # (B, C, H, K)
-    (32, 64, 32, 100), (32, 64, 32, 10), (32, 128, 16, 100), (32, 256, 8, 100), (32, 512, 4, 100), (32, 16, 32, 10), (64, 32, 16, 10), (64, 64, 8, 10),
-    (32, 24, 28, 100), (32, 96, 14, 100), (8, 64, 56, 1000),
+    (32, 64, 32, 100), (32, 64, 32, 10), (32, 128, 16, 100), (32, 256, 8, 100), (32, 512, 4, 100), (32, 16, 32, 10), (64, 32, 16, 10),
+    (64, 64, 8, 10), (32, 24, 28, 100), (32, 96, 14, 100), (8, 64, 56, 1000),
 ]  # fmt: skip
 
 
@@ -103,7 +103,8 @@ def main():
                 rows.append(row)
                 print(
                     f"{shape!s:20} {row['layout']:14} residual: {residual:12} {row['speedup']:6.2f} x eager [{row['speedup_20']:.2f}, "
-                    f"{row['speedup_80']:.2f}]  {row['against_parts']:5.2f} x by parts   {row['fused_ms']:7.2f} ms, floor {row['floor_mbytes']:6.1f} MB",
+                    f"{row['speedup_80']:.2f}]  {row['against_parts']:5.2f} x by parts   {row['fused_ms']:7.2f} ms, "
+                    f"floor {row['floor_mbytes']:6.1f} MB",
                     flush=True,
                 )
     print(f"slower than eager: {sum(row['speedup'] < 1 for row in rows)} of {len(rows)}")

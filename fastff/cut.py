@@ -71,9 +71,9 @@ class Block(nn.Module):
         train = evaluate if self.train_graph_module is None else torch.compile(self.train_graph_module, **options)
         return lambda *alive: (train if self._root[0].training else evaluate)(*alive)
 
-    def rebind(self):
-        """Point parameters and buffers used directly in the graph at the model's own again (after .to() replaced them)."""
-        for module in (self.graph_module, self.train_graph_module):
+    def rebind(self, *graph_modules):
+        """Point parameters and buffers used directly in these graphs at the model's own again (after .to() replaced them)."""
+        for module in graph_modules:
             for node in module.graph.nodes if module is not None else ():
                 if node.op == "get_attr":
                     *path, name = node.target.split(".")

@@ -9,6 +9,7 @@ import fastff.functional as ff
 from fastff.cut import cut
 from fastff.nn.head import GoodnessHead
 from fastff.ops.goodness import plan_for
+from fastff.tail import find
 
 VOTES = ("softmax", "goodness", "last")
 NORMALIZATIONS = ("layer_norm", "layer_norm_channels", None)
@@ -38,14 +39,17 @@ class SFF(nn.Module):
         normalize: between blocks: "layer_norm" over a sample, "layer_norm_channels" at each position, or None.
         readout: keep the model's own classifier, trained on detached features beside the blocks; otherwise it is not used.
         channel_dim: of the blocks' outputs, 1 or -1; None finds out from their shapes.
+        fuse_tail: train blocks that end in BatchNorm2d [+ residual] [+ activation] with these and the goodness step as one op (window 1;
+            fastff/tail.py). The modules at a block's end are not called as such then; hooks on them turn it off for their block.
 
-    Attributes: model, blocks (tuple of fastff.cut.Block), heads (ModuleList of GoodnessHead), readout (Block or None).
+    Attributes: model, blocks (tuple of fastff.cut.Block), heads (ModuleList of GoodnessHead), readout (Block or None), tails (for each block
+    fastff.nn.tail.Tail or None).
     """
 
     def __init__(
         self, model, num_classes, granularity="block", input_shape=(3, 32, 32), *, grid=4, kernel_size=1, squares=True, bias=False, scale=None,
         tau=1.0, learn_tau=False, margin=0.0, label_smoothing=0.0, window=2, vote="softmax", normalize="layer_norm", readout=False,
-        channel_dim=None, impl="auto", algorithm="auto",
+        channel_dim=None, impl="auto", algorithm="auto", fuse_tail=True,
     ):  # fmt: skip
         super().__init__()
         if vote not in VOTES:
@@ -77,11 +81,19 @@ class SFF(nn.Module):
                 )
             )  # fmt: skip
         self.heads = nn.ModuleList(heads)
+        fuse = fuse_tail and normalize is not None
+        self.tails = tuple(
+            find(b) if fuse and h.channel_dim == 1 and len(b.output_shape) == 3 else None
+            for b, h in zip(blocks, heads, strict=True)
+        )
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         for block in (*self.blocks, *(self.readout or ())):
-            block.rebind()
+            block.rebind(block.graph_module, block.train_graph_module)
+        for block, tail in zip(self.blocks, self.tails, strict=True):
+            if tail is not None:
+                block.rebind(tail.body)
         return self
 
     def block_parameters(self, index):
@@ -163,17 +175,18 @@ class SFF(nn.Module):
         return Prediction(label, confidence, block_of)
 
     def __repr__(self):
-        rows = [("block", "modules", "parameters", "output", "goodness")]
+        rows = [("block", "modules", "parameters", "output", "goodness", "tail")]
         for i, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
             called = block.modules_called
             modules = (
                 block.name if called == [block.name] or len(called) < 2 else f"{block.name} ({len(called)} modules)"
             )
             count = sum(p.numel() for p in self.block_parameters(i))
+            shape = " x ".join(map(str, block.output_shape))
             rows.append(
-                (str(i), modules, f"{count:,}", " x ".join(map(str, block.output_shape)), self._algorithm(block, head))
+                (str(i), modules, f"{count:,}", shape, self._algorithm(block, head), str(self.tails[i] or "none"))
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = [
             "  ".join(
                 cell.rjust(w) if i in (0, 2) else cell.ljust(w)
@@ -184,7 +197,8 @@ class SFF(nn.Module):
         total = sum(p.numel() for i in range(len(self.blocks)) for p in self.block_parameters(i))
         head = f"SFF: {type(self.model).__name__} in {len(self.blocks)} blocks ({self.granularity}), {self.num_classes} classes, {total:,} parameters"
         kept = ", read-out kept" if self.readout else ""
-        tail = f"window={self.window}, vote={self.vote}, grid={self.heads[0].grid[0]}, normalize={self.normalize}{kept}"
+        fused = "" if self.window == 1 or not any(self.tails) else " (tails are fused with window=1)"
+        tail = f"window={self.window}{fused}, vote={self.vote}, grid={self.heads[0].grid[0]}, normalize={self.normalize}{kept}"
         return "\n".join([head, *(line.rstrip() for line in lines), tail])
 
     def _algorithm(self, block, head):

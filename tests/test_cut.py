@@ -237,11 +237,16 @@ def test_print_shows_the_cut():
     text = repr(SFF(OWN["resnet18"](), 10, readout=True))
     lines = text.splitlines()
     assert lines[0].startswith("SFF: ResNet in 9 blocks (block), 10 classes, ")
-    assert lines[1].split() == ["block", "modules", "parameters", "output", "goodness"]
+    assert lines[1].split() == ["block", "modules", "parameters", "output", "goodness", "tail"]
     assert len(lines) == 12
     assert "layer4.1" in lines[10]
     assert "64 x 4 x 4" in lines[10]
-    assert "window=2, vote=softmax, grid=4, normalize=layer_norm, read-out kept" in lines[11]
+    assert lines[10].endswith("batch norm + residual + relu")
+    assert (
+        "window=2 (tails are fused with window=1), vote=softmax, grid=4, normalize=layer_norm, read-out kept"
+        in lines[11]
+    )
+    assert "tails" not in repr(SFF(OWN["resnet18"](), 10, window=1))
 
 
 @pytest.mark.parametrize("vote", ["softmax", "goodness", "last"])

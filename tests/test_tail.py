@@ -1,5 +1,6 @@
 """tail_step against autograd of the eager sequence (batch norm, addition, activation, head, loss, layer norm) in float64."""
 
+import copy
 import os
 
 import pytest
@@ -8,8 +9,12 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import LAYOUTS, eager_goodness, eager_layer_norm, eager_loss, planned_for, same_bits
+from torch import nn
+from vision import import_torchvision
 
+import fastff
 import fastff.functional as ff
+from fastff import SFF, Trainer
 from fastff.kernels.composed.tail import ACTIVATIONS
 from fastff.ops.tail import ROWS
 
@@ -187,3 +192,160 @@ def test_tail_step(data, dtype, impl):
             close(name, found, exact[5][name], plain[5][name])
     assert all(same_bits(p[n], t) for n, t in before.items()), "an argument was written to"
     assert all(same_bits(a, b) for a, b in zip(step, again, strict=True) if a is not None)
+
+
+# --- in a network
+
+
+class Shared(nn.Module):
+    """What ends like a tail but is none: the normalised tensor is used twice; and one whose activation has an argument."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.norm, self.act = (
+            kind,
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.GELU("tanh"),
+        )
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        if self.kind == "twice":
+            return F.relu(y) * y
+        return y + y if self.kind == "doubled" else self.act(y)
+
+
+def with_classifier(*blocks):
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(5))
+
+
+NETS = {
+    "resnet18": (lambda: fastff.models.resnet18(5, stem="cifar", width=8), "batch norm + residual + relu"),
+    "mobilenet_v3_small": (
+        lambda: fastff.models.mobilenet_v3_small(5, stem="cifar", width_mult=0.5), "batch norm + residual"),
+    "torchvision's resnet50": (lambda: import_torchvision().models.resnet50(num_classes=5), "batch norm + residual + relu"),
+    "torchvision's efficientnet_b0": (
+        lambda: import_torchvision().models.efficientnet_b0(num_classes=5, stochastic_depth_prob=0.0), "batch norm"),
+}  # fmt: skip
+
+
+def trained(sff, batches, **options):
+    """State after training on the batches, running statistics included."""
+    trainer = Trainer(sff, lambda groups: torch.optim.SGD(groups, lr=1e-3), **options)
+    losses = [trainer.step(*batch) for batch in batches]
+    return torch.stack(losses), dict(sff.state_dict())
+
+
+@pytest.mark.skipif(TRITON, reason="nothing of the kernels")
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+@pytest.mark.parametrize("name", NETS)
+def test_training_with_fused_tails_is_training_without(name, granularity):
+    torch.manual_seed(0)
+    make, kind = NETS[name]
+    net = make().double()
+    size, micro_batches = (64, 1) if "torchvision" in name else (32, 2)
+    batches = [(torch.randn(6, 3, size, size, dtype=torch.float64), torch.randint(5, (6,))) for _ in range(3)]
+    options = {"input_shape": (3, size, size), "window": 1, "granularity": granularity}
+    fused, plain = (SFF(copy.deepcopy(net), 5, **options, fuse_tail=fuse) for fuse in (True, False))
+    plain.load_state_dict(fused.state_dict())
+    assert kind in {str(tail) for tail in fused.tails}
+    assert all(tail is None for tail in plain.tails)
+    calls = []
+    for tail in fused.tails:
+        if tail is not None:
+            tail.local_step = lambda *a, run=tail.local_step, **k: (calls.append(1), run(*a, **k))[1]
+    start = {k: v.clone() for k, v in fused.state_dict().items()}
+    (losses, state), (plain_losses, plain_state) = (
+        trained(sff, batches, micro_batches=micro_batches) for sff in (fused, plain)
+    )
+    assert len(calls) == sum(tail is not None for tail in fused.tails) * micro_batches * len(batches)
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-7, atol=1e-7)
+    moved = max(float((plain_state[k].double() - v.double()).norm()) for k, v in start.items())
+    off = {k: float((state[k].double() - v.double()).norm()) for k, v in plain_state.items()}
+    assert max(off.values()) < 1e-7 * moved, max(off.items(), key=lambda item: item[1])
+
+
+@pytest.mark.skipif(TRITON, reason="nothing of the kernels")
+def test_what_is_no_tail_and_what_turns_one_off():
+    for kind in ("twice", "doubled", "other"):
+        net = with_classifier(nn.Conv2d(3, 3, 1), Shared(kind))
+        net(torch.zeros(2, 3, 8, 8))
+        assert SFF(net, 5, input_shape=(3, 8, 8)).tails == (None, None), kind
+    net = with_classifier(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
+    net(torch.zeros(2, 3, 8, 8))
+    sff = SFF(net, 5, input_shape=(3, 8, 8), window=1)
+    assert SFF(net, 5, input_shape=(3, 8, 8), normalize=None).tails == (None,)
+    (tail,) = sff.tails
+    assert str(tail) == "batch norm + relu"
+    assert tail.ready()
+    seen = []
+    handle = net[0][1].register_forward_hook(lambda *_: seen.append(1))
+    assert not tail.ready()
+    Trainer(sff).step(torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert seen == [1]
+    handle.remove()
+    net[0][1].eval()
+    assert not tail.ready()
+    net.train()
+    net[0][1].momentum = None
+    assert not tail.ready()
+
+
+@pytest.mark.skipif(TRITON, reason="nothing of the kernels")
+def test_mixed_dtypes_and_broadcasting_go_through_the_modules(monkeypatch):
+    """A residual of another shape or dtype than the convolution's output: the tail's modules run as they are."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return F.relu(self.norm(self.conv(x)) + x.mean(1, keepdim=True))
+
+    torch.manual_seed(0)
+    net = with_classifier(Block())
+    net(torch.zeros(2, 3, 8, 8))
+    fused, plain = (
+        SFF(copy.deepcopy(net), 5, input_shape=(3, 8, 8), window=1, fuse_tail=fuse) for fuse in (True, False)
+    )
+    plain.load_state_dict(fused.state_dict())
+    assert fused.tails[0] is not None
+    batches = [(torch.randn(4, 3, 8, 8), torch.arange(4))] * 2
+    (_, state), (_, plain_state) = (trained(sff, batches) for sff in (fused, plain))
+    for name, value in plain_state.items():
+        torch.testing.assert_close(state[name], value)
+
+
+@pytest.mark.skipif(TRITON, reason="nothing of the kernels")
+def test_bad_arguments_are_named():
+    y, weight, target = torch.randn(2, 3, 4, 4), torch.randn(5, 3), torch.tensor([0, 1])
+    for error, options in (
+        ("y: expected a tensor", {"y": torch.randn(2, 3)}),
+        ("y: expected more than one value", {"y": torch.randn(1, 3, 1, 1), "target": target[:1]}),
+        ("bn_weight: expected a floating-point tensor \\[3\\]", {"bn_weight": torch.ones(4)}),
+        ("bn_bias: expected a floating-point tensor \\[3\\]", {"bn_bias": torch.ones(3, dtype=torch.int64)}),
+        ("residual: expected \\[2, 3, 4, 4\\]", {"residual": torch.randn(2, 3, 1, 1)}),
+        ("residual: expected .* torch.float32", {"residual": y.double()}),
+        ("activation: expected one of none, relu", {"activation": "tanh"}),
+        ("normalize: expected one of", {"normalize": "batch"}),
+        ("target: expected labels in 0..4", {"target": torch.tensor([0, 5])}),
+        ("impl", {"impl": "cuda"}),
+    ):
+        arguments = {"y": y, "weight": weight, "bias": None, "target": target} | options
+        with pytest.raises((ValueError, RuntimeError), match=error):
+            ff.tail_step(**arguments)
+
+
+@pytest.mark.skipif(TRITON, reason="nothing of the kernels")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_opcheck(impl):
+    torch.manual_seed(0)
+    y, weight = torch.randn(3, 4, 5, 5), torch.randn(6, 4, 1, 1)
+    for residual, bn in ((None, None), (torch.randn(3, 4, 5, 5), torch.rand(4))):
+        arguments = (
+            y, bn, bn, 1e-5, residual, True, "relu", weight, None, None, torch.tensor([0, 1, 2]), 1.0, None, 0.0, 0.0, "mean", None, "layer_norm",
+            1e-5, (0, 0), impl, "auto",
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.fastff.tail_step.default, arguments)

@@ -10,6 +10,7 @@ from torch import nn
 
 import fastff.functional as ff
 from fastff.nn.head import GoodnessHead
+from fastff.nn.tail import Tail, activation_name
 
 
 class FFBlock(nn.Module):
@@ -34,12 +35,26 @@ class FFBlock(nn.Module):
 
     def local_step(self, x, target):
         """One local training step on x and target [B]: (next block's input, loss), both detached. x gets no gradient."""
+        tail = self.tail()
         with torch.enable_grad():
-            output = self.module(x.detach())
+            if tail is None or not tail.ready():
+                output = self.module(x.detach())
+            else:
+                y, residual = tail.body(x.detach())
+                if tail.fits(y, residual):
+                    step = tail.local_step(self.head, y, residual, target, self.normalize)
+                    if y.requires_grad:
+                        y.backward(step.grad_y)
+                    return step.normalized, step.loss
+                output = tail.finish(y, residual)
         step = self.head.local_step(output.detach(), target, self.normalize, need_grad_x=output.requires_grad)
         if output.requires_grad:
             output.backward(step.grad_x)
         return (output.detach() if step.normalized is None else step.normalized), step.loss
+
+    def tail(self):
+        """The fastff.nn.tail.Tail to train with, or None."""
+        return
 
     def next_input(self, output):
         """What local_step passes on, from an output of forward (for inference)."""
@@ -71,6 +86,16 @@ class FFConv2d(FFBlock):
         super().__init__(
             nn.Sequential(*layers), out_channels, num_classes, normalize=normalize, kernel_size=head_kernel_size, **head
         )
+
+    def tail(self):
+        """Batch norm and activation behind the convolution, where they are PyTorch's own."""
+        convolution, *rest = self.module
+        norm, activation = (*rest, None, None)[:2]
+        name = activation_name(activation)
+        if self.normalize is None or name is None or type(norm) is not nn.BatchNorm2d or len(rest) > 2:
+            return None
+        bypassed = [m for m in (self.module, norm, activation) if m is not None]
+        return Tail(lambda x: (convolution(x), None), norm, name, activation or nn.Identity(), False, bypassed)
 
 
 class FFDepthwiseConv2d(FFConv2d):

@@ -110,10 +110,31 @@ class GoodnessHead(nn.Module):
             x, self.weight, self.bias, target, tau=self.temperature(), margin=self.margin, label_smoothing=self.label_smoothing,
             grad_scale=grad_scale, normalize=normalize, eps=eps, need_grad_x=need_grad_x, **self._arguments(),
         )  # fmt: skip
-        grad_log_tau = None if self.log_tau is None else step.grad_tau * self.log_tau.exp()
-        grads = (step.grad_weight, step.grad_bias, step.grad_grid_weight, grad_log_tau)
-        for parameter, grad in zip((self.weight, self.bias, self.grid_weight, self.log_tau), grads, strict=True):
-            if parameter is not None and parameter.requires_grad:
-                grad = grad.to(parameter.dtype)
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        self._add_gradients(step)
         return step
+
+    @torch.no_grad()
+    def local_tail_step(self, y, target, normalize="layer_norm", eps=1e-5, grad_scale=None, **tail):
+        """The same for the tail of a block: tail_step on y [B, C, H, W] with its arguments bn_weight, ..., activation. Returns TailStep."""
+        arguments = self._arguments()
+        arguments.pop("channel_dim")  # 1, of what batch norm gives
+        step = ff.tail_step(
+            y, self.weight, self.bias, target, tau=self.temperature(), margin=self.margin, label_smoothing=self.label_smoothing,
+            grad_scale=grad_scale, normalize=normalize, eps=eps, **arguments, **tail,
+        )  # fmt: skip
+        self._add_gradients(step)
+        return step
+
+    def _add_gradients(self, step):
+        grad_log_tau = None if self.log_tau is None else step.grad_tau * self.log_tau.exp()
+        add_gradient(self.weight, step.grad_weight)
+        add_gradient(self.bias, step.grad_bias)
+        add_gradient(self.grid_weight, step.grad_grid_weight)
+        add_gradient(self.log_tau, grad_log_tau)
+
+
+def add_gradient(parameter, grad):
+    """Add grad to parameter.grad, where there is a parameter and it learns."""
+    if parameter is not None and parameter.requires_grad:
+        grad = grad.to(parameter.dtype)
+        parameter.grad = grad if parameter.grad is None else parameter.grad + grad

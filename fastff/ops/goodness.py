@@ -216,7 +216,7 @@ def results_of(step, x, weight, bias, grid_weight, reduction):
     losses, g, *grads, grad_tau, normalized = step
     loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
     grads = _or_empty(grads, x, (None, weight, bias, grid_weight))
-    return loss, g, *grads, g.new_zeros(()) if grad_tau is None else grad_tau, normalized
+    return loss, g.contiguous(), *grads, g.new_zeros(()) if grad_tau is None else grad_tau, normalized
 
 
 def _normalized(x, normalize, eps, impl):

@@ -70,7 +70,7 @@ def _tail_step(
     results, grads = run.tail_step(y, tail, head, step)
     loss, g, _, *rest = goodness_op.results_of(results, y, weight, bias, grid_weight, reduction)
     own = [
-        y.new_empty(0) if parameter is None else grad.to(parameter.dtype)
+        y.new_empty(0) if parameter is None else torch.empty_like(parameter).copy_(grad)
         for grad, parameter in ((grads.weight, bn_weight), (grads.bias, bn_bias))
     ]
     return (
@@ -93,10 +93,10 @@ def _tail_step_fake(
         y, weight, bias, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, True,
         padding, impl, algorithm,
     )  # fmt: skip
-    none, wide = y.new_empty(0), torch.promote_types(y.dtype, torch.float32)
-    like = composed_goodness.empty_like(y) if need_residual and residual is not None else none
-    own = [none if p is None else torch.empty_like(p) for p in (bn_weight, bn_bias)]
-    return *results, like, *own, y.new_empty(y.shape[1], dtype=wide), y.new_empty(y.shape[1], dtype=wide)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    grad_residual = composed_goodness.empty_like(y) if need_residual and residual is not None else y.new_empty(0)
+    own = [y.new_empty(0) if p is None else torch.empty_like(p) for p in (bn_weight, bn_bias)]
+    return *results, grad_residual, *own, *(y.new_empty(y.shape[1], dtype=wide) for _ in range(2))
 
 
 _lib.impl("tail_step", _tail_step, "CompositeExplicitAutograd")

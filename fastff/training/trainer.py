@@ -12,33 +12,18 @@ a block is updated and freed when the last loss that reaches it has come, with o
 
 import torch
 
+from fastff.nn.tail import Seed
 from fastff.sff import SFF
 from fastff.training import optim
 from fastff.training.loop import Loop, loss_dtype
 
 
-class _Seed(torch.autograd.Function):
-    """A scalar whose backward starts a block's backward with the gradient in `box`, and lets go of it.
-
-    Passed to torch.autograd.backward instead, the gradient and the output would be held by the call until the whole block is done:
-    two tensors of the block's output at the peak (16 of 80 MiB for ResNet18 of width 64, batch 32)."""
-
-    @staticmethod
-    def forward(ctx, main, box):
-        ctx.box = box
-        return main.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, _):
-        return ctx.box.pop(), None
-
-
 class _Visit:
     """One block on one micro-batch, before its backward: inputs and outputs with their graph, and the gradients of the outputs."""
 
-    def __init__(self, index, inputs, outputs, grad_main):
+    def __init__(self, index, inputs, outputs, *grads):
         self.index, self.inputs, self.outputs = index, inputs, outputs
-        self.grads = [grad_main] + [None] * (len(outputs) - 1)
+        self.grads = [*grads, *[None] * (len(outputs) - len(grads))]
 
     def add(self, grads):
         self.grads = [
@@ -46,10 +31,19 @@ class _Visit:
             for old, new in zip(self.grads, grads, strict=True)
         ]
 
-    def backward(self, parameters=None):
-        pairs = [(o, g) for o, g in zip(self.outputs, self.grads, strict=True) if g is not None and o.requires_grad]
-        if pairs:
+    def pairs(self):
+        return [(o, g) for o, g in zip(self.outputs, self.grads, strict=True) if g is not None and o.requires_grad]
+
+    def backward(self, parameters):
+        if pairs := self.pairs():
             torch.autograd.backward(*zip(*pairs, strict=True), inputs=parameters)
+
+    def seed(self):
+        """A scalar to call backward on, which alone holds the graph then; None where nothing is to be done."""
+        if not (pairs := self.pairs()):
+            return None
+        outputs, grads = zip(*pairs, strict=True)
+        return Seed.apply(list(grads), *outputs)
 
 
 class Trainer(Loop):
@@ -95,6 +89,10 @@ class Trainer(Loop):
         optimizers = [o for o in (*self.block_optimizers, self.readout_optimizer) if o is not None]
         super().__init__(sff, names, optimizers, **options)
         self.forwards = [block.compiled(dynamic=False) if self.compile else block for block in sff.blocks]
+        self.bodies = [
+            None if tail is None else torch.compile(tail.body, dynamic=False) if self.compile else tail.body
+            for tail in sff.tails
+        ]
         self.scalers = [self.make_scaler() for _ in sff.blocks]
 
     @property
@@ -142,11 +140,11 @@ class Trainer(Loop):
         for index in range(self._last() + 1):
             for part, (y, weight) in enumerate(zip(target, weights, strict=True)):
                 visit, alive[part] = self._visit(index, alive[part], y, weight)
-                if visit is not None and visit.outputs[0].requires_grad:
-                    seed = _Seed.apply(visit.outputs[0], [visit.grads.pop(0)])
-                    del (
-                        visit
-                    )  # the output, before the backward; with the graph all is gone before the next block starts
+                seed = None if visit is None else visit.seed()
+                del (
+                    visit
+                )  # outputs and gradients, before the backward; with the graph all is gone before the next block starts
+                if seed is not None:
                     seed.backward()
                     del seed
             if self._trained(index):
@@ -173,28 +171,43 @@ class Trainer(Loop):
             alive = tuple(
                 t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in alive
             )
+        tail = self.sff.tails[index] if trained and self.window == 1 else None
+        tail = tail if tail is not None and tail.ready() else None
         with torch.set_grad_enabled(trained), self.autocast():
-            outputs = self.forwards[index](*alive)
-        main = outputs[0].detach()
-        if trained:
-            scaler = self.scalers[index]
-            scale = (
-                None
-                if weight == 1 and scaler is None
-                else torch.full((), weight, device=main.device, dtype=self._losses.dtype)
-            )
-            if scaler is not None:
-                scale = scaler.scale(scale)
-            step = head.local_step(main, target, self.sff.normalize, grad_scale=scale)
-            self._losses[index] += step.loss.detach() * weight
-            self.correct[index] += (step.goodness.argmax(1) == target).sum()
+            if tail is None:
+                outputs = self.forwards[index](*alive)
+            else:
+                y, residual, *others = self.bodies[index](*alive)
+                if not tail.fits(y, residual):
+                    outputs, tail = (tail.finish(y, residual), *others), None
+        if tail is not None:
+            outputs = (y, *others) if residual is None else (y, residual, *others)
+            step = tail.local_step(head, y, residual, target, self.sff.normalize, self._grad_scale(index, weight, y))
+            grads = (step.grad_y,) if residual is None else (step.grad_y, step.grad_residual)
+            main = step.normalized
+        elif trained:
+            others, main = outputs[1:], outputs[0].detach()
+            step = head.local_step(main, target, self.sff.normalize, grad_scale=self._grad_scale(index, weight, main))
+            grads = (step.grad_x,)
             main = main if step.normalized is None else step.normalized
         else:
+            others = outputs[1:]
             with torch.no_grad():
-                (main,) = self.sff.next_input((main,), head)
-        others = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in outputs[1:])
-        visit = _Visit(index, alive, outputs, step.grad_x) if trained else None
+                (main,) = self.sff.next_input(outputs[:1], head)
+        if trained:
+            self._losses[index] += step.loss * weight
+            self.correct[index] += (step.goodness.argmax(1) == target).sum()
+        others = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in others)
+        visit = _Visit(index, alive, outputs, *grads) if trained else None
         return visit, (main, *others)
+
+    def _grad_scale(self, index, weight, like):
+        """What multiplies a block's gradients: the micro-batch's share, times the scaler's factor; None for 1."""
+        scaler = self.scalers[index]
+        if weight == 1 and scaler is None:
+            return None
+        scale = torch.full((), weight, device=like.device, dtype=self._losses.dtype)
+        return scale if scaler is None else scaler.scale(scale)
 
     def _reach_back(self, window):
         """Carry the newest loss's gradient through the window: into the outputs of every block before, but into no parameter yet."""
