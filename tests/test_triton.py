@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastff.kernels.composed.goodness import Plan
+
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).parent
@@ -24,6 +26,7 @@ INTERPRETED = {
         "test_goodness_step_and_loss or empty_batch or not_a_number or labels_out_of_range",
     ),
     "layer_norm": ("test_layer_norm.py", "triton"),
+    "tail": ("test_tail.py", "test_tail_step"),
     "depthwise": ("test_depthwise.py", "values or empty"),
     "trainer": ("triton_trainer.py", "test"),
 }
@@ -56,8 +59,8 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 POINTERS = {"target": "*i64"}
 NUMBERS = {"tau", "margin", "smoothing", "scale", "eps"}
-ACTIVATIONS = {"x", "grad_x", "y", "grad"}
-DIVISIBLE = {"C", "P", "xb", "xc", "xp", "ob", "oc", "op", "n", "share"}
+ACTIVATIONS = {"x", "residual", "grad_x", "y", "grad", "grad_h", "grad_y"}
+DIVISIBLE = {"C", "P", "xb", "xc", "xp", "ob", "oc", "op", "yb", "yc", "yp", "n", "share", "positions"}
 
 
 def compiled(kernel, dtype, arch, warps, **fixed):
@@ -89,7 +92,7 @@ def kernel_pointers(kernel):
     return {
         "x", "weight", "bias", "g", "d", "second", "mu", "grad_x", "y", "sums", "means", "cells", "target", "loss", "dtau", "tau_factor",
         "scale_factor", "largest", "grad_weight", "grad_bias",
-        "grad", "partial",
+        "grad", "partial", "residual", "affine", "channel_sums", "grad_h", "grad_y",
     } & set(kernel.arg_names)  # fmt: skip
 
 
@@ -109,15 +112,20 @@ def spilled(binary, arch):
     raise AssertionError(said.stderr)
 
 
-def sweeps(dtype, algorithm, C, P, K, cells):
-    """[(kernel, warps, fixed)]: every launch that goodness_step makes for this shape, in the largest of its variants."""
+NO_TAIL = {"ACT": None, "residual": None, "affine": None, "channel_sums": None}
+
+
+def sweeps(dtype, algorithm, C, P, K, cells, activation=None):
+    """[(kernel, warps, fixed)]: every launch that goodness_step (tail_step, with an activation) makes for this shape, in the largest of its
+    variants."""
     from fastff.kernels.triton import goodness as module
     from fastff.kernels.triton import goodness_kernels as kernels
 
-    b = module.blocks(algorithm, 512, C, P, K, cells, 4 if dtype == "fp32" else 2)
+    b = module.blocks(algorithm, 512, C, P, K, cells, 4 if dtype == "fp32" else 2, activation is not None)
     precision = "ieee" if dtype == "fp32" else "tf32"
     sizes = {"PRECISION": precision, "BP": b.BP, "BC": b.BC, "BK": b.BK, "BG": b.BG, "NORM": 1, "xc": 1, "oc": 1}
-    none = dict.fromkeys(["tau_factor", "scale_factor", "dtau"])
+    tail = NO_TAIL if activation is None else {"ACT": activation}
+    none = dict.fromkeys(["tau_factor", "scale_factor", "dtau"]) | tail
     pieces = [{"FIRST": True, "LOSS": True, "SECOND": True, "means": None, "cells": None, "bias": None}]
     if cells:
         pieces = [
@@ -126,7 +134,8 @@ def sweeps(dtype, algorithm, C, P, K, cells):
         ]
     if algorithm == "direct":
         found = [(kernels.direct, b.warps, {**sizes, "NS": b.NS, **none, **piece}) for piece in pieces]
-        head = {k: sizes[k] for k in ("PRECISION", "BP", "BC", "BK", "xc")} | {"NS": b.NS}
+        head = {k: sizes[k] for k in ("PRECISION", "BP", "BC", "BK", "xc")} | {"NS": b.NS} | tail
+        head.pop("channel_sums", None)
         head |= {"largest": None} if dtype != "fp16" else {}
         return [
             *found,
@@ -174,6 +183,40 @@ def test_fits_the_chip(arch, dtype, algorithm, C, P, K, cells):
         if dtype != "fp32":
             products = {80: "mma.sync", 90: "mma", 100: "mma"}[arch]
             assert products in binary.asm["ptx"], f"{name}: no tensor cores"
+
+
+TAILS = [
+    (90, "bf16", "direct", 64, 1024, 10), (90, "bf16", "direct", 256, 64, 100), (90, "fp16", "direct", 128, 256, 100),
+    (90, "fp32", "direct", 64, 1024, 10), (90, "bf16", "second_moment", 64, 1024, 100), (90, "bf16", "second_moment", 128, 784, 1000),
+    (90, "fp32", "second_moment", 64, 1024, 100), (80, "bf16", "direct", 64, 1024, 10), (100, "bf16", "second_moment", 64, 1024, 100),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "dtype", "algorithm", "C", "P", "K"), TAILS)
+def test_the_tail_fits_the_chip(arch, dtype, algorithm, C, P, K):
+    """With batch norm, residual and SiLU, the costliest but GELU, around every tile: still no spills."""
+    from fastff.kernels.triton.tail import fused
+
+    assert fused(
+        torch.empty(1, C, 1, 1, dtype=torch.float32 if dtype == "fp32" else torch.float16), Plan(algorithm, 1, 1)
+    )
+    for kernel, warps, fixed in sweeps(dtype, algorithm, C, P, K, 0, activation=4):
+        binary = compiled(kernel, dtype, arch, warps, **fixed)
+        assert binary.metadata.shared <= SHARED[arch], (
+            f"{kernel.fn.__name__}: {binary.metadata.shared} bytes of shared memory"
+        )
+        assert spilled(binary, arch) == 0, f"{kernel.fn.__name__}: spills"
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_batch_norm_sums_fit_the_chip(arch, dtype):
+    from fastff.kernels.triton import tail as module
+
+    for kernel, warps in ((module.channel_sums, 8), (module.derive, 8), (module.apply, 4), (module.finish, 4)):
+        activation = {"ACT": 4} if "ACT" in kernel.arg_names else {}
+        binary = compiled(kernel, dtype, arch, warps, R=module.ROWS, BC=64, yc=1, **activation)
+        assert spilled(binary, arch) == 0, kernel.fn.__name__
 
 
 @pytest.mark.parametrize("arch", SHARED)

@@ -23,7 +23,7 @@ def test_same_weights_as_the_reference(name, options, monkeypatch):
     trained, ran = {}, []
     from fastff.kernels.triton import goodness
 
-    monkeypatch.setattr(goodness._Launch, "sweep", spied(goodness._Launch.sweep, ran))
+    monkeypatch.setattr(goodness.Launch, "sweep", spied(goodness.Launch.sweep, ran))
     for impl in ("triton", "reference"):
         monkeypatch.setenv("FASTFF_IMPL", impl)
         twin = copy.deepcopy(sff)

@@ -44,23 +44,23 @@ class Blocks(NamedTuple):
     head_warps: int
 
 
-def blocks(algorithm, B, C, P, K, cells, itemsize):
+def blocks(algorithm, B, C, P, K, cells, itemsize, tail=False):
     """The heuristic table, for 64 K registers and 160 KiB of shared memory (sm_80, 90, 100); tests/test_triton.py compiles all of it.
 
     Direct holds a tile X [BC, R] in shared memory and its gradient [BC, R] in registers, with one [BK, BC] of W at a time; R is what leaves no
     spill. 16 bits: 16 K elements, on tensor cores; 16 positions and twice the warps from BC = 512 on. float32: products are FMA, whose
     operands take registers too: 4 K elements, BC <= 256.
-    Second moment holds S or M [BC, BC] in registers: at BC = 128 that is 128 a thread with 4 warps, so it has 8 (16 in float32)."""
+    Second moment holds S or M [BC, BC] in registers: at BC = 128 that is 128 a thread with 4 warps, so it has 8 (16 in float32).
+    With a tail, y and the residual of a tile are in registers beside it: half as many positions, 8 warps in the head from float16 on."""
     narrow = itemsize == 2
     BC = max(16, triton.next_power_of_2(C))
     most = triton.next_power_of_2(P)
     BG = max(16, triton.next_power_of_2(cells)) if cells else 16
     if algorithm == "second_moment":
         warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
-        return Blocks(
-            1, min(max(16, most), 64 if narrow and not cells else 32), BC, 16 if BC > 64 else 32, BG, warps, warps
-        )
-    R = max(16, min(64, (16384 if narrow and BC < 512 else 4096) // BC))
+        positions = (64 if narrow and not cells else 32) // (2 if tail else 1)
+        return Blocks(1, min(max(16, most), positions), BC, 16 if BC > 64 else 32, BG, warps, warps)
+    R = max(16, min(64, (16384 if narrow and BC < 512 else 4096) // BC) // (2 if tail else 1))
     BP = min(R, most)
     NS = max(R // BP, 1)
     while NS > 1 and NS * BP > 16 and NS // 2 >= B:
@@ -68,15 +68,16 @@ def blocks(algorithm, B, C, P, K, cells, itemsize):
     if cells:  # the grid's products have NS BG columns
         NS = min(NS, max(1, 16 // BP, 64 // BG))
     BK = min(max(16, triton.next_power_of_2(K)), 32 if BC <= 128 and narrow else 16)
-    warps = 16 if BC > 256 else 8 if BC > 128 or not narrow else 4
-    return Blocks(NS, BP, BC, BK, BG, warps, warps if narrow else 4)
+    warps = 16 if BC > 256 else 8 if BC > 128 or not narrow or (tail and BC > 64) else 4
+    return Blocks(NS, BP, BC, BK, BG, warps, warps if narrow or tail else 4)
 
 
-class _Launch:
+class Launch:
     """One batch through the kernels above: buffers, block sizes, and the launches in order."""
 
-    def __init__(self, x, weight, bias, grid_weight, how):
+    def __init__(self, x, weight, bias, grid_weight, how, residual=None, affine=None, activation=None):
         self.x = dense(x)
+        self.tail = {"residual": residual, "affine": affine, "ACT": activation}
         B, C, H, W = x.shape
         self.P, self.K = H * W, len(weight)
         self.weight, self.bias = weight.flatten(1).contiguous(), None if bias is None else bias.contiguous()
@@ -86,13 +87,16 @@ class _Launch:
             if grid_weight is None
             else tuple(min(n, g) for n, g in zip((H, W), grid_weight.shape[2:], strict=True))
         )
-        self.blocks = blocks(how.algorithm, B, C, self.P, self.K, self.G[0] * self.G[1], x.element_size())
+        self.blocks = blocks(
+            how.algorithm, B, C, self.P, self.K, self.G[0] * self.G[1], x.element_size(), activation is not None
+        )
         self.groups = -(-B // self.blocks.NS)
         self.positions, self.parts = self._parts()
         self.fused = self.parts == 1 and grid_weight is None
         exact = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         self.precision = {"PRECISION": exact if x.dtype == torch.float32 else "tf32"}
         self.g, self.d = self._new(B, self.K), self._new(B, self.K)
+        self.channel_sums = None if activation is None else self._new(self.groups * self.parts, 2, C)
         self.sums = self._new(self.parts, 2, B)
         self.means = None if grid_weight is None else self._new(self.parts, B, C, self.G[0] * self.G[1])
         self.second = self._new(self.parts, B, C, C) if self.second_moment else None
@@ -117,8 +121,9 @@ class _Launch:
             x=self.x, weight=self.weight, bias=self.bias, g=self.g if g is None else g, d=self.d, grad_x=grad_x, y=y, sums=self.sums,
             means=self.means if "first" in stages else None, cells=cells, loss=losses, dtau=dtau, **_loss_arguments(loss),
             B=B, C=C, P=self.P, H=H, W=W, K=self.K, GH=self.G[0], GW=self.G[1], positions=self.positions,
-            xb=self.x.stride(0), xc=_strides(self.x)[0], xp=_strides(self.x)[1], ob=out.stride(0), oc=_strides(out)[0], op=_strides(out)[1],
-            eps=eps, FIRST="first" in stages, LOSS="loss" in stages, SECOND="second" in stages, NORM=norm, **self.precision,
+            xb=self.x.stride(0), xc=strides(self.x)[0], xp=strides(self.x)[1], ob=out.stride(0), oc=strides(out)[0], op=strides(out)[1],
+            eps=eps, channel_sums=self.channel_sums, **self.tail, FIRST="first" in stages, LOSS="loss" in stages, SECOND="second" in stages,
+            NORM=norm, **self.precision,
             BP=self.blocks.BP, BC=self.blocks.BC, BK=self.blocks.BK, BG=self.blocks.BG, num_warps=self.blocks.warps,
         )  # fmt: skip
         parts = 1 if stages == ("head",) else self.parts
@@ -194,8 +199,9 @@ class _Launch:
             part_bias = None if self.bias is None else self._new(parts, self.K)
             largest = self.d.abs().amax().view(1) if self.x.dtype == torch.float16 else None
             head_direct[(tiles, parts)](
-                self.x, self.weight, self.bias, self.d, largest, partial, part_bias, B, C, self.P, self.K, self.groups, share,
-                self.x.stride(0), *_strides(self.x), **self.precision, NS=self.blocks.NS, BP=self.blocks.BP, BC=self.blocks.BC,
+                self.x, self.tail["residual"], self.tail["affine"], self.weight, self.bias, self.d, largest, partial, part_bias,
+                B, C, self.P, self.K, self.groups, share,
+                self.x.stride(0), *strides(self.x), **self.precision, ACT=self.tail["ACT"], NS=self.blocks.NS, BP=self.blocks.BP, BC=self.blocks.BC,
                 BK=self.blocks.BK, num_warps=self.blocks.head_warps,
             )  # fmt: skip
             grad_weight = partial.sum(0)
@@ -212,7 +218,7 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _strides(x):
+def strides(x):
     """Of channels and positions, for x dense in either layout."""
     return (1, x.shape[1]) if is_rows(x) else (x.shape[2] * x.shape[3], 1)
 
@@ -245,7 +251,7 @@ def _loss_arguments(loss):
     }  # fmt: skip
 
 
-def _fits(x, weight, padding):
+def fits(x, weight, padding):
     """Whether the kernels above take these arguments; otherwise PyTorch's convolutions and products do (composed/goodness.py)."""
     return weight is not None and weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0) and x.numel() > 0
 
@@ -256,20 +262,20 @@ def on_device(x):
 
 def goodness(x, weight, bias, grid_weight, padding, plan, dtype):
     """g [B, K] float32."""
-    if not _fits(x, weight, padding):
+    if not fits(x, weight, padding):
         return composed.goodness(x, weight, bias, grid_weight, padding, plan, dtype)
     with on_device(x):
-        launch = _Launch(x, weight, bias, grid_weight, plan)
+        launch = Launch(x, weight, bias, grid_weight, plan)
         launch.first()
         return launch.g
 
 
 def goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, need_x):
     """Gradients of sum(d * g): (x or None, weight, bias, grid_weight)."""
-    if not _fits(x, weight, padding):
+    if not fits(x, weight, padding):
         return composed.goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, need_x)
     with on_device(x):
-        launch = _Launch(x, weight, bias, grid_weight, plan)
+        launch = Launch(x, weight, bias, grid_weight, plan)
         if launch.second_moment or grid_weight is not None:
             launch.first()
         launch.d = d.float().contiguous()
@@ -284,20 +290,23 @@ NORMS = {"none": 0, "layer_norm": 1, "layer_norm_channels": 2}
 
 def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need_x, normalize, eps):
     """Per-sample losses [B], g [B, K], the four gradients, dL/dtau or None, and the normalised x."""
-    if not _fits(x, weight, padding):
+    if not fits(x, weight, padding):
         return composed.goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need_x, normalize, eps)
     with on_device(x):
-        launch = _Launch(x, weight, bias, grid_weight, plan)
         grad_x = empty_like(x) if need_x else None
-        y = None if normalize == "none" else empty_like(x)
-        losses, dtau = launch.losses(loss)
-        second = {"grad_x": grad_x, "y": y, "norm": NORMS[normalize], "eps": eps}
-        if launch.fused:
-            stages = ("first", "head", "loss", "second")
-            launch.sweep(stages, loss, losses, dtau, **second)
-        else:
-            launch.first()
-            launch.loss(loss, losses, dtau)
-            launch.sweep(("second",), cells=launch.cells(), **second)
-        grads = launch.head_gradients()
-        return losses, launch.g, grad_x, *grads, None if dtau is None else dtau.sum() * loss.tau, y
+        return step(Launch(x, weight, bias, grid_weight, plan), loss, grad_x, normalize, eps)
+
+
+def step(launch, loss, grad_x, normalize, eps):
+    """goodness_step's results; grad_x, where there is one, is written."""
+    y = None if normalize == "none" else empty_like(launch.x)
+    losses, dtau = launch.losses(loss)
+    second = {"grad_x": grad_x, "y": y, "norm": NORMS[normalize], "eps": eps}
+    if launch.fused:
+        launch.sweep(("first", "head", "loss", "second"), loss, losses, dtau, **second)
+    else:
+        launch.first()
+        launch.loss(loss, losses, dtau)
+        launch.sweep(("second",), cells=launch.cells(), **second)
+    grads = launch.head_gradients()
+    return losses, launch.g, grad_x, *grads, None if dtau is None else dtau.sum() * loss.tau, y

@@ -83,6 +83,65 @@ def _loss_of(
 
 
 @triton.jit
+def activate(h, ACT: tl.constexpr):
+    """Activations by their place in ACTIVATIONS of fastff/reference.py."""
+    if ACT == 1:
+        h = tl.where(h < 0, 0.0, h)
+    elif ACT == 2:
+        h = tl.where(h < 0, 0.0, tl.where(h > 6, 6.0, h))
+    elif ACT == 3:
+        h = h * tl.where(h < -3, 0.0, tl.where(h > 3, 6.0, h + 3)) / 6
+    elif ACT == 4:
+        h = h * tl.sigmoid(h)
+    elif ACT == 5:
+        h = 0.5 * h * (1 + tl.erf(h * 0.7071067811865476))
+    return h
+
+
+@triton.jit
+def slope(h, ACT: tl.constexpr):
+    """The activation's derivative at h."""
+    if ACT == 1:
+        value = tl.where(h > 0, 1.0, 0.0)
+    elif ACT == 2:
+        value = tl.where((h > 0) & (h < 6), 1.0, 0.0)
+    elif ACT == 3:
+        value = tl.where(h <= -3, 0.0, tl.where(h >= 3, 1.0, h / 3 + 0.5))
+    elif ACT == 4:
+        s = tl.sigmoid(h)
+        value = s * (1 + h * (1 - s))
+    elif ACT == 5:
+        value = 0.5 * (1 + tl.erf(h * 0.7071067811865476)) + h * tl.exp(-0.5 * h * h) * 0.3989422804014327
+    else:
+        value = tl.full(h.shape, 1.0, tl.float32)
+    return value
+
+
+@triton.jit
+def before_activation(y, residual, affine, at, c, C, mask):
+    """h = (y - mean) scale + shift + residual of a tile [BC, R], and y - mean; affine [3, C] = mean, scale, shift."""
+    mean = tl.load(affine + c, mask=c < C, other=0.0)
+    scale = tl.load(affine + C + c, mask=c < C, other=0.0)
+    shift = tl.load(affine + 2 * C + c, mask=c < C, other=0.0)
+    off = tl.where(mask, tl.load(y + at, mask=mask, other=0.0).to(tl.float32) - mean[:, None], 0.0)
+    h = off * scale[:, None] + shift[:, None]
+    if residual is not None:
+        h += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    return h, off
+
+
+@triton.jit
+def tile(x, residual, affine, at, c, C, mask, ACT: tl.constexpr):
+    """The head's input [BC, R]: x itself, or with a tail (ACT) what it makes of x, rounded to x's type."""
+    if ACT is None:
+        X = tl.load(x + at, mask=mask, other=0.0)
+    else:
+        h, _ = before_activation(x, residual, affine, at, c, C, mask)
+        X = tl.where(mask, activate(h, ACT), 0.0).to(x.dtype.element_ty)
+    return X
+
+
+@triton.jit
 def _members(p, P, col, H, W, GH, GW, NS: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, R: tl.constexpr):
     """Whether row r (sample r // BP, position p[r]) lies in cell col % BG of sample col // BG; [R, NS * BG], and 1 / |cell| [NS * BG].
 
@@ -122,15 +181,16 @@ def statistics(sums, n, B, n_elements, shift, eps):
 
 @triton.jit
 def direct(
-    x, weight, bias, g, d, grad_x, y, sums, means, cells, target, loss, dtau, tau_factor, scale_factor,
+    x, residual, affine, channel_sums, weight, bias, g, d, grad_x, y, sums, means, cells, target, loss, dtau, tau_factor, scale_factor,
     B, C, P, H, W, K, GH, GW, positions, xb, xc, xp, ob, oc, op, tau, margin, smoothing, scale, eps,
     FIRST: tl.constexpr, LOSS: tl.constexpr, SECOND: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    NS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr,
+    ACT: tl.constexpr, NS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): samples i NS .. i NS + NS - 1, positions j * positions and on. A row of its tiles is one position of one sample.
 
     x [B, C, P] by strides xb, xc, xp; grad_x and y by ob, oc, op; weight [K, C]; g [parts, B, K], d [B, K], sums [parts, 2, B],
-    means [parts, B, C, GH GW] (sums over cells in fact), cells [B, C, GH GW] = d V."""
+    means [parts, B, C, GH GW] (sums over cells in fact), cells [B, C, GH GW] = d V. With a tail (ACT): x is y of fastff/reference.py's tail,
+    residual alike, affine [3, C] = mean, scale, shift; grad_x is dL/dh; channel_sums [programs, 2, C] of dL/dh and dL/dh (y - mean)."""
     R: tl.constexpr = NS * BP
     part = tl.program_id(1)
     first = tl.program_id(0).to(tl.int64) * NS
@@ -143,7 +203,11 @@ def direct(
     end = tl.minimum(start + positions, P)
     kind = x.dtype.element_ty
     base = sample * xb
-    shift = tl.load(x + base, mask=here, other=0.0).to(tl.float32)
+    shift = tl.zeros(
+        [R], tl.float32
+    )  # a number near each sample's values, which the sums for layer norm are relative to
+    if ACT is None:
+        shift = tl.load(x + base, mask=here, other=0.0).to(tl.float32)
     if FIRST:
         total = tl.zeros([NS], tl.float32)
         square = tl.zeros([NS], tl.float32)
@@ -160,7 +224,8 @@ def direct(
                 p = p0 + tl.arange(0, R) % BP
                 row = here & (p < end)
                 mask = has_c[:, None] & row[None, :]
-                X = tl.load(x + base[None, :] + (c[:, None] * xc + p[None, :] * xp), mask=mask, other=0.0)
+                from_x = base[None, :] + (c[:, None] * xc + p[None, :] * xp)
+                X = tile(x, residual, affine, from_x, c, C, mask, ACT)
                 a = _dot(w, X, PRECISION)
                 if bias is not None:
                     beta = tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
@@ -201,11 +266,14 @@ def direct(
                 dk = tl.load(d + sample[None, :] * K + k[:, None], mask=here[None, :] & (k < K)[:, None], other=0.0)
                 largest = tl.maximum(largest, tl.max(tl.abs(dk), 0))
             largest = tl.where(largest == 0, 1.0, largest)
+        first_sum = tl.zeros([BC], tl.float32)
+        second_sum = tl.zeros([BC], tl.float32)
         for p0 in range(start, end, BP):
             p = p0 + tl.arange(0, R) % BP
             row = here & (p < end)
             mask = has_c[:, None] & row[None, :]
-            X = tl.load(x + base[None, :] + (c[:, None] * xc + p[None, :] * xp), mask=mask, other=0.0)
+            from_x = base[None, :] + (c[:, None] * xc + p[None, :] * xp)
+            X = tile(x, residual, affine, from_x, c, C, mask, ACT)
             at = (sample * ob)[None, :] + (c[:, None] * oc + p[None, :] * op)
             if grad_x is not None:
                 grad = tl.zeros([BC, R], tl.float32)
@@ -239,17 +307,26 @@ def direct(
                         tl.trans(inside.to(tl.float32)),
                         "tf32" if kind != tl.float32 else "tf32x3",
                     )
+                if ACT is not None:
+                    h, off = before_activation(x, residual, affine, from_x, c, C, mask)
+                    grad = tl.where(mask, grad * slope(h, ACT), 0.0)
+                    first_sum += tl.sum(grad, 1)
+                    second_sum += tl.sum(grad * off, 1)
                 tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
             if NORM > 0:
                 _next_input(X, y, at, mask, mean, rstd, C, eps, NORM)
+        if ACT is not None:
+            own = channel_sums + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + part) * 2 * C + c
+            tl.store(own, first_sum, mask=has_c)
+            tl.store(own + C, second_sum, mask=has_c)
 
 
 @triton.jit
 def second_moment(
-    x, weight, bias, g, d, second, mu, grad_x, y, sums, means, cells, target, loss, dtau, tau_factor, scale_factor,
+    x, residual, affine, channel_sums, weight, bias, g, d, second, mu, grad_x, y, sums, means, cells, target, loss, dtau, tau_factor, scale_factor,
     B, C, P, H, W, K, GH, GW, positions, xb, xc, xp, ob, oc, op, tau, margin, smoothing, scale, eps,
     FIRST: tl.constexpr, HEAD: tl.constexpr, LOSS: tl.constexpr, SECOND: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_PRECISION: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr,
+    HEAD_PRECISION: tl.constexpr, ACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Program (b, j): sample b, positions j * positions and on. second [parts, B, C, C] = S, mu [parts, B, C]; the rest as in `direct`.
 
@@ -261,10 +338,14 @@ def second_moment(
     start = part * positions
     end = tl.minimum(start + positions, P)
     kind = x.dtype.element_ty
-    base = x + b * xb
+    x += b * xb
+    if residual is not None:
+        residual += b * xb
     square_at = c[:, None] * C + c[None, :]
     square_mask = has_c[:, None] & has_c[None, :]
-    shift = tl.load(base).to(tl.float32)
+    shift = tl.zeros([], tl.float32)  # a number near the sample's values, which the sums for layer norm are relative to
+    if ACT is None:
+        shift = tl.load(x).to(tl.float32)
     if FIRST:
         S = tl.zeros([BC, BC], tl.float32)
         m = tl.zeros([BC], tl.float32)
@@ -276,7 +357,8 @@ def second_moment(
         for p0 in range(start, end, BP):
             p = p0 + tl.arange(0, BP)
             mask = has_c[:, None] & (p < end)[None, :]
-            X = tl.load(base + (c[:, None] * xc + p[None, :] * xp), mask=mask, other=0.0)
+            from_x = c[:, None] * xc + p[None, :] * xp
+            X = tile(x, residual, affine, from_x, c, C, mask, ACT)
             S += _dot(X, tl.trans(X), PRECISION)
             wide = X.to(tl.float32)
             off = tl.where(mask, wide - shift, 0.0)
@@ -345,10 +427,13 @@ def second_moment(
                 largest = tl.where(largest == 0, 1.0, largest)
                 M /= largest
             narrow = M.to(kind)
+        first_sum = tl.zeros([BC], tl.float32)
+        second_sum = tl.zeros([BC], tl.float32)
         for p0 in range(start, end, BP):
             p = p0 + tl.arange(0, BP)
             mask = has_c[:, None] & (p < end)[None, :]
-            X = tl.load(base + (c[:, None] * xc + p[None, :] * xp), mask=mask, other=0.0)
+            from_x = c[:, None] * xc + p[None, :] * xp
+            X = tile(x, residual, affine, from_x, c, C, mask, ACT)
             at = b * ob + (c[:, None] * oc + p[None, :] * op)
             if grad_x is not None:
                 grad = (_dot(narrow, X, PRECISION) * largest + constant[:, None]) * (2 / P)
@@ -362,10 +447,19 @@ def second_moment(
                         tl.trans(inside.to(tl.float32)),
                         "tf32" if kind != tl.float32 else "tf32x3",
                     )
+                if ACT is not None:
+                    h, off = before_activation(x, residual, affine, from_x, c, C, mask)
+                    grad = tl.where(mask, grad * slope(h, ACT), 0.0)
+                    first_sum += tl.sum(grad, 1)
+                    second_sum += tl.sum(grad * off, 1)
                 tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
             if NORM > 0:
                 row = tl.zeros([BP], tl.float32)
                 _next_input(X, y, at, mask, row + mean, row + rstd, C, eps, NORM)
+        if ACT is not None:
+            own = channel_sums + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + part) * 2 * C + c
+            tl.store(own, first_sum, mask=has_c)
+            tl.store(own + C, second_sum, mask=has_c)
 
 
 @triton.jit
@@ -379,8 +473,8 @@ def loss_kernel(
 
 @triton.jit
 def head_direct(
-    x, weight, bias, d, largest, grad_weight, grad_bias, B, C, P, K, groups, share, xb, xc, xp,
-    PRECISION: tl.constexpr, NS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    x, residual, affine, weight, bias, d, largest, grad_weight, grad_bias, B, C, P, K, groups, share, xb, xc, xp,
+    PRECISION: tl.constexpr, ACT: tl.constexpr, NS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): dL/dW of BK classes, summed over groups j share .. (j + 1) share - 1 of NS samples; grad_weight [parts, K, C],
     grad_bias [parts, K]. largest: max |d|, for float16 only."""
@@ -402,11 +496,8 @@ def head_direct(
         for p0 in range(0, P, BP):
             p = p0 + tl.arange(0, R) % BP
             row = (sample < B) & (p < P)
-            X = tl.load(
-                x + (sample * xb)[None, :] + (c[:, None] * xc + p[None, :] * xp),
-                mask=has_c[:, None] & row[None, :],
-                other=0.0,
-            )
+            from_x = (sample * xb)[None, :] + (c[:, None] * xc + p[None, :] * xp)
+            X = tile(x, residual, affine, from_x, c, C, has_c[:, None] & row[None, :], ACT)
             a = _dot(w, X, PRECISION)
             if bias is not None:
                 a += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[:, None]
