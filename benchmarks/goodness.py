@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import fastff.functional as ff
-from benchmarks.timing import interleave, print_environment, quantile, ratios, write_csv
+from benchmarks.timing import print_environment, write_csv
+from fastff.bench import interleave, quantile, ratios
 from fastff.ops.goodness import plan_for
 
 SHAPES = [  # (B, C, H, K)

@@ -1,11 +1,11 @@
 """Everything that needs a GPU in one run of a few minutes: are the Triton kernels right there, how fast are they, how fast is a step.
 
-    python -m benchmarks.gpu [--out FOLDER] [--only check kernels step]      (make gpu)
+    python -m benchmarks.gpu [--out FOLDER] [--only check kernels tails step]      (make gpu)
 
-Checks come first: a kernel with a wrong result prints no time. Kernels: goodness_step with layer normalisation, bfloat16, channels_last,
-against PyTorch eager and compiled, against the composed row, and against the floor: bytes of x three times at the measured copy
-bandwidth. Steps: ResNet18 and MobileNetV3-large under bfloat16 autocast, against backpropagation eager and compiled. CSV files carry
-the device's name.
+Checks come first: a kernel with a wrong result prints no time. Kernels: goodness_step and tail_step with layer normalisation, bfloat16,
+channels_last, against PyTorch eager and compiled, against the composed row, and against the floor: the bytes that must move (x three times; y
+three times, the residual, dL/dy and the next input) at the measured copy bandwidth. Steps: ResNet18 and MobileNetV3-large under bfloat16
+autocast, against backpropagation eager, compiled and as a CUDA graph. CSV files carry the device's name.
 """
 
 import argparse
@@ -19,10 +19,12 @@ import torch.nn.functional as F
 import fastff
 import fastff.functional as ff
 from benchmarks.roofline import SHAPES
-from benchmarks.timing import interleave, print_environment, quantile, ratios, write_csv
+from benchmarks.timing import print_environment, write_csv
+from fastff.bench import interleave, quantile, ratios
 from fastff.training import Backprop, Trainer
 from fastff.training.memory import peak_memory
 
+PARTS = ["check", "kernels", "tails", "step"]
 CHECKED = [(5, 24, 9, 7), (3, 64, 32, 100), (40, 128, 4, 11), (6, 256, 7, 33), (70, 96, 1, 10), (2, 64, 56, 1000)]
 
 
@@ -62,6 +64,66 @@ def check(device):
                             )
                             sys.exit(f"wrong result: {name} of {shape}, {dtype}, grid {grid}, {algorithm}: {reason}")
         print(f"checked: goodness_step in {dtype} on {len(CHECKED)} shapes, within {most:.0e}", flush=True)
+
+
+def check_tail(device):
+    """The same of tail_step: fused and, for many channels, in parts."""
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)):
+        for shape in CHECKED:
+            for activation, with_residual in (("relu", True), ("hardswish", False), ("silu", True)):
+                y, weight, target = problem(*shape, dtype, device)
+                residual = torch.roll(y, 1, 0) if with_residual else None
+                bn = torch.linspace(0.5, 1.5, shape[1], device=device)
+                given = {"activation": activation, "tau": 0.7}
+                pair = [
+                    ff.tail_step(
+                        y, weight, None, target, bn_weight=bn, bn_bias=bn, residual=residual, impl="triton", **given
+                    )
+                    for _ in range(2)
+                ]
+                wide = [None if t is None else t.double().cpu() for t in (y, weight, bn, residual)]
+                want = ff.tail_step(
+                    *wide[:2],
+                    None,
+                    target.cpu(),
+                    bn_weight=wide[2],
+                    bn_bias=wide[2],
+                    residual=wide[3],
+                    impl="reference",
+                    **given,
+                )
+                for name, a, b, twice in zip(want._fields, pair[0], want, pair[1], strict=True):
+                    if a is None:
+                        continue
+                    # the norm, not the greatest: rounding moves single elements across an activation's kink
+                    error = float((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-6))
+                    if not error < most or not torch.equal(a, twice):
+                        what = (
+                            f"error {error:.1e}, allowed {most:.0e}"
+                            if not error < most
+                            else "other bits the second time"
+                        )
+                        sys.exit(f"wrong result: {name} of the tail, {shape}, {dtype}, {activation}: {what}")
+        print(f"checked: tail_step in {dtype} on {len(CHECKED)} shapes, within {most:.0e}", flush=True)
+
+
+def check_graph(device):
+    """Steps replayed from a CUDA graph leave the weights that ordinary steps leave."""
+    batches = [(torch.randn(16, 3, 32, 32, device=device), torch.randint(10, (16,), device=device)) for _ in range(6)]
+    weights = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        net = fastff.models.resnet18(10, stem="cifar", width=16).to(device, memory_format=torch.channels_last)
+        sff = fastff.SFF(net, 10, grid=0, window=1).to(device)
+        make = lambda groups: torch.optim.AdamW(groups, lr=1e-3, capturable=True)  # noqa: E731
+        trainer = Trainer(sff, make, amp="bf16", cuda_graph=recorded)
+        for batch in batches:
+            trainer.step(*batch)
+        weights.append(torch.cat([p.detach().flatten() for p in sff.parameters()]))
+    off = float((weights[0] - weights[1]).norm() / weights[0].norm())
+    if not off < 1e-3:
+        sys.exit(f"wrong result: weights after replayed steps are off by {off:.1e}")
+    print(f"checked: replayed steps give the weights of ordinary ones to {off:.1e}", flush=True)
 
 
 def check_step(device):
@@ -119,6 +181,39 @@ def kernels(device, rounds):
     return rows
 
 
+def tails(device, rounds):
+    rate = bandwidth(device)
+    rows = []
+    for B, C, H, K in SHAPES:
+        y, weight, target = problem(B, C, H, K, torch.bfloat16, device)
+        residual, bn = torch.roll(y, 1, 0), torch.ones(C, device=device)
+        leaf, head = y.clone().requires_grad_(), weight.bfloat16()[:, :, None, None].requires_grad_()
+        scale, shift = bn.clone().requires_grad_(), bn.clone().requires_grad_()
+
+        def eager(leaf=leaf, head=head, target=target, residual=residual, scale=scale, shift=shift):
+            leaf.grad = head.grad = scale.grad = shift.grad = None
+            x = F.relu(F.batch_norm(leaf, None, None, scale, shift, training=True) + residual)
+            F.cross_entropy(F.conv2d(x, head).square().mean((2, 3)).float(), target).backward()
+            return F.layer_norm(x.detach(), x.shape[1:])
+
+        functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
+        for impl in ("triton", "composed"):
+            functions[impl] = lambda impl=impl, given=(y, weight, None, target), r=residual, bn=bn: ff.tail_step(
+                *given, bn_weight=bn, bn_bias=bn, residual=r, need_grad_residual=False, impl=impl
+            )
+        times = interleave(functions, rounds)
+        row = {"B": B, "C": C, "H": H, "K": K, "floor_us": 7 * y.numel() * 2 / rate * 1e6}
+        for name in functions:
+            row |= {f"{name}_us": quantile(times[name], 0.5) * 1e6}
+        row["speedup"], row["speedup_20"], row["speedup_80"] = ratios(times, "compiled", "triton")
+        rows.append(row)
+        print(
+            "tail  " + "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+            flush=True,
+        )
+    return rows
+
+
 def steps(device, rounds):
     adam = lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True)  # noqa: E731
     rows = []
@@ -131,9 +226,12 @@ def steps(device, rounds):
         for name, kind, granularity, options in (
             ("backprop", Backprop, "block", {}),
             ("backprop, compiled", Backprop, "block", {"compile": True}),
+            ("backprop, CUDA graph", Backprop, "block", {"cuda_graph": True}),
             ("block", Trainer, "block", {}),
             ("layer", Trainer, "layer", {}),
             ("block, compiled", Trainer, "block", {"compile": True}),
+            ("block, CUDA graph", Trainer, "block", {"cuda_graph": True}),
+            ("layer, CUDA graph", Trainer, "layer", {"cuda_graph": True}),
         ):
             torch.manual_seed(0)
             net = getattr(fastff.models, model)(classes, stem=stem).to(device, memory_format=torch.channels_last)
@@ -142,11 +240,13 @@ def steps(device, rounds):
             )
             trainer = kind(sff, adam, amp="bf16", **options)
             functions[name] = functools.partial(trainer.step, images, target)
-            functions[name]()
-            functions[name]()
+            for _ in range(5):  # a CUDA graph is recorded in the fourth
+                functions[name]()
             memory[name] = peak_memory(functions[name], device)
         times = interleave(functions, rounds)
-        base = min(("backprop", "backprop, compiled"), key=lambda name: quantile(times[name], 0.5))
+        base = min(
+            (name for name in functions if name.startswith("backprop")), key=lambda name: quantile(times[name], 0.5)
+        )
         for name in functions:
             ratio, low, high = ratios(times, name, base)
             milliseconds = quantile(times[name], 0.5) * 1e3
@@ -164,7 +264,7 @@ def steps(device, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--only", nargs="+", choices=["check", "kernels", "step"], default=["check", "kernels", "step"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=20)
     a = parser.parse_args()
     if not torch.cuda.is_available():
@@ -176,8 +276,10 @@ def main():
     name = torch.cuda.get_device_name(device).replace(" ", "-").lower()
     if "check" in a.only:
         check(device)
+        check_tail(device)
         check_step(device)
-    for part, measure in (("kernels", kernels), ("step", steps)):
+        check_graph(device)
+    for part, measure in (("kernels", kernels), ("tails", tails), ("step", steps)):
         if part in a.only:
             write_csv(a.out / f"gpu-{part}-{name}.csv", measure(device, a.rounds))
 

@@ -13,7 +13,8 @@ import argparse
 import torch
 
 import fastff
-from benchmarks.timing import interleave, print_environment, quantile, ratios, write_csv
+from benchmarks.timing import print_environment, write_csv
+from fastff.bench import interleave, quantile, ratios
 from fastff.training import Backprop, Trainer
 from fastff.training.memory import peak_memory
 

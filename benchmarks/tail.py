@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import fastff.functional as ff
-from benchmarks.timing import interleave, print_environment, quantile, ratios, write_csv
+from benchmarks.timing import print_environment, write_csv
+from fastff.bench import interleave, quantile, ratios
 
 SHAPES = [  # (B, C, H, K)
     (32, 64, 32, 100), (32, 64, 32, 10), (32, 128, 16, 100), (32, 256, 8, 100), (32, 512, 4, 100), (32, 16, 32, 10), (64, 32, 16, 10),

@@ -1,4 +1,4 @@
-"""The command line: compare, train, predict, info. Arguments, tables, exit codes; fastff/training does the work."""
+"""The command line: compare, train, predict, bench, info. Arguments, tables, exit codes; fastff/training does the work."""
 
 import functools
 import json
@@ -274,20 +274,52 @@ def make_app():
 
     @app.command()
     @_guarded
-    def info(
-        calibrate: Annotated[
-            bool, option("Time both algorithms of goodness here, keep the result.", "--calibrate")
-        ] = False,
+    def bench(
+        tune: Annotated[bool, option("Measure what is chosen by measurement first, and keep it.", "--tune")] = False,
+        rounds: Annotated[int, option("Timings of each.")] = 9,
+        device: Device = None,
     ):
+        """Time the kernels here against eager PyTorch."""
+        from fastff import bench as benchmark
+
+        if rounds < 1:
+            raise ValueError(f"rounds: expected at least 1, got {rounds}")
+        where = experiment.device_named(device)
+        if tune:
+            benchmark.tune(where, say)
+        on_gpu = torch.device(where).type == "cuda"
+        shown = table(
+            "op",
+            "B, C, H = W, K",
+            "runs as",
+            ">faster than eager",
+            ">20 to 80 %",
+            *([">milliseconds"] if on_gpu else []),
+        )
+        shown.title = f"{here.environment(where)['device']}, torch {torch.__version__}"
+        for row in benchmark.run(where, rounds):
+            cells = [
+                row.op,
+                row.shape.strip("()"),
+                row.implementation,
+                f"{row.speedup:.2f} x",
+                f"{row.low:.2f} to {row.high:.2f}",
+            ]
+            shown.add_row(*cells, *([f"{row.milliseconds:.3f}"] if on_gpu else []))
+        console.print(shown)
+
+    @app.command()
+    @_guarded
+    def info():
         """Show versions, and what runs here and why."""
+        from fastff import cache
         from fastff.ops import plan
 
-        if calibrate:
-            plan.calibrate()
         factor, source = plan.second_moment_factor()
         if source == "default":
-            source = f"default; --calibrate measures it here and keeps it in {plan.cache_file()}"
+            source = f"default; bench --tune measures it here and keeps it in {cache.file(plan.FILE)}"
         lines = here.versions() | {"second moment": f"counted cost times {factor:.2f} ({source})"}
+        lines |= {"Triton sizes": here.tuned_sizes()}
         for name, value in lines.items():
             say(f"{name:17} {value}")
         shown = table("op", "implementation", "on", "here", title="Implementations, in the order they are tried")

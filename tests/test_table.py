@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastff.functional as ff
-from fastff import ops
+from fastff import cache, ops
 from fastff.kernels.composed.goodness import Plan
 from fastff.ops import TABLES, plan, table
 from fastff.ops.goodness import plan_for
@@ -170,9 +170,9 @@ def test_algorithm_can_be_asked_for():
 def test_calibration_file_is_read():
     shape = (8, 64, 3136, 1000)
     assert plan.plan(*shape).algorithm == "second_moment"
-    plan.cache_file().write_text(json.dumps({"second_moment_factor": 1e6}))
+    cache.file(plan.FILE).write_text(json.dumps({"second_moment_factor": 1e6}))
     forget()
-    assert plan.second_moment_factor() == (1e6, str(plan.cache_file()))
+    assert plan.second_moment_factor() == (1e6, str(cache.file(plan.FILE)))
     assert plan.plan(*shape).algorithm == "direct"
 
 
@@ -182,13 +182,13 @@ def test_calibration_file_is_read():
     + ['{"second_moment_factor": 0}', '{"second_moment_factor": -1}', '{"second_moment_factor": 1e999}', '{"second_moment_factor": [1]}', "\x00\xff"],
 )  # fmt: skip
 def test_damaged_calibration_file_is_ignored(text):
-    plan.cache_file().write_bytes(text.encode("latin-1"))
+    cache.file(plan.FILE).write_bytes(text.encode("latin-1"))
     forget()
     assert plan.second_moment_factor() == (plan.SECOND_MOMENT_FACTOR, "default")
 
 
 def test_calibration_file_that_cannot_be_opened_is_ignored():
-    plan.cache_file().mkdir()
+    cache.file(plan.FILE).mkdir()
     forget()
     assert plan.second_moment_factor() == (plan.SECOND_MOMENT_FACTOR, "default")
 
@@ -197,13 +197,15 @@ def test_calibrate_measures_and_keeps(monkeypatch):
     monkeypatch.setattr(plan, "CALIBRATION_SHAPES", [(2, 8, 16, 10), (1, 4, 64, 30), (2, 16, 4, 5)])
     factor = plan.calibrate(repeats=3)
     assert 0 < factor < float("inf")
-    assert json.loads(plan.cache_file().read_text())["second_moment_factor"] == factor
-    assert plan.second_moment_factor() == (factor, str(plan.cache_file()))
-    assert [p.name for p in plan.cache_file().parent.iterdir()] == [plan.cache_file().name], "nothing temporary is left"
+    assert json.loads(cache.file(plan.FILE).read_text())["second_moment_factor"] == factor
+    assert plan.second_moment_factor() == (factor, str(cache.file(plan.FILE)))
+    assert [p.name for p in cache.file(plan.FILE).parent.iterdir()] == [cache.file(plan.FILE).name], (
+        "nothing temporary is left"
+    )
 
 
 def test_the_choice_stays_for_the_same_shape():
     """Resumed runs repeat their bits: a factor measured meanwhile by another process changes nothing before the next start."""
     before = plan.plan(8, 64, 3136, 1000)
-    plan.cache_file().write_text(json.dumps({"second_moment_factor": 1e6}))
+    cache.file(plan.FILE).write_text(json.dumps({"second_moment_factor": 1e6}))
     assert plan.plan(8, 64, 3136, 1000) == before

@@ -29,6 +29,7 @@ INTERPRETED = {
     "tail": ("test_tail.py", "test_tail_step"),
     "depthwise": ("test_depthwise.py", "values or empty"),
     "trainer": ("triton_trainer.py", "test"),
+    "tuning": ("triton_tuning.py", "test"),
 }
 
 
@@ -118,10 +119,10 @@ NO_TAIL = {"ACT": None, "residual": None, "affine": None, "channel_sums": None}
 def sweeps(dtype, algorithm, C, P, K, cells, activation=None):
     """[(kernel, warps, fixed)]: every launch that goodness_step (tail_step, with an activation) makes for this shape, in the largest of its
     variants."""
-    from fastff.kernels.triton import goodness as module
+    from fastff.kernels.triton import blocks
     from fastff.kernels.triton import goodness_kernels as kernels
 
-    b = module.blocks(algorithm, 512, C, P, K, cells, 4 if dtype == "fp32" else 2, activation is not None)
+    b = blocks.table(algorithm, 512, C, P, K, cells, 4 if dtype == "fp32" else 2, activation is not None)
     precision = "ieee" if dtype == "fp32" else "tf32"
     sizes = {"PRECISION": precision, "BP": b.BP, "BC": b.BC, "BK": b.BK, "BG": b.BG, "NORM": 1, "xc": 1, "oc": 1}
     tail = NO_TAIL if activation is None else {"ACT": activation}

@@ -10,15 +10,14 @@ counted but measured: `calibrate` times both and keeps the median ratio of measu
 choice is the same for the same shape until calibrated again, so that resumed runs repeat their bits.
 """
 
-import json
 import math
-import os
 import time
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from fastff import cache
 from fastff.kernels.composed.goodness import Plan
 
 BYTE = 3.0
@@ -36,21 +35,17 @@ def second_moment_cost(C, P, K):
     return 2 * P * C * C + 2 * K * C * C + BYTE * 7 * 4 * K * C
 
 
-def cache_file():
-    """Where the measured factor of this machine is kept."""
-    folder = os.environ.get("FASTFF_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastff")
-    return Path(folder).expanduser() / "plan.json"
+FILE = "plan.json"
 
 
 @lru_cache
 def second_moment_factor():
     """(factor, where it comes from)."""
-    path = cache_file()
     try:
-        factor = float(json.loads(path.read_text())["second_moment_factor"])
+        factor = float(cache.read(FILE)["second_moment_factor"])
         if math.isfinite(factor) and factor > 0:
-            return factor, str(path)
-    except (OSError, ValueError, KeyError, TypeError):
+            return factor, str(cache.file(FILE))
+    except (ValueError, KeyError, TypeError):
         pass
     return SECOND_MOMENT_FACTOR, "default"
 
@@ -90,7 +85,7 @@ def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=ma
 
 
 def calibrate(repeats=5):
-    """Measure the factor on this machine (a few seconds), store it in `cache_file()` and return it."""
+    """Measure the factor on this machine (a few seconds), store it and return it."""
     from fastff.kernels.composed.goodness import goodness_backward
 
     ratios = []
@@ -107,13 +102,7 @@ def calibrate(repeats=5):
         counted = second_moment_cost(C, P, K) / direct_cost(C, P, K)
         ratios.append(measured["second_moment"] / measured["direct"] / counted)
     factor = sorted(ratios)[len(ratios) // 2]
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(
-        json.dumps({"second_moment_factor": factor, "torch": torch.__version__, "threads": torch.get_num_threads()})
-    )
-    temporary.replace(path)
+    cache.write(FILE, {"second_moment_factor": factor, "torch": torch.__version__, "threads": torch.get_num_threads()})
     second_moment_factor.cache_clear()
     plan.cache_clear()
     return factor

@@ -49,13 +49,10 @@ class Backprop(Loop):
                 local = local + head.loss(head(alive[0]), supervised)
         return self.sff.readout[0](*alive)[0], local
 
-    def step(self, images, target):
-        """One minibatch. Returns the loss [1]; `self.correct` [1] counts the samples it had right."""
-        self.check_batch(images, target)
+    def run_step(self, images, target):
         size = -(-len(images) // self.micro_batches)
-        images, target = self.to_device(images), self.to_device(target)
         check_labels(target, self.sff.num_classes)
-        losses, self.correct = torch.zeros(2, 1, device=self.device, dtype=loss_dtype(images))
+        losses, correct = torch.zeros(2, 1, device=self.device, dtype=loss_dtype(images))
         scaler = self.scalers[0]
         for x, y in zip(images.split(size), target.split(size), strict=True):
             weight = len(y) / len(target)
@@ -65,10 +62,10 @@ class Backprop(Loop):
             total = (loss + local) * weight
             (total if scaler is None else scaler.scale(total)).backward()
             losses += loss.detach() * weight
-            self.correct += (logits.detach().argmax(1) == y).sum()
+            correct += (logits.detach().argmax(1) == y).sum()
             del logits, local, loss, total  # the graph, before the next micro-batch starts
         self.optimizer_step(self.optimizer, scaler, self.parameters)
-        return losses
+        return losses, correct
 
     @torch.no_grad()
     def scores(self, images):

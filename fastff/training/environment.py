@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import fastff
+from fastff import cache
 from fastff.ops import TABLES
 from fastff.ops.table import choose
 
@@ -91,7 +92,7 @@ def versions():
 
         triton_version = triton.__version__
     except ImportError:
-        triton_version = "not installed (nothing here needs it yet)"
+        triton_version = "not installed: the GPU kernels do not run"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "fastff": fastff.__version__ + (f" (commit {commit()})" if commit() else ""),
@@ -103,3 +104,13 @@ def versions():
         "GPU": ", ".join(gpus) or "none that this torch can use",
         "FASTFF_IMPL": os.environ.get("FASTFF_IMPL") or "not set",
     }
+
+
+def tuned_sizes():
+    """What `fastff bench --tune` found for the GPUs of this machine, in words."""
+    found = cache.read("blocks.json")
+    names = ", ".join(f"{len(sizes)} launches measured on {name}" for name, sizes in found.items())
+    path = cache.file("blocks.json")
+    return (
+        f"{names} ({path})" if names else f"by the table; bench --tune measures them on a GPU and keeps them in {path}"
+    )

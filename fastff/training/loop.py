@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastff.training import checkpoint, optim
+from fastff.training import checkpoint, graph, optim
 from fastff.training.report import Metrics, Progress
 
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,7 +42,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Loop:
-    """Subclasses have sff, step(images, target) -> losses [L], scores(images) -> {name: [B, K]}, train_mode(), and `names` of the losses.
+    """Subclasses have sff, run_step(images, target) -> losses [L] and right answers [L], scores(images) -> {name: [B, K]}, train_mode(), and
+    `names` of the losses.
 
     Args:
         module: whose state_dict a checkpoint holds.
@@ -53,6 +54,7 @@ class Loop:
         amp: None, "bf16" or "fp16" (with loss scaling): autocast of the forward passes.
         clip_grad_norm: greatest norm of the gradients of an optimiser, or None.
         compile: whether to run forwards through torch.compile.
+        cuda_graph: record the whole step as a CUDA graph (graph.py) and replay it; CUDA only, with an optimiser that can be captured.
     """
 
     phases = 1
@@ -68,6 +70,7 @@ class Loop:
         amp=None,
         clip_grad_norm=None,
         compile=False,
+        cuda_graph=False,
     ):
         if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:
             raise ValueError(
@@ -92,8 +95,31 @@ class Loop:
         self.position = {"epoch": 0, "batch": 0}
         self.history, self.totals = [], None
         self.scalers = []
+        self.step_graph = None
+        if cuda_graph:
+            self._make_step_graph()
 
-    # --- parts of a step
+    # --- a step
+
+    def step(self, images, target):
+        """One minibatch: images [B, *input_shape], target [B] int64. Returns the losses [L] (a block's is 0 where it was not trained).
+
+        Nothing in it waits for the device. `self.correct` [L] holds how many samples each block, or the network, had right.
+        """
+        self.check_batch(images, target)
+        images, target = self.to_device(images), self.to_device(target)
+        if self.step_graph is None:
+            losses, self.correct = self.run_step(images, target)
+        else:
+            losses, self.correct = self.step_graph(images, target, self.recorded_state())
+        return losses
+
+    def _make_step_graph(self):
+        graph.prepare(self.optimizers, self.device, self.amp)
+        self.step_graph = graph.StepGraph(self.run_step, graph.Cuda(self.device))
+
+    def recorded_state(self):
+        """What the recording of a step depends on beside its minibatch."""
 
     def check_batch(self, images, target):
         if not isinstance(images, torch.Tensor) or not images.is_floating_point():
@@ -324,6 +350,8 @@ class Loop:
         for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
             if scaler is not None and saved is not None:
                 scaler.load_state_dict(saved)
+        if self.step_graph is not None:  # the optimisers' tensors are others now
+            self._make_step_graph()
         checkpoint.set_random_state(state["random"])
         self.epoch_random_state, self.meta = state["epoch_random"], state["meta"]
         self.steps, self.position, self.history, self.totals = (

@@ -60,4 +60,8 @@ def set_progress(optimizers, schedule, t):
     factor = schedule(t)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            lr = group["base_lr"] * factor
+            if isinstance(group["lr"], torch.Tensor):  # read by a recorded step (graph.py)
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr

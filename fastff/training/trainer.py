@@ -49,7 +49,7 @@ class _Visit:
 class Trainer(Loop):
     """Trains an SFF block by block.
 
-    Args beyond those of Loop (optimizer, lr_schedule, micro_batches, amp, clip_grad_norm, compile, seed):
+    Args beyond those of Loop (lr_schedule, micro_batches, amp, clip_grad_norm, compile, cuda_graph):
         sff: fastff.SFF.
         optimizer: makes one optimiser for each block from its parameter groups; default AdamW, fused, 4e-3.
         schedule: "all" trains every block in every minibatch (the paper's); "greedy" one block after the other, `epochs` of fit each.
@@ -109,16 +109,11 @@ class Trainer(Loop):
         for block in self.sff.blocks[:still]:
             block.eval()
 
-    def step(self, images, target):
-        """One minibatch: images [B, *input_shape], target [B] int64. Returns the loss of each block [L] (0 where it was not trained).
-
-        Nothing in it waits for the device. `self.correct` [L] holds how many samples each block had right.
-        """
-        self.check_batch(images, target)
+    def run_step(self, images, target):
         size = -(-len(images) // self.micro_batches)
-        images, target = self.to_device(images).split(size), self.to_device(target).split(size)
+        images, target = images.split(size), target.split(size)
         weights = [len(t) / sum(map(len, target)) for t in target]
-        self._losses, self.correct = torch.zeros(
+        self._losses, self._correct = torch.zeros(
             2, len(self.sff.blocks), device=target[0].device, dtype=loss_dtype(images[0])
         )
         if self.window == 1:
@@ -126,7 +121,10 @@ class Trainer(Loop):
         else:
             for i, (x, y, weight) in enumerate(zip(images, target, weights, strict=True)):
                 self._sliding_window(x, y, weight, update=i + 1 == len(target))
-        return self._losses
+        return self._losses, self._correct
+
+    def recorded_state(self):
+        return self.active
 
     def _trained(self, index):
         return self.block_optimizers[index] is not None and (self.schedule == "all" or index == self.active)
@@ -196,7 +194,7 @@ class Trainer(Loop):
                 (main,) = self.sff.next_input(outputs[:1], head)
         if trained:
             self._losses[index] += step.loss * weight
-            self.correct[index] += (step.goodness.argmax(1) == target).sum()
+            self._correct[index] += (step.goodness.argmax(1) == target).sum()
         others = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in others)
         visit = _Visit(index, alive, outputs, *grads) if trained else None
         return visit, (main, *others)

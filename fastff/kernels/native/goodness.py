@@ -39,7 +39,9 @@ class Call:
         self.cut = None
         if grid_weight is not None:  # at most one cell a position
             self.cut = grid_weight[..., : min(H, grid_weight.shape[2]), : min(W, grid_weight.shape[3])]
-        none, factors, self.numbers, target = self.none, (None, None), (1.0, 0.0, 0.0, 1.0), None
+        none, target = self.none, None
+        factors: tuple = (None, None)
+        self.numbers = (1.0, 0.0, 0.0, 1.0)
         if loss is not None:
             factors, target = (loss.learned_tau, loss.grad_scale), loss.target
             self.numbers = (loss.tau, loss.margin, loss.label_smoothing, loss.scale)
@@ -49,12 +51,12 @@ class Call:
         )  # fmt: skip
 
     def sizes(self, plan, eps):
-        cells = (0, 0) if self.cut is None else self.cut.shape[2:]
+        cells = (0, 0) if self.cut is None else tuple(self.cut.shape[2:])
         return is_rows(self.x), plan.algorithm == "second_moment", self.K, *cells, *self.numbers, eps
 
     def outputs(self, losses, grad_x, gradients, normalized):
         """g, losses, dtau, grad_x, the head's three gradients, the normalised x."""
-        B, C, new, none = *self.x.shape[:2], self.x.new_empty, self.none
+        (B, C), new, none = self.x.shape[:2], self.x.new_empty, self.none
         weight, bias, _ = self.head
         self.out = [
             new((B, self.K)),

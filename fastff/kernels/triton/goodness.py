@@ -20,62 +20,21 @@ are not fused: they run on composed/goodness.py, whose convolutions are cuDNN's.
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 
 from fastff.kernels.composed import goodness as composed
 from fastff.kernels.composed.goodness import dense, empty_like, is_rows
+from fastff.kernels.triton import blocks
 from fastff.kernels.triton.goodness_kernels import direct, head_direct, head_second_moment, loss_kernel, second_moment
 
 SECOND_MOMENT_CHANNELS = 128  # S [C, C] lives in registers
 
 
-class Blocks(NamedTuple):
-    """Sizes of a launch: samples, positions, channels and classes of a tile, cells of the grid, warps of the sweeps and of the head."""
-
-    NS: int
-    BP: int
-    BC: int
-    BK: int
-    BG: int
-    warps: int
-    head_warps: int
-
-
-def blocks(algorithm, B, C, P, K, cells, itemsize, tail=False):
-    """The heuristic table, for 64 K registers and 160 KiB of shared memory (sm_80, 90, 100); tests/test_triton.py compiles all of it.
-
-    Direct holds a tile X [BC, R] in shared memory and its gradient [BC, R] in registers, with one [BK, BC] of W at a time; R is what leaves no
-    spill. 16 bits: 16 K elements, on tensor cores; 16 positions and twice the warps from BC = 512 on. float32: products are FMA, whose
-    operands take registers too: 4 K elements, BC <= 256.
-    Second moment holds S or M [BC, BC] in registers: at BC = 128 that is 128 a thread with 4 warps, so it has 8 (16 in float32).
-    With a tail, y and the residual of a tile are in registers beside it: half as many positions, 8 warps in the head from float16 on."""
-    narrow = itemsize == 2
-    BC = max(16, triton.next_power_of_2(C))
-    most = triton.next_power_of_2(P)
-    BG = max(16, triton.next_power_of_2(cells)) if cells else 16
-    if algorithm == "second_moment":
-        warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
-        positions = (64 if narrow and not cells else 32) // (2 if tail else 1)
-        return Blocks(1, min(max(16, most), positions), BC, 16 if BC > 64 else 32, BG, warps, warps)
-    R = max(16, min(64, (16384 if narrow and BC < 512 else 4096) // BC) // (2 if tail else 1))
-    BP = min(R, most)
-    NS = max(R // BP, 1)
-    while NS > 1 and NS * BP > 16 and NS // 2 >= B:
-        NS //= 2
-    if cells:  # the grid's products have NS BG columns
-        NS = min(NS, max(1, 16 // BP, 64 // BG))
-    BK = min(max(16, triton.next_power_of_2(K)), 32 if BC <= 128 and narrow else 16)
-    warps = 16 if BC > 256 else 8 if BC > 128 or not narrow or (tail and BC > 64) else 4
-    return Blocks(NS, BP, BC, BK, BG, warps, warps if narrow or tail else 4)
-
-
 class Launch:
     """One batch through the kernels above: buffers, block sizes, and the launches in order."""
 
-    def __init__(self, x, weight, bias, grid_weight, how, residual=None, affine=None, activation=None):
+    def __init__(self, x, weight, bias, grid_weight, how, residual=None, affine=None, activation=None, sizes=None):
         self.x = dense(x)
         self.tail = {"residual": residual, "affine": affine, "ACT": activation}
         B, C, H, W = x.shape
@@ -87,8 +46,16 @@ class Launch:
             if grid_weight is None
             else tuple(min(n, g) for n, g in zip((H, W), grid_weight.shape[2:], strict=True))
         )
-        self.blocks = blocks(
-            how.algorithm, B, C, self.P, self.K, self.G[0] * self.G[1], x.element_size(), activation is not None
+        self.blocks = sizes or blocks.sizes(
+            x.device,
+            how.algorithm,
+            B,
+            C,
+            self.P,
+            self.K,
+            self.G[0] * self.G[1],
+            x.element_size(),
+            activation is not None,
         )
         self.groups = -(-B // self.blocks.NS)
         self.positions, self.parts = self._parts()
@@ -224,14 +191,13 @@ def strides(x):
 
 
 def _areas(x, grid):
-    """Positions in each cell, [GH GW]."""
+    """Positions in each cell, [GH GW]; made on the device, since a step waits for nothing from the host."""
     heights, widths = (
-        torch.tensor(
-            [((i + 1) * size + cells - 1) // cells - i * size // cells for i in range(cells)], dtype=torch.float32
-        )
+        ((i + 1) * size + cells - 1) // cells - i * size // cells
         for size, cells in zip(x.shape[2:], grid, strict=True)
+        for i in (torch.arange(cells, device=x.device),)
     )
-    return (heights[:, None] * widths).flatten().to(x.device, non_blocking=True)
+    return (heights[:, None] * widths).flatten().float()
 
 
 def _loss_arguments(loss):

@@ -1,0 +1,65 @@
+"""Measuring block sizes, with a clock that prefers one candidate: test_triton.py runs this interpreted, with TRITON_INTERPRET=1."""
+
+import json
+
+import pytest
+import torch
+
+import fastff.functional as ff
+from fastff import cache
+from fastff.kernels.triton import blocks, tuning
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTFF_CACHE", str(tmp_path))
+    blocks.measured.cache_clear()
+    yield
+    blocks.measured.cache_clear()
+
+
+def test_tune_keeps_the_fastest_and_launches_use_it():
+    device, said, count = torch.device("cpu"), [], iter(range(100, 0, -1))
+
+    def clock(step):
+        losses, g, *_ = step()
+        assert torch.isfinite(losses).all()
+        assert g.shape == (4, 5)
+        return float(next(count))  # every one faster than those before it
+
+    tuning.tune(device, clock, shapes=[(16, 4, 5)], dtype=torch.float32, B=4, report=said.append)
+    kept = json.loads(cache.file(blocks.FILE).read_text())["interpreter"]
+    assert {key.split()[0] for key in kept} == {"direct", "second_moment"}
+    assert len(said) == 2
+    for key, sizes in kept.items():
+        start = blocks.table(key.split()[0], 4, 16, 16, 5, 0, 4)
+        assert sizes == list(list(tuning.candidates(start))[-1])
+        assert blocks.sizes(device, key.split()[0], 4, 16, 16, 5, 0, 4) == blocks.Blocks(*sizes)
+    assert blocks.sizes(device, "direct", 4, 16, 25, 5, 0, 4) == blocks.table("direct", 4, 16, 25, 5, 0, 4)
+    x, weight, target = torch.randn(4, 16, 4, 4), torch.randn(5, 16), torch.arange(4)
+    tuned, plain = (ff.goodness_step(x, weight, None, target, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(tuned.grad_x, plain.grad_x, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"interpreter": {"direct 1 2 3 0 4 0": [1, 2]}}'])
+def test_a_damaged_file_means_the_table(text):
+    cache.write(blocks.FILE, {})
+    cache.file(blocks.FILE).write_text(text)
+    assert blocks.sizes(torch.device("cpu"), "direct", 4, 1, 2, 3, 0, 4) == blocks.table("direct", 4, 1, 2, 3, 0, 4)
+
+
+def test_a_failing_candidate_is_left_out_but_the_table_must_run():
+    said, calls = [], []
+
+    def clock(step, failing):
+        calls.append(step)
+        if len(calls) == failing:
+            raise RuntimeError("out of resource: shared memory")
+        return 1.0
+
+    shape = {"shapes": [(256, 4, 5)], "dtype": torch.float32, "B": 4, "report": said.append}
+    tuning.tune(torch.device("cpu"), lambda step: clock(step, 2), **shape)
+    assert sum("out of resource" in text for text in said) == 1
+    calls.clear()
+    with pytest.raises(RuntimeError, match="out of resource"):
+        tuning.tune(torch.device("cpu"), lambda step: clock(step, 1), **shape)
