@@ -135,6 +135,12 @@ def tail_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="r
     return grad_y if weight is None else grad_y * channels(weight), grad_h, grad_weight, grad_bias
 
 
+def convolution_weight_gradient(grad, x, kernel, stride=1, padding=0):
+    """dL/dweight[d,c,u,v] = sum_bij grad[b,d,i,j] x[b,c,i s + u - p, j s + v - p] of a convolution with k x k filters."""
+    unfolded = F.unfold(x, kernel, padding=padding, stride=stride)
+    return (grad.flatten(2) @ unfolded.mT).sum(0).view(grad.shape[1], x.shape[1], kernel, kernel)
+
+
 def depthwise(x, weight, stride=1, padding=0):
     """y[b,c,i,j] = sum_uv weight[c,0,u,v] x[b,c,i s + u - p, j s + v - p]: a convolution with one k x k filter a channel."""
     padded = F.pad(x, (padding,) * 4)

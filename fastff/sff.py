@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import fastff.functional as ff
+from fastff.body import find
 from fastff.cut import cut
 from fastff.nn.head import GoodnessHead
 from fastff.ops.goodness import plan_for
-from fastff.tail import find
 
 VOTES = ("softmax", "goodness", "last")
 NORMALIZATIONS = ("layer_norm", "layer_norm_channels", None)
@@ -39,17 +39,18 @@ class SFF(nn.Module):
         normalize: between blocks: "layer_norm" over a sample, "layer_norm_channels" at each position, or None.
         readout: keep the model's own classifier, trained on detached features beside the blocks; otherwise it is not used.
         channel_dim: of the blocks' outputs, 1 or -1; None finds out from their shapes.
-        fuse_tail: train blocks that end in BatchNorm2d [+ residual] [+ activation] with these and the goodness step as one op (window 1;
-            fastff/tail.py). The modules at a block's end are not called as such then; hooks on them turn it off for their block.
+        fuse: train opened blocks (fastff/body.py): their convolutions by the quickest way to their gradients, and with window=1 BatchNorm2d
+            [+ residual] [+ activation] at their end and the goodness step as one op. Modules inside a block are not all called as such then; a
+            hook on one of these turns it off for its block.
 
-    Attributes: model, blocks (tuple of fastff.cut.Block), heads (ModuleList of GoodnessHead), readout (Block or None), tails (for each block
-    fastff.nn.tail.Tail or None).
+    Attributes: model, blocks (tuple of fastff.cut.Block), heads (ModuleList of GoodnessHead), readout (Block or None), bodies (for each
+    block fastff.body.Body or None).
     """
 
     def __init__(
         self, model, num_classes, granularity="block", input_shape=(3, 32, 32), *, grid=4, kernel_size=1, squares=True, bias=False, scale=None,
         tau=1.0, learn_tau=False, margin=0.0, label_smoothing=0.0, window=2, vote="softmax", normalize="layer_norm", readout=False,
-        channel_dim=None, impl="auto", algorithm="auto", fuse_tail=True,
+        channel_dim=None, impl="auto", algorithm="auto", fuse=True,
     ):  # fmt: skip
         super().__init__()
         if vote not in VOTES:
@@ -81,19 +82,21 @@ class SFF(nn.Module):
                 )
             )  # fmt: skip
         self.heads = nn.ModuleList(heads)
-        fuse = fuse_tail and normalize is not None
-        self.tails = tuple(
-            find(b) if fuse and h.channel_dim == 1 and len(b.output_shape) == 3 else None
-            for b, h in zip(blocks, heads, strict=True)
-        )
+        self.bodies = tuple(find(block) if fuse else None for block in blocks)
+
+    def tail(self, index):
+        """The fastff.nn.tail.Tail that block `index` can be trained with, or None."""
+        body, head = self.bodies[index], self.heads[index]
+        images = head.channel_dim == 1 and len(self.blocks[index].output_shape) == 3
+        return body.tail if body is not None and images and self.normalize is not None else None
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         for block in (*self.blocks, *(self.readout or ())):
             block.rebind(block.graph_module, block.train_graph_module)
-        for block, tail in zip(self.blocks, self.tails, strict=True):
-            if tail is not None:
-                block.rebind(tail.body)
+        for block, body in zip(self.blocks, self.bodies, strict=True):
+            if body is not None:
+                block.rebind(*body.graph_modules())
         return self
 
     def block_parameters(self, index):
@@ -184,7 +187,7 @@ class SFF(nn.Module):
             count = sum(p.numel() for p in self.block_parameters(i))
             shape = " x ".join(map(str, block.output_shape))
             rows.append(
-                (str(i), modules, f"{count:,}", shape, self._algorithm(block, head), str(self.tails[i] or "none"))
+                (str(i), modules, f"{count:,}", shape, self._algorithm(block, head), str(self.tail(i) or "none"))
             )
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = [
@@ -197,7 +200,8 @@ class SFF(nn.Module):
         total = sum(p.numel() for i in range(len(self.blocks)) for p in self.block_parameters(i))
         head = f"SFF: {type(self.model).__name__} in {len(self.blocks)} blocks ({self.granularity}), {self.num_classes} classes, {total:,} parameters"
         kept = ", read-out kept" if self.readout else ""
-        fused = "" if self.window == 1 or not any(self.tails) else " (tails are fused with window=1)"
+        has_tails = any(self.tail(i) is not None for i in range(len(self.blocks)))
+        fused = "" if self.window == 1 or not has_tails else " (tails are fused with window=1)"
         tail = f"window={self.window}{fused}, vote={self.vote}, grid={self.heads[0].grid[0]}, normalize={self.normalize}{kept}"
         return "\n".join([head, *(line.rstrip() for line in lines), tail])
 

@@ -230,6 +230,10 @@ NETS = {
 }  # fmt: skip
 
 
+def tails_of(sff):
+    return [sff.tail(index) for index in range(len(sff.blocks))]
+
+
 def trained(sff, batches, **options):
     """State after training on the batches, running statistics included."""
     trainer = Trainer(sff, lambda groups: torch.optim.SGD(groups, lr=1e-3), **options)
@@ -247,19 +251,20 @@ def test_training_with_fused_tails_is_training_without(name, granularity):
     size, micro_batches = (64, 1) if "torchvision" in name else (32, 2)
     batches = [(torch.randn(6, 3, size, size, dtype=torch.float64), torch.randint(5, (6,))) for _ in range(3)]
     options = {"input_shape": (3, size, size), "window": 1, "granularity": granularity}
-    fused, plain = (SFF(copy.deepcopy(net), 5, **options, fuse_tail=fuse) for fuse in (True, False))
+    fused, plain = (SFF(copy.deepcopy(net), 5, **options, fuse=fuse) for fuse in (True, False))
     plain.load_state_dict(fused.state_dict())
-    assert kind in {str(tail) for tail in fused.tails}
-    assert all(tail is None for tail in plain.tails)
+    tails = tails_of(fused)
+    assert kind in {str(tail) for tail in tails}
+    assert all(tail is None for tail in tails_of(plain))
     calls = []
-    for tail in fused.tails:
+    for tail in tails:
         if tail is not None:
             tail.local_step = lambda *a, run=tail.local_step, **k: (calls.append(1), run(*a, **k))[1]
     start = {k: v.clone() for k, v in fused.state_dict().items()}
     (losses, state), (plain_losses, plain_state) = (
         trained(sff, batches, micro_batches=micro_batches) for sff in (fused, plain)
     )
-    assert len(calls) == sum(tail is not None for tail in fused.tails) * micro_batches * len(batches)
+    assert len(calls) == sum(tail is not None for tail in tails) * micro_batches * len(batches)
     torch.testing.assert_close(losses, plain_losses, rtol=1e-7, atol=1e-7)
     moved = max(float((plain_state[k].double() - v.double()).norm()) for k, v in start.items())
     off = {k: float((state[k].double() - v.double()).norm()) for k, v in plain_state.items()}
@@ -271,12 +276,12 @@ def test_what_is_no_tail_and_what_turns_one_off():
     for kind in ("twice", "doubled", "other"):
         net = with_classifier(nn.Conv2d(3, 3, 1), Shared(kind))
         net(torch.zeros(2, 3, 8, 8))
-        assert SFF(net, 5, input_shape=(3, 8, 8)).tails == (None, None), kind
+        assert tails_of(SFF(net, 5, input_shape=(3, 8, 8))) == [None, None], kind
     net = with_classifier(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
     net(torch.zeros(2, 3, 8, 8))
     sff = SFF(net, 5, input_shape=(3, 8, 8), window=1)
-    assert SFF(net, 5, input_shape=(3, 8, 8), normalize=None).tails == (None,)
-    (tail,) = sff.tails
+    assert tails_of(SFF(net, 5, input_shape=(3, 8, 8), normalize=None)) == [None]
+    (tail,) = tails_of(sff)
     assert str(tail) == "batch norm + relu"
     assert tail.ready()
     seen = []
@@ -307,11 +312,9 @@ def test_mixed_dtypes_and_broadcasting_go_through_the_modules(monkeypatch):
     torch.manual_seed(0)
     net = with_classifier(Block())
     net(torch.zeros(2, 3, 8, 8))
-    fused, plain = (
-        SFF(copy.deepcopy(net), 5, input_shape=(3, 8, 8), window=1, fuse_tail=fuse) for fuse in (True, False)
-    )
+    fused, plain = (SFF(copy.deepcopy(net), 5, input_shape=(3, 8, 8), window=1, fuse=fuse) for fuse in (True, False))
     plain.load_state_dict(fused.state_dict())
-    assert fused.tails[0] is not None
+    assert fused.tail(0) is not None
     batches = [(torch.randn(4, 3, 8, 8), torch.arange(4))] * 2
     (_, state), (_, plain_state) = (trained(sff, batches) for sff in (fused, plain))
     for name, value in plain_state.items():

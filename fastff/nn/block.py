@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import fastff.functional as ff
+from fastff.nn.convolution import quickened
 from fastff.nn.head import GoodnessHead
-from fastff.nn.tail import Tail, activation_name
+from fastff.nn.tail import Tail, activation_name, hooked
 
 
 class FFBlock(nn.Module):
@@ -95,6 +96,9 @@ class FFConv2d(FFBlock):
         if self.normalize is None or name is None or type(norm) is not nn.BatchNorm2d or len(rest) > 2:
             return None
         bypassed = [m for m in (self.module, norm, activation) if m is not None]
+        quick = quickened(convolution)
+        if quick is not None and not hooked([convolution]):
+            convolution = quick
         return Tail(lambda x: (convolution(x), None), norm, name, activation or nn.Identity(), False, bypassed)
 
 

@@ -20,6 +20,11 @@ def activation_name(module):
     return ACTIVATIONS.get(type(module))
 
 
+def hooked(modules):
+    """Whether one of them has a hook, which would not run where its module is not called."""
+    return any(getattr(m, hooks) for m in modules for hooks in HOOKS)
+
+
 class Tail:
     """How to train a block as its body and one call of tail_step.
 
@@ -29,12 +34,11 @@ class Tail:
         activation: its name.
         apply: callable that gives what `activation` names.
         bypassed: the modules whose forward no longer runs as such; a hook on one of them makes the tail stand aside.
-        inside: all modules whose mode the body was made for, training.
     """
 
-    def __init__(self, body, batch_norm, activation, apply, has_residual, bypassed, inside=()):
+    def __init__(self, body, batch_norm, activation, apply, has_residual, bypassed):
         self.body, self.batch_norm, self.activation, self.apply = body, batch_norm, activation, apply
-        self.has_residual, self.bypassed, self.inside = has_residual, tuple(bypassed), tuple(inside)
+        self.has_residual, self.bypassed = has_residual, tuple(bypassed)
 
     def __str__(self):
         return " + ".join(
@@ -42,14 +46,13 @@ class Tail:
         )
 
     def ready(self):
-        """Whether the tail may stand in for the block's own forward now: in training, and no hook would be passed over."""
+        """Whether the tail may stand in for the modules now: in training, and no hook would be passed over."""
         norm = self.batch_norm
         return (
             type(norm) is nn.BatchNorm2d
             and norm.training
             and (norm.momentum is not None or not norm.track_running_stats)
-            and all(m.training for m in self.inside)
-            and not any(getattr(m, hooks) for m in self.bypassed for hooks in HOOKS)
+            and not hooked(self.bypassed)
         )
 
     def fits(self, y, residual):

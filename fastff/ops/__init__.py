@@ -1,5 +1,11 @@
 """The ops: schema, plan (which algorithm, why), dispatch and autograd, one file per op. Users call fastff.functional."""
 
-from fastff.ops import depthwise, goodness, layer_norm, tail
+from fastff.ops import convolution, depthwise, goodness, layer_norm, tail
 
-TABLES = {"goodness": goodness.ROWS, "tail": tail.ROWS, "layer_norm": layer_norm.ROWS, "depthwise": depthwise.ROWS}
+TABLES = {
+    "goodness": goodness.ROWS,
+    "tail": tail.ROWS,
+    "layer_norm": layer_norm.ROWS,
+    "convolution": convolution.ROWS,
+    "depthwise": depthwise.ROWS,
+}

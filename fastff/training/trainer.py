@@ -89,11 +89,13 @@ class Trainer(Loop):
         optimizers = [o for o in (*self.block_optimizers, self.readout_optimizer) if o is not None]
         super().__init__(sff, names, optimizers, **options)
         self.forwards = [block.compiled(dynamic=False) if self.compile else block for block in sff.blocks]
-        self.bodies = [
-            None if tail is None else torch.compile(tail.body, dynamic=False) if self.compile else tail.body
-            for tail in sff.tails
-        ]
+        self.opened = [None if body is None else self._compiled(body.forward) for body in sff.bodies]
+        tails = [sff.tail(index) for index in range(len(sff.blocks))]
+        self.bodies = [None if tail is None else self._compiled(tail.body) for tail in tails]
         self.scalers = [self.make_scaler() for _ in sff.blocks]
+
+    def _compiled(self, module):
+        return torch.compile(module, dynamic=False) if self.compile else module
 
     @property
     def phases(self):
@@ -169,15 +171,17 @@ class Trainer(Loop):
             alive = tuple(
                 t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in alive
             )
-        tail = self.sff.tails[index] if trained and self.window == 1 else None
+        body = self.sff.bodies[index] if trained else None
+        body = body if body is not None and body.ready() else None
+        tail = self.sff.tail(index) if body is not None and self.window == 1 else None
         tail = tail if tail is not None and tail.ready() else None
         with torch.set_grad_enabled(trained), self.autocast():
-            if tail is None:
-                outputs = self.forwards[index](*alive)
-            else:
+            if tail is not None:
                 y, residual, *others = self.bodies[index](*alive)
                 if not tail.fits(y, residual):
                     outputs, tail = (tail.finish(y, residual), *others), None
+            else:
+                outputs = (self.forwards if body is None else self.opened)[index](*alive)
         if tail is not None:
             outputs = (y, *others) if residual is None else (y, residual, *others)
             step = tail.local_step(head, y, residual, target, self.sff.normalize, self._grad_scale(index, weight, y))

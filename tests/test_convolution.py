@@ -1,0 +1,119 @@
+"""The gradient of a convolution's weight, and the convolutions of a block's training graph, against PyTorch's in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import LAYOUTS, same_bits
+from torch import nn
+
+from fastff.nn.convolution import Convolution, quickened
+from fastff.ops.convolution import ROWS, convolve
+
+RUNS = [
+    (dtype, row.name)
+    for row in ROWS
+    for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    if row.can_run(torch.zeros(1, 1, 1, 1, dtype=dtype)) is None
+]
+
+
+def exact_gradient(grad, x, kernel, stride, padding):
+    weight = torch.zeros(grad.shape[1], x.shape[1], kernel, kernel, dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(F.conv2d(x.double(), weight, None, stride, padding), weight, grad.double())[0]
+
+
+@pytest.mark.parametrize(("dtype", "impl"), RUNS)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_weight_gradient(data, dtype, impl):
+    """Any sizes and layouts: values, arguments untouched, the same bits twice and for any number of threads."""
+    draw = data.draw
+    B, C, D = draw(st.integers(1, 5)), draw(st.integers(1, 37)), draw(st.integers(1, 20))
+    kernel, stride = draw(st.sampled_from([1, 2, 3, 5])), draw(st.sampled_from([1, 2, 3]))
+    padding = draw(st.integers(0, kernel))
+    H, W = (draw(st.integers(max(1, kernel - 2 * padding), 19)) for _ in range(2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    P, Q = ((n + 2 * padding - kernel) // stride + 1 for n in (H, W))
+
+    def laid(*shape):
+        values = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+        return LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](values)
+
+    (x, x_memory), (grad, grad_memory) = laid(B, C, H, W), laid(B, D, P, Q)
+    before = [t.clone() for t in (x_memory, grad_memory)]
+    run = lambda: torch.ops.fastff.convolution_weight_gradient(grad, x, kernel, stride, padding, impl)  # noqa: E731
+    got, again = run(), run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    other = run()
+    torch.set_num_threads(threads)
+    exact = exact_gradient(grad, x, kernel, stride, padding)
+    size = exact_gradient(grad.abs(), x.abs(), kernel, stride, padding)
+    eps = torch.finfo(dtype).eps
+    assert got.shape == (D, C, kernel, kernel)
+    assert got.dtype == dtype
+    # every sum's roundings: the square root of its length would do on average, a few times that at most
+    terms = max(1.0, float(B * P * Q)) ** 0.5
+    assert bool(((got.double() - exact).abs() <= 4 * eps * terms * size + eps * exact.abs()).all())
+    assert same_bits(got, again)
+    assert impl != "native" or same_bits(got, other)
+    assert all(same_bits(a, b) for a, b in zip(before, (x_memory, grad_memory), strict=True))
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("channels", "bias", "need_x"), [(32, True, True), (16, False, False), (3, True, True)])
+def test_convolve_is_the_convolution(kernel, stride, channels, bias, need_x):
+    """Values and all gradients, whichever way is taken: matrix products, the compiled kernel, PyTorch's."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 20, kernel, stride, kernel // 2, bias=bias).to(memory_format=torch.channels_last)
+    x = torch.randn(4, channels, 11, 9).contiguous(memory_format=torch.channels_last).requires_grad_(need_x)
+    wide = nn.Conv2d(channels, 20, kernel, stride, kernel // 2, bias=bias).double()
+    wide.load_state_dict(conv.state_dict())
+    leaves = [*conv.parameters()] + [x] * need_x
+    got = convolve(x, conv.weight, conv.bias, stride, kernel // 2)
+    wide_x = x.detach().double().requires_grad_(need_x)
+    want = wide(wide_x)
+    torch.testing.assert_close(got, want.float())
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(got)
+    wanted = torch.autograd.grad(want, [*wide.parameters()] + [wide_x] * need_x, grad.double())
+    for a, b in zip(torch.autograd.grad(got, leaves, grad), wanted, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_which_convolutions_have_a_stand_in():
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    assert quickened(conv).convolution is conv
+    assert isinstance(quickened(conv), Convolution)
+    others = [
+        nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 3, dilation=2), nn.Conv2d(4, 6, (3, 1)), nn.Conv2d(4, 6, 3, padding="same"),
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 6, 3, stride=(1, 2)), nn.ConvTranspose2d(4, 6, 3), nn.Linear(4, 6),
+        torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
+    ]  # fmt: skip
+    assert [quickened(m) for m in others] == [None] * len(others)
+
+
+def test_other_dtypes_layouts_and_autocast_are_pytorchs():
+    conv = nn.Conv2d(32, 8, 3)
+    for x in (torch.randn(2, 32, 6, 6), torch.randn(32, 6, 6)):
+        torch.testing.assert_close(convolve(x, conv.weight, conv.bias, 1, 0), conv(x), rtol=0, atol=0)
+    x = torch.randn(2, 32, 6, 6).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convolve(x, conv.weight, conv.bias, 1, 0).dtype == torch.bfloat16
+
+
+def test_bad_arguments_are_named():
+    run = torch.ops.fastff.convolution_weight_gradient
+    x = torch.randn(2, 3, 8, 8)
+    for error, grad, how in (
+        ("grad: expected \\[8, 8\\] positions", torch.randn(2, 4, 7, 8), (3, 1, 1)),
+        ("grad: expected \\[B, D, P, Q\\]", torch.randn(3, 4, 8, 8), (3, 1, 1)),
+        ("grad: expected torch.float32", torch.randn(2, 4, 8, 8).double(), (3, 1, 1)),
+        ("kernel, stride, padding", torch.randn(2, 4, 8, 8), (3, 0, 1)),
+    ):
+        with pytest.raises((ValueError, TypeError), match=error):
+            run(grad, x, *how, "auto")
+    torch.library.opcheck(run.default, (torch.randn(2, 4, 8, 8), x, 3, 1, 1, "auto"))
