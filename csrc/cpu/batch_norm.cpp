@@ -82,37 +82,35 @@ FASTFF_INLINE void backward_channel(const float* __restrict y, const float* __re
   *second += product;
 }
 
-// Everything a loop over n samples of one memory layout needs.
+// Everything a loop over samples of one memory layout needs: `lines` runs of `length` elements, each some positions (rows) or a channel of C.
 struct Samples {
-  int64_t n, C, P;
+  int64_t lines, length, C;
   bool rows;
   const float *y, *residual, *mean, *scale, *shift;
 };
 
 template <Activation A, bool Residual>
 FASTFF_INLINE void forward_samples(const Samples& s, float* x) {
-  const int64_t lines = s.n * (s.rows ? s.P : s.C), length = s.rows ? s.C : s.P;
-  for (int64_t i = 0; i < lines; ++i) {
-    const int64_t at = i * length, c = s.rows ? 0 : i % s.C;
+  for (int64_t i = 0; i < s.lines; ++i) {
+    const int64_t at = i * s.length, c = s.rows ? 0 : i % s.C;
     const float* residual = Residual ? s.residual + at : nullptr;
     if (s.rows) {
-      forward_line<A, Residual, true>(s.y + at, residual, s.mean, s.scale, s.shift, x + at, length);
+      forward_line<A, Residual, true>(s.y + at, residual, s.mean, s.scale, s.shift, x + at, s.length);
     } else {
-      forward_line<A, Residual, false>(s.y + at, residual, s.mean + c, s.scale + c, s.shift + c, x + at, length);
+      forward_line<A, Residual, false>(s.y + at, residual, s.mean + c, s.scale + c, s.shift + c, x + at, s.length);
     }
   }
 }
 
 template <Activation A, bool Residual>
 FASTFF_INLINE void backward_samples(const Samples& s, float* grad, float* first, float* second) {
-  const int64_t lines = s.n * (s.rows ? s.P : s.C), length = s.rows ? s.C : s.P;
-  for (int64_t i = 0; i < lines; ++i) {
-    const int64_t at = i * length, c = s.rows ? 0 : i % s.C;
+  for (int64_t i = 0; i < s.lines; ++i) {
+    const int64_t at = i * s.length, c = s.rows ? 0 : i % s.C;
     const float* residual = Residual ? s.residual + at : nullptr;
     if (s.rows) {
-      backward_row<A, Residual>(s.y + at, residual, s.mean, s.scale, s.shift, grad + at, first, second, length);
+      backward_row<A, Residual>(s.y + at, residual, s.mean, s.scale, s.shift, grad + at, first, second, s.length);
     } else {
-      backward_channel<A, Residual>(s.y + at, residual, s.mean[c], s.scale[c], s.shift[c], grad + at, first + c, second + c, length);
+      backward_channel<A, Residual>(s.y + at, residual, s.mean[c], s.scale[c], s.shift[c], grad + at, first + c, second + c, s.length);
     }
   }
 }
@@ -147,7 +145,7 @@ FASTFF_CLONES void backward_any(const Samples& s, Activation activation, float* 
   }
 }
 
-// sums[c] += y - pivot[c], squares[c] += its square, over n positions of contiguous channels.
+// sums[c] += y - pivot[c], squares[c] += its square, over n lines of C elements.
 FASTFF_CLONES void add_rows(const float* __restrict y, const float* __restrict pivot, float* __restrict sums, float* __restrict squares, int64_t n,
                             int64_t C) {
   for (int64_t q = 0; q < n; ++q) {
@@ -182,13 +180,12 @@ FASTFF_INLINE void finish_line(const float* __restrict y, const float* __restric
   }
 }
 FASTFF_CLONES void finish_samples(const Samples& s, const float* first, const float* second, const float* grad_h, float* grad_y) {
-  const int64_t lines = s.n * (s.rows ? s.P : s.C), length = s.rows ? s.C : s.P;
-  for (int64_t i = 0; i < lines; ++i) {
-    const int64_t at = i * length, c = s.rows ? 0 : i % s.C;
+  for (int64_t i = 0; i < s.lines; ++i) {
+    const int64_t at = i * s.length, c = s.rows ? 0 : i % s.C;
     if (s.rows) {
-      finish_line<true>(s.y + at, s.mean, s.scale, first, second, grad_h + at, grad_y + at, length);
+      finish_line<true>(s.y + at, s.mean, s.scale, first, second, grad_h + at, grad_y + at, s.length);
     } else {
-      finish_line<false>(s.y + at, s.mean + c, s.scale + c, first + c, second + c, grad_h + at, grad_y + at, length);
+      finish_line<false>(s.y + at, s.mean + c, s.scale + c, first + c, second + c, grad_h + at, grad_y + at, s.length);
     }
   }
 }
@@ -196,33 +193,57 @@ FASTFF_CLONES void finish_samples(const Samples& s, const float* first, const fl
 // Positions whose float sums are added to double ones together.
 constexpr int64_t kChunk = 256;
 
+// Positions to a line of contiguous channels: few channels make short loops, and sums that wait for themselves.
+int64_t positions_of_a_line(int64_t C, int64_t P) {
+  int64_t repeat = 1;
+  while (C * repeat < 64 && P % (2 * repeat) == 0) repeat *= 2;
+  return repeat;
+}
+
+void repeat_in_place(std::vector<float>& v, int64_t times) {
+  const size_t n = v.size();
+  v.resize(n * times);
+  for (size_t i = n; i < v.size(); ++i) v[i] = v[i - n];
+}
+
+// sum[c] of a vector that holds C elements several times.
+void fold(const float* v, int64_t C, int64_t repeat, float* sum) {
+  for (int64_t i = 0; i < C * repeat; ++i) sum[i % C] += v[i];
+}
+
 }  // namespace
 
 BatchNorm::BatchNorm(const float* y, const float* residual, const float* weight, const float* bias, float eps, int64_t B, int64_t C, int64_t P,
                      bool rows, Activation activation, float* mean, float* var)
-    : y(y), residual(residual), B(B), C(C), P(P), rows(rows), activation(activation), mean(mean), rstds(C), scale(C), shift(C) {
+    : y(y), residual(residual), B(B), C(C), P(P), repeat(rows ? positions_of_a_line(C, P) : 1), rows(rows), activation(activation), rstds(C),
+      centre(C), scale(C), shift(C) {
   // Relative to about the mean of each channel, lest the squares cancel: that of some positions of the first sample.
   std::vector<float> pivot(C, 0.0f);
   const int64_t seen = std::min<int64_t>(P, 32), step = P / seen;
   for (int64_t i = 0; i < seen; ++i) {
     for (int64_t c = 0; c < C; ++c) pivot[c] += y[rows ? i * step * C + c : c * P + i * step] / seen;
   }
+  repeat_in_place(pivot, repeat);
   const int64_t groups = std::min<int64_t>(B, 16);  // whatever the number of threads
   std::vector<double> partial(groups * 2 * C, 0.0);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(2 * C);
+    const int64_t width = C * repeat;
+    std::vector<float> sums(2 * width);
     for (int64_t group = begin; group < end; ++group) {
       double* own = partial.data() + group * 2 * C;
       for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
         for (int64_t start = 0; start < P; start += kChunk) {
-          const int64_t n = std::min(kChunk, P - start);
+          const int64_t n = std::min(kChunk, P - start);  // whole lines: `repeat` is a power of two that divides P
           std::fill(sums.begin(), sums.end(), 0.0f);
           if (rows) {
-            add_rows(y + (b * P + start) * C, pivot.data(), sums.data(), sums.data() + C, n, C);
+            add_rows(y + (b * P + start) * C, pivot.data(), sums.data(), sums.data() + width, n / repeat, width);
           } else {
             for (int64_t c = 0; c < C; ++c) add_channel(y + (b * C + c) * P + start, pivot[c], &sums[c], &sums[C + c], n);
           }
-          for (int64_t i = 0; i < 2 * C; ++i) own[i] += sums[i];
+          for (int64_t i = 0; i < width; ++i) {
+            own[i % C] += sums[i];
+            own[C + i % C] += sums[width + i];
+          }
         }
       }
     }
@@ -234,26 +255,33 @@ BatchNorm::BatchNorm(const float* y, const float* residual, const float* weight,
       square += partial[group * 2 * C + C + c];
     }
     const double off = sum / (B * P), variance = square / (B * P) - off * off;
-    mean[c] = static_cast<float>(pivot[c] + off);
+    centre[c] = mean[c] = static_cast<float>(pivot[c] + off);
     var[c] = static_cast<float>(variance < 0 ? 0 : variance);  // NaN stays
     rstds[c] = static_cast<float>(1 / std::sqrt((variance < 0 ? 0 : variance) + eps));
     scale[c] = rstds[c] * (weight ? weight[c] : 1.0f);
     shift[c] = bias ? bias[c] : 0.0f;
   }
+  for (std::vector<float>* v : {&centre, &scale, &shift}) repeat_in_place(*v, repeat);
 }
 
 void BatchNorm::forward(int64_t first, int64_t n, float* x) const {
   const int64_t at = first * C * P;
-  forward_any({n, C, P, rows, y + at, residual ? residual + at : nullptr, mean, scale.data(), shift.data()}, activation, x);
+  const Samples s{rows ? n * P / repeat : n * C, rows ? C * repeat : P, C, rows, y + at, residual ? residual + at : nullptr, centre.data(),
+                  scale.data(), shift.data()};
+  forward_any(s, activation, x);
 }
 
 void BatchNorm::backward(int64_t first, int64_t n, float* grad, float* sums) const {
+  const int64_t width = C * repeat;
+  std::vector<float> own(2 * width);
   for (int64_t i = 0; i < n; ++i) {  // float sums over one sample, then over samples
     const int64_t at = (first + i) * C * P;
-    std::vector<float> own(2 * C, 0.0f);
-    backward_any({1, C, P, rows, y + at, residual ? residual + at : nullptr, mean, scale.data(), shift.data()}, activation, grad + i * C * P,
-                 own.data(), own.data() + C);
-    for (int64_t c = 0; c < 2 * C; ++c) sums[c] += own[c];
+    std::fill(own.begin(), own.end(), 0.0f);
+    const Samples s{rows ? P / repeat : C, rows ? width : P, C, rows, y + at, residual ? residual + at : nullptr, centre.data(), scale.data(),
+                    shift.data()};
+    backward_any(s, activation, grad + i * C * P, own.data(), own.data() + width);
+    fold(own.data(), C, repeat, sums);
+    fold(own.data() + width, C, repeat, sums + C);
   }
 }
 
@@ -263,9 +291,11 @@ void BatchNorm::finish(const float* grad_h, const float* sums, float* grad_y) co
     first[c] = sums[c] / (B * P);
     second[c] = sums[C + c] * rstds[c] * rstds[c] / (B * P);
   }
+  repeat_in_place(first, repeat);
+  repeat_in_place(second, repeat);
   torch::stable::parallel_for(0, B, std::max<int64_t>(1, 32768 / (C * P)), [&](int64_t begin, int64_t end) {
-    const int64_t at = begin * C * P;
-    finish_samples({end - begin, C, P, rows, y + at, nullptr, mean, scale.data(), shift.data()}, first.data(), second.data(), grad_h + at,
-                   grad_y + at);
+    const int64_t at = begin * C * P, n = end - begin;
+    const Samples s{rows ? n * P / repeat : n * C, rows ? C * repeat : P, C, rows, y + at, nullptr, centre.data(), scale.data(), shift.data()};
+    finish_samples(s, first.data(), second.data(), grad_h + at, grad_y + at);
   });
 }

@@ -30,9 +30,8 @@ class BatchNorm {
 
  private:
   const float *y, *residual;
-  int64_t B, C, P;
+  int64_t B, C, P, repeat;  // rows: the vectors below stand `repeat` times behind each other, for so many positions to a line
   bool rows;
   Activation activation;
-  const float* mean;
-  std::vector<float> rstds, scale, shift;
+  std::vector<float> rstds, centre, scale, shift;
 };

@@ -93,11 +93,19 @@ FASTFF_INLINE void multiply_turned(int64_t columns, int64_t depth, const float* 
 
 FASTFF_INLINE void multiply_all_turned(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t column, const float* b, int64_t ldb,
                                        float* c, int64_t ldc, bool add, bool upper) {
+  const auto from = [&](int64_t m) { return upper ? m / kPanel * kPanel : 0; };
   int64_t m = 0;
-  for (; m + 6 <= rows; m += 6) {
-    multiply_turned<6>(columns, depth, a + m, column, b, ldb, c + m * ldc, ldc, add, upper ? m / kPanel * kPanel : 0);
+  for (; m + 6 <= rows; m += 6) multiply_turned<6>(columns, depth, a + m, column, b, ldb, c + m * ldc, ldc, add, from(m));
+  a += m;
+  c += m * ldc;
+  switch (rows - m) {
+    case 5: multiply_turned<5>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
+    case 4: multiply_turned<4>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
+    case 3: multiply_turned<3>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
+    case 2: multiply_turned<2>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
+    case 1: multiply_turned<1>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
+    default: break;
   }
-  for (; m < rows; ++m) multiply_turned<1>(columns, depth, a + m, column, b, ldb, c + m * ldc, ldc, add, upper ? m / kPanel * kPanel : 0);
 }
 
 FASTFF_INLINE void multiply_inline(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
