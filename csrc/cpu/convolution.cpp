@@ -8,13 +8,12 @@
 // L1 cache (small dW) or L2 cache for all blocks and taps. Sums of groups of images are added in order: the number of threads changes no bit.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "gemm.h"
+#include "tensors.h"
 
 namespace {
 
@@ -23,7 +22,6 @@ using gemm::kPanel;
 using gemm::read;
 using gemm::Vector;
 using gemm::write;
-using torch::stable::Tensor;
 
 constexpr int64_t kRows = 6;
 
@@ -136,12 +134,17 @@ FASTFF_CLONES void add(float* __restrict y, const float* __restrict x, int64_t n
   for (int64_t i = 0; i < n; ++i) y[i] += x[i];
 }
 
-// x [B, C, H, W], grad [B, D, P, Q] and grad_weight [D, C, k, k], all channels_last; checked by fastff/kernels/native/convolution.py.
-void convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t stride, int64_t padding, Tensor grad_weight) {
-  const Shape s{x.size(0),    x.size(2),    x.size(3),           x.size(1), grad.size(2), grad.size(3),
-                grad.size(1), grad_weight.size(2), stride, padding};
-  const float *dy = static_cast<const float*>(grad.const_data_ptr()), *source = static_cast<const float*>(x.const_data_ptr());
-  float* const dw = static_cast<float*>(grad_weight.mutable_data_ptr());
+// x [B, C, H, W], grad [B, D, P, Q] float32 on the CPU, not empty -> dL/dweight [D, C, k, k], channels_last; other layouts are copied into it.
+Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel, int64_t stride, int64_t padding) {
+  for (Tensor* t : {&grad, &x}) {
+    if (is_rows(*t)) continue;
+    Tensor copy = empty_like(*t, true);
+    *t = torch::stable::copy_(copy, *t);
+  }
+  const Shape s{x.size(0), x.size(2), x.size(3), x.size(1), grad.size(2), grad.size(3), grad.size(1), kernel, stride, padding};
+  const float *dy = floats(grad), *source = floats(x);
+  Tensor grad_weight = empty_strided(x, {s.D, s.C, s.k, s.k}, {s.k * s.k * s.C, 1, s.k * s.C, s.C});
+  float* const dw = writable(grad_weight);
   const int64_t size = s.D * s.k * s.k * s.C, panels = (s.C + kPanel - 1) / kPanel;
   // A tile's sums go into dW once. dW in the cache: a panel that fits the L1 cache. Else more positions to a tile.
   const bool small = size <= (1 << 18);
@@ -173,12 +176,13 @@ void convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t stride, i
   torch::stable::parallel_for(0, size, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t group = 1; group < groups; ++group) add(dw + begin, partial.data() + (group - 1) * size + begin, end - begin);
   });
+  return grad_weight;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
-  m.def("convolution_weight_gradient_native(Tensor grad, Tensor x, int stride, int padding, Tensor(a!) grad_weight) -> ()");
+  m.def("convolution_weight_gradient_native(Tensor grad, Tensor x, int kernel, int stride, int padding) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {
   m.impl("convolution_weight_gradient_native", TORCH_BOX(&convolution_weight_gradient_native));

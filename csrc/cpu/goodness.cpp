@@ -14,12 +14,11 @@
 // dL/dW and its like are summed by group of samples and the groups' sums in order, so that the number of threads changes no bit.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "goodness.h"
@@ -371,33 +370,39 @@ class Task {
 
 }  // namespace
 
-const float* read_only(const Tensor& t) { return t.numel() ? static_cast<const float*>(t.const_data_ptr()) : nullptr; }
-float* writable(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
+Call::Call(const Tensor& x, const Head& given, Mode mode, bool need_x, bool normalize)
+    : head(given), g(absent(x)), losses(g), dtau(g), grad_x(g), grad_weight(g), grad_bias(g), grad_grid(g), normalized(g) {
+  for (MaybeTensor* t : {&head.weight, &head.bias, &head.grid}) *t = packed(*t);
+  const Tensor& first = head.weight ? *head.weight : *head.grid;
+  p.B = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.P = p.H * p.W, p.K = first.size(0), p.KP = padded(p.K);
+  p.GH = head.grid ? head.grid->size(2) : 0, p.GW = head.grid ? head.grid->size(3) : 0, p.cells = p.C * p.GH * p.GW;
+  p.rows = is_rows(x), p.second_moment = head.second_moment, p.mode = mode, p.need_x = need_x, p.normalize = normalize;
+  p.x = floats(x), p.weight = floats(head.weight), p.bias = floats(head.bias), p.grid = floats(head.grid);
+  p.target = head.target ? static_cast<const int64_t*>(head.target->const_data_ptr()) : nullptr;
+  p.tau = static_cast<float>(head.tau) * (head.tau_factor ? *floats(head.tau_factor) : 1.0f);
+  p.scale = static_cast<float>(head.scale) * (head.scale_factor ? *floats(head.scale_factor) : 1.0f);
+  p.margin = static_cast<float>(head.margin), p.smoothing = static_cast<float>(head.smoothing), p.eps = head.eps;
 
-Problem problem_of(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& grid, const Tensor& target, const Tensor& tau_factor,
-                   const Tensor& scale_factor, Mode mode, bool rows, bool second_moment, int64_t classes, int64_t grid_rows, int64_t grid_columns,
-                   double tau, double margin, double smoothing, double scale, double eps) {
-  Problem p{};
-  p.B = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.P = p.H * p.W, p.K = classes, p.KP = padded(classes);
-  p.GH = grid_rows, p.GW = grid_columns, p.cells = p.C * p.GH * p.GW;
-  p.rows = rows, p.second_moment = second_moment, p.mode = mode;
-  p.x = read_only(x), p.weight = read_only(weight), p.bias = read_only(bias), p.grid = read_only(grid);
-  p.target = target.numel() ? static_cast<const int64_t*>(target.const_data_ptr()) : nullptr;
-  p.tau = static_cast<float>(tau) * (tau_factor.numel() ? *read_only(tau_factor) : 1.0f);
-  p.scale = static_cast<float>(scale) * (scale_factor.numel() ? *read_only(scale_factor) : 1.0f);
-  p.margin = static_cast<float>(margin), p.smoothing = static_cast<float>(smoothing), p.eps = eps;
-  return p;
+  g = empty(x, {p.B, p.K});
+  if (mode == kStep) losses = empty(x, {p.B}), dtau = empty(x, {p.B});
+  if (need_x) grad_x = empty_like(x, p.rows);
+  if (normalize) normalized = empty_like(x, p.rows);
+  if (mode != kGoodness) {
+    if (head.weight) grad_weight = empty(x, {p.K, p.C, 1, 1});
+    if (head.bias) grad_bias = empty(x, {p.K});
+    if (head.grid) grad_grid = empty(x, {p.K, p.C, p.GH, p.GW});
+  }
+  p.g = writable(g), p.losses = writable(losses), p.dtau = writable(dtau), p.grad_x = writable(grad_x), p.normalized = writable(normalized);
 }
 
-void run(Problem& p, float* grad_weight, float* grad_bias, float* grad_grid, float* tail_sums) {
-  p.need_x = p.grad_x != nullptr, p.normalize = p.normalized != nullptr;
+void Call::run(float* tail_sums) {
   if (p.weight && !p.second_moment) p.to_outputs = gemm::Panels(p.C, p.K, p.weight, 1, p.C);
   if (p.weight && !p.second_moment && p.need_x) p.to_input = gemm::Panels(p.K, p.C, p.weight, p.C, 1);
   if (p.cells) p.to_scores = gemm::Panels(p.cells, p.K, p.grid, 1, p.cells);
 
   // Samples of a task: several where one is too small to fill a register block or the spatial term's products want more rows than one.
   const int64_t most = std::min<int64_t>(p.B, std::max<int64_t>(p.cells ? 6 : 1, p.second_moment ? 1 : std::min(kPositions / p.P, (p.B + 3) / 4)));
-  const int64_t head = p.weight ? p.K * p.C : 0, ours = head + p.K + p.K * p.cells, size = ours + (p.tail ? 2 * p.C : 0);
+  const int64_t weights = p.weight ? p.K * p.C : 0, ours = weights + p.K + p.K * p.cells, size = ours + (p.tail ? 2 * p.C : 0);
   const int64_t tasks = (p.B + most - 1) / most, groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / size, 2, 16));
   const bool sums_wanted = p.mode != kGoodness;
   std::vector<float> partial(sums_wanted ? groups * size : 0, 0.0f);
@@ -405,46 +410,46 @@ void run(Problem& p, float* grad_weight, float* grad_bias, float* grad_grid, flo
     Task task(p, most);
     for (int64_t group = begin; group < end; ++group) {
       float* own = sums_wanted ? partial.data() + group * size : nullptr;
-      const Sums sums{own, own + head, own + head + p.K, own + ours};
+      const Sums sums{own, own + weights, own + weights + p.K, own + ours};
       for (int64_t i = group * tasks / groups; i < (group + 1) * tasks / groups; ++i) {
         task.run(i * most, std::min(most, p.B - i * most), sums);
       }
     }
   });
   if (!sums_wanted) return;
-  const auto collect = [&](float* target_sums, int64_t offset, int64_t n) {
-    if (!target_sums) return;
+  const auto collect = [&](float* target, int64_t offset, int64_t n) {
+    if (!target) return;
     torch::stable::parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
-      std::copy_n(partial.data() + offset + begin, end - begin, target_sums + begin);
-      for (int64_t group = 1; group < groups; ++group) add_to(target_sums + begin, partial.data() + group * size + offset + begin, end - begin);
+      std::copy_n(partial.data() + offset + begin, end - begin, target + begin);
+      for (int64_t group = 1; group < groups; ++group) add_to(target + begin, partial.data() + group * size + offset + begin, end - begin);
     });
   };
-  collect(grad_weight, 0, head);
-  collect(grad_bias, head, p.K);
-  collect(grad_grid, head + p.K, p.K * p.cells);
+  collect(writable(grad_weight), 0, weights);
+  collect(writable(grad_bias), weights, p.K);
+  collect(writable(grad_grid), weights + p.K, p.K * p.cells);
   collect(tail_sums, ours, 2 * p.C);
 }
 
-// Everything is float32, dense, on the CPU and checked by fastff/kernels/native/goodness.py, which also allocates the outputs; absent ones are
-// empty.
-void goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor tau_factor, Tensor scale_factor, Tensor d,
-                     int64_t mode, bool rows, bool second_moment, int64_t classes, int64_t grid_rows, int64_t grid_columns, double tau,
-                     double margin, double smoothing, double scale, double eps, Tensor g, Tensor losses, Tensor dtau, Tensor grad_x,
-                     Tensor grad_weight, Tensor grad_bias, Tensor grad_grid, Tensor normalized) {
-  Problem p = problem_of(x, weight, bias, grid, target, tau_factor, scale_factor, static_cast<Mode>(mode), rows, second_moment, classes, grid_rows,
-                         grid_columns, tau, margin, smoothing, scale, eps);
-  p.d_given = read_only(d);
-  p.g = writable(g), p.losses = writable(losses), p.dtau = writable(dtau), p.grad_x = writable(grad_x), p.normalized = writable(normalized);
-  run(p, writable(grad_weight), writable(grad_bias), writable(grad_grid), nullptr);
+// All float32 on the CPU, x not empty, as fastff/kernels/native/goodness.py sees to.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> goodness_native(
+    Tensor x, MaybeTensor weight, MaybeTensor bias, MaybeTensor grid, MaybeTensor target, MaybeTensor tau_factor, MaybeTensor scale_factor,
+    MaybeTensor d, int64_t mode, bool second_moment, double tau, double margin, double smoothing, double scale, double eps, bool need_x,
+    bool normalize) {
+  x = dense(x);
+  d = packed(d);
+  Call call(x, {weight, bias, grid, target, tau_factor, scale_factor, second_moment, tau, margin, smoothing, scale, eps}, static_cast<Mode>(mode),
+            need_x, normalize);
+  call.p.d_given = floats(d);
+  call.run(nullptr);
+  return {call.g, call.losses, call.dtau, call.grad_x, call.grad_weight, call.grad_bias, call.grad_grid, call.normalized};
 }
 
 }  // namespace goodness
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
   m.def(
-      "goodness_native(Tensor x, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor tau_factor, Tensor scale_factor, Tensor d, int mode, "
-      "bool rows, bool second_moment, int classes, int grid_rows, int grid_columns, float tau, float margin, float smoothing, float scale, "
-      "float eps, Tensor(a!) g, Tensor(b!) losses, Tensor(c!) dtau, Tensor(d!) grad_x, Tensor(e!) grad_weight, Tensor(f!) grad_bias, "
-      "Tensor(g!) grad_grid, Tensor(h!) normalized) -> ()");
+      "goodness_native(Tensor x, Tensor? weight, Tensor? bias, Tensor? grid, Tensor? target, Tensor? tau_factor, Tensor? scale_factor, Tensor? d, "
+      "int mode, bool second_moment, float tau, float margin, float smoothing, float scale, float eps, bool need_x, bool normalize) "
+      "-> (Tensor g, Tensor losses, Tensor dtau, Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid, Tensor normalized)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("goodness_native", TORCH_BOX(&goodness::goodness_native)); }

@@ -1,14 +1,11 @@
 // One pass over whole samples: goodness, loss, local gradient and layer norm (goodness.cpp), for the operators goodness_native and tail_native.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include "batch_norm.h"
 #include "gemm.h"
+#include "tensors.h"
 
 namespace goodness {
-
-using torch::stable::Tensor;
 
 enum Mode : int64_t { kGoodness = 0, kStep = 1, kBackward = 2 };
 
@@ -26,15 +23,21 @@ struct Problem {
   gemm::Panels to_outputs, to_input, to_scores;  // W^T [C, K] and W [K, C] of the direct algorithm, V^T [cells, K]
 };
 
-const float* read_only(const Tensor& t);
-float* writable(const Tensor& t);
+// What both operators are given beside x; factors of tau and of all gradients are tensors of one element.
+struct Head {
+  MaybeTensor weight, bias, grid, target, tau_factor, scale_factor;  // weight [K, C, 1, 1], bias [K], grid [K, C, GH, GW], target [B] int64
+  bool second_moment;
+  double tau, margin, smoothing, scale, eps;
+};
 
-// The arguments that all operators share; gradients and results are the caller's.
-Problem problem_of(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& grid, const Tensor& target, const Tensor& tau_factor,
-                   const Tensor& scale_factor, Mode mode, bool rows, bool second_moment, int64_t classes, int64_t grid_rows, int64_t grid_columns,
-                   double tau, double margin, double smoothing, double scale, double eps);
+// One call: its problem, and the tensors it writes, empty where there is no such thing.
+struct Call {
+  Call(const Tensor& x, const Head& head, Mode mode, bool need_x, bool normalize);
+  void run(float* tail_sums);
 
-// Writes what the problem points to, dL/dW [K, C], dL/dbias [K] and dL/dV [K, cells] (where not null), and with a tail its sums [2, C].
-void run(Problem& p, float* grad_weight, float* grad_bias, float* grad_grid, float* tail_sums);
+  Head head;
+  Problem p{};
+  Tensor g, losses, dtau, grad_x, grad_weight, grad_bias, grad_grid, normalized;
+};
 
 }  // namespace goodness

@@ -15,8 +15,6 @@
 // of threads does not change a bit of the result.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -25,11 +23,11 @@
 
 #include "common.h"
 #include "layer_norm.h"
+#include "tensors.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 2048;
 
@@ -118,13 +116,7 @@ Tensor layer_norm_native(Tensor x, double eps) {
   const auto sizes = x.sizes();
   std::vector<int64_t> strides(x.strides().begin(), x.strides().end());
   if (n > 0) strides[0] = n;
-  int32_t dtype, device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      x.dim(), sizes.data(), strides.data(), dtype, device_type, x.get_device_index(), &handle));
-  Tensor y(handle);
+  const Tensor y = empty_strided(x, {sizes.begin(), sizes.end()}, strides);
 
   const int64_t samples = n > 0 ? x.size(0) : 0;
   switch (x.scalar_type()) {

@@ -8,29 +8,43 @@
 // x, its gradient and all that lies between stay in the cache. Formulas: fastff/reference.py.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
 
 #include "goodness.h"
 
 namespace goodness {
 namespace {
 
-// Checked by fastff/kernels/native/tail.py, which also allocates the outputs; absent tensors are empty. grad_residual: wanted where not empty.
-void tail_native(Tensor y, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor tau_factor, Tensor scale_factor, Tensor residual,
-                 Tensor bn_weight, Tensor bn_bias, double bn_eps, int64_t activation, bool rows, bool second_moment, int64_t classes,
-                 int64_t grid_rows, int64_t grid_columns, double tau, double margin, double smoothing, double scale, double eps, Tensor g,
-                 Tensor losses, Tensor dtau, Tensor grad_y, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid, Tensor normalized,
-                 Tensor grad_residual, Tensor sums, Tensor mean, Tensor var) {
-  Problem p = problem_of(y, weight, bias, grid, target, tau_factor, scale_factor, kStep, rows, second_moment, classes, grid_rows, grid_columns, tau,
-                         margin, smoothing, scale, eps);
-  const BatchNorm tail(p.x, read_only(residual), read_only(bn_weight), read_only(bn_bias), static_cast<float>(bn_eps), p.B, p.C, p.P, rows,
+// All float32 on the CPU, y not empty, the residual of y's shape, as fastff/kernels/native/tail.py sees to.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_native(
+    Tensor y, MaybeTensor weight, MaybeTensor bias, MaybeTensor grid, Tensor target, MaybeTensor tau_factor, MaybeTensor scale_factor,
+    MaybeTensor residual, MaybeTensor bn_weight, MaybeTensor bn_bias, double bn_eps, int64_t activation, bool second_moment, double tau,
+    double margin, double smoothing, double scale, double eps, bool need_residual, bool normalize) {
+  y = dense(y);
+  const bool rows = is_rows(y);
+  if (residual && !has_strides(*residual, rows ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3})) {
+    Tensor copy = empty_like(y, rows);
+    torch::stable::copy_(copy, *residual);
+    residual = copy;
+  }
+  bn_weight = packed(bn_weight), bn_bias = packed(bn_bias);
+  Call call(y, {weight, bias, grid, target, tau_factor, scale_factor, second_moment, tau, margin, smoothing, scale, eps}, kStep, true, normalize);
+  Problem& p = call.p;
+  Tensor mean = empty(y, {p.C}), var = empty(y, {p.C}), grad_bn_weight = empty(y, {p.C}), grad_bn_bias = empty(y, {p.C});
+  const BatchNorm tail(p.x, floats(residual), floats(bn_weight), floats(bn_bias), static_cast<float>(bn_eps), p.B, p.C, p.P, rows,
                        static_cast<Activation>(activation), writable(mean), writable(var));
-  float* const grad_h = writable(grad_residual) ? writable(grad_residual) : writable(grad_y);
   p.tail = &tail;
-  p.g = writable(g), p.losses = writable(losses), p.dtau = writable(dtau), p.grad_x = grad_h, p.normalized = writable(normalized);
-  run(p, writable(grad_weight), writable(grad_bias), writable(grad_grid), writable(sums));
-  tail.finish(grad_h, writable(sums), writable(grad_y));
-  for (int64_t c = 0; c < p.C; ++c) writable(sums)[p.C + c] *= tail.rstd(c);  // dL/dweight
+  std::vector<float> sums(2 * p.C);
+  call.run(sums.data());
+  Tensor grad_y = need_residual ? empty_like(y, rows) : call.grad_x;
+  tail.finish(writable(call.grad_x), sums.data(), writable(grad_y));
+  for (int64_t c = 0; c < p.C; ++c) {
+    writable(grad_bn_bias)[c] = sums[c];
+    writable(grad_bn_weight)[c] = sums[p.C + c] * tail.rstd(c);
+  }
+  return {call.g, call.losses, call.dtau, grad_y, call.grad_weight, call.grad_bias, call.grad_grid, call.normalized,
+          need_residual ? call.grad_x : absent(y), grad_bn_weight, grad_bn_bias, mean, var};
 }
 
 }  // namespace
@@ -38,10 +52,10 @@ void tail_native(Tensor y, Tensor weight, Tensor bias, Tensor grid, Tensor targe
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
   m.def(
-      "tail_native(Tensor y, Tensor weight, Tensor bias, Tensor grid, Tensor target, Tensor tau_factor, Tensor scale_factor, Tensor residual, "
-      "Tensor bn_weight, Tensor bn_bias, float bn_eps, int activation, bool rows, bool second_moment, int classes, int grid_rows, "
-      "int grid_columns, float tau, float margin, float smoothing, float scale, float eps, Tensor(a!) g, Tensor(b!) losses, Tensor(c!) dtau, "
-      "Tensor(d!) grad_y, Tensor(e!) grad_weight, Tensor(f!) grad_bias, Tensor(g!) grad_grid, Tensor(h!) normalized, Tensor(i!) grad_residual, "
-      "Tensor(j!) sums, Tensor(k!) mean, Tensor(l!) var) -> ()");
+      "tail_native(Tensor y, Tensor? weight, Tensor? bias, Tensor? grid, Tensor target, Tensor? tau_factor, Tensor? scale_factor, "
+      "Tensor? residual, Tensor? bn_weight, Tensor? bn_bias, float bn_eps, int activation, bool second_moment, float tau, float margin, "
+      "float smoothing, float scale, float eps, bool need_residual, bool normalize) "
+      "-> (Tensor g, Tensor losses, Tensor dtau, Tensor grad_y, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid, Tensor normalized, "
+      "Tensor grad_residual, Tensor grad_bn_weight, Tensor grad_bn_bias, Tensor mean, Tensor var)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("tail_native", TORCH_BOX(&goodness::tail_native)); }

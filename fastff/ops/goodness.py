@@ -179,6 +179,7 @@ def _goodness_backward_fake(d, x, weight, bias, grid_weight, padding, impl, algo
     return _empty_head(x, weight, bias, grid_weight, need_x)
 
 
+@torch.no_grad()
 def _goodness_step(
     x, weight, bias, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, need_x,
     padding, impl, algorithm,
@@ -301,10 +302,5 @@ def _double_backward(ctx, *cotangents):
 torch.library.register_autograd("fastff::goodness_backward", _double_backward, setup_context=_save_backward, lib=_lib)
 
 
-def _no_backward(ctx, *cotangents):
-    raise RuntimeError(
-        "goodness_step: its results are gradients already and cannot be differentiated again; use goodness_loss, which can"
-    )
-
-
-torch.library.register_autograd("fastff::goodness_step", _no_backward, lib=_lib)
+# its results are gradients already: nothing of it is recorded for autograd, whatever its inputs require
+_lib.impl("goodness_step", torch.library.fallthrough_kernel, "Autograd")

@@ -36,6 +36,10 @@ def choose(op, rows, impl, x):
 
     "auto" follows the environment variable FASTFF_IMPL, which is written likewise. A choice that cannot run raises
     RuntimeError with every row's reason; an unknown name raises ValueError."""
+    if impl == "auto" and "FASTFF_IMPL" not in os.environ:  # at every call of an op
+        for row in rows:
+            if row.can_run(x) is None:
+                return row
     source = "impl"
     if impl == "auto" and os.environ.get("FASTFF_IMPL", "auto") != "auto":
         impl, source = os.environ["FASTFF_IMPL"], "FASTFF_IMPL"

@@ -52,6 +52,7 @@ _lib.define(
 )
 
 
+@torch.no_grad()
 def _tail_step(
     y, bn_weight, bn_bias, bn_eps, residual, need_residual, activation, weight, bias, grid_weight, target, tau, learned_tau, margin,
     label_smoothing, reduction, grad_scale, normalize, eps, padding, impl, algorithm,
@@ -70,7 +71,7 @@ def _tail_step(
     results, grads = run.tail_step(y, tail, head, step)
     loss, g, _, *rest = goodness_op.results_of(results, y, weight, bias, grid_weight, reduction)
     own = [
-        y.new_empty(0) if parameter is None else torch.empty_like(parameter).copy_(grad)
+        y.new_empty(0) if parameter is None else grad.to(parameter.dtype)
         for grad, parameter in ((grads.weight, bn_weight), (grads.bias, bn_bias))
     ]
     return (
@@ -103,8 +104,5 @@ _lib.impl("tail_step", _tail_step, "CompositeExplicitAutograd")
 torch.library.register_fake("fastff::tail_step", _tail_step_fake, lib=_lib)
 
 
-def _no_backward(ctx, *cotangents):
-    raise RuntimeError("tail_step: its results are gradients already and cannot be differentiated again")
-
-
-torch.library.register_autograd("fastff::tail_step", _no_backward, lib=_lib)
+# its results are gradients already: nothing of it is recorded for autograd, whatever its inputs require
+_lib.impl("tail_step", torch.library.fallthrough_kernel, "Autograd")

@@ -1,10 +1,12 @@
 """The compiled library fastff._C: loaded once, on first use, with the reason kept where it cannot be.
 
-Loading it registers the operators of csrc/ under torch.ops.fastff, and here their shape functions (fake kernels):
+Loading it registers the operators of csrc/ under torch.ops.fastff, and here the shape function of the first
+(the others are called by ops that have their own):
 
     layer_norm_native(Tensor x, float eps) -> Tensor        csrc/cpu/layer_norm.cpp
-    goodness_native(...), which writes into its results     csrc/cpu/goodness.cpp
-    tail_native(...), likewise                              csrc/cpu/tail.cpp
+    goodness_native(...)                                    csrc/cpu/goodness.cpp
+    tail_native(...)                                        csrc/cpu/tail.cpp
+    convolution_weight_gradient_native(...)                 csrc/cpu/convolution.cpp
 """
 
 import importlib
