@@ -62,22 +62,25 @@ def test_weight_gradient(data, dtype, impl):
     assert all(same_bits(a, b) for a, b in zip(before, (x_memory, grad_memory), strict=True))
 
 
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("channels", "bias", "need_x"), [(32, True, True), (16, False, False), (3, True, True)])
-def test_convolve_is_the_convolution(kernel, stride, channels, bias, need_x):
-    """Values and all gradients, whichever way is taken: matrix products, the compiled kernel, PyTorch's."""
+@pytest.mark.parametrize(("channels", "bias", "need_x"), [(37, True, True), (16, False, False), (3, True, True)])
+def test_the_stand_in_is_the_convolution(kernel, stride, channels, bias, need_x, layout, depthwise):
+    """Values and all gradients, whichever way is taken: matrix products, the compiled kernels, PyTorch's."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(channels, 20, kernel, stride, kernel // 2, bias=bias).to(memory_format=torch.channels_last)
-    x = torch.randn(4, channels, 11, 9).contiguous(memory_format=torch.channels_last).requires_grad_(need_x)
-    wide = nn.Conv2d(channels, 20, kernel, stride, kernel // 2, bias=bias).double()
+    sizes = (channels, channels if depthwise else 20, kernel, stride, kernel // 2)
+    conv, wide = (nn.Conv2d(*sizes, groups=channels if depthwise else 1, bias=bias) for _ in range(2))
+    conv, wide = conv.to(memory_format=layout), wide.double()
+    x = torch.randn(4, channels, 11, 9).contiguous(memory_format=layout).requires_grad_(need_x)
     wide.load_state_dict(conv.state_dict())
     leaves = [*conv.parameters()] + [x] * need_x
-    got = convolve(x, conv.weight, conv.bias, stride, kernel // 2)
+    got = quickened(conv)(x)
     wide_x = x.detach().double().requires_grad_(need_x)
     want = wide(wide_x)
     torch.testing.assert_close(got, want.float())
-    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert got.is_contiguous(memory_format=layout)
     grad = torch.randn_like(got)
     wanted = torch.autograd.grad(want, [*wide.parameters()] + [wide_x] * need_x, grad.double())
     for a, b in zip(torch.autograd.grad(got, leaves, grad), wanted, strict=True):
@@ -89,7 +92,8 @@ def test_which_convolutions_have_a_stand_in():
     assert quickened(conv).convolution is conv
     assert isinstance(quickened(conv), Convolution)
     others = [
-        nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 3, dilation=2), nn.Conv2d(4, 6, (3, 1)), nn.Conv2d(4, 6, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(4, 6, 3, dilation=2), nn.Conv2d(4, 6, (3, 1)),
+        nn.Conv2d(4, 6, 3, padding="same"),
         nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 6, 3, stride=(1, 2)), nn.ConvTranspose2d(4, 6, 3), nn.Linear(4, 6),
         torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
     ]  # fmt: skip

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from fastff import reference
 from fastff.kernels import native
 from fastff.kernels.composed import convolution as composed
+from fastff.kernels.composed.goodness import is_rows
 from fastff.kernels.native import convolution as native_convolution
 from fastff.ops.table import Implementation, always, choose
 
+DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
 LARGEST_PRODUCT = (
     1 << 25
@@ -120,3 +122,38 @@ def convolve(x, weight, bias, stride, padding):
     if k > 1 and C >= FEWEST_CHANNELS and choose("convolution", ROWS, "auto", x).name != "composed":
         return _Convolve.apply(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)
+
+
+class _Depthwise(torch.autograd.Function):
+    """A depthwise convolution with the gradients of fastff/ops/depthwise.py."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.how = stride, padding, bias is not None
+        if is_rows(x) and stride == 1:  # PyTorch's own is quicker, and its sums are not needed here
+            return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
+        y = torch.ops.fastff.depthwise(x, weight, stride, padding, "auto")[0]
+        return y if bias is None else y.add_(bias[:, None, None])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        stride, padding, has_bias = ctx.how
+        need_x = ctx.needs_input_grad[0]
+        dx, dw = torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_x, "auto")
+        return dx if need_x else None, dw, grad.sum((0, 2, 3)) if has_bias else None, None, None
+
+
+def convolve_depthwise(x, weight, bias, stride, padding):
+    """conv2d of x [B, C, H, W] with one filter a channel, weight [C, 1, k, k]: values and gradients as PyTorch's."""
+    quick = (
+        x.dim() == 4
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[1] >= FEWEST_CHANNELS
+    )
+    if not quick or weight.shape[2] not in DEPTHWISE_SIZES or torch.is_autocast_enabled("cpu"):
+        return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
+    return _Depthwise.apply(x, weight, bias, stride, padding)

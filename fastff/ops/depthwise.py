@@ -4,16 +4,17 @@
                                                     sums [2, C] of y and of its square, in float32 (float64 for float64)
     depthwise_backward(grad, x, weight, ..., need_x) -> (dL/dx or an empty tensor, dL/dweight)
 
-The first convolution of a block never needs dL/dx. Rows: PyTorch's own, the Triton kernels, the reference. PyTorch's goes first: the
-Triton kernels have not been timed on a GPU, and nothing is dispatched that was not seen to win. Formula: fastff/reference.py.
+The first convolution of a block never needs dL/dx. Rows: the compiled kernel, PyTorch's own, the Triton kernels, the reference. PyTorch's goes
+before Triton's, which have not been timed on a GPU: nothing is dispatched that was not seen to win. Formula: fastff/reference.py.
 """
 
 import torch
 
 from fastff import reference
-from fastff.kernels import triton
+from fastff.kernels import native, triton
 from fastff.kernels.composed import depthwise as composed
 from fastff.kernels.composed.goodness import empty_like
+from fastff.kernels.native import depthwise as native_depthwise
 from fastff.ops.table import Implementation, Lazy, always, choose
 
 
@@ -33,7 +34,18 @@ class Reference:
         return (dx.to(x.dtype) if need_x else None), dw.to(weight.dtype)
 
 
+def _native_can_run(x):
+    if x.device.type != "cpu":
+        return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
+    if x.dtype != torch.float32:
+        return f"the compiled kernel is for float32, x is {x.dtype}"
+    if x.shape[1] < 16:
+        return f"the compiled kernel takes 16 channels at a time, x has {x.shape[1]}"
+    return native.reason() or None
+
+
 ROWS = [
+    Implementation("native", _native_can_run, native_depthwise, "other filters than 3 x 3 and 5 x 5 by PyTorch"),
     Implementation("composed", always, composed),
     Implementation("triton", triton.reason, Lazy("fastff.kernels.triton.depthwise")),
     Implementation("reference", always, Reference),

@@ -1,0 +1,329 @@
+// fastff::depthwise_native and depthwise_backward_native: depthwise convolution with 3 x 3 or 5 x 5 filters and its gradients, float32 on the CPU.
+//
+//   y[b, i, j, c]  = sum_uv w[u, v, c] x[b, i s + u - p, j s + v - p, c]      sums[0, c], sums[1, c]: of y and of y^2, for batch norm
+//   dw[u, v, c]    = sum_bij dy[b, i, j, c] x[b, i s + u - p, j s + v - p, c]
+//   dx             s^2 correlations of dy, one for each place of x's rows and columns modulo s, by the taps that meet it, turned round
+//
+// Vectors are 16 channels: of channels_last images in place, of contiguous ones (and of what 16 leaves over) in a copy [H W, 16] in cache. y in registers is
+// 4 positions by 16 channels, dw a row of taps by 16 channels; at the edges single positions, with the taps that meet the image. Versions: copies with
+// zeros around them for both layouts (no edges, but at 3 x 3 a quarter slower than oneDNN in channels_last); this one. oneDNN's weight gradient
+// at 5 x 5 takes 3 to 25 times as long. Sums over images are made by groups of images in order: the number of threads changes no bit.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "gemm.h"
+#include "tensors.h"
+
+namespace {
+
+using gemm::kLanes;
+using gemm::kPanel;
+using gemm::read;
+using gemm::Vector;
+using gemm::write;
+
+FASTFF_CLONES void transpose(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
+  gemm::transpose_inline(rows, columns, a, lda, b, ldb);
+}
+
+// 16 channels of an image: pixels `pitch` and rows `row` floats apart.
+struct Plane {
+  int64_t H, W, pitch, row;
+};
+
+// Filters of K x L taps [K, L, 16] over a plane; the output is a plane too.
+struct Correlation {
+  Plane in, out;
+  int64_t K, L, stride, above, left;  // above, left: zeros before the first row and column
+};
+
+// J outputs beside each other from taps u0 .. u1 - 1, v0 .. v1 - 1; x is where tap 0, 0 of the first would be.
+template <int J>
+FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w, int64_t u0, int64_t u1, int64_t v0, int64_t v1, float* y) {
+  Vector sum[J][2] = {};
+  for (int64_t u = u0; u < u1; ++u) {
+    for (int64_t v = v0; v < v1; ++v) {
+      const float *tap = w + (u * f.L + v) * kPanel, *at = x + u * f.in.row + v * f.in.pitch;
+      const Vector first = read(tap), second = read(tap + kLanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) {
+        sum[j][0] += first * read(at + j * f.stride * f.in.pitch);
+        sum[j][1] += second * read(at + j * f.stride * f.in.pitch + kLanes);
+      }
+    }
+  }
+  for (int j = 0; j < J; ++j) {
+    write(y + j * f.out.pitch, sum[j][0]);
+    write(y + j * f.out.pitch + kLanes, sum[j][1]);
+  }
+}
+
+// Outputs of a row whose taps all meet the image.
+int64_t first_inside(int64_t before, int64_t stride) { return (before + stride - 1) / stride; }
+int64_t end_inside(int64_t before, int64_t size, int64_t taps, int64_t stride, int64_t outputs) {
+  const int64_t room = size + before - taps;
+  return room < 0 ? 0 : std::min(outputs, room / stride + 1);
+}
+
+// Row i of the output, `blocks` times 16 channels that lie beside each other; w [blocks, K, L, 16].
+FASTFF_CLONES void correlate_row(const Correlation& f, const float* x, const float* w, int64_t i, int64_t blocks, float* y) {
+  const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride), u1 = std::min(f.K, f.in.H + f.above - i * f.stride);
+  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W), stop = end_inside(f.left, f.in.W, f.L, f.stride, f.out.W);
+  for (int64_t block = 0; block < blocks; ++block, w += f.K * f.L * kPanel) {
+    const float* base = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch + block * kPanel;
+    float* target = y + i * f.out.row + block * kPanel;
+    for (int64_t j = 0; j < f.out.W;) {
+      const float* at = base + j * f.stride * f.in.pitch;
+      if (j >= start && j + 4 <= stop) {
+        outputs<4>(f, at, w, u0, u1, 0, f.L, target + j * f.out.pitch);
+        j += 4;
+      } else {
+        const int64_t v0 = std::max<int64_t>(0, f.left - j * f.stride), v1 = std::min(f.L, f.in.W + f.left - j * f.stride);
+        outputs<1>(f, at, w, u0, u1, v0, v1, target + j * f.out.pitch);
+        ++j;
+      }
+    }
+  }
+}
+
+// sums [blocks, 2, 16] += the sums of a row of pixels and of its squares.
+FASTFF_CLONES void add_sums(const float* y, int64_t pixels, int64_t pitch, int64_t blocks, float* sums) {
+  for (int64_t block = 0; block < blocks; ++block, sums += 2 * kPanel) {
+    for (int64_t h = 0; h < kPanel; h += kLanes) {
+      Vector total = {}, square = {};
+      for (int64_t q = 0; q < pixels; ++q) {
+        const Vector value = read(y + q * pitch + block * kPanel + h);
+        total += value;
+        square += value * value;
+      }
+      write(sums + h, read(sums + h) + total);
+      write(sums + kPanel + h, read(sums + kPanel + h) + square);
+    }
+  }
+}
+
+// dw [blocks, K, K, 16] += what row i of dy meets: a row of K taps at a time.
+template <int K>
+FASTFF_INLINE void taps_of_row(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, float* dw) {
+  const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride), u1 = std::min<int64_t>(K, f.in.H + f.above - i * f.stride);
+  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W);
+  const int64_t stop = std::max(start, end_inside(f.left, f.in.W, K, f.stride, f.out.W)), step = f.stride * f.in.pitch;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const float* g = dy + i * f.out.row + block * kPanel;
+    for (int64_t u = u0; u < u1; ++u) {
+      const float* base = x + (i * f.stride + u - f.above) * f.in.row - f.left * f.in.pitch + block * kPanel;
+      float* target = dw + (block * K + u) * K * kPanel;
+      Vector sum[K][2];
+      for (int v = 0; v < K; ++v) {
+        sum[v][0] = read(target + v * kPanel);
+        sum[v][1] = read(target + v * kPanel + kLanes);
+      }
+      const float* at = base + start * step;
+      for (int64_t j = start; j < stop; ++j, at += step) {
+        const Vector first = read(g + j * f.out.pitch), second = read(g + j * f.out.pitch + kLanes);
+#pragma GCC unroll 5
+        for (int v = 0; v < K; ++v) {
+          sum[v][0] += first * read(at + v * f.in.pitch);
+          sum[v][1] += second * read(at + v * f.in.pitch + kLanes);
+        }
+      }
+      for (int v = 0; v < K; ++v) {
+        write(target + v * kPanel, sum[v][0]);
+        write(target + v * kPanel + kLanes, sum[v][1]);
+      }
+      for (int64_t j = 0; j < f.out.W; j = j + 1 == start ? std::max(stop, j + 1) : j + 1) {  // the edges
+        if (j >= start && j < stop) continue;
+        for (int64_t v = std::max<int64_t>(0, f.left - j * f.stride); v < std::min<int64_t>(K, f.in.W + f.left - j * f.stride); ++v) {
+          for (int64_t h = 0; h < kPanel; h += kLanes) {
+            float* to = target + v * kPanel + h;
+            write(to, read(to) + read(g + j * f.out.pitch + h) * read(base + j * step + v * f.in.pitch + h));
+          }
+        }
+      }
+    }
+  }
+}
+
+FASTFF_CLONES void add_taps(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, float* dw) {
+  f.K == 3 ? taps_of_row<3>(f, x, dy, i, blocks, dw) : taps_of_row<5>(f, x, dy, i, blocks, dw);
+}
+
+// Images [B, C, H, W] of one of the two layouts, and how tasks see them: `wide` blocks of 16 channels together in place, or single blocks in a copy.
+struct Images {
+  int64_t C, H, W;
+  bool rows;
+
+  int64_t wide() const { return rows ? C / kPanel : 0; }
+  int64_t tasks() const { return (wide() ? 1 : 0) + (C + kPanel - 1) / kPanel - wide(); }
+  bool in_place(int64_t task) const { return wide() && task == 0; }
+  int64_t channel(int64_t task) const { return in_place(task) ? 0 : (wide() + task - (wide() ? 1 : 0)) * kPanel; }
+  int64_t blocks(int64_t task) const { return in_place(task) ? wide() : 1; }
+  Plane plane(int64_t task) const { return in_place(task) ? Plane{H, W, C, W * C} : Plane{H, W, kPanel, W * kPanel}; }
+
+  int64_t at(int64_t b, int64_t c) const { return rows ? b * H * W * C + c : (b * C + c) * H * W; }
+
+  // Image b of a task: in place, or copied.
+  const float* load(const float* x, int64_t b, int64_t task, std::vector<float>& copy) const {
+    const int64_t c = channel(task), lanes = std::min(kPanel, C - c);
+    const float* from = x + at(b, c);
+    if (in_place(task)) return from;
+    copy.resize(H * W * kPanel);
+    if (!rows) {
+      transpose(lanes, H * W, from, H * W, copy.data(), kPanel);
+    } else {
+      for (int64_t q = 0; q < H * W; ++q) std::copy_n(from + q * C, lanes, copy.data() + q * kPanel);
+    }
+    return copy.data();
+  }
+  float* target(float* y, int64_t b, int64_t task, std::vector<float>& copy) const {
+    if (in_place(task)) return y + at(b, 0);
+    copy.resize(H * W * kPanel);
+    return copy.data();
+  }
+  void store(const std::vector<float>& copy, float* y, int64_t b, int64_t task) const {
+    if (in_place(task)) return;
+    const int64_t c = channel(task), lanes = std::min(kPanel, C - c);
+    float* to = y + at(b, c);
+    if (rows) {
+      for (int64_t q = 0; q < H * W; ++q) std::copy_n(copy.data() + q * kPanel, lanes, to + q * C);
+    } else if (lanes == kPanel) {
+      transpose(H * W, kPanel, copy.data(), kPanel, to, H * W);
+    } else {
+      for (int64_t l = 0; l < lanes; ++l) {
+        for (int64_t q = 0; q < H * W; ++q) to[l * H * W + q] = copy[q * kPanel + l];
+      }
+    }
+  }
+};
+
+// Taps u = first_u + t s, v likewise, of filters [C, 1, k, k] as [blocks, K, L, 16], turned round or not.
+std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, int64_t L, int64_t first_u, int64_t first_v, int64_t s, bool turned) {
+  const int64_t blocks = (C + kPanel - 1) / kPanel;
+  std::vector<float> w(blocks * K * L * kPanel, 0.0f);
+  for (int64_t c = 0; c < C; ++c) {
+    for (int64_t u = 0; u < K; ++u) {
+      for (int64_t v = 0; v < L; ++v) {
+        const int64_t t = turned ? (K - 1 - u) * L + (L - 1 - v) : u * L + v;
+        w[((c / kPanel) * K * L + t) * kPanel + c % kPanel] = weight[c * k * k + (first_u + u * s) * k + first_v + v * s];
+      }
+    }
+  }
+  return w;
+}
+
+// x [B, C, H, W] and weight [C, 1, k, k], k = 3 or 5, float32 on the CPU, not empty, as fastff/ops/depthwise.py sees to.
+std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t stride, int64_t padding) {
+  x = dense(x), weight = torch::stable::contiguous(weight);
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
+  const int64_t P = (H + 2 * padding - k) / stride + 1, Q = (W + 2 * padding - k) / stride + 1, blocks = (C + kPanel - 1) / kPanel;
+  const Images in{C, H, W, is_rows(x)}, out{C, P, Q, in.rows};
+  Tensor y = in.rows ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}), sums = empty(x, {2, C});
+  const std::vector<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
+  std::vector<float> partial(B * blocks * 2 * kPanel, 0.0f);
+  const int64_t tasks = in.tasks();
+  torch::stable::parallel_for(0, B * tasks, std::max<int64_t>(1, 32768 / (H * W * C)), [&](int64_t begin, int64_t end) {
+    std::vector<float> copy, result;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / tasks, task = i % tasks, block = in.channel(task) / kPanel;
+      const Correlation f{in.plane(task), out.plane(task), k, k, stride, padding, padding};
+      const float* from = in.load(floats(x), b, task, copy);
+      float *to = out.target(writable(y), b, task, result), *own = partial.data() + (b * blocks + block) * 2 * kPanel;
+      for (int64_t r = 0; r < P; ++r) {
+        correlate_row(f, from, w.data() + block * k * k * kPanel, r, in.blocks(task), to);
+        add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task), own);
+      }
+      out.store(result, writable(y), b, task);
+    }
+  });
+  for (int64_t c = 0; c < C; ++c) {
+    double total[2] = {};
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t s = 0; s < 2; ++s) total[s] += partial[((b * blocks + c / kPanel) * 2 + s) * kPanel + c % kPanel];
+    }
+    for (int64_t s = 0; s < 2; ++s) writable(sums)[s * C + c] = static_cast<float>(total[s]);
+  }
+  return {y, sums};
+}
+
+// One of the s^2 correlations that make dx: of rows h = place_h + s a and columns w = place_w + s b.
+struct Part {
+  int64_t place_h, place_w, K, L, above, left;
+  std::vector<float> w;
+};
+
+std::vector<Part> parts_of(const float* weight, int64_t C, int64_t k, int64_t stride, int64_t padding) {
+  std::vector<Part> parts;
+  for (int64_t h = 0; h < stride; ++h) {
+    for (int64_t w = 0; w < stride; ++w) {
+      const int64_t u = (h + padding) % stride, v = (w + padding) % stride;  // the first taps that meet this place
+      const int64_t K = u < k ? (k - 1 - u) / stride + 1 : 0, L = v < k ? (k - 1 - v) / stride + 1 : 0;
+      Part part{h, w, K, L, K - 1 - (h + padding - u) / stride, L - 1 - (w + padding - v) / stride, {}};
+      part.w = pack(weight, C, k, K, L, u, v, stride, true);
+      parts.push_back(std::move(part));
+    }
+  }
+  return parts;
+}
+
+// grad [B, C, P, Q] -> (dL/dx as x, or empty; dL/dweight [C, 1, k, k]).
+std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int64_t stride, int64_t padding, bool need_x) {
+  x = dense(x), weight = torch::stable::contiguous(weight);
+  const bool rows = is_rows(x);
+  if (!has_strides(grad, rows ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3})) {
+    Tensor copy = empty_like(grad, rows);
+    grad = torch::stable::copy_(copy, grad);
+  }
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2), P = grad.size(2), Q = grad.size(3);
+  const int64_t blocks = (C + kPanel - 1) / kPanel, size = blocks * k * k * kPanel;
+  const Images in{C, H, W, rows}, out{C, P, Q, rows};
+  Tensor dx = need_x ? empty_like(x, rows) : absent(x), dw = empty(x, {C, 1, k, k});
+  const std::vector<Part> parts = need_x ? parts_of(floats(weight), C, k, stride, padding) : std::vector<Part>();
+  const int64_t groups = std::min<int64_t>(B, 8), tasks = in.tasks();  // whatever the number of threads
+  std::vector<float> partial(groups * size, 0.0f);
+  torch::stable::parallel_for(0, groups * tasks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> copy, dy, result;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / tasks, task = i % tasks, block = in.channel(task) / kPanel;
+      for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
+        const Correlation f{in.plane(task), out.plane(task), k, k, stride, padding, padding};
+        const float *from = in.load(floats(x), b, task, copy), *g = out.load(floats(grad), b, task, dy);
+        for (int64_t r = 0; r < P; ++r) add_taps(f, from, g, r, in.blocks(task), partial.data() + group * size + block * k * k * kPanel);
+        if (!need_x) continue;
+        float* to = in.target(writable(dx), b, task, result);
+        for (const Part& part : parts) {
+          const Plane whole = f.in;
+          const Plane some{(H - part.place_h + stride - 1) / stride, (W - part.place_w + stride - 1) / stride, whole.pitch * stride, whole.row * stride};
+          if (some.H <= 0 || some.W <= 0) continue;
+          const Correlation c{f.out, some, part.K, part.L, 1, part.above, part.left};
+          float* corner = to + part.place_h * whole.row + part.place_w * whole.pitch;
+          const float* w = part.w.data() + block * part.K * part.L * kPanel;
+          for (int64_t r = 0; r < some.H; ++r) correlate_row(c, g, w, r, in.blocks(task), corner);
+        }
+        in.store(result, writable(dx), b, task);
+      }
+    }
+  });
+  for (int64_t c = 0; c < C; ++c) {
+    for (int64_t t = 0; t < k * k; ++t) {
+      double total = 0;
+      for (int64_t group = 0; group < groups; ++group) total += partial[group * size + ((c / kPanel) * k * k + t) * kPanel + c % kPanel];
+      writable(dw)[c * k * k + t] = static_cast<float>(total);
+    }
+  }
+  return {dx, dw};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
+  m.def("depthwise_native(Tensor x, Tensor weight, int stride, int padding) -> (Tensor y, Tensor sums)");
+  m.def("depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_x) -> (Tensor dx, Tensor dw)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {
+  m.impl("depthwise_native", TORCH_BOX(&depthwise_native));
+  m.impl("depthwise_backward_native", TORCH_BOX(&depthwise_backward_native));
+}
