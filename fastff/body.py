@@ -139,5 +139,12 @@ def _match(whole, graph, stand_ins):
             copies[old] = body.node_copy(old, copies.__getitem__)
     body.output((copies[y], None if residual is None else copies[residual], *(copies.get(r, r) for r in results[1:])))
     bypassed = [module_of(n) for n in chain if n.op == "call_module"]
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    alone = (
+        all(n.op in ("placeholder", "call_module", "output") for n in body.nodes)
+        and y.op == "call_module"
+        and y.args == (inputs[0],)
+    )
+    single = stand_ins.get(y.target) if alone and sum(n.op == "call_module" for n in body.nodes) == 1 else None
     body = _graph_module(whole, body, stand_ins)
-    return Tail(body, module_of(node), activation, apply, residual is not None, bypassed)
+    return Tail(body, module_of(node), activation, apply, residual is not None, bypassed, single)

@@ -103,10 +103,10 @@ def test_which_convolutions_have_a_stand_in():
 def test_other_dtypes_layouts_and_autocast_are_pytorchs():
     conv = nn.Conv2d(32, 8, 3)
     for x in (torch.randn(2, 32, 6, 6), torch.randn(32, 6, 6)):
-        torch.testing.assert_close(convolve(x, conv.weight, conv.bias, 1, 0), conv(x), rtol=0, atol=0)
+        torch.testing.assert_close(convolve(x, conv.weight, conv.bias, 1, 0, 1), conv(x), rtol=0, atol=0)
     x = torch.randn(2, 32, 6, 6).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        assert convolve(x, conv.weight, conv.bias, 1, 0).dtype == torch.bfloat16
+        assert convolve(x, conv.weight, conv.bias, 1, 0, 1).dtype == torch.bfloat16
 
 
 def test_bad_arguments_are_named():

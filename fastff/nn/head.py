@@ -135,6 +135,6 @@ class GoodnessHead(nn.Module):
 
 def add_gradient(parameter, grad):
     """Add grad to parameter.grad, where there is a parameter and it learns."""
-    if parameter is not None and parameter.requires_grad:
+    if parameter is not None and grad is not None and parameter.requires_grad:
         grad = grad.to(parameter.dtype)
         parameter.grad = grad if parameter.grad is None else parameter.grad + grad

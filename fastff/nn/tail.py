@@ -34,9 +34,11 @@ class Tail:
         activation: its name.
         apply: callable that gives what `activation` names.
         bypassed: the modules whose forward no longer runs as such; a hook on one of them makes the tail stand aside.
+        single: the fastff.nn.convolution.Convolution that is all of the body, on the block's first input; None for other bodies.
     """
 
-    def __init__(self, body, batch_norm, activation, apply, has_residual, bypassed):
+    def __init__(self, body, batch_norm, activation, apply, has_residual, bypassed, single=None):
+        self.single = single
         self.body, self.batch_norm, self.activation, self.apply = body, batch_norm, activation, apply
         self.has_residual, self.bypassed = has_residual, tuple(bypassed)
 

@@ -78,82 +78,87 @@ _lib.impl("convolution_weight_gradient", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("fastff::convolution_weight_gradient", _fake, lib=_lib)
 
 
-class _Convolve(torch.autograd.Function):
-    """conv2d with square filters, and the gradient of its weight by the op above."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.how = stride, padding, bias is not None
-        return F.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        stride, padding, has_bias = ctx.how
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_weight, others = None, [need_x, False, need_bias and has_bias]
-        if need_weight:
-            grad_weight = torch.ops.fastff.convolution_weight_gradient(
-                grad, x, weight.shape[2], stride, padding, "auto"
-            )
-        grad_x, _, grad_bias = (None, None, None)
-        if any(others):
-            grad_x, _, grad_bias = torch.ops.aten.convolution_backward(
-                grad, x, weight, [len(weight)], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, others
-            )
-        return grad_x, grad_weight, grad_bias, None, None
+PYTORCH, PRODUCT, KERNEL = "pytorch", "product", "kernel"
 
 
-def convolve(x, weight, bias, stride, padding):
-    """conv2d of x [B, C, H, W] with weight [D, C, k, k]: values and gradients as PyTorch's, by whichever way is quickest here."""
-    quick = x.dim() == 4 and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if (
-        not quick
-        or not x.is_contiguous(memory_format=torch.channels_last)
-        or x.shape[1] == 1
-        or torch.is_autocast_enabled("cpu")
-    ):
-        return F.conv2d(x, weight, bias, stride, padding)
-    (D, C, k, _), positions = weight.shape, x.numel() // x.shape[1]
-    if k == 1 and stride == 1 and padding == 0 and positions * C * D <= LARGEST_PRODUCT:
+def way(x, weight, stride, padding, groups):
+    """How a convolution of x is quickest with its gradients: PYTORCH, PRODUCT (of matrices) or KERNEL (the ops of fastff)."""
+    if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
+        return PYTORCH
+    k, channels = weight.shape[2], x.shape[1]
+    if torch.is_autocast_enabled("cpu"):
+        return PYTORCH
+    if groups > 1:
+        return KERNEL if k in DEPTHWISE_SIZES and channels >= FEWEST_CHANNELS else PYTORCH
+    if channels == 1 or not is_rows(x):
+        return PYTORCH
+    if k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
+        return PRODUCT
+    fits = k > 1 and channels >= FEWEST_CHANNELS and choose("convolution", ROWS, "auto", x).name != "composed"
+    return KERNEL if fits else PYTORCH
+
+
+def forward(x, weight, bias, stride, padding, groups, how):
+    """conv2d with k x k filters, one group or one for each channel."""
+    if how == PRODUCT:
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    if k > 1 and C >= FEWEST_CHANNELS and choose("convolution", ROWS, "auto", x).name != "composed":
-        return _Convolve.apply(x, weight, bias, stride, padding)
-    return F.conv2d(x, weight, bias, stride, padding)
-
-
-class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution with the gradients of fastff/ops/depthwise.py."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.how = stride, padding, bias is not None
-        if is_rows(x) and stride == 1:  # PyTorch's own is quicker, and its sums are not needed here
-            return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
+    if how == KERNEL and groups > 1 and (stride > 1 or not is_rows(x)):  # else PyTorch's forward pass is quicker
         y = torch.ops.fastff.depthwise(x, weight, stride, padding, "auto")[0]
         return y if bias is None else y.add_(bias[:, None, None])
+    return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+
+
+def gradients(grad, x, weight, stride, padding, groups, how, wanted):
+    """(dL/dx, dL/dweight, dL/dbias), those that are wanted, else None."""
+    need_x, need_weight, need_bias = wanted
+    grad_x = grad_weight = grad_bias = None
+    if how == KERNEL and groups > 1:
+        grad_x, grad_weight = torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_x, "auto")
+        need_x = need_weight = False
+    elif how == KERNEL and need_weight:
+        grad_weight = torch.ops.fastff.convolution_weight_gradient(grad, x, weight.shape[2], stride, padding, "auto")
+        need_weight = False
+    elif how == PRODUCT and need_weight:
+        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        grad_weight = (rows.T @ x.permute(0, 2, 3, 1).flatten(0, 2)).view(weight.shape)
+        need_weight = False
+    if need_x or need_weight or need_bias:
+        found = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            [len(weight)],
+            [stride] * 2,
+            [padding] * 2,
+            [1, 1],
+            False,
+            [0, 0],
+            groups,
+            [need_x, need_weight, need_bias],
+        )
+        grad_x, grad_weight, grad_bias = (
+            a if b is None else b for a, b in zip((grad_x, grad_weight, grad_bias), found, strict=True)
+        )
+    return grad_x if wanted[0] else None, grad_weight, grad_bias
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, *options):
+        ctx.save_for_backward(x, weight)
+        ctx.options, ctx.has_bias = options, bias is not None
+        return forward(x, weight, bias, *options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        stride, padding, has_bias = ctx.how
-        need_x = ctx.needs_input_grad[0]
-        dx, dw = torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_x, "auto")
-        return dx if need_x else None, dw, grad.sum((0, 2, 3)) if has_bias else None, None, None
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        found = gradients(grad, *ctx.saved_tensors, *ctx.options, (need_x, need_weight, need_bias and ctx.has_bias))
+        return *found, None, None, None, None
 
 
-def convolve_depthwise(x, weight, bias, stride, padding):
-    """conv2d of x [B, C, H, W] with one filter a channel, weight [C, 1, k, k]: values and gradients as PyTorch's."""
-    quick = (
-        x.dim() == 4
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.shape[1] >= FEWEST_CHANNELS
-    )
-    if not quick or weight.shape[2] not in DEPTHWISE_SIZES or torch.is_autocast_enabled("cpu"):
-        return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
-    return _Depthwise.apply(x, weight, bias, stride, padding)
+def convolve(x, weight, bias, stride, padding, groups):
+    """conv2d of x [B, C, H, W] with k x k filters: values and gradients as PyTorch's, by whichever way is quickest here."""
+    how = way(x, weight, stride, padding, groups)
+    run = _Convolve.apply if how == KERNEL and torch.is_grad_enabled() else forward
+    return run(x, weight, bias, stride, padding, groups, how)

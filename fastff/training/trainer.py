@@ -46,6 +46,10 @@ class _Visit:
         return Seed.apply(list(grads), *outputs)
 
 
+def _detached(values):
+    return tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in values)
+
+
 class Trainer(Loop):
     """Trains an SFF block by block.
 
@@ -166,7 +170,7 @@ class Trainer(Loop):
 
     def _visit(self, index, alive, target, weight, keep=False):
         """Forward and goodness step of a block. Returns its _Visit (None if it is not trained) and the next block's inputs."""
-        head, trained = self.sff.heads[index], self._trained(index)
+        trained = self._trained(index)
         if keep and trained:
             alive = tuple(
                 t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in alive
@@ -174,34 +178,48 @@ class Trainer(Loop):
         body = self.sff.bodies[index] if trained else None
         body = body if body is not None and body.ready() else None
         tail = self.sff.tail(index) if body is not None and self.window == 1 else None
-        tail = tail if tail is not None and tail.ready() else None
+        if tail is not None and tail.ready():
+            return self._visit_tail(index, tail, alive, target, weight)
         with torch.set_grad_enabled(trained), self.autocast():
-            if tail is not None:
-                y, residual, *others = self.bodies[index](*alive)
-                if not tail.fits(y, residual):
-                    outputs, tail = (tail.finish(y, residual), *others), None
-            else:
-                outputs = (self.forwards if body is None else self.opened)[index](*alive)
-        if tail is not None:
-            outputs = (y, *others) if residual is None else (y, residual, *others)
-            step = tail.local_step(head, y, residual, target, self.sff.normalize, self._grad_scale(index, weight, y))
-            grads = (step.grad_y,) if residual is None else (step.grad_y, step.grad_residual)
-            main = step.normalized
-        elif trained:
-            others, main = outputs[1:], outputs[0].detach()
+            outputs = (self.forwards if body is None else self.opened)[index](*alive)
+        return self._local_step(index, alive, outputs, target, weight)
+
+    def _local_step(self, index, alive, outputs, target, weight):
+        """The goodness step on a block's outputs, or where it is not trained just the next block's inputs."""
+        head, main, visit = self.sff.heads[index], outputs[0].detach(), None
+        if self._trained(index):
             step = head.local_step(main, target, self.sff.normalize, grad_scale=self._grad_scale(index, weight, main))
-            grads = (step.grad_x,)
+            self._count(index, step, target, weight)
+            visit = _Visit(index, alive, outputs, step.grad_x)
             main = main if step.normalized is None else step.normalized
         else:
-            others = outputs[1:]
             with torch.no_grad():
-                (main,) = self.sff.next_input(outputs[:1], head)
-        if trained:
-            self._losses[index] += step.loss * weight
-            self._correct[index] += (step.goodness.argmax(1) == target).sum()
-        others = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in others)
-        visit = _Visit(index, alive, outputs, *grads) if trained else None
-        return visit, (main, *others)
+                (main,) = self.sff.next_input((main,), head)
+        return visit, (main, *_detached(outputs[1:]))
+
+    def _visit_tail(self, index, tail, alive, target, weight):
+        """The same for a block that ends in a fused tail. A body of one convolution needs no graph: only its parameters learn."""
+        single = tail.single if not self.compile and self.amp is None else None
+        with torch.set_grad_enabled(single is None), self.autocast():
+            y, residual, *others = self.bodies[index](*alive)
+        if not tail.fits(y, residual):
+            with torch.enable_grad(), self.autocast():
+                outputs = self.forwards[index](*alive) if single is not None else (tail.finish(y, residual), *others)
+            return self._local_step(index, alive, outputs, target, weight)
+        scale = self._grad_scale(index, weight, y)
+        step = tail.local_step(self.sff.heads[index], y, residual, target, self.sff.normalize, scale)
+        self._count(index, step, target, weight)
+        following = (step.normalized, *_detached(others))
+        if single is None:
+            return _Visit(index, alive, (y, residual, *others), step.grad_y, step.grad_residual), following
+        del y, residual, others
+        with torch.no_grad(), self.autocast():
+            single.add_gradients(step.grad_y, alive[0])
+        return None, following
+
+    def _count(self, index, step, target, weight):
+        self._losses[index] += step.loss * weight
+        self._correct[index] += (step.goodness.argmax(1) == target).sum()
 
     def _grad_scale(self, index, weight, like):
         """What multiplies a block's gradients: the micro-batch's share, times the scaler's factor; None for 1."""
