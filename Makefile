@@ -28,7 +28,7 @@ $(VENV)/.requirements: requirements-dev.txt requirements-nodeps.txt | $(PY)
 $(VENV)/.installed: $(VENV)/.requirements setup.py pyproject.toml $(wildcard csrc/*/*)
 	@rm -f fastff/_C*.so
 	$(PIP) --no-build-isolation --no-deps -e .
-	@ls fastff/_C*.so >/dev/null 2>&1 || echo "installed without fastff._C; to see why: FASTFF_FORCE_BUILD=1 $(PY) -m pip install -v --no-build-isolation --no-deps -e ." >&2
+	@ls fastff/_C*.so >/dev/null 2>&1 || echo "installed without the compiled library; to see why: FASTFF_FORCE_BUILD=1 $(PY) -m pip install -v --no-build-isolation --no-deps -e ." >&2
 	@touch $@
 
 demo: install

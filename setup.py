@@ -1,25 +1,33 @@
-"""Builds the extension fastff._C from csrc/cpu where torch can be imported; otherwise installs pure Python and says so.
+"""Builds the compiled library from csrc/cpu where torch can be imported; otherwise installs pure Python and says so.
 
-The extension uses the stable libtorch ABI and Python's limited API, so one wheel serves Python >= 3.10, torch >= 2.10.
-torch is not a build requirement: an isolated build would download gigabytes of it. To build the extension:
+One extension for each instruction set, fastff._C_baseline, _C_avx2 and _C_avx512, of which one is loaded (fastff/kernels/native): a wheel built
+anywhere runs anywhere.
+
+They use the stable libtorch ABI and Python's limited API, so one wheel serves Python >= 3.10, torch >= 2.10.
+torch is not a build requirement: an isolated build would download gigabytes of it. To build them:
     pip install --no-build-isolation .
-FASTFF_FORCE_BUILD=1 makes a missing extension an error, FASTFF_NO_BUILD=1 leaves it out. A GPU is never looked for:
+FASTFF_FORCE_BUILD=1 makes missing extensions an error, FASTFF_NO_BUILD=1 leaves them out. A GPU is never looked for:
 build machines have none.
 """
 
 import os
+import platform
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+LEVELS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64") and sys.platform != "win32":
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    LEVELS |= {"avx2": avx2, "avx512": [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"]}
 
 
 def without_extension(why):
     if os.environ.get("FASTFF_FORCE_BUILD") == "1":
-        raise SystemExit(f"fastff: cannot build fastff._C: {why} (FASTFF_FORCE_BUILD=1)")
-    print(f"fastff: installing without the compiled library fastff._C: {why}", file=sys.stderr)
+        raise SystemExit(f"fastff: cannot build the compiled library: {why} (FASTFF_FORCE_BUILD=1)")
+    print(f"fastff: installing without the compiled library: {why}", file=sys.stderr)
     return {}
 
 
@@ -41,27 +49,42 @@ def with_extension():
                 self.extensions = []
                 self.distribution.ext_modules = []
 
-    extension = CppExtension(
-        "fastff._C",
-        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
-        py_limited_api=True,
-        extra_compile_args=[
-            "-O3",
-            "-g0",
-            "-Wno-psabi",  # vectors of gemm.h are passed between inlined functions only
-            "-fopenmp-simd",  # the pragmas only: threads come from torch's own pool
-            "-fno-trapping-math",  # lets GCC turn the selects of the float16 conversion into vector code
-            "-fvisibility=hidden",
-            "-DPy_LIMITED_API=0x030A0000",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            # error texts carry __FILE__: keep this machine's folders out of them
-            f"-ffile-prefix-map={ROOT}/=",
-            f"-ffile-prefix-map={Path(torch.__file__).resolve().parent}/include/=",
-        ],
-    )
+        def build_extension(self, extension):
+            # object files of one level must not be taken for those of another
+            kept, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
+            os.makedirs(self.build_temp, exist_ok=True)
+            try:
+                super().build_extension(extension)
+            finally:
+                self.build_temp = kept
+
+    flags = [
+        "-O3",
+        "-g0",
+        "-Wno-psabi",  # vectors of gemm.h are passed between inlined functions only
+        "-Wno-aggressive-loop-optimizations",  # of a loop after transposing whole blocks, for sizes it cannot have
+        "-fopenmp-simd",  # the pragmas only: threads come from torch's own pool
+        "-fno-trapping-math",  # lets GCC turn the selects of the float16 conversion into vector code
+        "-ffp-contract=fast",
+        "-fvisibility=hidden",
+        "-DPy_LIMITED_API=0x030A0000",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        # error texts carry __FILE__: keep this machine's folders out of them
+        f"-ffile-prefix-map={ROOT}/=",
+        f"-ffile-prefix-map={Path(torch.__file__).resolve().parent}/include/=",
+    ]
+    extensions = [
+        CppExtension(
+            f"fastff._C_{level}",
+            sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
+            depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
+            py_limited_api=True,
+            extra_compile_args=[*flags, *instructions, f"-DFASTFF_MODULE=_C_{level}"],
+        )
+        for level, instructions in LEVELS.items()
+    ]
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildOrDoWithout},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

@@ -237,9 +237,40 @@ def test_errors_name_the_argument():
 
 @needs_native
 def test_carries_no_build_paths():
-    library = Path(importlib.util.find_spec("fastff._C").origin)
     root = Path(__file__).resolve().parents[1]
-    assert str(root).encode() not in library.read_bytes()
+    for level in native.LEVELS:
+        found = importlib.util.find_spec(f"fastff._C_{level}")
+        assert found is None or str(root).encode() not in Path(found.origin).read_bytes()
+
+
+HERE = Path(__file__).parent
+LEVELS_HERE = native.LEVELS[: {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)]
+
+
+@needs_native
+@pytest.mark.parametrize("level", LEVELS_HERE[:-1])
+def test_other_instruction_sets(level):
+    """What a processor without this one's widest vectors would load: the same tests."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / name) for name in WITH_KERNELS), "-k", "native"],
+        env=os.environ | {"FASTFF_CPU": level, "FASTFF_EXAMPLES": "20"}, capture_output=True, text=True, cwd=HERE.parent,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout
+
+
+WITH_KERNELS = ("test_goodness.py", "test_tail.py", "test_convolution.py", "test_depthwise.py", "test_layer_norm.py")
+
+
+@needs_native
+@pytest.mark.parametrize(("value", "says"), [("sse", "got 'sse'"), ("avx1024", "expected one of baseline")])
+def test_an_instruction_set_that_is_not_there(value, says):
+    code = "from fastff.kernels import native; print(native.reason())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FASTFF_CPU": value}, capture_output=True, text=True, check=True
+    )
+    assert "FASTFF_CPU: expected one of" in run.stdout
+    assert says in run.stdout
 
 
 OPCHECKED = {

@@ -25,7 +25,7 @@ def test_import_brings_in_little():
     new = run.stdout.split()
     assert "fastff" in new
     own = [name for name in new if name.split(".")[0] == "fastff"]
-    for heavy in ("fastff.training", "fastff.cli", "fastff._C"):
+    for heavy in ("fastff.training", "fastff.cli", "fastff._C_baseline", "fastff._C_avx2"):
         assert not [name for name in own if name == heavy or name.startswith(heavy + ".")], (
             f"importing fastff imports {heavy}"
         )
@@ -70,7 +70,7 @@ def test_without_torch_the_wheel_is_pure_python(checkout):
     run, said, wheels = build_wheel(checkout)
     assert run.returncode == 0, run.stderr
     assert said == [
-        "fastff: installing without the compiled library fastff._C: torch cannot be imported here "
+        "fastff: installing without the compiled library: torch cannot be imported here "
         "(no torch in this test); try pip install --no-build-isolation"
     ]
     assert [wheel.name.endswith("-py3-none-any.whl") for wheel in wheels] == [True]
@@ -82,14 +82,14 @@ def test_without_torch_the_wheel_is_pure_python(checkout):
 def test_forced_build_without_torch_is_an_error(checkout):
     run, said, wheels = build_wheel(checkout, FASTFF_FORCE_BUILD="1")
     assert run.returncode != 0
-    assert said[0].startswith("fastff: cannot build fastff._C: torch cannot be imported here")
+    assert said[0].startswith("fastff: cannot build the compiled library: torch cannot be imported here")
     assert not wheels
 
 
 def test_no_build(checkout):
     run, said, wheels = build_wheel(checkout, FASTFF_NO_BUILD="1")
     assert run.returncode == 0, run.stderr
-    assert said == ["fastff: installing without the compiled library fastff._C: FASTFF_NO_BUILD=1"]
+    assert said == ["fastff: installing without the compiled library: FASTFF_NO_BUILD=1"]
     assert wheels[0].name.endswith("-py3-none-any.whl")
 
 
@@ -99,7 +99,7 @@ def test_a_failing_compiler(checkout, force):
         source.write_text("#error broken on purpose\n")  # all of them: no time lost on compiling the others
     run, said, wheels = build_wheel(checkout, torch=True, **({"FASTFF_FORCE_BUILD": "1"} if force else {}))
     assert (run.returncode != 0) == force, run.stderr
-    start = "cannot build" if force else "installing without the compiled library"
-    assert said[0].startswith(f"fastff: {start} fastff._C: the C++ compiler failed")
+    start = "cannot build the compiled library" if force else "installing without the compiled library"
+    assert said[0].startswith(f"fastff: {start}: the C++ compiler failed")
     if not force:
         assert not [name for name in zipfile.ZipFile(wheels[0]).namelist() if name.endswith(".so")]

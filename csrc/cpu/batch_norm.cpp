@@ -124,7 +124,7 @@ FASTFF_INLINE void backward_of(const Samples& s, float* grad, float* first, floa
   s.residual ? backward_samples<A, true>(s, grad, first, second) : backward_samples<A, false>(s, grad, first, second);
 }
 
-FASTFF_CLONES void forward_any(const Samples& s, Activation activation, float* x) {
+void forward_any(const Samples& s, Activation activation, float* x) {
   switch (activation) {
     case kReLU: return forward_of<kReLU>(s, x);
     case kReLU6: return forward_of<kReLU6>(s, x);
@@ -134,7 +134,7 @@ FASTFF_CLONES void forward_any(const Samples& s, Activation activation, float* x
     default: return forward_of<kNone>(s, x);
   }
 }
-FASTFF_CLONES void backward_any(const Samples& s, Activation activation, float* grad, float* first, float* second) {
+void backward_any(const Samples& s, Activation activation, float* grad, float* first, float* second) {
   switch (activation) {
     case kReLU: return backward_of<kReLU>(s, grad, first, second);
     case kReLU6: return backward_of<kReLU6>(s, grad, first, second);
@@ -146,7 +146,7 @@ FASTFF_CLONES void backward_any(const Samples& s, Activation activation, float* 
 }
 
 // sums[c] += y - pivot[c], squares[c] += its square, over n lines of C elements.
-FASTFF_CLONES void add_rows(const float* __restrict y, const float* __restrict pivot, float* __restrict sums, float* __restrict squares, int64_t n,
+void add_rows(const float* __restrict y, const float* __restrict pivot, float* __restrict sums, float* __restrict squares, int64_t n,
                             int64_t C) {
   for (int64_t q = 0; q < n; ++q) {
 #pragma omp simd
@@ -157,7 +157,7 @@ FASTFF_CLONES void add_rows(const float* __restrict y, const float* __restrict p
     }
   }
 }
-FASTFF_CLONES void add_channel(const float* __restrict y, float pivot, float* sums, float* squares, int64_t n) {
+void add_channel(const float* __restrict y, float pivot, float* sums, float* squares, int64_t n) {
   float sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum, square)
   for (int64_t i = 0; i < n; ++i) {
@@ -179,7 +179,7 @@ FASTFF_INLINE void finish_line(const float* __restrict y, const float* __restric
     grad_y[i] = (grad_h[i] - first[c] - (y[i] - m[c]) * second[c]) * a[c];
   }
 }
-FASTFF_CLONES void finish_samples(const Samples& s, const float* first, const float* second, const float* grad_h, float* grad_y) {
+void finish_samples(const Samples& s, const float* first, const float* second, const float* grad_h, float* grad_y) {
   for (int64_t i = 0; i < s.lines; ++i) {
     const int64_t at = i * s.length, c = s.rows ? 0 : i % s.C;
     if (s.rows) {

@@ -1,17 +1,8 @@
-// Shared by the CPU operators.
+// Shared by the CPU operators. The whole folder is compiled once for each instruction set of setup.py's LEVELS, as one library each.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-
-// Marks a kernel to be compiled once per x86-64 level; the loader picks the machine's. Needs GCC 12 and glibc's ifunc;
-// elsewhere the kernel is compiled once, for the build's own target. Templates cannot carry it: wrap an inlined template
-// in a plain function for each dtype.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define FASTFF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FASTFF_CLONES
-#endif
 
 #define FASTFF_INLINE inline __attribute__((always_inline))
 

@@ -38,7 +38,7 @@ int64_t padded_rows(const Shape& s, int64_t rows) { return (rows - 1) * s.stride
 int64_t padded_columns(const Shape& s) { return (s.Q - 1) * s.stride + s.k; }
 
 // panel [images, padded rows, padded columns, 16] of channels c .. c + 15.
-FASTFF_CLONES void pack_x(const Shape& s, const Tile& t, const float* x, int64_t c, float* panel) {
+void pack_x(const Shape& s, const Tile& t, const float* x, int64_t c, float* panel) {
   const int64_t height = padded_rows(s, t.rows), width = padded_columns(s), lanes = std::min(kPanel, s.C - c);
   for (int64_t b = 0; b < t.images; ++b) {
     for (int64_t r = 0; r < height; ++r) {
@@ -62,7 +62,7 @@ FASTFF_CLONES void pack_x(const Shape& s, const Tile& t, const float* x, int64_t
 }
 
 // blocks [D / 6][positions][6], the last one narrower.
-FASTFF_CLONES void pack_dy(const Shape& s, const Tile& t, const float* dy, float* blocks) {
+void pack_dy(const Shape& s, const Tile& t, const float* dy, float* blocks) {
   const int64_t positions = t.images * t.rows * s.Q;
   for (int64_t b = 0; b < t.images; ++b) {
     const float* source = dy + ((t.image + b) * s.P + t.first) * s.Q * s.D;
@@ -109,7 +109,7 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
 }
 
 // All taps and all of D for one panel: dw [D, k, k, C] from channel c on.
-FASTFF_CLONES void accumulate_panel(const Shape& s, const Tile& t, const float* blocks, const float* panel, int64_t c, float* dw) {
+void accumulate_panel(const Shape& s, const Tile& t, const float* blocks, const float* panel, int64_t c, float* dw) {
   const int64_t positions = t.images * t.rows * s.Q, lanes = std::min(kPanel, s.C - c), ldo = s.k * s.k * s.C;
   for (int64_t d = 0; d < s.D; d += kRows) {
     const float* dy = blocks + d * positions;
@@ -130,7 +130,7 @@ FASTFF_CLONES void accumulate_panel(const Shape& s, const Tile& t, const float* 
   }
 }
 
-FASTFF_CLONES void add(float* __restrict y, const float* __restrict x, int64_t n) {
+void add(float* __restrict y, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += x[i];
 }
 

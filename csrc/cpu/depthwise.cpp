@@ -26,7 +26,7 @@ using gemm::read;
 using gemm::Vector;
 using gemm::write;
 
-FASTFF_CLONES void transpose(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
+void transpose(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
   gemm::transpose_inline(rows, columns, a, lda, b, ldb);
 }
 
@@ -70,7 +70,7 @@ int64_t end_inside(int64_t before, int64_t size, int64_t taps, int64_t stride, i
 }
 
 // Row i of the output, `blocks` times 16 channels that lie beside each other; w [blocks, K, L, 16].
-FASTFF_CLONES void correlate_row(const Correlation& f, const float* x, const float* w, int64_t i, int64_t blocks, float* y) {
+void correlate_row(const Correlation& f, const float* x, const float* w, int64_t i, int64_t blocks, float* y) {
   const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride), u1 = std::min(f.K, f.in.H + f.above - i * f.stride);
   const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W), stop = end_inside(f.left, f.in.W, f.L, f.stride, f.out.W);
   for (int64_t block = 0; block < blocks; ++block, w += f.K * f.L * kPanel) {
@@ -91,7 +91,7 @@ FASTFF_CLONES void correlate_row(const Correlation& f, const float* x, const flo
 }
 
 // sums [blocks, 2, 16] += the sums of a row of pixels and of its squares.
-FASTFF_CLONES void add_sums(const float* y, int64_t pixels, int64_t pitch, int64_t blocks, float* sums) {
+void add_sums(const float* y, int64_t pixels, int64_t pitch, int64_t blocks, float* sums) {
   for (int64_t block = 0; block < blocks; ++block, sums += 2 * kPanel) {
     for (int64_t h = 0; h < kPanel; h += kLanes) {
       Vector total = {}, square = {};
@@ -148,7 +148,7 @@ FASTFF_INLINE void taps_of_row(const Correlation& f, const float* x, const float
   }
 }
 
-FASTFF_CLONES void add_taps(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, float* dw) {
+void add_taps(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, float* dw) {
   f.K == 3 ? taps_of_row<3>(f, x, dy, i, blocks, dw) : taps_of_row<5>(f, x, dy, i, blocks, dw);
 }
 

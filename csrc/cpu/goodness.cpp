@@ -27,51 +27,51 @@
 namespace goodness {
 namespace {
 
-FASTFF_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
                             float* c, int64_t ldc, bool add, bool upper) {
   gemm::multiply_inline(rows, columns, depth, a, row, column, b, ldb, c, ldc, add, upper);
 }
 
-FASTFF_CLONES void dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+void dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                         int64_t ldc, bool add, bool upper) {
   gemm::dots_inline(rows, columns, depth, a, lda, b, ldb, c, ldc, add, upper);
 }
 
-FASTFF_CLONES void multiply_panels(int64_t rows, const float* a, int64_t row, int64_t column, const gemm::Panels& b, float* c, int64_t ldc,
+void multiply_panels(int64_t rows, const float* a, int64_t row, int64_t column, const gemm::Panels& b, float* c, int64_t ldc,
                                    bool add) {
   gemm::multiply_panels_inline(rows, a, row, column, b, c, ldc, add);
 }
 
-FASTFF_CLONES void transpose(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
+void transpose(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
   gemm::transpose_inline(rows, columns, a, lda, b, ldb);
 }
 
 // y += x, y += factor * x, y = factor * x, the sum of x * y, sum[i] += x[i]^2
-FASTFF_CLONES void add_to(float* __restrict y, const float* __restrict x, int64_t n) {
+void add_to(float* __restrict y, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += x[i];
 }
-FASTFF_CLONES void add_scaled(float* __restrict y, float factor, const float* __restrict x, int64_t n) {
+void add_scaled(float* __restrict y, float factor, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
 }
-FASTFF_CLONES void set_scaled(float* __restrict y, float factor, const float* __restrict x, int64_t n) {
+void set_scaled(float* __restrict y, float factor, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = factor * x[i];
 }
-FASTFF_CLONES float dot(const float* __restrict x, const float* __restrict y, int64_t n) {
+float dot(const float* __restrict x, const float* __restrict y, int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
   return sum;
 }
-FASTFF_CLONES float total_of(const float* __restrict x, int64_t n) {
+float total_of(const float* __restrict x, int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += x[i];
   return sum;
 }
-FASTFF_CLONES void add_squares(float* __restrict sum, const float* __restrict x, int64_t n) {
+void add_squares(float* __restrict sum, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] += x[i] * x[i];
 }
-FASTFF_CLONES void multiply_by(float* __restrict y, const float* __restrict x, int64_t n) {
+void multiply_by(float* __restrict y, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] *= x[i];
 }
 

@@ -66,16 +66,16 @@ FASTFF_INLINE void normalize_row(const T* __restrict x, T* __restrict y, int64_t
   for (int64_t i = 0; i < n; ++i) store(y + i, ((load<A>(x[i]) - mean) - shift) * rstd);
 }
 
-FASTFF_CLONES void normalize(const float* x, float* y, int64_t n, double eps) {
+void normalize(const float* x, float* y, int64_t n, double eps) {
   normalize_row<float, float>(x, y, n, eps);
 }
-FASTFF_CLONES void normalize(const double* x, double* y, int64_t n, double eps) {
+void normalize(const double* x, double* y, int64_t n, double eps) {
   normalize_row<double, double>(x, y, n, eps);
 }
-FASTFF_CLONES void normalize(const BFloat16Bits* x, BFloat16Bits* y, int64_t n, double eps) {
+void normalize(const BFloat16Bits* x, BFloat16Bits* y, int64_t n, double eps) {
   normalize_row<BFloat16Bits, float>(x, y, n, eps);
 }
-FASTFF_CLONES void normalize(const HalfBits* x, HalfBits* y, int64_t n, double eps) {
+void normalize(const HalfBits* x, HalfBits* y, int64_t n, double eps) {
   normalize_row<HalfBits, float>(x, y, n, eps);
 }
 

@@ -5,6 +5,8 @@
 Rows: the compiled kernel (1.1 to 2.2 times as fast as oneDNN's at 3 x 3 and 5 x 5 from 16 channels on, channels_last), PyTorch's own, the reference.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,7 @@ from fastff.kernels import native
 from fastff.kernels.composed import convolution as composed
 from fastff.kernels.composed.goodness import is_rows
 from fastff.kernels.native import convolution as native_convolution
+from fastff.ops.depthwise import ROWS as DEPTHWISE_ROWS
 from fastff.ops.table import Implementation, always, choose
 
 DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
@@ -43,7 +46,11 @@ def _native_can_run(x):
 
 ROWS = [
     Implementation(
-        "native", _native_can_run, native_convolution, "fewer than 16 channels and contiguous tensors by oneDNN"
+        "native",
+        _native_can_run,
+        native_convolution,
+        "fewer than 16 channels and contiguous tensors by oneDNN",
+        native.slow,
     ),
     Implementation("composed", always, composed),
     Implementation("reference", always, Reference),
@@ -89,13 +96,24 @@ def way(x, weight, stride, padding, groups):
     if torch.is_autocast_enabled("cpu"):
         return PYTORCH
     if groups > 1:
-        return KERNEL if k in DEPTHWISE_SIZES and channels >= FEWEST_CHANNELS else PYTORCH
+        return (
+            KERNEL
+            if k in DEPTHWISE_SIZES and choose("depthwise", DEPTHWISE_ROWS, "auto", x).name != "composed"
+            else PYTORCH
+        )
     if channels == 1 or not is_rows(x):
         return PYTORCH
     if k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
         return PRODUCT
-    fits = k > 1 and channels >= FEWEST_CHANNELS and choose("convolution", ROWS, "auto", x).name != "composed"
-    return KERNEL if fits else PYTORCH
+    return KERNEL if k > 1 and channels >= FEWEST_CHANNELS and _has_kernel("convolution", ROWS, x) else PYTORCH
+
+
+def _has_kernel(op, rows, x):
+    """Whether the op's table gives something else than PyTorch's own. A FASTFF_IMPL that names none of its rows is not about it."""
+    wanted = os.environ.get("FASTFF_IMPL", "auto").replace(" ", "").split(",")
+    if wanted != ["auto"] and not any(row.name in wanted for row in rows):
+        return False
+    return choose(op, rows, "auto", x).name != "composed"
 
 
 def forward(x, weight, bias, stride, padding, groups, how):

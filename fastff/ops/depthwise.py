@@ -39,13 +39,23 @@ def _native_can_run(x):
         return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
     if x.dtype != torch.float32:
         return f"the compiled kernel is for float32, x is {x.dtype}"
-    if x.shape[1] < 16:
-        return f"the compiled kernel takes 16 channels at a time, x has {x.shape[1]}"
     return native.reason() or None
 
 
+def _native_passed_over(x):
+    if x.shape[1] < 16:
+        return f"slower than PyTorch below 16 channels, x has {x.shape[1]}"
+    return native.slow(x)
+
+
 ROWS = [
-    Implementation("native", _native_can_run, native_depthwise, "other filters than 3 x 3 and 5 x 5 by PyTorch"),
+    Implementation(
+        "native",
+        _native_can_run,
+        native_depthwise,
+        "other filters than 3 x 3 and 5 x 5 by PyTorch",
+        _native_passed_over,
+    ),
     Implementation("composed", always, composed),
     Implementation("triton", triton.reason, Lazy("fastff.kernels.triton.depthwise")),
     Implementation("reference", always, Reference),

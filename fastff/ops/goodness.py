@@ -84,7 +84,11 @@ def _native_can_run(x):
 ROWS = [
     Implementation("triton", _triton_can_run, Lazy("fastff.kernels.triton.goodness"), "3 x 3 and 5 x 5 heads by cuDNN"),
     Implementation(
-        "native", _native_can_run, native_goodness, "3 x 3 and 5 x 5 heads by oneDNN, large direct products by BLAS"
+        "native",
+        _native_can_run,
+        native_goodness,
+        "3 x 3 and 5 x 5 heads by oneDNN, large direct products by BLAS",
+        native.slow,
     ),
     Implementation("composed", always, Composed),
     Implementation("reference", always, Reference),

@@ -8,13 +8,19 @@ from typing import NamedTuple
 NAMES = ("cuda", "triton", "native", "composed", "reference")
 
 
+def always(x):
+    """can_run of an implementation without conditions."""
+
+
 class Implementation(NamedTuple):
-    """One row: its name, can_run(x) -> None or the reason why not, what runs (a function, or a module of them), what it leaves to others."""
+    """One row: its name, can_run(x) -> None or the reason why not, what runs (a function, or a module of them), what it leaves to others,
+    and passed_over(x) -> why "auto" does not take it though it runs, or None."""
 
     name: str
     can_run: Callable
     run: object
     note: str = ""
+    passed_over: Callable = always
 
 
 class Lazy:
@@ -27,10 +33,6 @@ class Lazy:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-def always(x):
-    """can_run of an implementation without conditions."""
-
-
 def choose(op, rows, impl, x):
     """The first row that can run for `impl`: "auto", a name, or names in order of preference, separated by commas.
 
@@ -38,12 +40,16 @@ def choose(op, rows, impl, x):
     RuntimeError with every row's reason; an unknown name raises ValueError."""
     if impl == "auto" and "FASTFF_IMPL" not in os.environ:  # at every call of an op
         for row in rows:
-            if row.can_run(x) is None:
+            if row.can_run(x) is None and row.passed_over(x) is None:
                 return row
     source = "impl"
     if impl == "auto" and os.environ.get("FASTFF_IMPL", "auto") != "auto":
         impl, source = os.environ["FASTFF_IMPL"], "FASTFF_IMPL"
-    wanted = [row.name for row in rows] if impl == "auto" else [name.strip() for name in impl.split(",")]
+    wanted = (
+        [row.name for row in rows if row.passed_over(x) is None]
+        if impl == "auto"
+        else [name.strip() for name in impl.split(",")]
+    )
     for name in wanted:
         if name not in NAMES:
             raise ValueError(f"{source}: expected 'auto' or names out of {', '.join(NAMES)}, got {impl!r}")

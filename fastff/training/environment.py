@@ -68,7 +68,7 @@ def implementations():
     found = []
     for op, rows in TABLES.items():
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            x = torch.empty(1, 1, 1, 1, device=device)
+            x = torch.empty(1, 64, 1, 1, device=device)
             try:
                 taken, trouble = choose(op, rows, "auto", x), None
             except (RuntimeError, ValueError) as error:
@@ -77,7 +77,10 @@ def implementations():
                 why = row.can_run(x)
                 runs = "runs, auto takes it" if row is taken else "runs"
                 note = f"; {row.note}" if row.note else ""
-                found.append((op, row.name, device, why or runs + note))
+                passed = row.passed_over(x)
+                found.append(
+                    (op, row.name, device, why or (f"runs; auto passes it over: {passed}" if passed else runs) + note)
+                )
             if trouble:
                 found.append((op, "auto", device, trouble))
     return found
@@ -99,7 +102,9 @@ def versions():
         "torch": torch.__version__,
         "triton": triton_version,
         "python": f"{platform.python_version()} ({sys.executable})",
-        "compiled library": f"not loaded: {native.reason()}" if native.reason() else "fastff._C, loaded",
+        "compiled library": f"not loaded: {native.reason()}"
+        if native.reason()
+        else f"loaded, for {native.level()} (FASTFF_CPU overrides it)",
         "CPU": f"{processor()}, {torch.get_num_threads()} threads",
         "GPU": ", ".join(gpus) or "none that this torch can use",
         "FASTFF_IMPL": os.environ.get("FASTFF_IMPL") or "not set",

@@ -1,4 +1,7 @@
-"""The compiled library fastff._C: loaded once, on first use, with the reason kept where it cannot be.
+"""The compiled library: loaded once, on first use, with the reason kept where it cannot be.
+
+It is built for several instruction sets, fastff._C_baseline, _C_avx2, _C_avx512; the widest that this processor has is loaded, or the one that
+the environment variable FASTFF_CPU names.
 
 Loading it registers the operators of csrc/ under torch.ops.fastff, and here the shape function of the first
 (the others are called by ops that have their own):
@@ -12,13 +15,13 @@ Loading it registers the operators of csrc/ under torch.ops.fastff, and here the
 import importlib
 import importlib.util
 import os
+import platform
 import threading
 
 import torch
 
-NOT_BUILT = (
-    "fastff._C was not built: reinstall fastff with pip install --no-build-isolation beside torch and a C++ compiler"
-)
+LEVELS = ("baseline", "avx2", "avx512")  # instruction sets, as in setup.py
+NOT_BUILT = "the compiled library was not built: reinstall fastff with pip install --no-build-isolation beside torch and a C++ compiler"
 
 _lock = threading.Lock()
 _reason: str | None = None  # None before the first attempt, then "" (loaded) or why not
@@ -34,16 +37,37 @@ def reason() -> str:
     return _reason
 
 
+def level() -> str:
+    """The instruction set of the library for this processor: FASTFF_CPU, or the widest. Raises ValueError for one that it does not have."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    here = LEVELS[: {"AVX512": 3, "AVX2": 2}.get(capability, 1)]
+    wanted = os.environ.get("FASTFF_CPU") or here[-1]
+    if wanted not in here:
+        raise ValueError(f"FASTFF_CPU: expected one of {', '.join(here)} on this processor, got {wanted!r}")
+    return wanted
+
+
+def slow(x) -> str | None:
+    """Why "auto" passes the kernels with products over: their register blocks are made for vectors of 8 (or 32 registers, as ARM has)."""
+    if reason() == "" and level() == "baseline" and platform.machine() in ("x86_64", "AMD64"):
+        return "slower than PyTorch without AVX2"
+    return None
+
+
 def _load() -> str:
     if os.environ.get("FASTFF_NATIVE") == "0":
         return "disabled by FASTFF_NATIVE=0"
-    if importlib.util.find_spec("fastff._C") is None:
+    try:
+        name = level()
+    except ValueError as error:
+        return str(error)
+    if importlib.util.find_spec(f"fastff._C_{name}") is None:
         return NOT_BUILT
     try:
-        importlib.import_module("fastff._C")
+        importlib.import_module(f"fastff._C_{name}")
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        return f"fastff._C failed to load with torch {torch.__version__}: {lines[0]}"
+        return f"fastff._C_{name} failed to load with torch {torch.__version__}: {lines[0]}"
     torch.library.register_fake("fastff::layer_norm_native", _layer_norm_native_fake)
     return ""
 
