@@ -34,15 +34,15 @@ $(VENV)/.installed: $(VENV)/.requirements setup.py pyproject.toml $(wildcard csr
 demo: install
 	$(VENV)/bin/fastff compare --data digits --out runs/demo --json runs/demo/compare.json
 
-# One thread: the tests' tensors are small, and a second one only makes them wait.
+# A process for each core with one thread each: the tests' tensors are small, and a second thread only makes them wait.
 test: install
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} FASTFF_REQUIRE_NATIVE=1 $(PY) -m pytest -q --durations=10 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} FASTFF_REQUIRE_NATIVE=1 $(PY) -m pytest -q -n $(CORES) --dist worksteal --durations=10 $(PYTEST_ARGS)
 
 bench: install
 	@mkdir -p benchmarks/results
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.goodness --csv benchmarks/results/goodness.csv
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.step --csv benchmarks/results/step.csv
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.budget --csv benchmarks/results/budget.csv
+	for name in goodness tail convolution depthwise step budget; do \
+	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.$$name --csv benchmarks/results/$$name.csv || exit 1; \
+	done
 
 # With the python of an environment whose torch sees a GPU: make gpu PYTHON=python3. Nothing is installed.
 gpu:
@@ -56,10 +56,12 @@ sanitize: install
 	cd build/sanitize && CFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" FASTFF_FORCE_BUILD=1 \
 	  $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(abspath $(PY)) -m pytest -q -p no:cacheprovider tests/test_goodness.py tests/test_layer_norm.py -k native
+	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(abspath $(PY)) -m pytest -q -p no:cacheprovider tests/test_goodness.py tests/test_layer_norm.py \
+	  tests/test_tail.py tests/test_convolution.py tests/test_depthwise.py -k native
 
-# 2,500 drawn calls for each of the two property tests of the C++ goodness kernel.
+# 100,000 drawn calls of the compiled operators, and 2,500 for each of goodness's two property tests, whose tolerances are narrower. Half an hour.
 fuzz: install
+	FASTFF_DRAWS=$${FASTFF_DRAWS:-100000} OMP_NUM_THREADS=2 $(PY) -m pytest -q tests/test_drawn.py
 	FASTFF_EXAMPLES=2500 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_goodness.py -k "native and (its_gradients or step_and_loss)"
 
 lint: install

@@ -20,9 +20,9 @@ from fastff.ops.goodness import plan_for
 
 # {part of the step: words in the names of its operators}, the first match counts
 PARTS = {
-    "convolution, backward": ("convolution_backward",),
-    "convolution, forward": ("convolution",),
-    "goodness head and layer norm": ("goodness_step",),
+    "convolution, backward": ("convolution_backward", "convolution_weight_gradient", "depthwise_backward"),
+    "convolution, forward": ("convolution", "conv2d", "depthwise"),
+    "goodness head, layer norm, fused tail": ("goodness_step", "tail_step"),
     "batch norm": ("batch_norm",),
     "activation": ("relu", "threshold", "hardswish", "hardsigmoid", "clamp_min"),
     "optimiser": ("_fused_adam", "Optimizer", "foreach"),
@@ -51,6 +51,10 @@ class Counter(TorchDispatchMode):
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif packet is torch.ops.fastff.goodness_step:
             flops = head_flops(*args[:2], args[3])
+        elif packet is torch.ops.fastff.tail_step:
+            flops = head_flops(args[0], args[7], args[9])
+        elif packet is torch.ops.fastff.convolution_weight_gradient:
+            flops = 2 * args[0].numel() * args[1].shape[1] * args[2] ** 2
         tensors = {t.data_ptr(): t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)}
         self.flops[part] = self.flops.get(part, 0) + flops
         self.bytes[part] = self.bytes.get(part, 0) + sum(t.numel() * t.element_size() for t in tensors.values())

@@ -64,6 +64,41 @@ def goodness_table():
     return table(("B, C, H, K", "layout", "algorithm", "faster than eager", "20 to 80 %"), body) + measured_on(rows[0])
 
 
+def speedup_table(name, columns, header):
+    """Of a CSV with speedup columns: `columns` gives the cells before them."""
+    rows = read(name)
+    if not rows:
+        return f"Not measured yet: run `python -m benchmarks.{name} --csv benchmarks/results/{name}.csv`."
+    body = [
+        (*columns(r), f"{float(r['speedup']):.2f} x", f"{float(r['speedup_20']):.2f} to {float(r['speedup_80']):.2f}")
+        for r in rows
+    ]
+    return table((*header, "faster", "20 to 80 %"), body) + measured_on(rows[0])
+
+
+def tail_table():
+    columns = lambda r: (  # noqa: E731
+        f"{r['B']}, {r['C']}, {r['H']}, {r['K']}", r["layout"].replace("_", " "), r["residual"], f"{float(r['against_parts']):.2f} x",
+    )  # fmt: skip
+    return speedup_table("tail", columns, ("B, C, H, K", "layout", "residual", "than by parts"))
+
+
+def depthwise_table():
+    columns = lambda r: (  # noqa: E731
+        f"{r['B']}, {r['C']}, {r['H']}", f"{r['kernel']} x {r['kernel']}, stride {r['stride']}", r["layout"].replace("_", " "), r["gradients"],
+    )  # fmt: skip
+    return speedup_table("depthwise", columns, ("B, C, H", "filters", "layout", "forward and gradient of"))
+
+
+def convolution_table():
+    columns = lambda r: (  # noqa: E731
+        f"{r['B']}, {r['C']}, {r['H']}, {r['D']}", f"{r['kernel']} x {r['kernel']}, stride {r['stride']}",
+        *(f"{float(r[f'{who}_gflops']):.0f}" for who in ("fastff", "onednn", "forward")),
+    )  # fmt: skip
+    header = ("B, C, H, D", "filters", "fastff, GFLOP/s", "oneDNN, GFLOP/s", "oneDNN's forward pass")
+    return speedup_table("convolution", columns, header)
+
+
 def step_table(*names):
     found = [(name, rows) for name in names if (rows := read(name))]
     if not found:
@@ -235,6 +270,9 @@ def roofline_table():
 TABLES = {
     "roofline": roofline_table,
     "goodness": goodness_table,
+    "tail": tail_table,
+    "depthwise": depthwise_table,
+    "convolution": convolution_table,
     "step": lambda: step_table("step"),
     "steps": lambda: step_table("step", "step-16", "step-mobilenet"),
     "budget": budget_table,

@@ -27,6 +27,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--data", "digits", "--subset", "96", "--width", "2", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Tables that fold nothing; rich wants both."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("LINES", "50")
+
+
 def call(*arguments, code=0):
     """Run a command in this process; returns (stdout, stderr)."""
     found = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(make_app(), [str(a) for a in arguments])

@@ -5,8 +5,6 @@
 Rows: the compiled kernel (1.1 to 2.2 times as fast as oneDNN's at 3 x 3 and 5 x 5 from 16 channels on, channels_last), PyTorch's own, the reference.
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +14,7 @@ from fastff.kernels.composed import convolution as composed
 from fastff.kernels.composed.goodness import is_rows
 from fastff.kernels.native import convolution as native_convolution
 from fastff.ops.depthwise import ROWS as DEPTHWISE_ROWS
-from fastff.ops.table import Implementation, always, choose
+from fastff.ops.table import Implementation, always, choose, concerns
 
 DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
@@ -109,11 +107,8 @@ def way(x, weight, stride, padding, groups):
 
 
 def _has_kernel(op, rows, x):
-    """Whether the op's table gives something else than PyTorch's own. A FASTFF_IMPL that names none of its rows is not about it."""
-    wanted = os.environ.get("FASTFF_IMPL", "auto").replace(" ", "").split(",")
-    if wanted != ["auto"] and not any(row.name in wanted for row in rows):
-        return False
-    return choose(op, rows, "auto", x).name != "composed"
+    """Whether the op's table gives something else than PyTorch's own."""
+    return concerns(rows) and choose(op, rows, "auto", x).name != "composed"
 
 
 def forward(x, weight, bias, stride, padding, groups, how):

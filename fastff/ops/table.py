@@ -61,3 +61,9 @@ def choose(op, rows, impl, x):
             return by_name[name]
         refused.append(f"{name}: {why}")
     raise RuntimeError(f"{source}={impl!r}: no implementation of {op} can run here ({'; '.join(refused)})")
+
+
+def concerns(rows):
+    """Whether FASTFF_IMPL, where it is set, names a row of this table; other tables' names say nothing about it."""
+    wanted = os.environ.get("FASTFF_IMPL", "auto").replace(" ", "").split(",")
+    return wanted == ["auto"] or any(row.name in wanted for row in rows)

@@ -1,4 +1,4 @@
-"""Goodness by the compiled library, float32 on the CPU: whole samples in one pass (csrc/cpu/goodness.cpp).
+"""Goodness by the compiled library, in float32 on the CPU: whole samples in one pass (csrc/cpu/goodness.cpp). 16-bit tensors are widened whole.
 
 Here: what it may be handed. Not here but in composed/goodness.py, on PyTorch's own: kernel sizes 3 and 5, and
 the direct algorithm for many classes of many channels, whose time is that of large matrix products and those are BLAS's (K C = 512,000: 20 ms
@@ -59,13 +59,13 @@ def gradients_of(grads, weight, bias, grid_weight):
     )
 
 
-def step_of(out, weight, bias, grid_weight, loss, normalize, need_x=True):
-    """What a row's goodness_step returns."""
+def step_of(out, dtype, weight, bias, grid_weight, loss, normalize, need_x=True):
+    """What a row's goodness_step returns for x of this dtype."""
     g, losses, dtau, *grads, normalized = out
     grad_x, *grads = gradients_of(grads, weight, bias, grid_weight)
     dtau = None if loss.learned_tau is None else dtau.sum() * loss.tau
-    normalized = normalized if normalize == "layer_norm" else None
-    return losses, g, grad_x if need_x else None, *grads, dtau, normalized
+    normalized = normalized.to(dtype) if normalize == "layer_norm" else None
+    return losses, g, grad_x.to(dtype) if need_x else None, *grads, dtau, normalized
 
 
 def goodness(x, weight, bias, grid_weight, padding, plan, dtype):
@@ -74,7 +74,7 @@ def goodness(x, weight, bias, grid_weight, padding, plan, dtype):
         return composed.goodness(x, weight, bias, grid_weight, padding, plan, dtype)
     tensors, numbers = head_of(x, weight, bias, grid_weight)
     second = plan.algorithm == "second_moment"
-    return torch.ops.fastff.goodness_native(x, *tensors, None, GOODNESS, second, *numbers, 0.0, False, False)[0]
+    return torch.ops.fastff.goodness_native(x.float(), *tensors, None, GOODNESS, second, *numbers, 0.0, False, False)[0]
 
 
 def goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, need_x):
@@ -83,9 +83,11 @@ def goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, nee
         return composed.goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, need_x)
     tensors, numbers = head_of(x, weight, bias, grid_weight)
     second = plan.algorithm == "second_moment"
-    out = torch.ops.fastff.goodness_native(x, *tensors, d.to(dtype), BACKWARD, second, *numbers, 0.0, need_x, False)
+    out = torch.ops.fastff.goodness_native(
+        x.float(), *tensors, d.to(dtype), BACKWARD, second, *numbers, 0.0, need_x, False
+    )
     grad_x, *grads = gradients_of(out[3:7], weight, bias, grid_weight)
-    return grad_x if need_x else None, *grads
+    return grad_x.to(x.dtype) if need_x else None, *grads
 
 
 def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need_x, normalize, eps):
@@ -94,6 +96,14 @@ def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need
         return composed.goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need_x, normalize, eps)
     tensors, numbers = head_of(x, weight, bias, grid_weight, loss)
     out = torch.ops.fastff.goodness_native(
-        x, *tensors, None, STEP, plan.algorithm == "second_moment", *numbers, eps, need_x, normalize == "layer_norm"
+        x.float(),
+        *tensors,
+        None,
+        STEP,
+        plan.algorithm == "second_moment",
+        *numbers,
+        eps,
+        need_x,
+        normalize == "layer_norm",
     )
-    return step_of(out, weight, bias, grid_weight, loss, normalize, need_x)
+    return step_of(out, x.dtype, weight, bias, grid_weight, loss, normalize, need_x)

@@ -14,10 +14,11 @@ def tail_step(y, tail, head, step):
         return composed.tail_step(y, tail, head, step)
     tensors, numbers = head_of(y, weight, bias, grid_weight, loss)
     own = (None if t is None else t.float() for t in (tail.weight, tail.bias))
+    residual = None if tail.residual is None else tail.residual.float()
     *out, grad_residual, grad_weight, grad_bias, mean, var = torch.ops.fastff.tail_native(
-        y, *tensors, tail.residual, *own, tail.eps, composed.ACTIVATIONS.index(tail.activation), plan.algorithm == "second_moment", *numbers, eps,
-        tail.need_residual, normalize == "layer_norm",
+        y.float(), *tensors, residual, *own, tail.eps, composed.ACTIVATIONS.index(tail.activation), plan.algorithm == "second_moment",
+        *numbers, eps, tail.need_residual, normalize == "layer_norm",
     )  # fmt: skip
-    grad_residual = grad_residual if tail.need_residual else None
-    gradients = composed.Gradients(out[3], grad_residual, grad_weight, grad_bias, mean, var)
-    return step_of(out, weight, bias, grid_weight, loss, normalize), gradients
+    grad_residual = grad_residual.to(y.dtype) if tail.need_residual else None
+    gradients = composed.Gradients(out[3].to(y.dtype), grad_residual, grad_weight, grad_bias, mean, var)
+    return step_of(out, y.dtype, weight, bias, grid_weight, loss, normalize), gradients
