@@ -29,7 +29,8 @@ def build(a, kind, channels_last, granularity="block", impl="auto", **options):
     net = getattr(fastff.models, a.model)(a.classes, stem="cifar", **width)
     net = net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     head = {k: options.pop(k) for k in ("grid", "window") if k in options}
-    sff = fastff.SFF(net, a.classes, granularity, (3, a.size, a.size), readout=kind == "backprop", impl=impl, **head)
+    plain = {"impl": impl, "fuse": impl != "reference", "readout": kind == "backprop"}
+    sff = fastff.SFF(net, a.classes, granularity, (3, a.size, a.size), **plain, **head)
     return (Trainer if kind == "sff" else Backprop)(sff, ADAM, **options)
 
 
@@ -55,7 +56,7 @@ def check(a, images, target):
     """Three steps of the block-wise trainer give the weights of the reference implementation."""
     weights = []
     for impl in ("auto", "reference"):
-        trainer = build(a, "sff", False, impl=impl)
+        trainer = build(a, "sff", True, impl=impl, **PAPER)
         trainer.optimizers = trainer.block_optimizers = [torch.optim.SGD(p, lr=1e-2) for p in trainer.parameters]
         for _ in range(3):
             trainer.step(images, target)

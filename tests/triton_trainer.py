@@ -14,8 +14,12 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize("options", [{"grid": 0, "window": 1, "bias": True}, {"learn_tau": True}])
-@pytest.mark.parametrize("name", NETS)
+PAPER = {"grid": 0, "window": 1, "bias": True}  # with fused tails, and depthwise convolutions
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet18", PAPER), ("mobilenet_v3_small", PAPER), ("resnet18", {"learn_tau": True})]
+)
 def test_same_weights_as_the_reference(name, options, monkeypatch):
     torch.manual_seed(0)
     sff = SFF(NETS[name](), 10, input_shape=(3, 16, 16), **options)
@@ -24,19 +28,24 @@ def test_same_weights_as_the_reference(name, options, monkeypatch):
     from fastff.kernels.triton import goodness
 
     monkeypatch.setattr(goodness.Launch, "sweep", spied(goodness.Launch.sweep, ran))
-    for impl in ("triton", "reference"):
+    for name, impl, dtype in (
+        ("triton", "triton", torch.float32), ("plain", "reference", torch.float32), ("exact", "reference", torch.float64),
+    ):  # fmt: skip
         monkeypatch.setenv("FASTFF_IMPL", impl)
-        twin = copy.deepcopy(sff)
+        twin = copy.deepcopy(sff).to(dtype)
         trainer = Trainer(twin, lambda groups: torch.optim.SGD(groups, lr=0.05))
-        losses = torch.stack([trainer.step(*batch) for batch in batches])
-        trained[impl] = torch.cat([p.detach().flatten() for p in twin.parameters()]), losses
+        losses = torch.stack([trainer.step(images.to(dtype), target) for images, target in batches])
+        trained[name] = torch.cat([p.detach().double().flatten() for p in twin.parameters()]), losses.double()
         assert bool(ran) == (impl == "triton")
         ran.clear()
-    start = torch.cat([p.detach().flatten() for p in sff.parameters()])
-    weights, losses = zip(trained["triton"], trained["reference"], strict=True)
-    assert float((weights[1] - start).norm()) > 1e-2
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
-    assert float((weights[0] - weights[1]).norm()) < 1e-4 * float((weights[1] - start).norm())
+    start = torch.cat([p.detach().double().flatten() for p in sff.parameters()])
+    assert float((trained["exact"][0] - start).norm()) > 1e-2
+    for i, what in enumerate(("weights", "losses")):
+        # batch norm over a few values amplifies roundings: the reference in float32 says by how much
+        off, allowed = (float((trained[n][i] - trained["exact"][i]).norm()) for n in ("triton", "plain"))
+        assert off <= 4 * allowed + 1e-6 * float(trained["exact"][i].norm()), (
+            f"{what}: {off:.2g}, reference {allowed:.2g}"
+        )
 
 
 def spied(method, ran):

@@ -83,7 +83,7 @@ class Loop:
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {clip_grad_norm!r}")
         self.module, self.names, self.optimizers = module, names, optimizers
-        self.steppers = {id(optimizer): optim.Stepper(optimizer) for optimizer in optimizers}
+        self.steppers = {}
         self.lr_schedule = lr_schedule if callable(lr_schedule) else optim.SCHEDULES[lr_schedule]
         self.micro_batches, self.amp, self.clip_grad_norm, self.compile = (
             micro_batches,
@@ -154,7 +154,9 @@ class Loop:
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
         if scaler is None:
-            self.steppers[id(optimizer)]()
+            if optimizer not in self.steppers:
+                self.steppers[optimizer] = optim.Stepper(optimizer)
+            self.steppers[optimizer]()
         else:
             scaler.step(optimizer)
             scaler.update()

@@ -1,0 +1,77 @@
+"""Stepper against optimizer.step() and zero_grad(): the same bits, and everything out of the ordinary through the optimizer itself."""
+
+import copy
+
+import pytest
+import torch
+
+from fastff.training import optim
+from fastff.training.optim import Stepper
+
+MAKERS = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, fused=True),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9), fused=True),
+    "amsgrad": lambda groups: torch.optim.AdamW(groups, lr=1e-2, fused=True, amsgrad=True),
+    "maximize": lambda groups: torch.optim.AdamW(groups, lr=1e-2, fused=True, maximize=True),
+    "plain adam": lambda groups: torch.optim.Adam(groups, lr=1e-2),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+}
+
+
+def pair(name):
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(n)) for n in ((4, 3), (5,), (2, 2, 2), (3,))]
+    theirs = copy.deepcopy(ours)
+    return ours, theirs, optim.build(MAKERS[name], ours), optim.build(MAKERS[name], theirs)
+
+
+def give(ours, theirs, missing=()):
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if i not in missing:
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+
+
+def same(ours, theirs):
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(a.grad is None for a in ours)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_same_bits(name):
+    """Steps, a step without some gradients, changed learning rates, and a state loaded in between."""
+    ours, theirs, optimizer, plain = pair(name)
+    step = Stepper(optimizer)
+    for i in range(12):
+        give(ours, theirs, missing=(1,) if i in (0, 5) else ())
+        if i == 7:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            plain.load_state_dict(copy.deepcopy(plain.state_dict()))
+        if i > 8:
+            optim.set_progress([optimizer, plain], lambda t: t, 1 / i)
+        step()
+        plain.step()
+        plain.zero_grad()
+        same(ours, theirs)
+    assert bool(step.groups) == (name in ("adamw", "adam")), "the quick way is taken where it is meant"
+    for a, b in zip(optimizer.state_dict()["state"].values(), plain.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+
+def test_hooks_and_patched_steps_run():
+    ours, theirs, optimizer, plain = pair("adamw")
+    step, seen = Stepper(optimizer), []
+    for _ in range(2):
+        give(ours, theirs)
+        step()
+    handle = optimizer.register_step_pre_hook(lambda *_: seen.append("hook"))
+    give(ours, theirs)
+    step()
+    assert seen == ["hook"]
+    handle.remove()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps optimizer.step
+    give(ours, theirs)
+    step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert all(p.grad is None for p in ours)
