@@ -4,10 +4,9 @@
 //   dw[u, v, c]    = sum_bij dy[b, i, j, c] x[b, i s + u - p, j s + v - p, c]
 //   dx             s^2 correlations of dy, one for each place of x's rows and columns modulo s, by the taps that meet it, turned round
 //
-// Vectors are 16 channels: of channels_last images in place, of contiguous ones (and of what 16 leaves over) in a copy [H W, 16] in cache. y in registers is
-// 4 positions by 16 channels, dw a row of taps by 16 channels; at the edges single positions, with the taps that meet the image. Versions: copies with
-// zeros around them for both layouts (no edges, but at 3 x 3 a quarter slower than oneDNN in channels_last); this one. oneDNN's weight gradient
-// at 5 x 5 takes 3 to 25 times as long. Sums over images are made by groups of images in order: the number of threads changes no bit.
+// Tasks are 16 channels of an image, all of them together in channels_last: in place there, of contiguous images (and of what 16 leaves over) in a copy
+// [H W, 16] in cache. y in registers is 4 positions by 16 channels, dw nine or ten taps by 8; at the edges single positions, with the taps that meet the
+// image. Sums over images are made by groups of images in order: the number of threads changes no bit. How it came to this: docs/cpu.md.
 
 #include <torch/csrc/stable/library.h>
 
@@ -41,6 +40,12 @@ struct Correlation {
   int64_t K, L, stride, above, left;  // above, left: zeros before the first row and column
 };
 
+// Row i of an image, on its way into the cache while the row before it is worked on: 16 channels of many lie too far apart for the processor to foresee.
+void fetch(const Plane& plane, const float* image, int64_t i) {
+  if (i < 0 || i >= plane.H) return;
+  for (int64_t q = 0; q < plane.row; q += 64 / sizeof(float)) __builtin_prefetch(image + i * plane.row + q, 0, 2);
+}
+
 // J outputs beside each other from taps u0 .. u1 - 1, v0 .. v1 - 1; x is where tap 0, 0 of the first would be.
 template <int J>
 FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w, int64_t u0, int64_t u1, int64_t v0, int64_t v1, float* y) {
@@ -69,24 +74,26 @@ int64_t end_inside(int64_t before, int64_t size, int64_t taps, int64_t stride, i
   return room < 0 ? 0 : std::min(outputs, room / stride + 1);
 }
 
-// Row i of the output, `blocks` times 16 channels that lie beside each other; w [blocks, K, L, 16].
+// Row i of the output, `blocks` times 16 channels that lie beside each other; w [blocks, K, L, 16]. All channels of a few positions, then the next:
+// the other way round reads and writes 64 bytes here and there (3 times as slow).
 void correlate_row(const Correlation& f, const float* x, const float* w, int64_t i, int64_t blocks, float* y) {
   const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride), u1 = std::min(f.K, f.in.H + f.above - i * f.stride);
   const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W), stop = end_inside(f.left, f.in.W, f.L, f.stride, f.out.W);
-  for (int64_t block = 0; block < blocks; ++block, w += f.K * f.L * kPanel) {
-    const float* base = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch + block * kPanel;
-    float* target = y + i * f.out.row + block * kPanel;
-    for (int64_t j = 0; j < f.out.W;) {
-      const float* at = base + j * f.stride * f.in.pitch;
-      if (j >= start && j + 4 <= stop) {
-        outputs<4>(f, at, w, u0, u1, 0, f.L, target + j * f.out.pitch);
-        j += 4;
+  const int64_t taps = f.K * f.L * kPanel;
+  const float* base = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch;
+  for (int64_t j = 0; j < f.out.W;) {
+    const bool inside = j >= start && j + 4 <= stop;
+    const int64_t v0 = std::max<int64_t>(0, f.left - j * f.stride), v1 = std::min(f.L, f.in.W + f.left - j * f.stride);
+    const float* at = base + j * f.stride * f.in.pitch;
+    float* target = y + i * f.out.row + j * f.out.pitch;
+    for (int64_t block = 0; block < blocks; ++block, at += kPanel, target += kPanel) {
+      if (inside) {
+        outputs<4>(f, at, w + block * taps, u0, u1, 0, f.L, target);
       } else {
-        const int64_t v0 = std::max<int64_t>(0, f.left - j * f.stride), v1 = std::min(f.L, f.in.W + f.left - j * f.stride);
-        outputs<1>(f, at, w, u0, u1, v0, v1, target + j * f.out.pitch);
-        ++j;
+        outputs<1>(f, at, w + block * taps, u0, u1, v0, v1, target);
       }
     }
+    j += inside ? 4 : 1;
   }
 }
 
@@ -106,50 +113,58 @@ void add_sums(const float* y, int64_t pixels, int64_t pitch, int64_t blocks, flo
   }
 }
 
-// dw [blocks, K, K, 16] += what row i of dy meets: a row of K taps at a time.
-template <int K>
+// What U rows of K taps meet: dw [U, K, 16] += of 8 of 16 channels, dy and x at the first position and at the first tap's pixel there.
+// Positions start .. stop - 1 meet all K taps, at the edges some are outside the image.
+template <int K, int U>
+FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, int64_t start, int64_t stop, float* dw) {
+  const int64_t step = f.stride * f.in.pitch;
+  Vector sum[U][K];
+  for (int t = 0; t < U * K; ++t) sum[t / K][t % K] = read(dw + t * kPanel);
+  const auto edge = [&](int64_t j) __attribute__((always_inline)) {
+    const int64_t v0 = f.left - j * f.stride, v1 = f.in.W + f.left - j * f.stride;
+    const Vector g = read(dy + j * f.out.pitch);
+#pragma GCC unroll 5
+    for (int v = 0; v < K; ++v) {
+      if (v < v0 || v >= v1) continue;
+#pragma GCC unroll 3
+      for (int u = 0; u < U; ++u) sum[u][v] += g * read(x + j * step + u * f.in.row + v * f.in.pitch);
+    }
+  };
+  for (int64_t j = 0; j < start; ++j) edge(j);
+  for (int64_t j = start; j < stop; ++j) {
+    const Vector g = read(dy + j * f.out.pitch);
+#pragma GCC unroll 3
+    for (int u = 0; u < U; ++u) {
+#pragma GCC unroll 5
+      for (int v = 0; v < K; ++v) sum[u][v] += g * read(x + j * step + u * f.in.row + v * f.in.pitch);
+    }
+  }
+  for (int64_t j = std::max(start, stop); j < f.out.W; ++j) edge(j);
+  for (int t = 0; t < U * K; ++t) write(dw + t * kPanel, sum[t / K][t % K]);
+}
+
+// dw [blocks, K, K, 16] += what row i of dy meets: U rows of taps at a time, single ones where the image ends.
+template <int K, int U>
 FASTFF_INLINE void taps_of_row(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, float* dw) {
   const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride), u1 = std::min<int64_t>(K, f.in.H + f.above - i * f.stride);
-  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W);
-  const int64_t stop = std::max(start, end_inside(f.left, f.in.W, K, f.stride, f.out.W)), step = f.stride * f.in.pitch;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const float* g = dy + i * f.out.row + block * kPanel;
-    for (int64_t u = u0; u < u1; ++u) {
-      const float* base = x + (i * f.stride + u - f.above) * f.in.row - f.left * f.in.pitch + block * kPanel;
-      float* target = dw + (block * K + u) * K * kPanel;
-      Vector sum[K][2];
-      for (int v = 0; v < K; ++v) {
-        sum[v][0] = read(target + v * kPanel);
-        sum[v][1] = read(target + v * kPanel + kLanes);
-      }
-      const float* at = base + start * step;
-      for (int64_t j = start; j < stop; ++j, at += step) {
-        const Vector first = read(g + j * f.out.pitch), second = read(g + j * f.out.pitch + kLanes);
-#pragma GCC unroll 5
-        for (int v = 0; v < K; ++v) {
-          sum[v][0] += first * read(at + v * f.in.pitch);
-          sum[v][1] += second * read(at + v * f.in.pitch + kLanes);
-        }
-      }
-      for (int v = 0; v < K; ++v) {
-        write(target + v * kPanel, sum[v][0]);
-        write(target + v * kPanel + kLanes, sum[v][1]);
-      }
-      for (int64_t j = 0; j < f.out.W; j = j + 1 == start ? std::max(stop, j + 1) : j + 1) {  // the edges
-        if (j >= start && j < stop) continue;
-        for (int64_t v = std::max<int64_t>(0, f.left - j * f.stride); v < std::min<int64_t>(K, f.in.W + f.left - j * f.stride); ++v) {
-          for (int64_t h = 0; h < kPanel; h += kLanes) {
-            float* to = target + v * kPanel + h;
-            write(to, read(to) + read(g + j * f.out.pitch + h) * read(base + j * step + v * f.in.pitch + h));
-          }
-        }
+  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W), stop = end_inside(f.left, f.in.W, K, f.stride, f.out.W);
+  for (int64_t half = 0; half < blocks * kPanel; half += kLanes) {
+    const float *g = dy + i * f.out.row + half, *corner = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch + half;
+    float* target = dw + half / kPanel * K * K * kPanel + half % kPanel;
+    for (int64_t u = u0; u < u1;) {
+      if (u + U <= u1) {
+        taps<K, U>(f, corner + u * f.in.row, g, start, stop, target + u * K * kPanel);
+        u += U;
+      } else {
+        taps<K, 1>(f, corner + u * f.in.row, g, start, stop, target + u * K * kPanel);
+        ++u;
       }
     }
   }
 }
 
 void add_taps(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, float* dw) {
-  f.K == 3 ? taps_of_row<3>(f, x, dy, i, blocks, dw) : taps_of_row<5>(f, x, dy, i, blocks, dw);
+  f.K == 3 ? taps_of_row<3, 3>(f, x, dy, i, blocks, dw) : taps_of_row<5, 2>(f, x, dy, i, blocks, dw);
 }
 
 // Images [B, C, H, W] of one of the two layouts, and how tasks see them: `wide` blocks of 16 channels together in place, or single blocks in a copy.
@@ -216,12 +231,12 @@ std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, in
 }
 
 // x [B, C, H, W] and weight [C, 1, k, k], k = 3 or 5, float32 on the CPU, not empty, as fastff/ops/depthwise.py sees to.
-std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t stride, int64_t padding) {
+std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t stride, int64_t padding, bool need_sums) {
   x = dense(x), weight = torch::stable::contiguous(weight);
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
   const int64_t P = (H + 2 * padding - k) / stride + 1, Q = (W + 2 * padding - k) / stride + 1, blocks = (C + kPanel - 1) / kPanel;
   const Images in{C, H, W, is_rows(x)}, out{C, P, Q, in.rows};
-  Tensor y = in.rows ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}), sums = empty(x, {2, C});
+  Tensor y = in.rows ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}), sums = need_sums ? empty(x, {2, C}) : absent(x);
   const std::vector<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
   std::vector<float> partial(B * blocks * 2 * kPanel, 0.0f);
   const int64_t tasks = in.tasks();
@@ -233,13 +248,14 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
       const float* from = in.load(floats(x), b, task, copy);
       float *to = out.target(writable(y), b, task, result), *own = partial.data() + (b * blocks + block) * 2 * kPanel;
       for (int64_t r = 0; r < P; ++r) {
+        for (int64_t next = 0; in.in_place(task) && next < stride; ++next) fetch(f.in, from, (r + 1) * stride - padding + k - 1 - next);
         correlate_row(f, from, w.data() + block * k * k * kPanel, r, in.blocks(task), to);
-        add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task), own);
+        if (need_sums) add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task), own);
       }
       out.store(result, writable(y), b, task);
     }
   });
-  for (int64_t c = 0; c < C; ++c) {
+  for (int64_t c = 0; need_sums && c < C; ++c) {
     double total[2] = {};
     for (int64_t b = 0; b < B; ++b) {
       for (int64_t s = 0; s < 2; ++s) total[s] += partial[((b * blocks + c / kPanel) * 2 + s) * kPanel + c % kPanel];
@@ -291,7 +307,11 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
       for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
         const Correlation f{in.plane(task), out.plane(task), k, k, stride, padding, padding};
         const float *from = in.load(floats(x), b, task, copy), *g = out.load(floats(grad), b, task, dy);
-        for (int64_t r = 0; r < P; ++r) add_taps(f, from, g, r, in.blocks(task), partial.data() + group * size + block * k * k * kPanel);
+        for (int64_t r = 0; r < P; ++r) {
+          for (int64_t next = 0; in.in_place(task) && next < stride; ++next) fetch(f.in, from, (r + 1) * stride - padding + k - 1 - next);
+          if (in.in_place(task)) fetch(f.out, g, r + 1);
+          add_taps(f, from, g, r, in.blocks(task), partial.data() + group * size + block * k * k * kPanel);
+        }
         if (!need_x) continue;
         float* to = in.target(writable(dx), b, task, result);
         for (const Part& part : parts) {
@@ -307,20 +327,26 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
       }
     }
   });
-  for (int64_t c = 0; c < C; ++c) {
-    for (int64_t t = 0; t < k * k; ++t) {
-      double total = 0;
-      for (int64_t group = 0; group < groups; ++group) total += partial[group * size + ((c / kPanel) * k * k + t) * kPanel + c % kPanel];
-      writable(dw)[c * k * k + t] = static_cast<float>(total);
+  torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      for (int64_t t = 0; t < k * k; ++t) {
+        double total[kPanel] = {};
+        for (int64_t group = 0; group < groups; ++group) {
+          for (int64_t l = 0; l < kPanel; ++l) total[l] += partial[group * size + (block * k * k + t) * kPanel + l];
+        }
+        for (int64_t l = 0; l < std::min(kPanel, C - block * kPanel); ++l) {
+          writable(dw)[(block * kPanel + l) * k * k + t] = static_cast<float>(total[l]);
+        }
+      }
     }
-  }
+  });
   return {dx, dw};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
-  m.def("depthwise_native(Tensor x, Tensor weight, int stride, int padding) -> (Tensor y, Tensor sums)");
+  m.def("depthwise_native(Tensor x, Tensor weight, int stride, int padding, bool need_sums) -> (Tensor y, Tensor sums)");
   m.def("depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_x) -> (Tensor dx, Tensor dw)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {

@@ -13,14 +13,13 @@ from fastff.kernels import native
 from fastff.kernels.composed import convolution as composed
 from fastff.kernels.composed.goodness import is_rows
 from fastff.kernels.native import convolution as native_convolution
-from fastff.ops.depthwise import ROWS as DEPTHWISE_ROWS
+from fastff.ops import depthwise
 from fastff.ops.table import Implementation, always, choose, concerns
 
 DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
-LARGEST_PRODUCT = (
-    1 << 25
-)  # multiply-adds up to which a 1 x 1 convolution is quicker as a matrix product (1.1 to 1.7 times; 2^26: 0.8)
+# Multiply-adds up to which a 1 x 1 convolution is quicker as a matrix product (1.1 to 1.7 times; 2^26: 0.8).
+LARGEST_PRODUCT = 1 << 25
 
 
 class Reference:
@@ -96,7 +95,7 @@ def way(x, weight, stride, padding, groups):
     if groups > 1:
         return (
             KERNEL
-            if k in DEPTHWISE_SIZES and choose("depthwise", DEPTHWISE_ROWS, "auto", x).name != "composed"
+            if k in DEPTHWISE_SIZES and choose("depthwise", depthwise.ROWS, "auto", x).name != "composed"
             else PYTORCH
         )
     if channels == 1 or not is_rows(x):
@@ -111,12 +110,19 @@ def _has_kernel(op, rows, x):
     return concerns(rows) and choose(op, rows, "auto", x).name != "composed"
 
 
+def _weight_gradient(grad, x, kernel, stride, padding):
+    """convolution_weight_gradient, called as fastff/ops/depthwise.py calls its kernels."""
+    if torch.compiler.is_compiling():
+        return torch.ops.fastff.convolution_weight_gradient(grad, x, kernel, stride, padding, "auto")
+    return choose("convolution", ROWS, "auto", x).run.weight_gradient(grad, x, kernel, stride, padding)
+
+
 def forward(x, weight, bias, stride, padding, groups, how):
     """conv2d with k x k filters, one group or one for each channel."""
     if how == PRODUCT:
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    if how == KERNEL and groups > 1 and (stride > 1 or not is_rows(x)):  # else PyTorch's forward pass is quicker
-        y = torch.ops.fastff.depthwise(x, weight, stride, padding, "auto")[0]
+    if how == KERNEL and groups > 1:
+        y = depthwise.output(x, weight, stride, padding)
         return y if bias is None else y.add_(bias[:, None, None])
     return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 
@@ -126,10 +132,10 @@ def gradients(grad, x, weight, stride, padding, groups, how, wanted):
     need_x, need_weight, need_bias = wanted
     grad_x = grad_weight = grad_bias = None
     if how == KERNEL and groups > 1:
-        grad_x, grad_weight = torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_x, "auto")
+        grad_x, grad_weight = depthwise.gradients(grad, x, weight, stride, padding, need_x)
         need_x = need_weight = False
     elif how == KERNEL and need_weight:
-        grad_weight = torch.ops.fastff.convolution_weight_gradient(grad, x, weight.shape[2], stride, padding, "auto")
+        grad_weight = _weight_gradient(grad, x, weight.shape[2], stride, padding)
         need_weight = False
     elif how == PRODUCT and need_weight:
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from fastff.kernels.composed.goodness import is_rows
 
 
-def forward(x, weight, stride, padding):
-    """(y, sums [2, C])."""
+def forward(x, weight, stride, padding, sums=True):
+    """(y, sums [2, C] or None)."""
     y = F.conv2d(x, weight, stride=stride, padding=padding, groups=len(weight))
-    return y, sums_of(y)
+    return y, sums_of(y) if sums else None
 
 
 def backward(grad, x, weight, stride, padding, need_x):

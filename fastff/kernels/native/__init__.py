@@ -12,6 +12,7 @@ Loading it registers the operators of csrc/ under torch.ops.fastff, and here the
     convolution_weight_gradient_native(...)                 csrc/cpu/convolution.cpp
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -47,11 +48,14 @@ def level() -> str:
     return wanted
 
 
+@functools.cache
+def _without_vectors() -> bool:
+    return reason() == "" and level() == "baseline" and platform.machine() in ("x86_64", "AMD64")
+
+
 def slow(x) -> str | None:
     """Why "auto" passes the kernels with products over: their register blocks are made for vectors of 8 (or 32 registers, as ARM has)."""
-    if reason() == "" and level() == "baseline" and platform.machine() in ("x86_64", "AMD64"):
-        return "slower than PyTorch without AVX2"
-    return None
+    return "slower than PyTorch without AVX2" if _without_vectors() else None
 
 
 def _load() -> str:

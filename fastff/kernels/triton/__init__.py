@@ -6,6 +6,8 @@ import os
 
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself sees it when it is imported
+
 
 @functools.cache
 def installed():
@@ -17,9 +19,8 @@ def reason(x):
     """Why no Triton kernel can take x, or None. With TRITON_INTERPRET=1 they run on the CPU, slowly: for tests."""
     if not installed():
         return "Triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if x.device.type != ("cpu" if interpreted else "cuda"):
-        wanted = "is interpreted on the CPU (TRITON_INTERPRET=1)" if interpreted else "runs on CUDA devices"
+    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
+        wanted = "is interpreted on the CPU (TRITON_INTERPRET=1)" if INTERPRETED else "runs on CUDA devices"
         return f"Triton {wanted}, x is on {x.device.type}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels are for float32, bfloat16 and float16, x is {x.dtype}"

@@ -103,11 +103,11 @@ def _sizes(x, weight, stride, padding):
     return R, BC, sizes
 
 
-def forward(x, weight, stride, padding):
-    """(y, sums [2, C])."""
+def forward(x, weight, stride, padding, sums=True):
+    """(y, sums [2, C] or None)."""
     y = out_like(x, weight, stride, padding)
     x = dense(x)
-    return y, _convolve(x, weight, y, stride, padding, sums=True)
+    return y, _convolve(x, weight, y, stride, padding, sums)
 
 
 def _convolve(x, weight, y, stride, padding, sums=False, adjoint=False):

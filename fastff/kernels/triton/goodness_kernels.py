@@ -3,12 +3,12 @@
 Shapes are in goodness.py. A tile X is [BC, R] channels by rows; masks at every edge; offsets between samples in 64 bits.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from fastff.kernels.triton import INTERPRETED as _interpreted
+
+INTERPRETED = tl.constexpr(_interpreted)
 
 
 @triton.jit
