@@ -12,7 +12,6 @@ Loading it registers the operators of csrc/ under torch.ops.fastff, and here the
     convolution_weight_gradient_native(...)                 csrc/cpu/convolution.cpp
 """
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -26,6 +25,7 @@ NOT_BUILT = "the compiled library was not built: reinstall fastff with pip insta
 
 _lock = threading.Lock()
 _reason: str | None = None  # None before the first attempt, then "" (loaded) or why not
+_without_vectors = False  # once loaded: x86 without AVX2
 
 
 def reason() -> str:
@@ -48,17 +48,13 @@ def level() -> str:
     return wanted
 
 
-@functools.cache
-def _without_vectors() -> bool:
-    return reason() == "" and level() == "baseline" and platform.machine() in ("x86_64", "AMD64")
-
-
 def slow(x) -> str | None:
     """Why "auto" passes the kernels with products over: their register blocks are made for vectors of 8 (or 32 registers, as ARM has)."""
-    return "slower than PyTorch without AVX2" if _without_vectors() else None
+    return "slower than PyTorch without AVX2" if reason() == "" and _without_vectors else None
 
 
 def _load() -> str:
+    global _without_vectors
     if os.environ.get("FASTFF_NATIVE") == "0":
         return "disabled by FASTFF_NATIVE=0"
     try:
@@ -72,6 +68,7 @@ def _load() -> str:
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         return f"fastff._C_{name} failed to load with torch {torch.__version__}: {lines[0]}"
+    _without_vectors = name == "baseline" and platform.machine() in ("x86_64", "AMD64")
     torch.library.register_fake("fastff::layer_norm_native", _layer_norm_native_fake)
     return ""
 
