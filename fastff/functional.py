@@ -1,4 +1,5 @@
-"""The stateless functions: goodness, goodness_loss, goodness_step, tail_step, layer_norm.
+"""The stateless functions: goodness, goodness_loss, goodness_step, tail_step, layer_norm; without weights: group_goodness, group_goodness_step,
+forward_forward_loss, normalize, overlay_label.
 
 Common arguments
 
@@ -21,9 +22,11 @@ from typing import NamedTuple
 
 import torch
 
+from fastff import reference
 from fastff.kernels.composed.tail import ACTIVATIONS
 from fastff.ops.goodness import NORMALIZATIONS, check_labels
 from fastff.ops.layer_norm import over_channels
+from fastff.reference import LOSSES, PAIRED
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -38,6 +41,15 @@ class GoodnessStep(NamedTuple):
     grad_bias: torch.Tensor | None
     grad_grid_weight: torch.Tensor | None
     grad_tau: torch.Tensor | None
+    normalized: torch.Tensor | None
+
+
+class GroupGoodnessStep(NamedTuple):
+    """Results of `group_goodness_step`; None where it was not asked for."""
+
+    loss: torch.Tensor
+    goodness: torch.Tensor
+    grad_x: torch.Tensor | None
     normalized: torch.Tensor | None
 
 
@@ -215,6 +227,134 @@ def layer_norm(x, eps=1e-5, *, over="sample", channel_dim=1, impl="auto"):
     raise ValueError(f"over: expected 'sample' or 'channels', got {over!r}")
 
 
+def group_goodness(x, groups=1, *, power=2, mean=True, positions=False, channel_dim=1, impl="auto"):
+    """Goodness without weights, g [B, groups]: sum or mean of x^power over each group of channels and all positions. Differentiable twice.
+
+    Args:
+        groups: K, of neighbouring channels; where K does not divide them the first groups have one more.
+        power: 2, or 1 for the activations themselves.
+        mean: False for the sum.
+        positions: g [B, P] instead, at each position over all channels (groups must be 1).
+
+    Sources: Hinton 2022 (arXiv 2212.13345) one group; CwComp (arXiv 2312.12668) a group a class; DeeperForward (ICLR 2025) power 1."""
+    x4, how = _canonical_groups(x, groups, power, mean, positions, channel_dim)
+    return torch.ops.fastff.group_goodness(x4, *how, impl)
+
+
+def forward_forward_loss(g, loss="softplus", *, theta=2.0, alpha=4.0, reduction="mean"):
+    """Loss of goodness g [2n, J] of a batch whose first half is positive and second half negative, plain PyTorch.
+
+    "softplus": softplus(theta - g) of positive, softplus(g - theta) of negative samples (Hinton 2022); "swish": z sigmoid(z) instead of
+    softplus; "symba": softplus(-alpha (g_positive - g_negative)) (arXiv 2303.08418); "swish_symba". `reduction` "mean", "sum" or "none" ([2n], or [n]
+    of differences); J values of a sample are averaged."""
+    if loss not in LOSSES[1:]:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES[1:])}, got {loss!r}")
+    if g.dim() != 2:
+        raise ValueError(f"g: expected [2n, J], got {list(g.shape)}")
+    _check_halves(len(g), "g")
+    _check_reduction(reduction)
+    losses = reference.forward_forward_losses(g, loss, theta, alpha)
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def group_goodness_step(
+    x, target=None, groups=1, *, power=2, mean=True, positions=False, loss="cross_entropy", theta=2.0, alpha=4.0, tau=1.0, margin=0.0,
+    label_smoothing=0.0, reduction="mean", grad_scale=None, normalize="layer_norm", eps=1e-5, channel_dim=1, need_grad_x=True, impl="auto",
+):  # fmt: skip
+    """The local training step of a layer whose goodness has no weights: loss, goodness, dL/dx and the next layer's input, outside autograd.
+
+    Args beyond those of group_goodness:
+        target: [B] int64 for "cross_entropy" over tau * g; None for the losses of forward_forward_loss, whose batch is positive
+            samples and then as many negative ones.
+        loss, theta, alpha: as in forward_forward_loss.
+        tau, margin, label_smoothing, reduction, grad_scale, need_grad_x: as in goodness_step (tau a number).
+        normalize, eps: of the next layer's input, as in normalize; None for none.
+
+    Returns GroupGoodnessStep: loss, goodness [B, K] or [B, P], grad_x and normalized as x. x is not written to."""
+    x4, how = _canonical_groups(x, groups, power, mean, positions, channel_dim)
+    x4 = x4.detach()
+    if loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+    if loss == "cross_entropy":
+        if positions:
+            raise ValueError("positions: expected False for cross_entropy, which needs a column for each class, got True")
+        if target is None:
+            raise ValueError("target: expected [B] int64 class labels for cross_entropy, got None")
+        _check_loss(target, x.shape[0], x.device, float(tau), margin, label_smoothing, reduction)
+    else:
+        if target is not None:
+            raise ValueError(f"target: expected None for {loss}, whose batch is two halves, got a tensor")
+        _check_halves(x.shape[0], "x")
+        _check_reduction(reduction)
+    _check_normalization(normalize or "none")
+    step = torch.ops.fastff.group_goodness_step(
+        x4, *how, loss, float(alpha if loss in PAIRED else theta), target, float(tau), float(margin), float(label_smoothing), reduction,
+        grad_scale, normalize or "none", float(eps), need_grad_x, impl,
+    )  # fmt: skip
+    return GroupGoodnessStep(
+        step[0],
+        step[1],
+        _restore(step[2], x, channel_dim) if need_grad_x else None,
+        None if normalize in (None, "none") else _restore(step[3], x, channel_dim),
+    )
+
+
+def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):
+    """x brought to length or variance 1, without affine; as x. Differentiable.
+
+    how: "layer_norm", "l2" (x / (|x| + eps)) or "rms" over all of a sample, with "_channels" over C at each position; "group_norm" over each
+    of `groups` groups of neighbouring channels."""
+    x4, (groups, *_) = _canonical_groups(x, groups, 1, True, False, channel_dim)
+    _check_normalization(how)
+    if how == "none":
+        return x
+    return _restore(torch.ops.fastff.normalize(x4, how, groups, float(eps), impl), x, channel_dim)
+
+
+def overlay_label(x, label, num_classes, value=None):
+    """A copy of x [B, ...] whose first num_classes elements of each sample are the one-hot label [B], times `value` (x's maximum if None).
+
+    Stays on x's device without a synchronisation; x itself is not written to (Hinton 2022)."""
+    if not isinstance(label, torch.Tensor) or label.dtype != torch.int64 or label.shape != x.shape[:1]:
+        got = f"{list(label.shape)} of {label.dtype}" if isinstance(label, torch.Tensor) else type(label).__name__
+        raise ValueError(f"label: expected int64 [{len(x)}], one for each sample of x, got {got}")
+    if not 1 <= num_classes <= x[0].numel():
+        raise ValueError(f"num_classes: expected 1 to {x[0].numel()}, the elements of a sample, got {num_classes}")
+    check_labels(label, num_classes)
+    out = x.flatten(1).clone()
+    out[:, :num_classes] = (label[:, None] == torch.arange(num_classes, device=x.device)) * (x.max() if value is None else value)
+    return out.view(x.shape)
+
+
+def _canonical_groups(x, groups, power, mean, positions, channel_dim):
+    """x as [B, C, H, W], and (groups, power, mean, positions), checked."""
+    x4 = _canonical_x(x, channel_dim)
+    if not isinstance(groups, int) or not 1 <= groups <= x4.shape[1]:
+        raise ValueError(f"groups: expected 1 to {x4.shape[1]}, the channels of x, got {groups!r}")
+    if power not in (1, 2):
+        raise ValueError(f"power: expected 1 or 2, got {power!r}")
+    if positions and groups != 1:
+        raise ValueError(f"positions: expected groups=1, since each position is one group of all channels, got {groups}")
+    if 0 in x4.shape[1:]:
+        raise ValueError(f"x: expected at least one channel and one position, got shape {list(x.shape)}")
+    return x4, (groups, power, bool(mean), bool(positions))
+
+
+def _check_halves(batch, name):
+    if batch == 0 or batch % 2:
+        raise ValueError(f"{name}: expected positive samples and as many negative ones, an even batch, got {batch}")
+
+
+def _check_reduction(reduction):
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def _check_normalization(how):
+    if how not in reference.NORMALIZATIONS:
+        raise ValueError(f"normalize: expected one of {', '.join(reference.NORMALIZATIONS)} or None, got {how!r}")
+
+
 def _canonical_x(x, channel_dim):
     """x as a view [B, C, H, W]."""
     if not isinstance(x, torch.Tensor):
@@ -300,5 +440,4 @@ def _check_loss(target, batch, device, tau, margin, label_smoothing, reduction):
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if not abs(margin) < float("inf"):
         raise ValueError(f"margin: expected a finite number, got {margin}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    _check_reduction(reduction)

@@ -164,3 +164,78 @@ def taps(padded, weight, stride):
     for u in range(k):
         for v in range(k):
             yield u, v, (..., slice(u, u + spans[0], stride), slice(v, v + spans[1], stride))
+
+
+def group_sizes(channels, groups):
+    """Channels of each of K groups of neighbouring ones: where K does not divide them, the first groups have one more."""
+    return [channels // groups + (k < channels % groups) for k in range(groups)]
+
+
+def group_goodness(x, groups=1, power=2, mean=True, positions=False):
+    """g [B, K]: sum or mean of x^power over the k-th group of channels and all positions; with `positions` g [B, P], over all channels at each.
+
+    One group and power 2: Hinton 2022 (arXiv 2212.13345); K groups: CwComp (arXiv 2312.12668); power 1: DeeperForward (ICLR 2025)."""
+    powers = (x.square() if power == 2 else x).flatten(2)
+    parts = powers.split(1, 2) if positions else powers.split(group_sizes(x.shape[1], groups), 1)
+    return torch.stack([part.mean((1, 2)) if mean else part.sum((1, 2)) for part in parts], 1)
+
+
+def group_goodness_gradient(d, x, groups=1, power=2, mean=True, positions=False):
+    """dL/dx from d = dL/dg: power * d * x^(power - 1), by the number of elements where g is a mean."""
+    sizes = group_sizes(x.shape[1], groups)
+    n = x.shape[1] if positions else torch.tensor(sizes, dtype=d.dtype, device=d.device) * x[0, 0].numel()
+    d = d * power / n if mean else d * power
+    per_element = d[:, None, :] if positions else torch.repeat_interleave(d, torch.tensor(sizes, device=d.device), 1)[:, :, None]
+    flat = x.flatten(2)
+    return (per_element * (flat if power == 2 else torch.ones_like(flat))).view(x.shape)
+
+
+LOSSES = ("cross_entropy", "softplus", "swish", "symba", "swish_symba")
+PAIRED = ("symba", "swish_symba")
+NORMALIZATIONS = (
+    "none", "layer_norm", "group_norm", "l2", "rms", "layer_norm_channels", "l2_channels", "rms_channels"
+)  # fmt: skip
+
+
+def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0):
+    """Losses of g [2n, J], first half of positive samples, second of negative, averaged over J: [2n], or [n] for losses of differences.
+
+    f(theta - g) of positive and f(g - theta) of negative ones (Hinton 2022), or f(-alpha (g_positive - g_negative)) (SymBa, arXiv 2303.08418;
+    Trifecta, arXiv 2311.18130); f is softplus, or z sigmoid(z) for the "swish" variants."""
+    f = F.silu if loss.startswith("swish") else F.softplus
+    positive, negative = g.chunk(2)
+    if loss in PAIRED:
+        return f(-alpha * (positive - negative)).mean(1)
+    return f(torch.cat([theta - positive, negative - theta])).mean(1)
+
+
+def forward_forward_gradient(g, loss="softplus", theta=2.0, alpha=4.0, scale=1.0):
+    """d = d(sum of scale * losses)/dg: a derivative of f at theta - g, g - theta or -alpha (g_positive - g_negative), with its sign."""
+    positive, negative = g.chunk(2)
+    z = -alpha * (positive - negative) if loss in PAIRED else torch.cat([theta - positive, negative - theta])
+    s = z.sigmoid()
+    slope = (s * (1 + z * (1 - s)) if loss.startswith("swish") else s) * scale / g.shape[1]
+    down, up = (alpha * slope, alpha * slope) if loss in PAIRED else slope.chunk(2)
+    return torch.cat([-down, up])
+
+
+def normalized(x, how, groups=1, eps=1e-5):
+    """x [B, C, H, W] brought to length or variance 1, without affine.
+
+    "layer_norm", "l2", "rms" over a sample, with "_channels" over C at each position, "group_norm" over each group of channels.
+    Norms (x - mean) / sqrt(var + eps); l2 x / (|x| + eps); rms x / sqrt(mean of x^2 + eps)."""
+    name = how.removesuffix("_channels")
+    if name != how:
+        dims, parts = (1,), [x]
+    else:
+        dims, parts = (1, 2, 3), x.split(group_sizes(x.shape[1], groups if how == "group_norm" else 1), 1)
+    done = []
+    for part in parts:
+        if name == "l2":
+            done.append(part / (part.square().sum(dims, keepdim=True).sqrt() + eps))
+        elif name == "rms":
+            done.append(part / (part.square().mean(dims, keepdim=True) + eps).sqrt())
+        else:
+            var, mean = torch.var_mean(part, dims, correction=0, keepdim=True)
+            done.append((part - mean) / (var + eps).sqrt())
+    return torch.cat(done, 1)

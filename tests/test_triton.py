@@ -28,6 +28,7 @@ INTERPRETED = {
     "layer_norm": ("test_layer_norm.py", "triton"),
     "tail": ("test_tail.py", "test_tail_step"),
     "depthwise": ("test_depthwise.py", "values or empty"),
+    "group_goodness": ("test_group_goodness.py", "step or alone"),
     "trainer": ("triton_trainer.py", "test"),
     "tuning": ("triton_tuning.py", "test"),
 }
@@ -50,7 +51,7 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3)
     with pytest.raises(RuntimeError, match="triton: Triton runs on CUDA devices, x is on cpu"):
         ff.goodness(x, weight, impl="triton")
-    monkeypatch.setattr("fastff.kernels.triton.installed", lambda: False)
+    monkeypatch.setattr("fastff.kernels.triton.INSTALLED", False)
     with pytest.raises(RuntimeError, match="triton: Triton is not installed"):
         ff.layer_norm(x, impl="triton")
 
@@ -58,8 +59,8 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
 # --- ahead of time
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
-POINTERS = {"target": "*i64"}
-NUMBERS = {"tau", "margin", "smoothing", "scale", "eps"}
+POINTERS = {"target": "*i64", "starts": "*i32", "group_of": "*i32"}
+NUMBERS = {"tau", "margin", "smoothing", "scale", "eps", "theta"}
 ACTIVATIONS = {"x", "residual", "grad_x", "y", "grad", "grad_h", "grad_y"}
 DIVISIBLE = {"C", "P", "xb", "xc", "xp", "ob", "oc", "op", "yb", "yc", "yp", "n", "share", "positions"}
 
@@ -93,7 +94,7 @@ def kernel_pointers(kernel):
     return {
         "x", "weight", "bias", "g", "d", "second", "mu", "grad_x", "y", "sums", "means", "cells", "target", "loss", "dtau", "tau_factor",
         "scale_factor", "largest", "grad_weight", "grad_bias",
-        "grad", "partial", "residual", "affine", "channel_sums", "grad_h", "grad_y",
+        "grad", "partial", "residual", "affine", "channel_sums", "grad_h", "grad_y", "starts", "group_of", "scratch",
     } & set(kernel.arg_names)  # fmt: skip
 
 
@@ -248,3 +249,19 @@ def test_depthwise_fits_the_chip(channels_last, arch, dtype):
             binary = compiled(launch, dtype, arch, warps, **sizes, **fixed)
             assert binary.metadata.shared <= SHARED[arch]
             assert spilled(binary, arch) == 0, f"{launch.fn.__name__} {kernel} x {kernel}"
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "fp16")])
+@pytest.mark.parametrize("rows", [True, False])
+def test_group_goodness_fits_the_chip(rows, arch, dtype):
+    from fastff.kernels.triton import group_goodness as module
+
+    for C, P, K, loss in [(64, 1024, 10, 0), (960, 49, 100, 0), (128, 256, 1, 1), (500, 1, 1, 4)]:
+        BC, R = module.tiles(rows, C, P)
+        fixed = {"POWER": 2, "MEAN": True, "LOSS": loss, "GOOD": True, "PAIRED": loss == 4, "BC": BC, "R": R, "xc" if rows else "xp": 1}
+        groups = {"KP": triton.next_power_of_2(K), "GP": triton.next_power_of_2(-(-C // K)), "d": None, "NORM": 2}
+        absent = {"d": None, "NORM": 1} | ({} if loss else {"LOSS": module.NO_LOSS, "loss": None, "grad": None, "scale_factor": None})
+        for kernel, more in ((module.samples, groups), (module.positions, absent)):
+            binary = compiled(kernel, dtype, arch, module.WARPS, **fixed | more | ({"target": None} if loss and "target" in kernel.arg_names else {}))
+            assert binary.metadata.shared <= SHARED[arch]
+            assert spilled(binary, arch) == 0, kernel.fn.__name__

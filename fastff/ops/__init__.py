@@ -1,9 +1,10 @@
 """The ops: schema, plan (which algorithm, why), dispatch and autograd, one file per op. Users call fastff.functional."""
 
-from fastff.ops import convolution, depthwise, goodness, layer_norm, tail
+from fastff.ops import convolution, depthwise, goodness, group_goodness, layer_norm, tail
 
 TABLES = {
     "goodness": goodness.ROWS,
+    "group_goodness": group_goodness.ROWS,
     "tail": tail.ROWS,
     "layer_norm": layer_norm.ROWS,
     "convolution": convolution.ROWS,

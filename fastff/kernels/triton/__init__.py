@@ -1,23 +1,17 @@
 """Kernels in Triton, one file per op; imported when they first run, so that fastff does without Triton where there is none."""
 
-import functools
 import importlib.util
 import os
 
 import torch
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself sees it when it is imported
-
-
-@functools.cache
-def installed():
-    """Whether Triton can be imported: asked at every call of an op, answered once (looking costs 50 us)."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def reason(x):
     """Why no Triton kernel can take x, or None. With TRITON_INTERPRET=1 they run on the CPU, slowly: for tests."""
-    if not installed():
+    if not INSTALLED:
         return "Triton is not installed"
     if x.device.type != ("cpu" if INTERPRETED else "cuda"):
         wanted = "is interpreted on the CPU (TRITON_INTERPRET=1)" if INTERPRETED else "runs on CUDA devices"
