@@ -277,7 +277,9 @@ def group_goodness_step(
         raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
     if loss == "cross_entropy":
         if positions:
-            raise ValueError("positions: expected False for cross_entropy, which needs a column for each class, got True")
+            raise ValueError(
+                "positions: expected False for cross_entropy, which needs a column for each class, got True"
+            )
         if target is None:
             raise ValueError("target: expected [B] int64 class labels for cross_entropy, got None")
         _check_loss(target, x.shape[0], x.device, float(tau), margin, label_smoothing, reduction)
@@ -322,7 +324,9 @@ def overlay_label(x, label, num_classes, value=None):
         raise ValueError(f"num_classes: expected 1 to {x[0].numel()}, the elements of a sample, got {num_classes}")
     check_labels(label, num_classes)
     out = x.flatten(1).clone()
-    out[:, :num_classes] = (label[:, None] == torch.arange(num_classes, device=x.device)) * (x.max() if value is None else value)
+    out[:, :num_classes] = (label[:, None] == torch.arange(num_classes, device=x.device)) * (
+        x.max() if value is None else value
+    )
     return out.view(x.shape)
 
 
@@ -334,7 +338,9 @@ def _canonical_groups(x, groups, power, mean, positions, channel_dim):
     if power not in (1, 2):
         raise ValueError(f"power: expected 1 or 2, got {power!r}")
     if positions and groups != 1:
-        raise ValueError(f"positions: expected groups=1, since each position is one group of all channels, got {groups}")
+        raise ValueError(
+            f"positions: expected groups=1, since each position is one group of all channels, got {groups}"
+        )
     if 0 in x4.shape[1:]:
         raise ValueError(f"x: expected at least one channel and one position, got shape {list(x.shape)}")
     return x4, (groups, power, bool(mean), bool(positions))

@@ -185,7 +185,9 @@ def group_goodness_gradient(d, x, groups=1, power=2, mean=True, positions=False)
     sizes = group_sizes(x.shape[1], groups)
     n = x.shape[1] if positions else torch.tensor(sizes, dtype=d.dtype, device=d.device) * x[0, 0].numel()
     d = d * power / n if mean else d * power
-    per_element = d[:, None, :] if positions else torch.repeat_interleave(d, torch.tensor(sizes, device=d.device), 1)[:, :, None]
+    per_element = (
+        d[:, None, :] if positions else torch.repeat_interleave(d, torch.tensor(sizes, device=d.device), 1)[:, :, None]
+    )
     flat = x.flatten(2)
     return (per_element * (flat if power == 2 else torch.ones_like(flat))).view(x.shape)
 

@@ -40,7 +40,7 @@ def plain_loss(g, p):
         return F.cross_entropy(u, p["target"], label_smoothing=p["label_smoothing"], reduction=p["reduction"])
     f = F.silu if "swish" in p["loss"] else F.softplus
     n = len(g) // 2
-    if "symba" in p["loss"]:
+    if "symba" in p["loss"]:  # noqa: SIM108
         losses = f(-p["alpha"] * (g[:n] - g[n:])).mean(1)
     else:
         losses = torch.cat([f(p["theta"] - g[:n]), f(g[n:] - p["theta"])]).mean(1)
@@ -138,7 +138,9 @@ def test_alone_and_by_autograd(dtype, impl):
                 loss = F.softplus(-4 * (g[:3] - g[3:])).mean()
                 return g.detach(), torch.autograd.grad(loss, wide)[0]
 
-            for name, got, exact, plain in zip(("goodness", "grad"), (g.detach(), grad), by(torch.float64), by(compute), strict=True):
+            for name, got, exact, plain in zip(
+                ("goodness", "grad"), (g.detach(), grad), by(torch.float64), by(compute), strict=True
+            ):
                 assert_as_exact(name, got, exact, plain, exact.abs() + exact.abs().max())
     for how in NORMALIZATIONS[1:]:
         y = ff.normalize(x, how, 2, impl=impl)
@@ -150,7 +152,9 @@ def test_alone_and_by_autograd(dtype, impl):
             y = plain_normalized(wide, how, 2)
             return y.detach(), torch.autograd.grad(y, wide, seed.to(kind))[0]
 
-        for name, value, exact, plain in zip((how, f"{how} gradient"), got, by(torch.float64), by(compute), strict=True):
+        for name, value, exact, plain in zip(
+            (how, f"{how} gradient"), got, by(torch.float64), by(compute), strict=True
+        ):
             assert_as_exact(name, value, exact, plain, exact.abs() + exact.abs().max())
 
 
@@ -162,7 +166,21 @@ def test_opcheck_and_second_derivatives(impl):
         how = (groups, power, True, positions, impl)
         torch.library.opcheck(torch.ops.fastff.group_goodness.default, (x, *how))
         assert torch.autograd.gradgradcheck(lambda x, how=how: torch.ops.fastff.group_goodness(x, *how).square(), (x,))
-    step = (x.detach(), 3, 2, True, False, "cross_entropy", 2.0, torch.tensor([0, 2, 1, 0]), 1.0, 0.5, 0.1, "mean", None)
+    step = (
+        x.detach(),
+        3,
+        2,
+        True,
+        False,
+        "cross_entropy",
+        2.0,
+        torch.tensor([0, 2, 1, 0]),
+        1.0,
+        0.5,
+        0.1,
+        "mean",
+        None,
+    )
     torch.library.opcheck(torch.ops.fastff.group_goodness_step.default, (*step, "group_norm", 1e-5, True, impl))
     torch.library.opcheck(torch.ops.fastff.normalize.default, (x, "l2_channels", 1, 1e-5, impl))
 
@@ -188,10 +206,18 @@ def test_halves_of_nan_and_infinity():
         ({"power": 3}, ValueError, "power: expected 1 or 2"),
         ({"positions": True, "groups": 2}, ValueError, "positions: expected groups=1"),
         ({"loss": "hinge"}, ValueError, "loss: expected one of"),
-        ({"loss": "softplus", "x": torch.ones(3, 6)}, ValueError, "x: expected positive samples and as many negative ones"),
+        (
+            {"loss": "softplus", "x": torch.ones(3, 6)},
+            ValueError,
+            "x: expected positive samples and as many negative ones",
+        ),
         ({"loss": "softplus", "target": torch.tensor([0, 1, 0, 1])}, ValueError, "target: expected None for softplus"),
         ({"loss": "cross_entropy"}, ValueError, "target: expected .* for cross_entropy"),
-        ({"loss": "cross_entropy", "target": torch.tensor([0, 1, 0, 9])}, ValueError, r"target: expected labels in 0\.\.0, got 9"),
+        (
+            {"loss": "cross_entropy", "target": torch.tensor([0, 1, 0, 9])},
+            ValueError,
+            r"target: expected labels in 0\.\.0, got 9",
+        ),
         ({"normalize": "batch"}, ValueError, "normalize: expected one of"),
         ({"x": torch.ones(4, 6, dtype=torch.int64)}, TypeError, "x: expected float32"),
         ({"reduction": "max"}, ValueError, "reduction: expected"),

@@ -258,10 +258,27 @@ def test_group_goodness_fits_the_chip(rows, arch, dtype):
 
     for C, P, K, loss in [(64, 1024, 10, 0), (960, 49, 100, 0), (128, 256, 1, 1), (500, 1, 1, 4)]:
         BC, R = module.tiles(rows, C, P)
-        fixed = {"POWER": 2, "MEAN": True, "LOSS": loss, "GOOD": True, "PAIRED": loss == 4, "BC": BC, "R": R, "xc" if rows else "xp": 1}
+        fixed = {
+            "POWER": 2,
+            "MEAN": True,
+            "LOSS": loss,
+            "GOOD": True,
+            "PAIRED": loss == 4,
+            "BC": BC,
+            "R": R,
+            "xc" if rows else "xp": 1,
+        }
         groups = {"KP": triton.next_power_of_2(K), "GP": triton.next_power_of_2(-(-C // K)), "d": None, "NORM": 2}
-        absent = {"d": None, "NORM": 1} | ({} if loss else {"LOSS": module.NO_LOSS, "loss": None, "grad": None, "scale_factor": None})
+        absent = {"d": None, "NORM": 1} | (
+            {} if loss else {"LOSS": module.NO_LOSS, "loss": None, "grad": None, "scale_factor": None}
+        )
         for kernel, more in ((module.samples, groups), (module.positions, absent)):
-            binary = compiled(kernel, dtype, arch, module.WARPS, **fixed | more | ({"target": None} if loss and "target" in kernel.arg_names else {}))
+            binary = compiled(
+                kernel,
+                dtype,
+                arch,
+                module.WARPS,
+                **fixed | more | ({"target": None} if loss and "target" in kernel.arg_names else {}),
+            )
             assert binary.metadata.shared <= SHARED[arch]
             assert spilled(binary, arch) == 0, kernel.fn.__name__

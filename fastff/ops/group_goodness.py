@@ -32,7 +32,9 @@ class Goodness(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """name: one of reference.LOSSES. theta: the threshold, or alpha for differences; target .. label_smoothing for cross_entropy. The gradients' factor is scale * grad_scale."""
+    """name: one of reference.LOSSES. theta: the threshold, or alpha for differences; target .. label_smoothing for cross_entropy.
+
+    The gradients' factor is scale * grad_scale."""
 
     name: str
     theta: float

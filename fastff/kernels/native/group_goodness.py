@@ -7,8 +7,22 @@ from fastff.reference import LOSSES, NORMALIZATIONS  # in the order of the C++
 GOODNESS, STEP, BACKWARD, NORMALIZE = range(4)
 
 
-def _call(x, how, mode, target=None, d=None, grad_scale=None, loss=0, numbers=(0.0, 1.0, 0.0, 0.0, 1.0), norm=0, eps=0.0, need_x=False):
-    return torch.ops.fastff.group_goodness_native(x, target, d, grad_scale, mode, *how, loss, *numbers, norm, eps, need_x)
+def _call(
+    x,
+    how,
+    mode,
+    target=None,
+    d=None,
+    grad_scale=None,
+    loss=0,
+    numbers=(0.0, 1.0, 0.0, 0.0, 1.0),
+    norm=0,
+    eps=0.0,
+    need_x=False,
+):
+    return torch.ops.fastff.group_goodness_native(
+        x, target, d, grad_scale, mode, *how, loss, *numbers, norm, eps, need_x
+    )
 
 
 def goodness(x, how):
@@ -26,7 +40,19 @@ def goodness_step(x, how, loss, normalize, eps, need_x):
     """(g, losses, dL/dx or None, the normalised x or None)."""
     numbers = (loss.theta, loss.tau, loss.margin, loss.label_smoothing, loss.scale)
     scale = None if loss.grad_scale is None else loss.grad_scale.float()
-    return _call(x, how, STEP, loss.target, None, scale, LOSSES.index(loss.name), numbers, NORMALIZATIONS.index(normalize), eps, need_x)
+    return _call(
+        x,
+        how,
+        STEP,
+        loss.target,
+        None,
+        scale,
+        LOSSES.index(loss.name),
+        numbers,
+        NORMALIZATIONS.index(normalize),
+        eps,
+        need_x,
+    )
 
 
 def normalize(x, how, groups, eps):

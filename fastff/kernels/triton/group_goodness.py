@@ -1,7 +1,7 @@
 """Goodness of groups of channels, its loss, its local gradient and the normalised output in one launch (fastff/reference.py has the formulas).
 
-`samples`: a program takes a sample (a pair of them for losses of differences). First sweep: sums of x and x^2 by channel, to scratch in L2; from there
-goodness by group, loss, d; second sweep: dL/dx and the next input from x read again, out of L2 up to samples of some megabytes.
+`samples`: a program takes a sample (a pair of them for losses of differences). First sweep: sums of x and x^2 by channel, to scratch in L2;
+from there goodness by group, loss, d; second sweep: dL/dx and the next input from x read again, out of L2 up to samples of some megabytes.
 `positions`: a program takes R positions of a sample with all channels, for goodness at each position and for normalisation over channels.
 Where goodness is of one kind and the normalisation of the other, each has its launch. Floor: one read of x, one write of each result.
 
@@ -123,7 +123,7 @@ def samples(
         b = unit + m * half
         own = scratch + b * width
         if grad is not None:
-            if m == 0:
+            if m == 0:  # noqa: SIM108
                 a = d_first * POWER
             else:
                 a = d_second * POWER
@@ -215,7 +215,7 @@ def positions(
         for m in tl.static_range(members):
             b = unit + m * half
             if grad is not None:
-                if m == 0:
+                if m == 0:  # noqa: SIM108
                     a = d_first * POWER
                 else:
                     a = d_second * POWER
@@ -240,7 +240,7 @@ def positions(
 def tiles(rows, C, P):
     """(channels, positions) of a tile of at most 2048 elements, 8 a thread (16 spill), long where memory is contiguous."""
     if rows:
-        BC = min(256, triton.next_power_of_2(C))
+        BC = min(64, triton.next_power_of_2(C))
         return BC, min(2048 // BC, triton.next_power_of_2(P))
     R = min(512, triton.next_power_of_2(P))
     return min(2048 // R, triton.next_power_of_2(C)), R
@@ -257,7 +257,9 @@ def _run(x, how, loss=None, d=None, normalize="none", eps=0.0, grad=None, y=None
     good = goodness and d is None
     apart = (goodness or d is not None) and normalize != "none" and channels != how.positions
     if apart:
-        _run(x, how._replace(groups=how.groups, positions=channels), None, None, normalize, eps, None, y, goodness=False)
+        _run(
+            x, how._replace(groups=how.groups, positions=channels), None, None, normalize, eps, None, y, goodness=False
+        )
         normalize, over, y = "none", "none", None
     kind = NO_LOSS if loss is None else reference.LOSSES.index(loss.name)
     kind = GIVEN if d is not None else kind
@@ -285,7 +287,9 @@ def _run(x, how, loss=None, d=None, normalize="none", eps=0.0, grad=None, y=None
         group_of = torch.repeat_interleave(torch.tensor(sizes, device=x.device), output_size=C).to(torch.int32)
         scratch = torch.empty(B, 2 * C + 3 * how.groups, **numbers)
         losses = torch.empty(units, **numbers) if loss is not None else None
-        target, tau, margin, smoothing = (None, 1.0, 0.0, 0.0) if loss is None else (loss.target, loss.tau, loss.margin, loss.label_smoothing)
+        target, tau, margin, smoothing = (
+            (None, 1.0, 0.0, 0.0) if loss is None else (loss.target, loss.tau, loss.margin, loss.label_smoothing)
+        )
         samples[(units,)](
             x, target, factor, d, starts, group_of, scratch, g, losses, grad, y, C, P, how.groups, half, *strides, theta, tau, margin,
             smoothing, scale, eps, KP=triton.next_power_of_2(how.groups), GP=triton.next_power_of_2(max(sizes)), **fixed,
