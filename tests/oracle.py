@@ -137,6 +137,13 @@ def planned_for(budget):
         plan.plan.cache_clear()
 
 
+# --- images
+
+
+def pixels(*shape, seed=0):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
 # --- measurement
 
 

@@ -1,0 +1,162 @@
+"""What the tests of Trainer and Backprop train and compare with: small networks, and block-local training written naively with autograd."""
+
+import functools
+
+import torch
+from oracle import eager_goodness, eager_layer_norm, eager_loss
+from torch import nn
+
+import fastff
+from fastff import SFF
+
+CLASSES = 5
+
+
+class Plain(nn.Module):
+    """Convolutions without batch norm: nothing in it looks at more than one sample."""
+
+    def __init__(self, depth=4, channels=6, in_channels=3):
+        super().__init__()
+        sizes = [in_channels, *[channels] * depth]
+        self.features = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False))
+        )
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(channels, CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.features(x)).flatten(1))
+
+
+def resnet():
+    return fastff.models.resnet18(num_classes=CLASSES, stem="cifar", width=4)
+
+
+def mobilenet():
+    return fastff.models.mobilenet_v3_small(num_classes=CLASSES, stem="cifar", width_mult=0.25)
+
+
+MODELS = {
+    "resnet18": (resnet, (3, 16, 16)),
+    "mobilenet_v3_small": (mobilenet, (3, 16, 16)),
+    "plain": (Plain, (3, 8, 8)),
+}
+
+
+def made(name="plain", dtype=torch.float64, seed=0, **options):
+    torch.manual_seed(seed)
+    make, shape = MODELS[name]
+    return SFF(make().to(dtype), CLASSES, input_shape=shape, **options)
+
+
+def batches(sff, steps=10, size=6, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    draw = functools.partial(torch.randn, size, *sff.input_shape, generator=generator, dtype=torch.float64)
+    return [(draw().to(dtype), torch.randint(CLASSES, (size,), generator=generator)) for _ in range(steps)]
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.02, momentum=0.9, weight_decay=0.01)
+
+
+def adamw(groups):
+    return torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.05)
+
+
+# --- the oracle
+
+
+def by_hand(sff):
+    """[(function from the tensors alive to those after, its modules)] of the blocks, named by hand where they can be."""
+    model = sff.model
+    if isinstance(model, fastff.models.resnet.ResNet) and sff.granularity == "block":
+        stem = nn.Sequential(model.conv1, model.bn1, model.relu)
+        modules = [stem, *model.layer1, *model.layer2, *model.layer3, *model.layer4]
+    elif (
+        isinstance(model, fastff.models.mobilenet_v3.MobileNetV3)
+        and sff.granularity == "block"
+        or isinstance(model, Plain)
+    ):
+        modules = list(model.features)
+    else:
+        return [(block, block) for block in sff.blocks]
+    assert len(modules) == len(sff.blocks)
+    return [(lambda x, module=module: (module(x),), module) for module in modules]
+
+
+def local_loss(head, x, target):
+    """The loss of a goodness head as anyone would write it."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    g = eager_goodness(x.to(wide), head.weight, head.bias, head.grid_weight, padding=head.kernel_size // 2)
+    tau = head.tau if head.log_tau is None else head.log_tau.exp()
+    return eager_loss(g, target, tau, head.margin, head.label_smoothing), g
+
+
+def grouped(parameters):
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def naive_training(sff, data, make, window=1, clip=None, frozen=0, amp=None):
+    """Trains `sff` in place: one graph of everything, the gradients of each block summed over the losses that may reach it, then one
+    update of all. Returns the losses [steps][blocks]."""
+    blocks = by_hand(sff)
+    for parameter in [p for _, module in blocks[:frozen] for p in module.parameters()]:
+        parameter.requires_grad_(False)
+    own = [[p for p in module.parameters() if p.requires_grad] for _, module in blocks]
+    heads = [list(head.parameters()) for head in sff.heads]
+    optimizers = [make(grouped([*a, *b])) for a, b in zip(own, heads, strict=True)]
+    sff.train()
+    for _, module in blocks[:frozen]:
+        module.eval()
+    history = []
+    for images, target in data:
+        alive, losses = (images,), []
+        for index, ((function, _), head) in enumerate(zip(blocks, sff.heads, strict=True)):
+            with (
+                torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
+                torch.set_grad_enabled(index >= frozen),
+            ):
+                alive = function(*alive)
+            losses.append(local_loss(head, alive[0], target)[0])
+            alive = (eager_layer_norm(alive[0]), *alive[1:])
+        with torch.no_grad():
+            sums = [[torch.zeros_like(p) for p in parameters] for parameters in own]
+        for last in range(frozen, len(blocks)):
+            heads_grads = torch.autograd.grad(losses[last], heads[last], retain_graph=True)
+            for p, grad in zip(heads[last], heads_grads, strict=True):
+                p.grad = grad
+            for first in range(max(frozen, last - window + 1), last + 1):
+                grads = (
+                    torch.autograd.grad(losses[last], own[first], retain_graph=True, allow_unused=True)
+                    if own[first]
+                    else []
+                )
+                for total, grad in zip(sums[first], grads, strict=True):
+                    total.add_(0 if grad is None else grad)
+        for index in range(frozen, len(blocks)):
+            for p, grad in zip(own[index], sums[index], strict=True):
+                p.grad = grad
+            if clip is not None:
+                nn.utils.clip_grad_norm_([*own[index], *heads[index]], clip)
+            optimizers[index].step()
+            optimizers[index].zero_grad()
+        history.append([float(loss.detach()) if i >= frozen else 0.0 for i, loss in enumerate(losses)])
+    return history
+
+
+def train(trainer, data):
+    trainer.train_mode()
+    return [trainer.step(*batch).tolist() for batch in data]
+
+
+def vector(sff):
+    return torch.cat([t.detach().double().flatten() for name, t in sff.state_dict().items() if t.is_floating_point()])
+
+
+def assert_same_training(sff, other, rtol=1e-9):
+    for (name, a), b in zip(sff.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, msg=lambda text, name=name: f"{name}: {text}")
