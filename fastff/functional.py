@@ -253,8 +253,7 @@ def forward_forward_loss(g, loss="softplus", *, theta=2.0, alpha=4.0, reduction=
         raise ValueError(f"g: expected [2n, J], got {list(g.shape)}")
     _check_halves(len(g), "g")
     _check_reduction(reduction)
-    losses = reference.forward_forward_losses(g, loss, theta, alpha)
-    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+    return reference.reduced(reference.forward_forward_losses(g, loss, theta, alpha), reduction)
 
 
 def group_goodness_step(

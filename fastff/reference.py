@@ -54,6 +54,11 @@ def layer_norm(x, eps=1e-5):
     return (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + eps).sqrt()
 
 
+def reduced(losses, reduction):
+    """Per-sample losses as their "mean" or "sum", or as they are ("none")."""
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
 def goodness_gradient(g, target, tau=1.0, margin=0.0, label_smoothing=0.0, scale=1.0):
     """d [B, K] = d(sum_b scale * loss_b)/dg, and d(...)/dtau."""
     u = tau * g - margin * target_weights(target, g.shape[1], dtype=g.dtype)
@@ -182,14 +187,13 @@ def group_goodness(x, groups=1, power=2, mean=True, positions=False):
 
 def group_goodness_gradient(d, x, groups=1, power=2, mean=True, positions=False):
     """dL/dx from d = dL/dg: power * d * x^(power - 1), by the number of elements where g is a mean."""
-    sizes = group_sizes(x.shape[1], groups)
-    n = x.shape[1] if positions else torch.tensor(sizes, dtype=d.dtype, device=d.device) * x[0, 0].numel()
-    d = d * power / n if mean else d * power
-    per_element = (
-        d[:, None, :] if positions else torch.repeat_interleave(d, torch.tensor(sizes, device=d.device), 1)[:, :, None]
-    )
-    flat = x.flatten(2)
-    return (per_element * (flat if power == 2 else torch.ones_like(flat))).view(x.shape)
+    parts = [x] if positions else x.split(group_sizes(x.shape[1], groups), 1)
+    columns = [d.view(len(x), 1, *x.shape[2:])] if positions else d[:, :, None, None].split(1, 1)
+    grads = []
+    for part, column in zip(parts, columns, strict=True):
+        n = (part.shape[1] if positions else part[0].numel()) if mean else 1
+        grads.append(power * column / n * (part if power == 2 else torch.ones_like(part)))
+    return torch.cat(grads, 1)
 
 
 LOSSES = ("cross_entropy", "softplus", "swish", "symba", "swish_symba")

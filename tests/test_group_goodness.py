@@ -185,6 +185,15 @@ def test_opcheck_and_second_derivatives(impl):
     torch.library.opcheck(torch.ops.fastff.normalize.default, (x, "l2_channels", 1, 1e-5, impl))
 
 
+@pytest.mark.parametrize("impl", ["auto", *sorted({impl for _, impl in RUNS})])
+def test_empty_batch(impl):
+    x = torch.zeros(0, 6, 2, 2, requires_grad=True)
+    g = ff.group_goodness(x, 3, impl=impl)
+    assert g.shape == (0, 3)
+    assert torch.autograd.grad(g.sum(), x)[0].shape == x.shape
+    assert ff.normalize(x.detach(), "rms", impl=impl).shape == x.shape
+
+
 def test_halves_of_nan_and_infinity():
     """A sample that is not a number spoils itself, no other."""
     x = torch.randn(4, 3, 2, 2)

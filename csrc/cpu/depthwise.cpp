@@ -46,6 +46,11 @@ void fetch(const Plane& plane, const float* image, int64_t i) {
   for (int64_t q = 0; q < plane.row; q += 64 / sizeof(float)) __builtin_prefetch(image + i * plane.row + q, 0, 2);
 }
 
+// What row i + 1 of the output meets of x and row i did not.
+void fetch_next(const Correlation& f, const float* x, int64_t i) {
+  for (int64_t u = f.K - f.stride; u < f.K; ++u) fetch(f.in, x, (i + 1) * f.stride - f.above + u);
+}
+
 // J outputs beside each other from taps u0 .. u1 - 1, v0 .. v1 - 1; x is where tap 0, 0 of the first would be.
 template <int J>
 FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w, int64_t u0, int64_t u1, int64_t v0, int64_t v1, float* y) {
@@ -238,7 +243,7 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
   const Images in{C, H, W, is_rows(x)}, out{C, P, Q, in.rows};
   Tensor y = in.rows ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}), sums = need_sums ? empty(x, {2, C}) : absent(x);
   const std::vector<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
-  std::vector<float> partial(B * blocks * 2 * kPanel, 0.0f);
+  std::vector<float> partial(need_sums ? B * blocks * 2 * kPanel : 0, 0.0f);
   const int64_t tasks = in.tasks();
   torch::stable::parallel_for(0, B * tasks, std::max<int64_t>(1, 32768 / (H * W * C)), [&](int64_t begin, int64_t end) {
     std::vector<float> copy, result;
@@ -246,11 +251,11 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
       const int64_t b = i / tasks, task = i % tasks, block = in.channel(task) / kPanel;
       const Correlation f{in.plane(task), out.plane(task), k, k, stride, padding, padding};
       const float* from = in.load(floats(x), b, task, copy);
-      float *to = out.target(writable(y), b, task, result), *own = partial.data() + (b * blocks + block) * 2 * kPanel;
+      float* to = out.target(writable(y), b, task, result);
       for (int64_t r = 0; r < P; ++r) {
-        for (int64_t next = 0; in.in_place(task) && next < stride; ++next) fetch(f.in, from, (r + 1) * stride - padding + k - 1 - next);
+        if (in.in_place(task)) fetch_next(f, from, r);
         correlate_row(f, from, w.data() + block * k * k * kPanel, r, in.blocks(task), to);
-        if (need_sums) add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task), own);
+        if (need_sums) add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task), partial.data() + (b * blocks + block) * 2 * kPanel);
       }
       out.store(result, writable(y), b, task);
     }
@@ -308,8 +313,10 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
         const Correlation f{in.plane(task), out.plane(task), k, k, stride, padding, padding};
         const float *from = in.load(floats(x), b, task, copy), *g = out.load(floats(grad), b, task, dy);
         for (int64_t r = 0; r < P; ++r) {
-          for (int64_t next = 0; in.in_place(task) && next < stride; ++next) fetch(f.in, from, (r + 1) * stride - padding + k - 1 - next);
-          if (in.in_place(task)) fetch(f.out, g, r + 1);
+          if (in.in_place(task)) {
+            fetch_next(f, from, r);
+            fetch(f.out, g, r + 1);
+          }
           add_taps(f, from, g, r, in.blocks(task), partial.data() + group * size + block * k * k * kPanel);
         }
         if (!need_x) continue;

@@ -282,18 +282,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_goodness_native(
             positions ? single_positions(C, P) : channel_groups(C, P, groups),
             by_position ? single_positions(C, P) : channel_groups(C, P, norm == kGroupNorm ? groups : 1)};
 
-  const bool wide = x.scalar_type() == ScalarType::Double;
-  const auto numbers = [&](std::vector<int64_t> sizes) {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
-                                                    wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), -1, &handle));
-    return Tensor(handle);
-  };
+  const int32_t numbers = x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   const bool step = p.mode == kStep;
-  Tensor g = p.mode == kGoodness || step ? numbers({B, p.of_goodness.count()}) : numbers({0});
-  Tensor losses = numbers({step ? (p.paired() ? B / 2 : B) : 0});
+  Tensor g = empty(x, p.mode == kGoodness || step ? std::vector<int64_t>{B, p.of_goodness.count()} : std::vector<int64_t>{0}, numbers);
+  Tensor losses = empty(x, {step ? (p.paired() ? B / 2 : B) : 0}, numbers);
   Tensor grad = need_x && (step || p.mode == kBackward) ? empty_like(x, p.rows) : absent(x);
   Tensor normalized = norm != kNone && (step || p.mode == kNormalize) ? empty_like(x, p.rows) : absent(x);
   switch (x.scalar_type()) {

@@ -16,10 +16,12 @@ inline const float* floats(const Tensor& t) { return static_cast<const float*>(t
 inline const float* floats(const MaybeTensor& t) { return t ? floats(*t) : nullptr; }
 inline float* writable(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
 
-// Uninitialised, of x's dtype, on the CPU.
-inline Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+// Uninitialised, on x's device, of x's dtype or another.
+inline Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            std::optional<int32_t> other_dtype = {}) {
   int32_t dtype, device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  dtype = other_dtype.value_or(dtype);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
@@ -27,10 +29,10 @@ inline Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes, 
   return Tensor(handle);
 }
 
-inline Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes) {
+inline Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, std::optional<int32_t> dtype = {}) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-  return empty_strided(x, sizes, strides);
+  return empty_strided(x, sizes, strides, dtype);
 }
 
 inline Tensor absent(const Tensor& x) { return empty(x, {0}); }

@@ -14,7 +14,7 @@ from fastff.kernels.composed import convolution as composed
 from fastff.kernels.composed.goodness import is_rows
 from fastff.kernels.native import convolution as native_convolution
 from fastff.ops import depthwise
-from fastff.ops.table import Implementation, always, choose, concerns
+from fastff.ops.table import Implementation, always, choose, concerns, implement
 
 DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
@@ -78,8 +78,7 @@ def _fake(grad, x, kernel, stride, padding, impl):
     return x.new_empty((grad.shape[1], kernel, kernel, x.shape[1])).permute(0, 3, 1, 2)
 
 
-_lib.impl("convolution_weight_gradient", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastff::convolution_weight_gradient", _fake, lib=_lib)
+implement(_lib, "convolution_weight_gradient", _run, _fake)
 
 
 PYTORCH, PRODUCT, KERNEL = "pytorch", "product", "kernel"

@@ -15,7 +15,7 @@ from fastff.kernels import native, triton
 from fastff.kernels.composed import depthwise as composed
 from fastff.kernels.composed.goodness import empty_like
 from fastff.kernels.native import depthwise as native_depthwise
-from fastff.ops.table import Implementation, Lazy, always, choose
+from fastff.ops.table import Implementation, Lazy, always, choose, implement
 
 
 class Reference:
@@ -118,9 +118,8 @@ def _backward_fake(grad, x, weight, stride, padding, need_x, impl):
     return (empty_like(x) if need_x else x.new_empty(0)), dw
 
 
-for _name, _run, _fake in (("depthwise", _forward, _forward_fake), ("depthwise_backward", _backward, _backward_fake)):
-    _lib.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastff::{_name}", _fake, lib=_lib)
+implement(_lib, "depthwise", _forward, _forward_fake)
+implement(_lib, "depthwise_backward", _backward, _backward_fake)
 
 
 def output(x, weight, stride, padding):
@@ -131,7 +130,7 @@ def output(x, weight, stride, padding):
 
 
 def gradients(grad, x, weight, stride, padding, need_x):
-    """(dL/dx or None, dL/dweight), called as output is."""
+    """(dL/dx, of no meaning unless need_x, dL/dweight), called as output is."""
     if torch.compiler.is_compiling():
         return torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_x, "auto")
     return choose("depthwise", ROWS, "auto", x).run.backward(grad, x, weight, stride, padding, need_x)

@@ -14,7 +14,7 @@ from fastff.kernels.composed import goodness as composed
 from fastff.kernels.native import goodness as native_goodness
 from fastff.ops import layer_norm as layer_norm_op
 from fastff.ops.plan import plan
-from fastff.ops.table import Implementation, Lazy, always, choose
+from fastff.ops.table import Implementation, Lazy, always, choose, implement
 
 NORMALIZATIONS = ("layer_norm", "layer_norm_channels", "none")
 
@@ -219,7 +219,7 @@ def row_step(x, weight, bias, grid_weight, padding, how, loss, need_x, normalize
 def results_of(step, x, weight, bias, grid_weight, reduction):
     """What the op returns from what a row does: the loss reduced, gradients in their parameters' dtypes, empty tensors for absent ones."""
     losses, g, *grads, grad_tau, normalized = step
-    loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+    loss = reference.reduced(losses, reduction)
     grads = _or_empty(grads, x, (None, weight, bias, grid_weight))
     return loss, g.contiguous(), *grads, g.new_zeros(()) if grad_tau is None else grad_tau, normalized
 
@@ -244,13 +244,9 @@ def _goodness_step_fake(
     return loss, g, *_empty_head(x, weight, bias, grid_weight, need_x), g.new_empty(()), normalized
 
 
-for _name, _run, _fake in (
-    ("goodness", _goodness, _goodness_fake),
-    ("goodness_backward", _goodness_backward, _goodness_backward_fake),
-    ("goodness_step", _goodness_step, _goodness_step_fake),
-):
-    _lib.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastff::{_name}", _fake, lib=_lib)
+implement(_lib, "goodness", _goodness, _goodness_fake)
+implement(_lib, "goodness_backward", _goodness_backward, _goodness_backward_fake)
+implement(_lib, "goodness_step", _goodness_step, _goodness_step_fake)
 
 
 def _save(ctx, inputs, output):

@@ -5,56 +5,21 @@ x [B, C, H, W] -> g [B, K] over K groups of neighbouring channels, or g [B, P] o
 classes or over a positive and a negative half of the batch, dL/dx, and the next layer's input. Formulas: fastff/reference.py.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from fastff import reference
 from fastff.kernels import native, triton
 from fastff.kernels.composed import group_goodness as composed
 from fastff.kernels.composed.goodness import empty_like
+from fastff.kernels.composed.group_goodness import Goodness, Loss
 from fastff.kernels.native import group_goodness as native_group_goodness
 from fastff.ops.goodness import check_labels
-from fastff.ops.table import Implementation, Lazy, always, choose
-
-
-class Goodness(NamedTuple):
-    """What g is: power 1 or 2 of x, a mean or a sum, over `groups` groups of channels or at each of the positions."""
-
-    groups: int
-    power: int
-    mean: bool
-    positions: bool
-
-    def count(self, x):
-        """Columns of g."""
-        return x.shape[2] * x.shape[3] if self.positions else self.groups
-
-
-class Loss(NamedTuple):
-    """name: one of reference.LOSSES. theta: the threshold, or alpha for differences; target .. label_smoothing for cross_entropy.
-
-    The gradients' factor is scale * grad_scale."""
-
-    name: str
-    theta: float
-    target: torch.Tensor | None
-    tau: float
-    margin: float
-    label_smoothing: float
-    scale: float
-    grad_scale: torch.Tensor | None
-
-    def count(self, batch):
-        """Losses of a batch: of pairs or of samples."""
-        return batch // 2 if self.name in reference.PAIRED else batch
+from fastff.ops.table import Implementation, Lazy, always, choose, implement
 
 
 def _native_can_run(x):
     if x.device.type != "cpu":
         return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
-    if x.numel() == 0:
-        return "x is empty"
     return native.reason() or None
 
 
@@ -87,6 +52,8 @@ def _as(like, y):
 
 
 def _goodness(x, groups, power, mean, positions, impl):
+    if x.numel() == 0:
+        return _goodness_fake(x, groups, power, mean, positions, impl)
     run = choose("group_goodness", ROWS, impl, x).run
     return run.goodness(x, Goodness(groups, power, mean, positions)).contiguous()
 
@@ -97,6 +64,8 @@ def _goodness_fake(x, groups, power, mean, positions, impl):
 
 
 def _backward(d, x, groups, power, mean, positions, impl):
+    if x.numel() == 0:
+        return empty_like(x)
     run = choose("group_goodness", ROWS, impl, x).run
     return _as(empty_like(x), run.goodness_backward(d, x, Goodness(groups, power, mean, positions)))
 
@@ -116,10 +85,9 @@ def _step(
     wanted = wanted._replace(scale=1 / wanted.count(len(x)) if reduction == "mean" else 1.0)
     run = choose("group_goodness", ROWS, impl, x).run
     g, losses, grad_x, normalized = run.goodness_step(x, how, wanted, normalize, eps, need_x)
-    losses = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
     none = x.new_empty(0)
     return (
-        losses,
+        reference.reduced(losses, reduction),
         g.contiguous(),
         _as(empty_like(x), grad_x) if need_x else none,
         none if normalize == "none" else _as(empty_like(x), normalized),
@@ -130,8 +98,8 @@ def _step_fake(
     x, groups, power, mean, positions, loss, theta, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, need_x, impl,
 ):  # fmt: skip
     g = _goodness_fake(x, groups, power, mean, positions, impl)
-    batch = x.shape[0] // 2 if loss in reference.PAIRED else x.shape[0]
-    losses = g.new_empty((batch,) if reduction == "none" else ())
+    count = Loss(loss, theta, target, tau, margin, label_smoothing, 1.0, grad_scale).count(len(x))
+    losses = g.new_empty((count,) if reduction == "none" else ())
     none = x.new_empty(0)
     return losses, g, empty_like(x) if need_x else none, none if normalize == "none" else empty_like(x)
 
@@ -146,14 +114,10 @@ def _normalize_fake(x, how, groups, eps, impl):
     return empty_like(x)
 
 
-for _name, _run, _fake in (
-    ("normalize", _normalize, _normalize_fake),
-    ("group_goodness", _goodness, _goodness_fake),
-    ("group_goodness_backward", _backward, _backward_fake),
-    ("group_goodness_step", _step, _step_fake),
-):
-    _lib.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastff::{_name}", _fake, lib=_lib)
+implement(_lib, "normalize", _normalize, _normalize_fake)
+implement(_lib, "group_goodness", _goodness, _goodness_fake)
+implement(_lib, "group_goodness_backward", _backward, _backward_fake)
+implement(_lib, "group_goodness_step", _step, _step_fake)
 
 
 def _save(ctx, inputs, output):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastff import reference
 from fastff.kernels import native, triton
 from fastff.kernels.composed.goodness import empty_like, is_rows
-from fastff.ops.table import Implementation, Lazy, always, choose
+from fastff.ops.table import Implementation, Lazy, always, choose, implement
 
 
 def _native_can_run(x):
@@ -75,8 +75,7 @@ def run(x, eps, impl):
     return choose("layer_norm", ROWS, impl, x).run(x, eps)
 
 
-_lib.impl("layer_norm", run, "CompositeExplicitAutograd")
-torch.library.register_fake("fastff::layer_norm", lambda x, eps, impl: empty_like(x), lib=_lib)
+implement(_lib, "layer_norm", run, lambda x, eps, impl: empty_like(x))
 
 
 def _save(ctx, inputs, output):

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 NAMES = ("cuda", "triton", "native", "composed", "reference")
 
 
@@ -61,6 +63,12 @@ def choose(op, rows, impl, x):
             return by_name[name]
         refused.append(f"{name}: {why}")
     raise RuntimeError(f"{source}={impl!r}: no implementation of {op} can run here ({'; '.join(refused)})")
+
+
+def implement(lib, name, run, fake):
+    """Define what the op `name` of `lib` does, on every device, and the shapes of its results."""
+    lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastff::{name}", fake, lib=lib)
 
 
 def concerns(rows):

@@ -15,7 +15,7 @@ from fastff.kernels.composed import tail as composed
 from fastff.kernels.composed.tail import Gradients, Tail
 from fastff.kernels.native import tail as native_tail
 from fastff.ops import goodness as goodness_op
-from fastff.ops.table import Implementation, Lazy, always, choose
+from fastff.ops.table import Implementation, Lazy, always, choose, implement
 
 
 class Reference:
@@ -100,8 +100,7 @@ def _tail_step_fake(
     return *results, grad_residual, *own, *(y.new_empty(y.shape[1], dtype=wide) for _ in range(2))
 
 
-_lib.impl("tail_step", _tail_step, "CompositeExplicitAutograd")
-torch.library.register_fake("fastff::tail_step", _tail_step_fake, lib=_lib)
+implement(_lib, "tail_step", _tail_step, _tail_step_fake)
 
 
 # its results are gradients already: nothing of it is recorded for autograd, whatever its inputs require

@@ -1,8 +1,42 @@
 """Goodness of groups of channels in plain PyTorch: the definitions of fastff/reference.py, 16-bit tensors in float32."""
 
+from typing import NamedTuple
+
 import torch
 
 from fastff import reference
+
+
+class Goodness(NamedTuple):
+    """What g is: power 1 or 2 of x, a mean or a sum, over `groups` groups of channels or at each of the positions."""
+
+    groups: int
+    power: int
+    mean: bool
+    positions: bool
+
+    def count(self, x):
+        """Columns of g."""
+        return x.shape[2] * x.shape[3] if self.positions else self.groups
+
+
+class Loss(NamedTuple):
+    """name: one of reference.LOSSES. theta: the threshold, or alpha for differences; target .. label_smoothing for cross_entropy.
+
+    The gradients' factor is scale * grad_scale."""
+
+    name: str
+    theta: float
+    target: torch.Tensor | None
+    tau: float
+    margin: float
+    label_smoothing: float
+    scale: float
+    grad_scale: torch.Tensor | None
+
+    def count(self, batch):
+        """Losses of a batch: of pairs or of samples."""
+        return batch // 2 if self.name in reference.PAIRED else batch
 
 
 def _wide(x):

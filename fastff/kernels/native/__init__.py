@@ -10,6 +10,8 @@ Loading it registers the operators of csrc/ under torch.ops.fastff, and here the
     goodness_native(...)                                    csrc/cpu/goodness.cpp
     tail_native(...)                                        csrc/cpu/tail.cpp
     convolution_weight_gradient_native(...)                 csrc/cpu/convolution.cpp
+    depthwise_native(...), depthwise_backward_native(...)   csrc/cpu/depthwise.cpp
+    group_goodness_native(...)                              csrc/cpu/group_goodness.cpp
 """
 
 import importlib

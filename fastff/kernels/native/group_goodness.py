@@ -2,6 +2,7 @@
 
 import torch
 
+from fastff.kernels.composed.group_goodness import Goodness
 from fastff.reference import LOSSES, NORMALIZATIONS  # in the order of the C++
 
 GOODNESS, STEP, BACKWARD, NORMALIZE = range(4)
@@ -57,4 +58,4 @@ def goodness_step(x, how, loss, normalize, eps, need_x):
 
 def normalize(x, how, groups, eps):
     """x normalised, as x."""
-    return _call(x, (groups, 1, True, False), NORMALIZE, norm=NORMALIZATIONS.index(how), eps=eps)[3]
+    return _call(x, Goodness(groups, 1, True, False), NORMALIZE, norm=NORMALIZATIONS.index(how), eps=eps)[3]

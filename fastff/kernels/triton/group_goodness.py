@@ -8,12 +8,15 @@ Where goodness is of one kind and the normalisation of the other, each has its l
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from fastff import reference
 from fastff.kernels.composed.goodness import dense, empty_like, is_rows
+from fastff.kernels.composed.group_goodness import Goodness, Loss
 from fastff.kernels.triton.goodness import on_device
 
 NO_LOSS, GIVEN = -1, 5  # beside the places in reference.LOSSES
@@ -39,6 +42,14 @@ def factors(total, square, n, eps, NORM: tl.constexpr):
     if NORM == 4:
         return mean * 0, 1 / tl.sqrt(square / n + eps)
     return mean, 1 / tl.sqrt(tl.maximum(square / n - mean * mean, 0.0) + eps)
+
+
+@triton.jit
+def member(first, second, M: tl.constexpr):
+    """That of the pair's sample M."""
+    if M == 0:
+        return first
+    return second
 
 
 @triton.jit
@@ -89,8 +100,7 @@ def samples(
             tl.store(g + b * K + k, good, mask=k < K)
             if m == 0:
                 first = good
-            else:
-                second = good
+            second = good
     if LOSS >= 0:
         factor = scale
         if scale_factor is not None:
@@ -119,14 +129,13 @@ def samples(
             value, slope = threshold(sign * (theta - first), LOSS == 2)
             tl.store(loss + unit, tl.sum(tl.where(k < K, value, 0.0), 0) / K)
             d_first = -sign * slope * factor / K
+        if not PAIRED:
+            d_second = d_first
     for m in tl.static_range(members):
         b = unit + m * half
         own = scratch + b * width
         if grad is not None:
-            if m == 0:  # noqa: SIM108
-                a = d_first * POWER
-            else:
-                a = d_second * POWER
+            a = member(d_first, d_second, m) * POWER
             tl.store(own + 2 * C + k, a / n if MEAN else a, mask=k < K)
         if NORM > 0:
             total, _ = by_group(own, starts, K, KP, GP)
@@ -193,8 +202,7 @@ def positions(
             tl.store(g + b * P + p, good, mask=inside)
         if m == 0:
             first, total_first, square_first = good, total, square
-        else:
-            second, total_second, square_second = good, total, square
+        second, total_second, square_second = good, total, square
     if LOSS >= 0:
         factor = scale / P
         if scale_factor is not None:
@@ -211,20 +219,18 @@ def positions(
                 value, slope = threshold(sign * (theta - first), LOSS == 2)
                 d_first = -sign * slope * factor
             tl.store(loss + unit * tl.num_programs(1) + part, tl.sum(tl.where(inside, value, 0.0), 0) / P)
+        if not PAIRED:
+            d_second = d_first
     if (grad is not None) or NORM > 0:
         for m in tl.static_range(members):
             b = unit + m * half
             if grad is not None:
-                if m == 0:  # noqa: SIM108
-                    a = d_first * POWER
-                else:
-                    a = d_second * POWER
+                a = member(d_first, d_second, m) * POWER
                 a = a / C if MEAN else a
             if NORM > 0:
-                if m == 0:
-                    mean, by = factors(total_first, square_first, C * 1.0, eps, NORM)
-                else:
-                    mean, by = factors(total_second, square_second, C * 1.0, eps, NORM)
+                mean, by = factors(
+                    member(total_first, total_second, m), member(square_first, square_second, m), C * 1.0, eps, NORM
+                )
             for c0 in range(0, C, BC):
                 c = c0 + tl.arange(0, BC)
                 mask = (c[:, None] < C) & inside[None, :]
@@ -246,80 +252,78 @@ def tiles(rows, C, P):
     return min(2048 // R, triton.next_power_of_2(C)), R
 
 
-def _run(x, how, loss=None, d=None, normalize="none", eps=0.0, grad=None, y=None, goodness=True):
-    """One launch of either kernel, or both where goodness and normalisation are of different kinds: (g, losses), None where not computed."""
+@functools.lru_cache(64)
+def groups_of(channels, groups, device):
+    """(starts [K + 1], group of each channel [C], channels of the largest): copied to a GPU once, so that no step waits for it."""
+    sizes = reference.group_sizes(channels, groups)
+    starts = [sum(sizes[:k]) for k in range(groups + 1)]
+    group = [k for k, size in enumerate(sizes) for _ in range(size)]
+    return *(torch.tensor(v, dtype=torch.int32, device=device) for v in (starts, group)), max(sizes)
+
+
+def _launch(x, how, by_position, *, good=False, loss=None, d=None, grad=None, norm="none", eps=0.0, y=None):
+    """One launch of `positions` or `samples`: (g, losses), None where not asked for."""
+    x = dense(x)
     B, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     rows = is_rows(x)
+    BC, R = tiles(rows, C, P)
     strides = (x.stride(0), 1, C) if rows else (x.stride(0), P, 1)
     numbers = {"dtype": torch.float32, "device": x.device}
-    over = normalize.removesuffix("_channels")
-    channels = over != normalize
-    good = goodness and d is None
-    apart = (goodness or d is not None) and normalize != "none" and channels != how.positions
-    if apart:
-        _run(
-            x, how._replace(groups=how.groups, positions=channels), None, None, normalize, eps, None, y, goodness=False
-        )
-        normalize, over, y = "none", "none", None
-    kind = NO_LOSS if loss is None else reference.LOSSES.index(loss.name)
-    kind = GIVEN if d is not None else kind
-    paired = loss is not None and loss.name in reference.PAIRED
-    units, half = (B // 2 if paired else B), B // 2
-    BC, R = tiles(rows, C, P)
-    g = torch.empty(B, how.count(x), **numbers) if good else None
+    if loss is None:
+        loss = Loss("cross_entropy", 0.0, None, 1.0, 0.0, 0.0, 1.0, None)
+        kind, units = NO_LOSS if d is None else GIVEN, 0
+    else:
+        kind, units = reference.LOSSES.index(loss.name), loss.count(B)
     fixed = {
-        "POWER": how.power, "MEAN": how.mean, "LOSS": kind, "GOOD": good, "NORM": NORMS[over], "PAIRED": paired, "BC": BC, "R": R,
-        "num_warps": WARPS,
+        "POWER": how.power, "MEAN": how.mean, "LOSS": kind, "GOOD": good, "NORM": NORMS[norm.removesuffix("_channels")],
+        "PAIRED": loss.name in reference.PAIRED, "BC": BC, "R": R, "num_warps": WARPS,
     }  # fmt: skip
-    factor = None if loss is None else loss.grad_scale
-    theta, scale = (0.0, 1.0) if loss is None else (loss.theta, loss.scale)
-    by_position = how.positions if goodness or d is not None else channels
+    programs, half = units or B, B // 2
+    g = torch.empty(B, how.count(x), **numbers) if good else None
     with on_device(x):
         if by_position:
             parts = -(-P // R)
-            losses = torch.empty(units, parts, **numbers) if loss is not None else None
-            positions[(units, parts)](
-                x, factor, d, g, losses, grad, y, C, P, half, *strides, theta, scale, eps, **fixed
+            losses = torch.empty(units, parts, **numbers) if units else None
+            positions[(programs, parts)](
+                x, loss.grad_scale, d, g, losses, grad, y, C, P, half, *strides, loss.theta, loss.scale, eps, **fixed
             )
             return g, None if losses is None else losses.sum(1)
-        sizes = reference.group_sizes(C, how.groups)
-        starts = torch.tensor([0, *sizes], device=x.device).cumsum(0).to(torch.int32)
-        group_of = torch.repeat_interleave(torch.tensor(sizes, device=x.device), output_size=C).to(torch.int32)
+        starts, group_of, largest = groups_of(C, how.groups, x.device)
         scratch = torch.empty(B, 2 * C + 3 * how.groups, **numbers)
-        losses = torch.empty(units, **numbers) if loss is not None else None
-        target, tau, margin, smoothing = (
-            (None, 1.0, 0.0, 0.0) if loss is None else (loss.target, loss.tau, loss.margin, loss.label_smoothing)
-        )
-        samples[(units,)](
-            x, target, factor, d, starts, group_of, scratch, g, losses, grad, y, C, P, how.groups, half, *strides, theta, tau, margin,
-            smoothing, scale, eps, KP=triton.next_power_of_2(how.groups), GP=triton.next_power_of_2(max(sizes)), **fixed,
+        losses = torch.empty(units, **numbers) if units else None
+        samples[(programs,)](
+            x, loss.target, loss.grad_scale, d, starts, group_of, scratch, g, losses, grad, y, C, P, how.groups, half, *strides, loss.theta,
+            loss.tau, loss.margin, loss.label_smoothing, loss.scale, eps, KP=triton.next_power_of_2(how.groups),
+            GP=triton.next_power_of_2(largest), **fixed,
         )  # fmt: skip
     return g, losses
 
 
 def goodness(x, how):
     """g [B, K] or [B, P]."""
-    return _run(dense(x), how)[0]
+    return _launch(x, how, how.positions, good=True)[0]
 
 
 def goodness_backward(d, x, how):
     """dL/dx as x."""
     grad = empty_like(x)
-    _run(dense(x), how, d=d.float().contiguous(), grad=grad)
+    _launch(x, how, how.positions, d=d.float().contiguous(), grad=grad)
     return grad
 
 
-def goodness_step(x, how, loss, normalize, eps, need_x):
+def goodness_step(x, how, loss, normalize_as, eps, need_x):
     """(g, losses, dL/dx or None, the normalised x or None)."""
-    grad, y = (empty_like(x) if wanted else None for wanted in (need_x, normalize != "none"))
-    g, losses = _run(dense(x), how, loss, None, normalize, eps, grad, y)
+    grad = empty_like(x) if need_x else None
+    if normalize_as == "none" or normalize_as.endswith("_channels") != how.positions:
+        g, losses = _launch(x, how, how.positions, good=True, loss=loss, grad=grad)
+        return g, losses, grad, None if normalize_as == "none" else normalize(x, normalize_as, how.groups, eps)
+    y = empty_like(x)
+    g, losses = _launch(x, how, how.positions, good=True, loss=loss, grad=grad, norm=normalize_as, eps=eps, y=y)
     return g, losses, grad, y
 
 
 def normalize(x, how, groups, eps):
     """x normalised, as x."""
-    from fastff.ops.group_goodness import Goodness
-
     y = empty_like(x)
-    _run(dense(x), Goodness(groups, 1, True, False), None, None, how, eps, None, y, goodness=False)
+    _launch(x, Goodness(groups, 1, True, False), how.endswith("_channels"), norm=how, eps=eps, y=y)
     return y
