@@ -45,7 +45,8 @@ def with_extension():
             try:
                 super().run()
             except (Exception, SystemExit) as error:
-                without_extension(f"the C++ compiler failed ({str(error).splitlines()[0] if str(error) else error!r})")
+                first = str(error).splitlines()[0] if str(error) else repr(error)
+                without_extension(f"the C++ compiler failed ({first}); needed is GCC 12, Clang 15 or newer (C++20)")
                 self.extensions = []
                 self.distribution.ext_modules = []
 

@@ -97,13 +97,17 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
       }
     }
   }
+#pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
     float* target = out + i * ldo;
     if (lanes == kPanel) {
       write(target, read(target) + sum[i][0]);
       write(target + kLanes, read(target + kLanes) + sum[i][1]);
     } else {
-      for (int64_t l = 0; l < lanes; ++l) target[l] += sum[i][l / kLanes][l % kLanes];
+      float some[kPanel];
+      write(some, sum[i][0]);
+      write(some + kLanes, sum[i][1]);
+      for (int64_t l = 0; l < lanes; ++l) target[l] += some[l];
     }
   }
 }

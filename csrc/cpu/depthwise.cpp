@@ -66,6 +66,7 @@ FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w,
       }
     }
   }
+#pragma GCC unroll 4
   for (int j = 0; j < J; ++j) {
     write(y + j * f.out.pitch, sum[j][0]);
     write(y + j * f.out.pitch + kLanes, sum[j][1]);
@@ -124,6 +125,7 @@ template <int K, int U>
 FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, int64_t start, int64_t stop, float* dw) {
   const int64_t step = f.stride * f.in.pitch;
   Vector sum[U][K];
+#pragma GCC unroll 10
   for (int t = 0; t < U * K; ++t) sum[t / K][t % K] = read(dw + t * kPanel);
   const auto edge = [&](int64_t j) __attribute__((always_inline)) {
     const int64_t v0 = f.left - j * f.stride, v1 = f.in.W + f.left - j * f.stride;
@@ -145,6 +147,7 @@ FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, i
     }
   }
   for (int64_t j = std::max(start, stop); j < f.out.W; ++j) edge(j);
+#pragma GCC unroll 10
   for (int t = 0; t < U * K; ++t) write(dw + t * kPanel, sum[t / K][t % K]);
 }
 

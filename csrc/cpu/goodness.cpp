@@ -7,7 +7,8 @@
 // and the next input are written to main memory once.
 //
 //   direct         a = X W^T [positions, K] by tiles; kept for the gradient where the task has one tile, else computed again.
-//                  Contiguous positions are transposed in cache on the way in and out; several small samples are one matrix.
+//                  Contiguous positions are transposed in cache on the way in and out; several small samples are one matrix. With
+//                  few classes the transposing takes longer than the products: then a [K, P] = W X, sample by sample (`planes`).
 //   second moment  S = X X^T and M = W^T diag(d) W by their upper halves; t = W S, g = w . t, dL/dx = M X
 //   spatial term   cell sums of the task's samples, then [samples, C G^2] x [C G^2, K] and its two adjoints
 //
@@ -56,6 +57,9 @@ void add_scaled(float* __restrict y, float factor, const float* __restrict x, in
 void set_scaled(float* __restrict y, float factor, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = factor * x[i];
 }
+void add_constant(float* y, float constant, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += constant;
+}
 float dot(const float* __restrict x, const float* __restrict y, int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -68,11 +72,28 @@ float total_of(const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum += x[i];
   return sum;
 }
-void add_squares(float* __restrict sum, const float* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += x[i] * x[i];
+// sum[k] += sum_r a[r, k]^2, and a[r, k] *= d[k], of rows of whole panels: a panel of sum and d stays in registers.
+void add_squares(int64_t rows, int64_t columns, const float* a, float* sum) {
+  for (int64_t k = 0; k < columns; k += gemm::kPanel) {
+    gemm::Vector low = gemm::read(sum + k), high = gemm::read(sum + k + gemm::kLanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      const gemm::Vector l = gemm::read(a + r * columns + k), h = gemm::read(a + r * columns + k + gemm::kLanes);
+      low += l * l;
+      high += h * h;
+    }
+    gemm::write(sum + k, low);
+    gemm::write(sum + k + gemm::kLanes, high);
+  }
 }
-void multiply_by(float* __restrict y, const float* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] *= x[i];
+void multiply_by(int64_t rows, int64_t columns, float* a, const float* d) {
+  for (int64_t k = 0; k < columns; k += gemm::kPanel) {
+    const gemm::Vector low = gemm::read(d + k), high = gemm::read(d + k + gemm::kLanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* at = a + r * columns + k;
+      gemm::write(at, gemm::read(at) * low);
+      gemm::write(at + gemm::kLanes, gemm::read(at + gemm::kLanes) * high);
+    }
+  }
 }
 
 void mirror(float* square, int64_t n) {
@@ -85,6 +106,12 @@ int64_t padded(int64_t n) { return (n + gemm::kPanel - 1) / gemm::kPanel * gemm:
 
 // Positions that the direct algorithm takes at a time, at least: dL/dW passes through the cache once for so many.
 constexpr int64_t kPositions = 160;
+
+// Most classes for which contiguous positions are worked on as they lie (33 % of the time went into transposing at 10 classes).
+constexpr int64_t kPlanes = 24;
+
+// Channels of such a sample read side by side: lines of more of them have no place in the L1 cache, whose sets a power of two of positions hits alike.
+constexpr int64_t kStreams = 8;
 
 // Edges of the cells of adaptive average pooling.
 struct Cell {
@@ -130,15 +157,18 @@ class Task {
  public:
   explicit Task(const Problem& problem, int64_t most) : p(problem), d(most * p.K) {
     tile = std::max<int64_t>(kPositions, (256 << 10) / 4 / p.KP);
+    planes = !p.rows && !p.second_moment && p.weight && p.K <= kPlanes && p.P >= 64 && tile >= most * p.P;
     kept = p.second_moment || tile >= most * p.P;
-    turned = !p.rows && !p.second_moment;
+    turned = !p.rows && !p.second_moment && !planes;
     if (p.second_moment) {
       square.resize(p.C * p.C);
       t.resize(most * p.K * p.C);
       mean.resize(most * p.C);
     } else {
       a.resize(std::min(tile, most * p.P) * p.KP);
+      squares.resize(most * p.KP);
     }
+    if (planes) t.resize(p.K * p.C);
     if (p.tail) x_tail.resize(most * p.P * p.C);
     if (turned) {
       x_turned.resize(most * p.P * p.C);
@@ -175,7 +205,11 @@ class Task {
       }
     }
     if (p.cells) cell_gradients(n, grad_x, sums);
-    if (p.weight) p.second_moment ? second_moment_gradients(n, x, grad_x, sums) : direct_gradients(n, x, grad_x, sums);
+    if (p.weight) {
+      p.second_moment ? second_moment_gradients(n, x, grad_x, sums)
+      : planes        ? planes_gradients(n, x, grad_x, sums)
+                      : direct_gradients(n, x, grad_x, sums);
+    }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = (first + i) * size;
       if (turned && grad_x) transpose(p.P, p.C, grad_x + i * size, p.C, p.grad_x + at, p.P);
@@ -187,8 +221,8 @@ class Task {
  private:
   const Problem& p;
   int64_t tile;
-  bool kept, turned;  // turned: the task works on transposed copies
-  std::vector<float> d, square, t, mean, a, x_tail, x_turned, grad_turned, means, spread, scores, line;
+  bool kept, turned, planes;  // turned: the task works on transposed copies
+  std::vector<float> d, square, t, mean, a, squares, x_tail, x_turned, grad_turned, means, spread, scores, line;
 
   bool by_rows() const { return p.rows || turned; }
 
@@ -200,19 +234,35 @@ class Task {
 
   void goodness(int64_t first, int64_t n, const float* x) {
     float* g = p.g + first * p.K;
-    std::fill_n(g, n * p.K, 0.0f);
-    if (!p.weight) return;
+    if (!p.weight) {
+      std::fill_n(g, n * p.K, 0.0f);
+      return;
+    }
     if (p.second_moment) {
       for (int64_t i = 0; i < n; ++i) second_moment_goodness(x + i * p.C * p.P, g + i * p.K, t.data() + i * p.K * p.C, mean.data() + i * p.C);
       return;
     }
+    if (planes) {
+      for (int64_t i = 0; i < n; ++i) planes_goodness(x + i * p.C * p.P, g + i * p.K, a.data() + i * p.K * p.P);
+      return;
+    }
+    std::fill(squares.begin(), squares.end(), 0.0f);
     for (int64_t start = 0; start < n * p.P; start += tile) {
       const int64_t count = std::min(tile, n * p.P - start);
       outputs(x + start * p.C, count);
-      for (int64_t r = 0; r < count; ++r) add_squares(g + (start + r) / p.P * p.K, a.data() + r * p.KP, p.K);
+      of_samples(start, count, [&](int64_t i, int64_t rows, float* ai) { add_squares(rows, p.KP, ai, squares.data() + i * p.KP); });
     }
-    const float over = 1.0f / p.P;
-    for (int64_t i = 0; i < n * p.K; ++i) g[i] *= over;
+    for (int64_t i = 0; i < n; ++i) set_scaled(g + i * p.K, 1.0f / p.P, squares.data() + i * p.KP, p.K);
+  }
+
+  // Calls of(sample, rows, first row of a) for the parts of a tile that belong to one sample.
+  template <typename F>
+  void of_samples(int64_t start, int64_t count, const F& of) {
+    for (int64_t r = 0; r < count;) {
+      const int64_t i = (start + r) / p.P, rows = std::min(count - r, (i + 1) * p.P - start - r);
+      of(i, rows, a.data() + r * p.KP);
+      r += rows;
+    }
   }
 
   // a [count, KP] of positions with contiguous channels.
@@ -224,17 +274,41 @@ class Task {
   }
 
   void direct_gradients(int64_t n, const float* x, float* grad_x, const Sums& sums) {
-    const float factor = 2.0f / p.P;
-    for (float& value : d) value *= factor;
+    for (int64_t i = 0; i < n; ++i) set_scaled(squares.data() + i * p.KP, 2.0f / p.P, d.data() + i * p.K, p.K);
     for (int64_t start = 0; start < n * p.P; start += tile) {
       const int64_t count = std::min(tile, n * p.P - start);
       if (!kept) outputs(x + start * p.C, count);
-      for (int64_t r = 0; r < count; ++r) multiply_by(a.data() + r * p.KP, d.data() + (start + r) / p.P * p.K, p.K);
+      of_samples(start, count, [&](int64_t i, int64_t rows, float* ai) { multiply_by(rows, p.KP, ai, squares.data() + i * p.KP); });
       if (grad_x) multiply_panels(count, a.data(), p.KP, 1, p.to_input, grad_x + start * p.C, p.C, p.cells > 0);
       multiply(p.K, p.C, count, a.data(), 1, p.KP, x + start * p.C, p.C, sums.weight, p.C, true, false);
       if (p.bias) {
         for (int64_t r = 0; r < count; ++r) add_to(sums.bias, a.data() + r * p.KP, p.K);
       }
+    }
+  }
+
+  // a [K, P] of one sample [C, P].
+  void planes_goodness(const float* x, float* g, float* a) {
+    for (int64_t c = 0; c < p.C; c += kStreams) {
+      multiply(p.K, p.P, std::min(kStreams, p.C - c), p.weight + c, p.C, 1, x + c * p.P, p.P, a, p.P, c > 0, false);
+    }
+    for (int64_t k = 0; k < p.K; ++k) {
+      if (p.bias) add_constant(a + k * p.P, p.bias[k], p.P);
+      g[k] = dot(a + k * p.P, a + k * p.P, p.P) / p.P;
+    }
+  }
+
+  void planes_gradients(int64_t n, const float* x, float* grad_x, const Sums& sums) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float *xi = x + i * p.C * p.P, *ai = a.data() + i * p.K * p.P;
+      set_scaled(squares.data(), 2.0f / p.P, d.data() + i * p.K, p.K);
+      dots(p.K, p.C, p.P, ai, p.P, xi, p.P, t.data(), p.C, false, false);
+      for (int64_t k = 0; k < p.K; ++k) {
+        add_scaled(sums.weight + k * p.C, squares[k], t.data() + k * p.C, p.C);
+        if (p.bias) sums.bias[k] += squares[k] * total_of(ai + k * p.P, p.P);
+        set_scaled(t.data() + k * p.C, squares[k], p.weight + k * p.C, p.C);
+      }
+      if (grad_x) multiply(p.C, p.P, p.K, t.data(), 1, p.C, ai, p.P, grad_x + i * p.C * p.P, p.P, p.cells > 0, false);
     }
   }
 
@@ -297,7 +371,7 @@ class Task {
         for (int64_t q = 0; q < p.P; ++q) add_to(out + q * p.C, constant.data(), p.C);
       } else if (p.bias) {
         for (int64_t c = 0; c < p.C; ++c) {
-          for (int64_t q = 0; q < p.P; ++q) out[c * p.P + q] += constant[c];
+          add_constant(out + c * p.P, constant[c], p.P);
         }
       }
     }
@@ -396,9 +470,9 @@ Call::Call(const Tensor& x, const Head& given, Mode mode, bool need_x, bool norm
 }
 
 void Call::run(float* tail_sums) {
-  if (p.weight && !p.second_moment) p.to_outputs = gemm::Panels(p.C, p.K, p.weight, 1, p.C);
-  if (p.weight && !p.second_moment && p.need_x) p.to_input = gemm::Panels(p.K, p.C, p.weight, p.C, 1);
-  if (p.cells) p.to_scores = gemm::Panels(p.cells, p.K, p.grid, 1, p.cells);
+  if (p.weight && !p.second_moment) p.to_outputs = gemm::Panels(p.C, p.K, p.weight, 1, p.C, p.KP);
+  if (p.weight && !p.second_moment && p.need_x) p.to_input = gemm::Panels(p.K, p.C, p.weight, p.C, 1, p.C);
+  if (p.cells) p.to_scores = gemm::Panels(p.cells, p.K, p.grid, 1, p.cells, p.KP);
 
   // Samples of a task: several where one is too small to fill a register block or the spatial term's products want more rows than one.
   const int64_t most = std::min<int64_t>(p.B, std::max<int64_t>(p.cells ? 6 : 1, p.second_moment ? 1 : std::min(kPositions / p.P, (p.B + 3) / 4)));
