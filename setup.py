@@ -46,7 +46,7 @@ def with_extension():
                 super().run()
             except (Exception, SystemExit) as error:
                 first = str(error).splitlines()[0] if str(error) else repr(error)
-                without_extension(f"the C++ compiler failed ({first}); needed is GCC 12, Clang 15 or newer (C++20)")
+                without_extension(f"the C++ compiler failed ({first}); needed is GCC 12, Clang 16 or newer (C++20)")
                 self.extensions = []
                 self.distribution.ext_modules = []
 

@@ -4,8 +4,8 @@
 
 Interleaved in one run; ratios are to the faster of eager and compiled backpropagation, round by round. Each variant runs in the layout
 (contiguous or channels_last) that is faster for it on this machine, found by measurement first. Memory is what the step allocates above
-parameters and optimiser state. SFF as in the paper (grid=0, window=1) and with the defaults. Results are checked first: three steps must give
-the same weights as with the reference implementation. Where the time goes: benchmarks/budget.py.
+parameters and optimiser state. SFF as in the paper (grid=0, window=1) and with the defaults. Results are checked first: the weights
+after three steps, against float64. Where the time goes: benchmarks/budget.py.
 """
 
 import argparse
@@ -53,18 +53,20 @@ def variants(a):
 
 
 def check(a, images, target):
-    """Three steps of the block-wise trainer give the weights of the reference implementation."""
-    weights = []
-    for impl in ("auto", "reference"):
-        trainer = build(a, "sff", True, impl=impl, **PAPER)
-        trainer.optimizers = trainer.block_optimizers = [torch.optim.SGD(p, lr=1e-2) for p in trainer.parameters]
+    """Three steps of the block-wise trainer are no further from float64 than four times what the float32 reference is: both amplify roundings."""
+
+    def weights(impl, dtype):
+        sff = build(a, "sff", True, impl=impl, **PAPER).sff.to(dtype)
+        trainer = Trainer(sff, lambda groups: torch.optim.SGD(groups, lr=1e-2))
         for _ in range(3):
-            trainer.step(images, target)
-        weights.append(torch.cat([p.detach().flatten() for p in trainer.sff.parameters()]))
-    error = ((weights[0] - weights[1]).norm() / weights[1].norm()).item()
-    if not error < 1e-4:
-        raise SystemExit(f"wrong result: after three steps the weights differ from the reference's by {error:.1e}")
-    print(f"checked: three steps give the reference's weights to {error:.1e}")
+            trainer.step(images.to(dtype), target)
+        return torch.cat([p.detach().flatten().double() for p in sff.parameters()])
+
+    exact = weights("reference", torch.float64)
+    error, usual = (((weights(impl, torch.float32) - exact).norm() / exact.norm()).item() for impl in ("auto", "reference"))
+    if not error < 4 * max(usual, 1e-5):
+        raise SystemExit(f"wrong result: after three steps weights are off by {error:.1e}, the reference's by {usual:.1e}")
+    print(f"checked: after three steps weights are off by {error:.1e}, those of the float32 reference by {usual:.1e}")
 
 
 def main():
