@@ -53,6 +53,20 @@ class GroupGoodnessStep(NamedTuple):
     normalized: torch.Tensor | None
 
 
+class GroupTailStep(NamedTuple):
+    """Results of `group_tail_step`; None where there is no such input or it was not asked for."""
+
+    loss: torch.Tensor
+    goodness: torch.Tensor
+    grad_y: torch.Tensor
+    grad_residual: torch.Tensor | None
+    grad_bn_weight: torch.Tensor | None
+    grad_bn_bias: torch.Tensor | None
+    normalized: torch.Tensor | None
+    mean: torch.Tensor
+    var: torch.Tensor
+
+
 class TailStep(NamedTuple):
     """Results of `tail_step`; None where there is no such input or it was not asked for."""
 
@@ -162,27 +176,12 @@ def tail_step(
     Returns TailStep: as GoodnessStep, with grad_y instead of grad_x; grad_residual as y; the gradients of batch norm's parameters; mean and
     var [C], the batch's biased statistics in float32 (for the running ones). Nothing is written to. Source: Ioffe and Szegedy 2015 (batch
     norm and its gradient), arXiv 1502.03167."""
-    if not isinstance(y, torch.Tensor) or y.dim() != 4:
-        got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
-        raise ValueError(f"y: expected a tensor [B, C, H, W], got {got}")
+    _check_tail(y, bn_weight, bn_bias, residual, activation)
     canonical = _canonical(y, weight, bias, grid_weight, padding, 1, algorithm)
     y, weight4, bias, grid_weight, padding = (t.detach() if isinstance(t, torch.Tensor) else t for t in canonical)
     loss_arguments = _loss_arguments(
         y, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, float(eps)
     )
-    for name, t in (("bn_weight", bn_weight), ("bn_bias", bn_bias)):
-        if t is not None and (t.shape != (y.shape[1],) or t.device != y.device or t.dtype not in FLOATS):
-            expected = f"a floating-point tensor [{y.shape[1]}] on {y.device}"
-            raise ValueError(f"{name}: expected {expected}, got {list(t.shape)} of {t.dtype} on {t.device}")
-    if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype or residual.device != y.device):
-        expected = f"{list(y.shape)} of {y.dtype} on {y.device} as y is"
-        raise ValueError(
-            f"residual: expected {expected}, got {list(residual.shape)} of {residual.dtype} on {residual.device}"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if y.numel() == y.shape[1]:
-        raise ValueError(f"y: expected more than one value per channel for batch statistics, got {list(y.shape)}")
     loss, g, grad_y, grad_weight, grad_bias, grad_grid, grad_tau, normalized, grad_residual, *grad_bn, mean, var = (
         torch.ops.fastff.tail_step(
             y, *(None if t is None else t.detach() for t in (bn_weight, bn_bias)), float(bn_eps),
@@ -204,6 +203,25 @@ def tail_step(
         mean,
         var,
     )
+
+
+def _check_tail(y, bn_weight, bn_bias, residual, activation):
+    if not isinstance(y, torch.Tensor) or y.dim() != 4:
+        got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ValueError(f"y: expected a tensor [B, C, H, W], got {got}")
+    for name, t in (("bn_weight", bn_weight), ("bn_bias", bn_bias)):
+        if t is not None and (t.shape != (y.shape[1],) or t.device != y.device or t.dtype not in FLOATS):
+            expected = f"a floating-point tensor [{y.shape[1]}] on {y.device}"
+            raise ValueError(f"{name}: expected {expected}, got {list(t.shape)} of {t.dtype} on {t.device}")
+    if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype or residual.device != y.device):
+        expected = f"{list(y.shape)} of {y.dtype} on {y.device} as y is"
+        raise ValueError(
+            f"residual: expected {expected}, got {list(residual.shape)} of {residual.dtype} on {residual.device}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if y.numel() == y.shape[1]:
+        raise ValueError(f"y: expected more than one value per channel for batch statistics, got {list(y.shape)}")
 
 
 def _loss_arguments(x, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps):
@@ -272,6 +290,53 @@ def group_goodness_step(
     Returns GroupGoodnessStep: loss, goodness [B, K] or [B, P], grad_x and normalized as x. x is not written to."""
     x4, how = _canonical_groups(x, groups, power, mean, positions, channel_dim)
     x4 = x4.detach()
+    how_to_learn = _group_loss_arguments(
+        x, target, positions, loss, theta, alpha, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps
+    )
+    step = torch.ops.fastff.group_goodness_step(x4, *how, *how_to_learn, need_grad_x, impl)
+    return GroupGoodnessStep(
+        step[0],
+        step[1],
+        _restore(step[2], x, channel_dim) if need_grad_x else None,
+        None if normalize in (None, "none") else _restore(step[3], x, channel_dim),
+    )
+
+
+def group_tail_step(
+    y, target=None, groups=1, *, bn_weight=None, bn_bias=None, bn_eps=1e-5, residual=None, need_grad_residual=True, activation="relu",
+    power=2, mean=True, positions=False, loss="cross_entropy", theta=2.0, alpha=4.0, tau=1.0, margin=0.0, label_smoothing=0.0,
+    reduction="mean", grad_scale=None, normalize="layer_norm", eps=1e-5, impl="auto",
+):  # fmt: skip
+    """The end of a block in one call: group_goodness_step on x = activation(batch_norm(y) + residual), and the gradients back to y.
+
+    Args: y [B, C, H, W] .. activation as of tail_step, the rest as of group_goodness_step.
+
+    Returns GroupTailStep, as TailStep without a head's parameters. Nothing is written to."""
+    _check_tail(y, bn_weight, bn_bias, residual, activation)
+    y, how = _canonical_groups(y, groups, power, mean, positions, 1)
+    how_to_learn = _group_loss_arguments(
+        y, target, positions, loss, theta, alpha, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps
+    )
+    loss, g, grad_y, normalized, grad_residual, *grad_bn, mean, var = torch.ops.fastff.group_tail_step(
+        *(None if t is None else t.detach() for t in (y, bn_weight, bn_bias)), float(bn_eps), None if residual is None else residual.detach(),
+        need_grad_residual, activation, *how, *how_to_learn, impl,
+    )  # fmt: skip
+    return GroupTailStep(
+        loss,
+        g,
+        grad_y,
+        grad_residual if need_grad_residual and residual is not None else None,
+        *(None if t is None else grad for t, grad in zip((bn_weight, bn_bias), grad_bn, strict=True)),
+        None if normalize in (None, "none") else normalized,
+        mean,
+        var,
+    )
+
+
+def _group_loss_arguments(
+    x, target, positions, loss, theta, alpha, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps
+):
+    """loss .. eps as the ops take them, checked."""
     if loss not in LOSSES:
         raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
     if loss == "cross_entropy":
@@ -288,16 +353,10 @@ def group_goodness_step(
         _check_halves(x.shape[0], "x")
         _check_reduction(reduction)
     _check_normalization(normalize or "none")
-    step = torch.ops.fastff.group_goodness_step(
-        x4, *how, loss, float(alpha if loss in PAIRED else theta), target, float(tau), float(margin), float(label_smoothing), reduction,
-        grad_scale, normalize or "none", float(eps), need_grad_x, impl,
+    return (
+        loss, float(alpha if loss in PAIRED else theta), target, float(tau), float(margin), float(label_smoothing), reduction, grad_scale,
+        normalize or "none", float(eps),
     )  # fmt: skip
-    return GroupGoodnessStep(
-        step[0],
-        step[1],
-        _restore(step[2], x, channel_dim) if need_grad_x else None,
-        None if normalize in (None, "none") else _restore(step[3], x, channel_dim),
-    )
 
 
 def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):

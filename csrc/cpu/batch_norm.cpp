@@ -299,3 +299,10 @@ void BatchNorm::finish(const float* grad_h, const float* sums, float* grad_y) co
     finish_samples(s, first.data(), second.data(), grad_h + at, grad_y + at);
   });
 }
+
+void BatchNorm::parameter_gradients(const float* sums, float* grad_weight, float* grad_bias) const {
+  for (int64_t c = 0; c < C; ++c) {
+    grad_bias[c] = sums[c];
+    grad_weight[c] = sums[C + c] * rstds[c];
+  }
+}

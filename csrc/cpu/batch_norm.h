@@ -25,8 +25,8 @@ class BatchNorm {
   // dL/dy of all samples from dL/dh; may be the same memory. sums: the batch's.
   void finish(const float* grad_h, const float* sums, float* grad_y) const;
 
-  int64_t channels() const { return C; }
-  float rstd(int64_t c) const { return rstds[c]; }
+  // dL/dweight and dL/dbias [C] from the batch's sums.
+  void parameter_gradients(const float* sums, float* grad_weight, float* grad_bias) const;
 
  private:
   const float *y, *residual;

@@ -6,6 +6,9 @@
 // A task takes one sample (a pair of them for the losses of differences) from goodness to gradient and next input while it is in its cache. Samples are read
 // as matrices of what lies together in memory: [C, P], or [P, C] in channels_last. Arithmetic in float32 (float64 for float64), chunks of
 // sums in float64; a sample belongs to one thread, so the number of threads changes no bit.
+//
+// fastff::group_tail_native: the same on x = activation(batch_norm(y) + residual), float32, with the gradients back to y (batch_norm.h): x stays in the
+// task's cache. Reads y three times and the residual twice, writes dL/dy twice and the next input.
 
 #include <torch/csrc/stable/library.h>
 
@@ -13,8 +16,10 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
+#include "batch_norm.h"
 #include "common.h"
 #include "tensors.h"
 
@@ -224,48 +229,75 @@ double pair_loss(const Problem& p, const std::vector<double>& positive, const st
   return total / n;
 }
 
+// With a `tail` x is what it gives, and its two sums [2, C] go to tail_sums. Its sums are kept for 16 shares of the batch, whatever the threads.
 template <typename T, typename A>
-void run(const Problem& p, const Tensor& x, const MaybeTensor& d_given, const Tensor& g, const Tensor& losses, const Tensor& grad, const Tensor& normalized) {
+void run(const Problem& p, const T* source, const BatchNorm* tail, float* tail_sums, const MaybeTensor& d_given, const Tensor& g, const Tensor& losses,
+         const Tensor& grad, const Tensor& normalized) {
   const int64_t n = p.C * p.P, J = p.of_goodness.count(), half = p.B / 2, units = p.mode == kStep && p.paired() ? half : p.B;
   const auto data = [](const Tensor& t) { return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
-  const T* source = static_cast<const T*>(x.const_data_ptr());
   T *to_grad = data(grad), *to_normalized = data(normalized);
   A* to_g = g.numel() ? static_cast<A*>(g.mutable_data_ptr()) : nullptr;
   A* to_loss = losses.numel() ? static_cast<A*>(losses.mutable_data_ptr()) : nullptr;
   const A* given = d_given ? static_cast<const A*>(d_given->const_data_ptr()) : nullptr;
-  torch::stable::parallel_for(0, units, std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
+  const int64_t shares = tail ? std::min<int64_t>(units, 16) : units, members = units < p.B ? 2 : 1;
+  std::vector<float> sums(tail ? shares * 2 * p.C : 0);
+  torch::stable::parallel_for(0, shares, tail ? 1 : std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
     Sample<T, A> sample(p);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t members = units < p.B ? 2 : 1;
-      std::vector<double> score[2], d[2];
-      for (int64_t m = 0; m < members; ++m) {
-        const int64_t b = unit + m * half;
-        d[m].resize(J);
-        if (p.mode == kNormalize) continue;
-        if (p.mode == kBackward) {
-          std::copy_n(given + b * J, J, d[m].begin());
-          continue;
+    std::vector<T> made(tail ? members * n : 0);
+    for (int64_t share = begin; share < end; ++share) {
+      for (int64_t unit = share * units / shares; unit < (share + 1) * units / shares; ++unit) {
+        std::vector<double> score[2], d[2];
+        const T* x[2];
+        for (int64_t m = 0; m < members; ++m) {
+          const int64_t b = unit + m * half;
+          x[m] = tail ? made.data() + m * n : source + b * n;
+          if constexpr (std::is_same_v<T, float>) {
+            if (tail) tail->forward(b, 1, made.data() + m * n);
+          }
+          d[m].resize(J);
+          if (p.mode == kNormalize) continue;
+          if (p.mode == kBackward) {
+            std::copy_n(given + b * J, J, d[m].begin());
+            continue;
+          }
+          score[m] = sample.goodness(x[m]);
+          for (int64_t j = 0; j < J; ++j) to_g[b * J + j] = static_cast<A>(score[m][j]);
         }
-        score[m] = sample.goodness(source + b * n);
-        for (int64_t j = 0; j < J; ++j) to_g[b * J + j] = static_cast<A>(score[m][j]);
-      }
-      if (p.mode == kGoodness) continue;
-      if (p.mode == kStep) {
-        double loss;
-        if (p.loss == kCrossEntropy) {
-          loss = cross_entropy(p, score[0], p.target[unit], d[0]);
-        } else {
-          loss = members == 2 ? pair_loss(p, score[0], score[1], d[0], d[1]) : threshold_loss(p, unit < half ? 1 : -1, score[0], d[0]);
+        if (p.mode == kGoodness) continue;
+        if (p.mode == kStep) {
+          double loss;
+          if (p.loss == kCrossEntropy) {
+            loss = cross_entropy(p, score[0], p.target[unit], d[0]);
+          } else {
+            loss = members == 2 ? pair_loss(p, score[0], score[1], d[0], d[1]) : threshold_loss(p, unit < half ? 1 : -1, score[0], d[0]);
+          }
+          to_loss[unit] = static_cast<A>(loss);
         }
-        to_loss[unit] = static_cast<A>(loss);
-      }
-      for (int64_t m = 0; m < members; ++m) {
-        const int64_t b = unit + m * half;
-        if (to_grad) sample.gradient(source + b * n, d[m], to_grad + b * n);
-        if (to_normalized) sample.normalize(source + b * n, to_normalized + b * n);
+        for (int64_t m = 0; m < members; ++m) {
+          const int64_t b = unit + m * half;
+          if (to_grad) sample.gradient(x[m], d[m], to_grad + b * n);
+          if (to_normalized) sample.normalize(x[m], to_normalized + b * n);
+          if constexpr (std::is_same_v<T, float>) {
+            if (tail) tail->backward(b, 1, to_grad + b * n, sums.data() + share * 2 * p.C);
+          }
+        }
       }
     }
   });
+  for (int64_t share = 0; tail && share < shares; ++share) {
+    for (int64_t i = 0; i < 2 * p.C; ++i) tail_sums[i] += sums[share * 2 * p.C + i];
+  }
+}
+
+Problem problem_of(const Tensor& x, const MaybeTensor& target, const MaybeTensor& scale_factor, int64_t mode, int64_t groups, int64_t power, bool mean,
+                   bool positions, int64_t loss, double theta, double tau, double margin, double smoothing, double scale, int64_t norm, double eps) {
+  const int64_t B = x.size(0), C = x.size(1), P = x.size(2) * x.size(3);
+  if (scale_factor) scale *= *floats(scale_factor);
+  const bool by_position = norm == kLayerNormChannels || norm == kL2Channels || norm == kRmsChannels;
+  return {B, C, P, power, norm, is_rows(x), mean, static_cast<Mode>(mode), static_cast<Loss>(loss), theta, tau, margin, smoothing, scale, eps,
+          target ? static_cast<const int64_t*>(target->const_data_ptr()) : nullptr,
+          positions ? single_positions(C, P) : channel_groups(C, P, groups),
+          by_position ? single_positions(C, P) : channel_groups(C, P, norm == kGroupNorm ? groups : 1)};
 }
 
 // x [B, C, H, W], not empty, on the CPU; target [B] int64 in 0 .. K - 1 for cross-entropy; d [B, J]; scale_factor one float32: as
@@ -274,29 +306,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_goodness_native(
     Tensor x, MaybeTensor target, MaybeTensor d, MaybeTensor scale_factor, int64_t mode, int64_t groups, int64_t power, bool mean, bool positions,
     int64_t loss, double theta, double tau, double margin, double smoothing, double scale, int64_t norm, double eps, bool need_x) {
   x = dense(x), target = packed(target), d = packed(d);
-  const int64_t B = x.size(0), C = x.size(1), P = x.size(2) * x.size(3);
-  if (scale_factor) scale *= *floats(scale_factor);
-  const bool by_position = norm == kLayerNormChannels || norm == kL2Channels || norm == kRmsChannels;
-  Problem p{B, C, P, power, norm, is_rows(x), mean, static_cast<Mode>(mode), static_cast<Loss>(loss), theta, tau, margin, smoothing, scale, eps,
-            target ? static_cast<const int64_t*>(target->const_data_ptr()) : nullptr,
-            positions ? single_positions(C, P) : channel_groups(C, P, groups),
-            by_position ? single_positions(C, P) : channel_groups(C, P, norm == kGroupNorm ? groups : 1)};
-
+  const Problem p = problem_of(x, target, scale_factor, mode, groups, power, mean, positions, loss, theta, tau, margin, smoothing, scale, norm, eps);
+  const int64_t B = p.B;
   const int32_t numbers = x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   const bool step = p.mode == kStep;
   Tensor g = empty(x, p.mode == kGoodness || step ? std::vector<int64_t>{B, p.of_goodness.count()} : std::vector<int64_t>{0}, numbers);
   Tensor losses = empty(x, {step ? (p.paired() ? B / 2 : B) : 0}, numbers);
   Tensor grad = need_x && (step || p.mode == kBackward) ? empty_like(x, p.rows) : absent(x);
   Tensor normalized = norm != kNone && (step || p.mode == kNormalize) ? empty_like(x, p.rows) : absent(x);
+  const void* const from = x.const_data_ptr();
   switch (x.scalar_type()) {
-    case ScalarType::Float: run<float, float>(p, x, d, g, losses, grad, normalized); break;
-    case ScalarType::Double: run<double, double>(p, x, d, g, losses, grad, normalized); break;
-    case ScalarType::BFloat16: run<BFloat16Bits, float>(p, x, d, g, losses, grad, normalized); break;
-    case ScalarType::Half: run<HalfBits, float>(p, x, d, g, losses, grad, normalized); break;
+    case ScalarType::Float: run<float, float>(p, static_cast<const float*>(from), nullptr, nullptr, d, g, losses, grad, normalized); break;
+    case ScalarType::Double: run<double, double>(p, static_cast<const double*>(from), nullptr, nullptr, d, g, losses, grad, normalized); break;
+    case ScalarType::BFloat16: run<BFloat16Bits, float>(p, static_cast<const BFloat16Bits*>(from), nullptr, nullptr, d, g, losses, grad, normalized); break;
+    case ScalarType::Half: run<HalfBits, float>(p, static_cast<const HalfBits*>(from), nullptr, nullptr, d, g, losses, grad, normalized); break;
     default: STD_TORCH_CHECK(false, "group_goodness_native: x must be float32, float64, bfloat16 or float16, got ",
                              torch::headeronly::toString(x.scalar_type()));
   }
   return {g, losses, grad, normalized};
+}
+
+// y [B, C, H, W] float32, the residual of its shape; the rest as above.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_tail_native(
+    Tensor y, MaybeTensor residual, MaybeTensor bn_weight, MaybeTensor bn_bias, double bn_eps, int64_t activation, bool need_residual,
+    MaybeTensor target, MaybeTensor scale_factor, int64_t groups, int64_t power, bool mean, bool positions, int64_t loss, double theta, double tau,
+    double margin, double smoothing, double scale, int64_t norm, double eps) {
+  y = dense(y), target = packed(target), bn_weight = packed(bn_weight), bn_bias = packed(bn_bias);
+  residual = lying_as(residual, y);
+  const Problem p = problem_of(y, target, scale_factor, kStep, groups, power, mean, positions, loss, theta, tau, margin, smoothing, scale, norm, eps);
+  Tensor g = empty(y, {p.B, p.of_goodness.count()}), losses = empty(y, {p.paired() ? p.B / 2 : p.B}), grad = empty_like(y, p.rows);
+  Tensor normalized = norm != kNone ? empty_like(y, p.rows) : absent(y), averages = empty(y, {p.C}), variances = empty(y, {p.C});
+  Tensor grad_bn_weight = empty(y, {p.C}), grad_bn_bias = empty(y, {p.C}), grad_y = need_residual ? empty_like(y, p.rows) : grad;
+  const BatchNorm tail(floats(y), floats(residual), floats(bn_weight), floats(bn_bias), static_cast<float>(bn_eps), p.B, p.C, p.P, p.rows,
+                       static_cast<Activation>(activation), writable(averages), writable(variances));
+  std::vector<float> sums(2 * p.C);
+  run<float, float>(p, nullptr, &tail, sums.data(), {}, g, losses, grad, normalized);
+  tail.finish(writable(grad), sums.data(), writable(grad_y));
+  tail.parameter_gradients(sums.data(), writable(grad_bn_weight), writable(grad_bn_bias));
+  return {g, losses, grad_y, normalized, need_residual ? grad : absent(y), grad_bn_weight, grad_bn_bias, averages, variances};
 }
 
 }  // namespace
@@ -306,5 +353,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
       "group_goodness_native(Tensor x, Tensor? target, Tensor? d, Tensor? scale_factor, int mode, int groups, int power, bool mean, bool positions, "
       "int loss, float theta, float tau, float margin, float smoothing, float scale, int norm, float eps, bool need_x) "
       "-> (Tensor g, Tensor losses, Tensor grad_x, Tensor normalized)");
+  m.def(
+      "group_tail_native(Tensor y, Tensor? residual, Tensor? bn_weight, Tensor? bn_bias, float bn_eps, int activation, bool need_residual, "
+      "Tensor? target, Tensor? scale_factor, int groups, int power, bool mean, bool positions, int loss, float theta, float tau, float margin, "
+      "float smoothing, float scale, int norm, float eps) -> (Tensor g, Tensor losses, Tensor grad_y, Tensor normalized, Tensor grad_residual, "
+      "Tensor grad_bn_weight, Tensor grad_bn_bias, Tensor mean, Tensor var)");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("group_goodness_native", TORCH_BOX(&group_goodness_native)); }
+STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {
+  m.impl("group_goodness_native", TORCH_BOX(&group_goodness_native));
+  m.impl("group_tail_native", TORCH_BOX(&group_tail_native));
+}

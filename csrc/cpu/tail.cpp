@@ -23,11 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     double margin, double smoothing, double scale, double eps, bool need_residual, bool normalize) {
   y = dense(y);
   const bool rows = is_rows(y);
-  if (residual && !has_strides(*residual, rows ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3})) {
-    Tensor copy = empty_like(y, rows);
-    torch::stable::copy_(copy, *residual);
-    residual = copy;
-  }
+  residual = lying_as(residual, y);
   bn_weight = packed(bn_weight), bn_bias = packed(bn_bias);
   Call call(y, {weight, bias, grid, target, tau_factor, scale_factor, second_moment, tau, margin, smoothing, scale, eps}, kStep, true, normalize);
   Problem& p = call.p;
@@ -39,10 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.run(sums.data());
   Tensor grad_y = need_residual ? empty_like(y, rows) : call.grad_x;
   tail.finish(writable(call.grad_x), sums.data(), writable(grad_y));
-  for (int64_t c = 0; c < p.C; ++c) {
-    writable(grad_bn_bias)[c] = sums[c];
-    writable(grad_bn_weight)[c] = sums[p.C + c] * tail.rstd(c);
-  }
+  tail.parameter_gradients(sums.data(), writable(grad_bn_weight), writable(grad_bn_bias));
   return {call.g, call.losses, call.dtau, grad_y, call.grad_weight, call.grad_bias, call.grad_grid, call.normalized,
           need_residual ? call.grad_x : absent(y), grad_bn_weight, grad_bn_bias, mean, var};
 }

@@ -60,3 +60,12 @@ inline Tensor dense(const Tensor& x) {
   return is_rows(x) || has_strides(x, {0, 1, 2, 3}) ? x : torch::stable::contiguous(x);
 }
 inline MaybeTensor packed(const MaybeTensor& t) { return t ? MaybeTensor(torch::stable::contiguous(*t)) : t; }
+
+// t, or a copy of it that lies in memory as y, which is dense, does.
+inline MaybeTensor lying_as(const MaybeTensor& t, const Tensor& y) {
+  const bool rows = is_rows(y);
+  if (!t || has_strides(*t, rows ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3})) return t;
+  Tensor copy = empty_like(y, rows);
+  torch::stable::copy_(copy, *t);
+  return copy;
+}

@@ -10,8 +10,11 @@ from torch import nn
 
 import fastff.functional as ff
 from fastff.nn.convolution import quickened
+from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
 from fastff.nn.tail import Tail, activation_name, hooked
+from fastff.ops.goodness import NORMALIZATIONS as FUSED
+from fastff.reference import NORMALIZATIONS
 
 
 class FFBlock(nn.Module):
@@ -19,27 +22,37 @@ class FFBlock(nn.Module):
 
     Args:
         module: maps x to one tensor of `channels` channels.
-        channels, num_classes: of the head; further keywords (grid, kernel_size, tau, ...) as of GoodnessHead.
-        normalize: of the output passed on, as in goodness_step: "layer_norm", "layer_norm_channels" or None.
+        channels, num_classes: of the head (num_classes None for goodness without classes).
+        goodness: "sff", the paper's 1 x 1 head (GoodnessHead); "projection": a learned matrix on the flattened activations (Mono-Forward,
+            arXiv 2501.09238), whose positions are given as grid=(H, W); or without weights "class_group", "class_group_mean",
+            "sum_of_squares", "mean_of_squares", "position" (GroupGoodness). Further keywords (grid, tau, loss, theta, ...) are the head's.
+        normalize: of the output passed on: "layer_norm", "layer_norm_channels", "l2", "rms", ... as in fastff.functional.normalize ("group_norm"
+            with a group for each class), or None.
     """
 
-    def __init__(self, module, channels, num_classes, *, normalize="layer_norm", **head):
+    def __init__(self, module, channels, num_classes=None, *, goodness="sff", normalize="layer_norm", **head):
         super().__init__()
+        if normalize is not None and normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
+        if normalize == "group_norm" and num_classes is None:
+            raise ValueError("normalize: group_norm takes a group for each class, got num_classes None")
         self.module = module
-        self.head = GoodnessHead(channels, num_classes, **head)
-        self.normalize = normalize
+        self.head = make_head(channels, num_classes, goodness, head)
+        self.normalize = None if normalize == "none" else normalize
 
     def forward(self, x):
         """x -> (output, goodness [B, K]): the output as it is, not normalised, with gradients."""
         output = self.module(x)
         return output, self.head(output)
 
-    def local_step(self, x, target):
-        """One local training step on x and target [B]: (next block's input, loss), both detached. x gets no gradient."""
+    def local_step(self, x, target=None):
+        """One local training step: (next block's input, loss), both detached. x gets no gradient.
+
+        target [B] int64; None for losses of positive and negative samples, where x is the positive and then as many negative ones."""
         tail = self.tail()
         with torch.enable_grad():
             if tail is None or not tail.ready():
-                output = self.module(x.detach())
+                output = self.train_forward(x.detach())
             else:
                 y, residual = tail.body(x.detach())
                 if tail.fits(y, residual):
@@ -57,12 +70,29 @@ class FFBlock(nn.Module):
         """The fastff.nn.tail.Tail to train with, or None."""
         return
 
+    def train_forward(self, x):
+        """The module's output for training without a tail."""
+        return self.module(x)
+
     def next_input(self, output):
         """What local_step passes on, from an output of forward (for inference)."""
         if self.normalize is None:
             return output
-        over = "sample" if self.normalize == "layer_norm" else "channels"
-        return ff.layer_norm(output, over=over, channel_dim=self.head.channel_dim)
+        if self.normalize in FUSED:
+            over = "sample" if self.normalize == "layer_norm" else "channels"
+            return ff.layer_norm(output, over=over, channel_dim=self.head.channel_dim)
+        return ff.normalize(output, self.normalize, self.head.groups, channel_dim=self.head.channel_dim)
+
+
+def make_head(channels, num_classes, goodness, options):
+    """The head of this name."""
+    if goodness in GOODNESS:
+        return GroupGoodness(channels, num_classes, goodness, **options)
+    if goodness == "projection":
+        return GoodnessHead(channels, num_classes, squares=False, **{"grid": 1} | options)
+    if goodness != "sff":
+        raise ValueError(f"goodness: expected one of sff, projection, {', '.join(GOODNESS)}, got {goodness!r}")
+    return GoodnessHead(channels, num_classes, **options)
 
 
 class FFConv2d(FFBlock):
@@ -73,7 +103,7 @@ class FFConv2d(FFBlock):
     """
 
     def __init__(
-        self, in_channels, out_channels, kernel_size, stride=1, padding=None, dilation=1, groups=1, bias=None, *, num_classes,
+        self, in_channels, out_channels, kernel_size, stride=1, padding=None, dilation=1, groups=1, bias=None, *, num_classes=None,
         norm=nn.BatchNorm2d, activation=nn.ReLU, normalize="layer_norm", head_kernel_size=1, **head,
     ):  # fmt: skip
         if padding is None:
@@ -84,28 +114,41 @@ class FFConv2d(FFBlock):
         layers = [nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)]
         layers += [norm(out_channels)] if norm is not None else []
         layers += [activation()] if activation is not None else []
-        super().__init__(
-            nn.Sequential(*layers), out_channels, num_classes, normalize=normalize, kernel_size=head_kernel_size, **head
-        )
+        if head_kernel_size != 1:
+            head["kernel_size"] = head_kernel_size
+        super().__init__(nn.Sequential(*layers), out_channels, num_classes, normalize=normalize, **head)
+
+    def convolution(self):
+        """What computes the convolution in training."""
+        convolution = self.module[0]
+        quick = quickened(convolution)
+        return convolution if quick is None or hooked([convolution]) else quick
+
+    def train_forward(self, x):
+        if hooked([self.module]):
+            return self.module(x)
+        x = self.convolution()(x)
+        for module in self.module[1:]:
+            x = module(x)
+        return x
 
     def tail(self):
         """Batch norm and activation behind the convolution, where they are PyTorch's own."""
-        convolution, *rest = self.module
+        _, *rest = self.module
         norm, activation = (*rest, None, None)[:2]
         name = activation_name(activation)
-        if self.normalize is None or name is None or type(norm) is not nn.BatchNorm2d or len(rest) > 2:
+        fused = self.normalize in FUSED or isinstance(self.head, GroupGoodness)
+        if self.normalize is None or not fused or name is None or type(norm) is not nn.BatchNorm2d or len(rest) > 2:
             return None
         bypassed = [m for m in (self.module, norm, activation) if m is not None]
-        quick = quickened(convolution)
-        if quick is not None and not hooked([convolution]):
-            convolution = quick
+        convolution = self.convolution()
         return Tail(lambda x: (convolution(x), None), norm, name, activation or nn.Identity(), False, bypassed)
 
 
 class FFDepthwiseConv2d(FFConv2d):
     """Depthwise convolution (one filter a channel), batch norm and activation as one block. Arguments as of FFConv2d."""
 
-    def __init__(self, channels, kernel_size, stride=1, padding=None, dilation=1, bias=None, *, num_classes, **options):
+    def __init__(self, channels, kernel_size, stride=1, padding=None, dilation=1, bias=None, *, num_classes=None, **options):
         super().__init__(
             channels,
             channels,
@@ -123,6 +166,6 @@ class FFDepthwiseConv2d(FFConv2d):
 class FFLinear(FFBlock):
     """Linear layer and activation as one block: [B, in_features] -> [B, out_features], or tokens [B, N, in] with channel_dim=-1."""
 
-    def __init__(self, in_features, out_features, bias=True, *, num_classes, activation=nn.ReLU, **options):
+    def __init__(self, in_features, out_features, bias=True, *, num_classes=None, activation=nn.ReLU, **options):
         layers = [nn.Linear(in_features, out_features, bias)] + ([activation()] if activation is not None else [])
         super().__init__(nn.Sequential(*layers), out_features, num_classes, **options)

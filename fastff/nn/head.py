@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import fastff.functional as ff
+from fastff.ops.goodness import NORMALIZATIONS
 
 
 class GoodnessHead(nn.Module):
@@ -48,6 +49,7 @@ class GoodnessHead(nn.Module):
         if not 0 < tau < float("inf"):
             raise ValueError(f"tau: expected a positive number, got {tau!r}")
         self.channels, self.num_classes, self.kernel_size, self.grid = channels, num_classes, kernel_size, grid
+        self.groups = num_classes  # of normalize="group_norm"
         self.scale = scale if scale is not None else (2.0 if all(grid) else 4.0)
         self.tau, self.margin, self.label_smoothing = tau, margin, label_smoothing
         self.channel_dim, self.impl, self.algorithm = channel_dim, impl, algorithm
@@ -106,12 +108,15 @@ class GoodnessHead(nn.Module):
     @torch.no_grad()
     def local_step(self, x, target, normalize="layer_norm", eps=1e-5, grad_scale=None, need_grad_x=True):
         """goodness_step on x [B, C, H, W], adding the head's gradients to its parameters' .grad. Returns GoodnessStep."""
+        fused = normalize if normalize in (None, *NORMALIZATIONS) else None
         step = ff.goodness_step(
             x, self.weight, self.bias, target, tau=self.temperature(), margin=self.margin, label_smoothing=self.label_smoothing,
-            grad_scale=grad_scale, normalize=normalize, eps=eps, need_grad_x=need_grad_x, **self._arguments(),
+            grad_scale=grad_scale, normalize=fused, eps=eps, need_grad_x=need_grad_x, **self._arguments(),
         )  # fmt: skip
         self._add_gradients(step)
-        return step
+        if fused == normalize:
+            return step
+        return step._replace(normalized=ff.normalize(x, normalize, self.groups, eps, channel_dim=self.channel_dim))
 
     @torch.no_grad()
     def local_tail_step(self, y, target, normalize="layer_norm", eps=1e-5, grad_scale=None, **tail):

@@ -11,7 +11,7 @@ Loading it registers the operators of csrc/ under torch.ops.fastff, and here the
     tail_native(...)                                        csrc/cpu/tail.cpp
     convolution_weight_gradient_native(...)                 csrc/cpu/convolution.cpp
     depthwise_native(...), depthwise_backward_native(...)   csrc/cpu/depthwise.cpp
-    group_goodness_native(...)                              csrc/cpu/group_goodness.cpp
+    group_goodness_native(...), group_tail_native(...)      csrc/cpu/group_goodness.cpp
 """
 
 import importlib

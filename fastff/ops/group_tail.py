@@ -1,0 +1,94 @@
+"""torch.ops.fastff.group_tail_step: batch norm, residual, activation and group_goodness_step at the end of a block, with all their gradients.
+
+As tail_step (fastff/ops/tail.py), for goodness without weights (fastff/ops/group_goodness.py).
+"""
+
+import torch
+
+from fastff import reference
+from fastff.kernels.composed import tail as composed
+from fastff.kernels.composed.goodness import empty_like
+from fastff.kernels.composed.group_goodness import Goodness, Loss
+from fastff.kernels.composed.tail import Tail
+from fastff.kernels.native import group_tail as native_group_tail
+from fastff.ops import group_goodness as group_op
+from fastff.ops.goodness import check_labels
+from fastff.ops.table import Implementation, always, choose, implement
+from fastff.ops.tail import Reference
+
+
+def _native_can_run(y):
+    if y.dtype == torch.float64:
+        return "the compiled tail computes in float32, y is float64"
+    return group_op._native_can_run(y)
+
+
+ROWS = [
+    Implementation("native", _native_can_run, native_group_tail),
+    Implementation("composed", always, composed, "batch norm around group_goodness's own choice"),
+    Implementation("reference", always, Reference),
+]
+
+_lib = torch.library.Library("fastff", "FRAGMENT")
+_lib.define(
+    "group_tail_step(Tensor y, Tensor? bn_weight, Tensor? bn_bias, float bn_eps, Tensor? residual, bool need_residual, str activation, "
+    "int groups, int power, bool mean, bool positions, str loss, float theta, Tensor? target, float tau, float margin, float label_smoothing, "
+    "str reduction, Tensor? grad_scale, str normalize, float eps, str impl) "
+    "-> (Tensor loss, Tensor goodness, Tensor grad_y, Tensor normalized, Tensor grad_residual, Tensor grad_bn_weight, Tensor grad_bn_bias, "
+    "Tensor mean, Tensor var)"
+)
+
+
+@torch.no_grad()
+def _group_tail_step(
+    y, bn_weight, bn_bias, bn_eps, residual, need_residual, activation, groups, power, mean, positions, loss, theta, target, tau, margin,
+    label_smoothing, reduction, grad_scale, normalize, eps, impl,
+):  # fmt: skip
+    if target is not None:
+        check_labels(target, groups)
+    how = Goodness(groups, power, mean, positions)
+    wanted = Loss(loss, theta, target, tau, margin, label_smoothing, 1.0, grad_scale)
+    wanted = wanted._replace(scale=1 / wanted.count(len(y)) if reduction == "mean" else 1.0)
+    head = (how, wanted, normalize, eps)
+
+    def step(x):
+        row = impl if impl in ("auto", "reference", "composed") else "auto"
+        g, losses, grad_x, normalized = choose("group_goodness", group_op.ROWS, row, x).run.goodness_step(x, *head, True)
+        return losses, g, grad_x, normalized
+
+    tail = Tail(bn_weight, bn_bias, bn_eps, residual, need_residual and residual is not None, activation)
+    run = choose("group_tail", ROWS, impl, y).run
+    (losses, g, _, normalized), grads = run.tail_step(y, tail, head, step)
+    own = [
+        y.new_empty(0) if parameter is None else grad.to(parameter.dtype)
+        for grad, parameter in ((grads.weight, bn_weight), (grads.bias, bn_bias))
+    ]
+    return (
+        reference.reduced(losses, reduction),
+        g.contiguous(),
+        grads.y,
+        y.new_empty(0) if normalize == "none" else group_op._as(empty_like(y), normalized),
+        y.new_empty(0) if grads.residual is None else grads.residual,
+        *own,
+        grads.mean,
+        grads.var,
+    )
+
+
+def _group_tail_step_fake(
+    y, bn_weight, bn_bias, bn_eps, residual, need_residual, activation, groups, power, mean, positions, loss, theta, target, tau, margin,
+    label_smoothing, reduction, grad_scale, normalize, eps, impl,
+):  # fmt: skip
+    *results, grad_y, normalized = group_op._step_fake(
+        y, groups, power, mean, positions, loss, theta, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, True, impl
+    )  # fmt: skip
+    grad_residual = empty_like(y) if need_residual and residual is not None else y.new_empty(0)
+    own = [y.new_empty(0) if p is None else torch.empty_like(p) for p in (bn_weight, bn_bias)]
+    statistics = [y.new_empty(y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32)) for _ in range(2)]
+    return *results, grad_y, normalized, grad_residual, *own, *statistics
+
+
+implement(_lib, "group_tail_step", _group_tail_step, _group_tail_step_fake)
+
+# its results are gradients already: nothing of it is recorded for autograd
+_lib.impl("group_tail_step", torch.library.fallthrough_kernel, "Autograd")
