@@ -6,26 +6,25 @@ from torch import nn
 
 from examples.swap_in import digits
 
-CONFIG = {"channels": [1, 32, 32, 64, 64], "strides": [1, 1, 2, 1], "learning_rate": 1e-3}
+CONFIG = {"sizes": [1024, 1000, 1000, 1000], "learning_rate": 1e-3}
 
 
 class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList()
-        for i, stride in enumerate(config["strides"]):
-            self.layers.append(nn.Conv2d(config["channels"][i], config["channels"][i + 1], 3, stride, padding=1))
+        for inputs, outputs in zip(config["sizes"], config["sizes"][1:], strict=False):
+            self.layers.append(nn.Linear(inputs, outputs))
 
     def normalize(self, z):
-        return z / (z.pow(2).mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return z / (z.pow(2).mean(1, keepdim=True) + 1e-5).sqrt()
 
     def forward(self, inputs, labels):
         output = {"loss": 0.0}
         z = self.normalize(inputs)
         for i, layer in enumerate(self.layers):
             z = torch.relu(layer(z))
-            units = z[0].numel()
-            logits = z.pow(2).sum((1, 2, 3)) - units
+            logits = z.pow(2).sum(1) - z.shape[1]
             output[f"loss_{i}"] = F.binary_cross_entropy_with_logits(logits, labels)
             output["loss"] = output["loss"] + output[f"loss_{i}"]
             z = self.normalize(z.detach())
@@ -38,7 +37,7 @@ class Net:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["learning_rate"])
 
     def train_batch(self, x, label):
-        inputs = torch.cat(digits.positive_and_negative(x, label))
+        inputs = torch.cat(digits.positive_and_negative(x, label, digits.squares)).flatten(1)
         labels = torch.cat([torch.ones(len(x)), torch.zeros(len(x))])
         output = self.model(inputs, labels)
         self.optimizer.zero_grad()
@@ -49,10 +48,10 @@ class Net:
     def predict(self, x):
         scores = []
         for label in range(digits.CLASSES):
-            z, score = self.model.normalize(digits.overlay(x, torch.full((len(x),), label))), 0
+            z, score = self.model.normalize(digits.squares(x, torch.full((len(x),), label)).flatten(1)), 0
             for layer in self.model.layers:
                 z = torch.relu(layer(z))
-                score = score + z.pow(2).mean((1, 2, 3))
+                score = score + z.pow(2).sum(1)
                 z = self.model.normalize(z)
             scores.append(score)
         return torch.stack(scores, 1).argmax(1)

@@ -18,22 +18,29 @@ def images():
     return (enlarged(digits.train_images), digits.train_labels), (enlarged(digits.test_images), digits.test_labels)
 
 
-def overlay(x, label):
-    """x with its label drawn over all of it, as waves whose direction is the label's: convolutions see them everywhere."""
+def squares(x, label):
+    """x with its label in the upper edge: one of ten 3 x 3 squares is white."""
+    x = x.clone()
+    x[:, :, :3, :30] = F.one_hot(label, CLASSES).to(x.dtype).repeat_interleave(3, 1)[:, None, None]
+    return x
+
+
+def waves(x, label):
+    """x with its label over all of it, as waves whose direction is the label's: convolutions see them everywhere."""
     angle = torch.arange(CLASSES) * torch.pi / CLASSES
     place = torch.arange(32) * 2 * torch.pi / 8
-    waves = torch.cos(angle.cos()[:, None, None] * place + angle.sin()[:, None, None] * place[:, None])
-    return 0.5 * x + 0.25 * (waves[label][:, None] + 1)
+    drawn = torch.cos(angle.cos()[:, None, None] * place + angle.sin()[:, None, None] * place[:, None])
+    return 0.5 * x + 0.25 * (drawn[label][:, None] + 1)
 
 
-def positive_and_negative(x, label):
+def positive_and_negative(x, label, draw):
     """Images with their own labels, and with wrong ones."""
     wrong = (label + torch.randint(1, CLASSES, label.shape)) % CLASSES
-    return overlay(x, label), overlay(x, wrong)
+    return draw(x, label), draw(x, wrong)
 
 
-def fit(net, epochs=5, batch=64, seed=0):
-    """Trains on the digits and prints the accuracy after each epoch; returns the last."""
+def fit(net, epochs=5, batch=64, seed=0, quiet=False):
+    """Trains on the digits and prints the test accuracy after each epoch; returns the last."""
     (x, label), (test, test_label) = images()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -41,6 +48,8 @@ def fit(net, epochs=5, batch=64, seed=0):
         for rows in torch.randperm(len(x), generator=generator).split(batch):
             if len(rows) == batch:
                 net.train_batch(x[rows], label[rows])
-        accuracy = (net.predict(test) == test_label).float().mean().item()
-        print(f"epoch {epoch + 1}: test accuracy {accuracy:.1%}")
+        if not quiet or epoch == epochs - 1:
+            accuracy = (net.predict(test) == test_label).float().mean().item()
+        if not quiet:
+            print(f"epoch {epoch + 1}: test accuracy {accuracy:.1%}")
     return accuracy

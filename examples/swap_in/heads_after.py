@@ -12,7 +12,7 @@ def convolution(inputs, outputs, stride=1):
 
 
 class Network(nn.Module):
-    def __init__(self, channels=(1, 32, 64, 64, 128), strides=(1, 2, 1, 2)):
+    def __init__(self, channels=(1, 16, 16, 16, 32, 32, 32), strides=(1, 1, 1, 2, 1, 1)):
         super().__init__()
         self.blocks = nn.ModuleList()
         for a, b, stride in zip(channels, channels[1:], strides, strict=False):
@@ -29,7 +29,7 @@ class Network(nn.Module):
 
 class Net:
     def __init__(self):
-        self.network = Network()
+        self.network = Network().to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3)
 
     def train_batch(self, x, label):

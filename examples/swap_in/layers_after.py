@@ -27,7 +27,7 @@ class Net:
         self.layers = [Layer(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
 
     def train_batch(self, x, label):
-        x_pos, x_neg = (h.flatten(1) for h in digits.positive_and_negative(x, label))
+        x_pos, x_neg = (h.flatten(1) for h in digits.positive_and_negative(x, label, digits.squares))
         for layer in self.layers:
             x_pos, x_neg = layer.train(x_pos, x_neg)
 
@@ -35,7 +35,7 @@ class Net:
     def predict(self, x):
         scores = []
         for label in range(digits.CLASSES):
-            h, score = digits.overlay(x, torch.full((len(x),), label)).flatten(1), 0
+            h, score = digits.squares(x, torch.full((len(x),), label)).flatten(1), 0
             for layer in self.layers:
                 h, g = layer.goodness(h)
                 score = score + g

@@ -10,8 +10,8 @@ from examples.swap_in import digits
 class Layer(nn.Module):
     def __init__(self, inputs, outputs, stride=1):
         super().__init__()
-        self.convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        self.convolution = nn.Conv2d(inputs, outputs, 5, stride, padding=2)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
         self.alpha = 4.0
 
     def forward(self, x):
@@ -35,21 +35,21 @@ class Layer(nn.Module):
 
 
 class Net:
-    def __init__(self, channels=(1, 32, 32, 64, 64), strides=(1, 1, 2, 1)):
+    def __init__(self, channels=(1, 32, 64, 64), strides=(2, 1, 2)):
         self.suite = [Layer(a, b, s) for a, b, s in zip(channels, channels[1:], strides, strict=False)]
 
     def train_batch(self, x, label):
-        x_pos, x_neg = digits.positive_and_negative(x, label)
+        x_pos, x_neg = digits.positive_and_negative(x, label, digits.waves)
         for layer in self.suite:
             x_pos, x_neg = layer.run_train(x_pos, x_neg)
 
     def predict(self, x):
         scores = []
         for label in range(digits.CLASSES):
-            h, score = digits.overlay(x, torch.full((len(x),), label)), 0
+            h, score = digits.waves(x, torch.full((len(x),), label)), 0
             for layer in self.suite:
                 h, g = layer.run(h)
-                score = score + g.view(-1)
+                score = score + g.flatten()
             scores.append(score)
         return torch.stack(scores, 1).argmax(1)
 

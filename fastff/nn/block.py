@@ -50,29 +50,67 @@ class FFBlock(nn.Module):
 
         target [B] int64; None for losses of positive and negative samples, where x is the positive and then as many negative ones."""
         tail = self.tail()
+        relu = False
         with torch.enable_grad():
-            if tail is None or not tail.ready():
-                output = self.train_forward(x.detach())
-            else:
+            if tail is not None and tail.ready():
                 y, residual = tail.body(x.detach())
                 if tail.fits(y, residual):
                     step = tail.local_step(self.head, y, residual, target, self.normalize)
                     if y.requires_grad:
                         y.backward(step.grad_y)
                     return step.normalized, step.loss
-                output = tail.finish(y, residual)
-        step = self.head.local_step(output.detach(), target, self.normalize, need_grad_x=output.requires_grad)
-        if output.requires_grad:
-            output.backward(step.grad_x)
-        return (output.detach() if step.normalized is None else step.normalized), step.loss
+                y = tail.finish(y, residual)
+            else:
+                y, relu = self.train_forward(x.detach())
+        output = torch.relu_(y.detach()) if relu else y.detach()
+        loss, grad, normalized = self._head_step(output, target, y.requires_grad)
+        if y.requires_grad:
+            if relu:  # over the gradient, which is ours
+                torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
+            y.backward(grad)
+        return output if normalized is None else normalized, loss
 
-    def tail(self):
-        """The fastff.nn.tail.Tail to train with, or None."""
-        return
+    def _head_step(self, output, target, need_grad):
+        """loss, the output's gradient, the normalised output of the head's local_step."""
+        step = self.head.local_step(output, target, self.normalize, need_grad_x=need_grad)
+        return step.loss, step.grad_x, step.normalized
+
+    def layers(self):
+        """The modules of an nn.Sequential in order, nested ones opened; None for other modules and where a hook would be passed over."""
+        found, opened = [], []
+
+        def open_up(module):
+            if type(module) is not nn.Sequential:
+                return found.append(module)
+            opened.append(module)
+            for child in module:
+                open_up(child)
+
+        open_up(self.module)
+        return None if not opened or hooked(opened) else found
 
     def train_forward(self, x):
-        """The module's output for training without a tail."""
-        return self.module(x)
+        """(the module's output for training without a tail, whether a ReLU is still to come, which may overwrite it)."""
+        layers = self.layers()
+        if layers is None:
+            return self.module(x), False
+        *others, last = layers
+        if type(last) is nn.ReLU and others and type(others[-1]) in OVERWRITABLE and not hooked([last, others[-1]]):
+            return run(others, x), True
+        return run(layers, x), False
+
+    def tail(self):
+        """The fastff.nn.tail.Tail to train with, for an nn.Sequential that ends with batch norm [and activation]; else None."""
+        layers = self.layers() or []
+        activation = layers.pop() if layers and activation_name(layers[-1]) is not None else None
+        if len(layers) < 2 or type(layers[-1]) is not nn.BatchNorm2d or self.normalize is None:
+            return None
+        if self.normalize not in FUSED and not isinstance(self.head, GroupGoodness):
+            return None
+        norm = layers.pop()
+        bypassed = [m for m in (norm, activation) if m is not None]
+        name = activation_name(activation)
+        return Tail(lambda x: (run(layers, x), None), norm, name, activation or nn.Identity(), False, bypassed)
 
     def next_input(self, output):
         """What local_step passes on, from an output of forward (for inference)."""
@@ -82,6 +120,22 @@ class FFBlock(nn.Module):
             over = "sample" if self.normalize == "layer_norm" else "channels"
             return ff.layer_norm(output, over=over, channel_dim=self.head.channel_dim)
         return ff.normalize(output, self.normalize, self.head.groups, channel_dim=self.head.channel_dim)
+
+
+OVERWRITABLE = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)  # no gradient of theirs needs their output
+
+
+def run(layers, x):
+    """Their output for training: convolutions by the quickest way to their gradients, ReLU in place where nothing needs what it overwrites."""
+    before = None
+    for layer in layers:
+        quick = None if hooked([layer]) else quickened(layer)
+        if type(layer) is nn.ReLU and type(before) in OVERWRITABLE and not hooked([before, layer]):
+            x = torch.relu_(x)
+        else:
+            x = (quick or layer)(x)
+        before = layer
+    return x
 
 
 def make_head(channels, num_classes, goodness, options):
@@ -117,32 +171,6 @@ class FFConv2d(FFBlock):
         if head_kernel_size != 1:
             head["kernel_size"] = head_kernel_size
         super().__init__(nn.Sequential(*layers), out_channels, num_classes, normalize=normalize, **head)
-
-    def convolution(self):
-        """What computes the convolution in training."""
-        convolution = self.module[0]
-        quick = quickened(convolution)
-        return convolution if quick is None or hooked([convolution]) else quick
-
-    def train_forward(self, x):
-        if hooked([self.module]):
-            return self.module(x)
-        x = self.convolution()(x)
-        for module in self.module[1:]:
-            x = module(x)
-        return x
-
-    def tail(self):
-        """Batch norm and activation behind the convolution, where they are PyTorch's own."""
-        _, *rest = self.module
-        norm, activation = (*rest, None, None)[:2]
-        name = activation_name(activation)
-        fused = self.normalize in FUSED or isinstance(self.head, GroupGoodness)
-        if self.normalize is None or not fused or name is None or type(norm) is not nn.BatchNorm2d or len(rest) > 2:
-            return None
-        bypassed = [m for m in (self.module, norm, activation) if m is not None]
-        convolution = self.convolution()
-        return Tail(lambda x: (convolution(x), None), norm, name, activation or nn.Identity(), False, bypassed)
 
 
 class FFDepthwiseConv2d(FFConv2d):

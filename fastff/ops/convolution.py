@@ -140,6 +140,8 @@ def gradients(grad, x, weight, stride, padding, groups, how, wanted):
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
         grad_weight = (rows.T @ x.permute(0, 2, 3, 1).flatten(0, 2)).view(weight.shape)
         need_weight = False
+    if need_bias and not need_weight:  # convolution_backward would do the weight's work again
+        grad_bias, need_bias = grad.sum((0, 2, 3)), False
     if need_x or need_weight or need_bias:
         found = torch.ops.aten.convolution_backward(
             grad,

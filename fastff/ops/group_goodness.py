@@ -10,7 +10,7 @@ import torch
 from fastff import reference
 from fastff.kernels import native, triton
 from fastff.kernels.composed import group_goodness as composed
-from fastff.kernels.composed.goodness import empty_like
+from fastff.kernels.composed.goodness import empty_like, is_rows
 from fastff.kernels.composed.group_goodness import Goodness, Loss
 from fastff.kernels.native import group_goodness as native_group_goodness
 from fastff.ops.goodness import check_labels
@@ -46,9 +46,10 @@ def _dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _as(like, y):
+def laid_as(x, y):
     """y in the layout that x's results have."""
-    return y if y.stride() == like.stride() else like.copy_(y)
+    lies = is_rows(y) if is_rows(x) else y.is_contiguous()
+    return y if lies else empty_like(x).copy_(y)
 
 
 def _goodness(x, groups, power, mean, positions, impl):
@@ -67,7 +68,7 @@ def _backward(d, x, groups, power, mean, positions, impl):
     if x.numel() == 0:
         return empty_like(x)
     run = choose("group_goodness", ROWS, impl, x).run
-    return _as(empty_like(x), run.goodness_backward(d, x, Goodness(groups, power, mean, positions)))
+    return laid_as(x, run.goodness_backward(d, x, Goodness(groups, power, mean, positions)))
 
 
 def _backward_fake(d, x, groups, power, mean, positions, impl):
@@ -89,8 +90,8 @@ def _step(
     return (
         reference.reduced(losses, reduction),
         g.contiguous(),
-        _as(empty_like(x), grad_x) if need_x else none,
-        none if normalize == "none" else _as(empty_like(x), normalized),
+        laid_as(x, grad_x) if need_x else none,
+        none if normalize == "none" else laid_as(x, normalized),
     )
 
 
@@ -107,7 +108,7 @@ def _step_fake(
 def _normalize(x, how, groups, eps, impl):
     if x.numel() == 0:
         return empty_like(x)
-    return _as(empty_like(x), choose("group_goodness", ROWS, impl, x).run.normalize(x, how, groups, eps))
+    return laid_as(x, choose("group_goodness", ROWS, impl, x).run.normalize(x, how, groups, eps))
 
 
 def _normalize_fake(x, how, groups, eps, impl):

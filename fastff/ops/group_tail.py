@@ -67,7 +67,7 @@ def _group_tail_step(
         reference.reduced(losses, reduction),
         g.contiguous(),
         grads.y,
-        y.new_empty(0) if normalize == "none" else group_op._as(empty_like(y), normalized),
+        y.new_empty(0) if normalize == "none" else group_op.laid_as(y, normalized),
         y.new_empty(0) if grads.residual is None else grads.residual,
         *own,
         grads.mean,

@@ -1,0 +1,82 @@
+"""Six programs in the styles people have (examples/swap_in), before and after fastff: time and peak memory of a minibatch, accuracy, lines changed.
+
+    python -m benchmarks.swap_in [--batch 64] [--epochs 5] [--rounds N] [--csv FILE]
+
+Both versions learn the digits for `epochs` from the same seed; a pair whose accuracies differ by more than `--noise` prints no number. Then
+minibatches of both are timed in turn. Memory is what a minibatch allocates above parameters and optimiser state.
+"""
+
+import argparse
+import difflib
+import importlib
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import print_environment, write_csv
+from examples.swap_in import digits
+from fastff.bench import interleave, quantile, ratios
+from fastff.training.memory import peak_memory
+
+RECIPES = {
+    "layers": "layers with train(x_pos, x_neg)",
+    "config": "a configuration, a loss for each layer",
+    "groups": "class groups, forward_forward(x, y)",
+    "outputs": "blocks that return (y, goodness)",
+    "suite": "a suite with run_train(x_pos, x_neg)",
+    "heads": "auxiliary heads inside forward",
+}
+VERSIONS = ("before", "after")
+
+
+def module(name, version):
+    return importlib.import_module(f"examples.swap_in.{name}_{version}")
+
+
+def lines_changed(name):
+    """Lines of the program after that are not in the one before."""
+    texts = [Path(module(name, version).__file__).read_text().splitlines() for version in VERSIONS]
+    return sum(line.startswith("+") and not line.startswith("+++") for line in difflib.unified_diff(*texts, n=0))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("batch", 64), ("epochs", 5), ("rounds", 25)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--noise", type=float, default=0.15)
+    parser.add_argument("--csv")
+    a = parser.parse_args()
+    print_environment()
+    (x, label), _ = digits.images()
+    x, label = x[: a.batch], label[: a.batch]
+    print(f"{'':42} {'faster':>8} {'20-80 %':>14} {'memory':>18} {'accuracy':>18} {'lines':>6}")
+    rows = []
+    for name, what in RECIPES.items():
+        steps, accuracy, memory = {}, {}, {}
+        for version in VERSIONS:
+            torch.manual_seed(0)
+            net = module(name, version).Net()
+            accuracy[version] = digits.fit(net, a.epochs, quiet=True)
+            steps[version] = lambda net=net: net.train_batch(x, label)
+            memory[version] = peak_memory(steps[version])
+        if accuracy["after"] < accuracy["before"] - a.noise:
+            print(f"{what:42} wrong result: accuracy {accuracy['after']:.1%}, before {accuracy['before']:.1%}")
+            continue
+        times = interleave(steps, a.rounds)
+        faster, low, high = ratios(times, "before", "after")
+        changed = lines_changed(name)
+        shown = [f"{d['before']:{f}} -> {d['after']:{f}}" for d, f in ((memory, ".1f"), (accuracy, ".1%"))]
+        print(f"{what:42} {faster:6.2f} x [{low:.2f}, {high:.2f}] {shown[0]:>14} MiB {shown[1]:>18} {changed:6}")
+        row = {"recipe": name, "what": what, "batch": a.batch, "epochs": a.epochs, "faster": faster, "faster_20": low, "faster_80": high}
+        for version in VERSIONS:
+            row[f"milliseconds_{version}"] = quantile(times[version], 0.5) * 1e3
+            row[f"peak_mib_{version}"], row[f"accuracy_{version}"] = memory[version], accuracy[version]
+        rows.append(row | {"lines": changed})
+    if a.csv:
+        write_csv(a.csv, rows)
+    behind = [r["what"] for r in rows if r["faster"] < 1.5 and r["peak_mib_after"] > 0.5 * r["peak_mib_before"]]
+    print(f"neither 1.5 x faster nor at half the memory: {', '.join(behind) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
