@@ -141,6 +141,41 @@ def budget_table():
     return table(header, body) + measured_on(rows[0])
 
 
+def classes_table():
+    rows = read("classes")
+    if not rows:
+        return "Not measured yet: run `python -m benchmarks.classes --csv benchmarks/results/classes.csv`."
+    found = {(row["variant"], row["classes"]): row for row in rows}
+    variants, classes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "classes"))
+    body = []
+    for count in classes:
+        cells = [f"{int(count):,}"]
+        for variant in variants:
+            row = found[variant, count]
+            cells += [f"{float(row['ratio']):.2f} x", f"{float(row['peak_mib']):.0f} MiB"]
+        body.append(cells)
+    return table(["classes", *(f"{v}, {what}" for v in variants for what in ("time", "memory"))], body) + measured_on(rows[0])
+
+
+def swap_in_table():
+    rows = read("swap-in")
+    if not rows:
+        return "Not measured yet: run `python -m benchmarks.swap_in --csv benchmarks/results/swap-in.csv`."
+    body = [
+        (
+            row["what"],
+            f"{float(row['faster']):.2f} x",
+            f"{float(row['faster_20']):.2f} to {float(row['faster_80']):.2f}",
+            f"{float(row['peak_mib_before']):.1f} to {float(row['peak_mib_after']):.1f} MiB",
+            f"{float(row['accuracy_before']):.1%} and {float(row['accuracy_after']):.1%}",
+            row["lines"],
+        )
+        for row in rows
+    ]
+    header = ("style", "faster", "20 to 80 %", "peak memory", f"accuracy after {rows[0]['epochs']} epochs", "lines")
+    return table(header, body) + measured_on(rows[0])
+
+
 def runs():
     """{experiment: its rows by epoch}; of one that was run again the last run."""
     found = {}
@@ -276,6 +311,8 @@ TABLES = {
     "step": lambda: step_table("step"),
     "steps": lambda: step_table("step", "step-16", "step-mobilenet"),
     "budget": budget_table,
+    "classes": classes_table,
+    "swap-in": swap_in_table,
     "learning": lambda: learning_table(),
     "learning-all": learning_tables,
 }

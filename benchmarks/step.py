@@ -63,9 +63,13 @@ def check(a, images, target):
         return torch.cat([p.detach().flatten().double() for p in sff.parameters()])
 
     exact = weights("reference", torch.float64)
-    error, usual = (((weights(impl, torch.float32) - exact).norm() / exact.norm()).item() for impl in ("auto", "reference"))
+    error, usual = (
+        ((weights(impl, torch.float32) - exact).norm() / exact.norm()).item() for impl in ("auto", "reference")
+    )
     if not error < 4 * max(usual, 1e-5):
-        raise SystemExit(f"wrong result: after three steps weights are off by {error:.1e}, the reference's by {usual:.1e}")
+        raise SystemExit(
+            f"wrong result: after three steps weights are off by {error:.1e}, the reference's by {usual:.1e}"
+        )
     print(f"checked: after three steps weights are off by {error:.1e}, those of the float32 reference by {usual:.1e}")
 
 

@@ -67,7 +67,15 @@ def main():
         changed = lines_changed(name)
         shown = [f"{d['before']:{f}} -> {d['after']:{f}}" for d, f in ((memory, ".1f"), (accuracy, ".1%"))]
         print(f"{what:42} {faster:6.2f} x [{low:.2f}, {high:.2f}] {shown[0]:>14} MiB {shown[1]:>18} {changed:6}")
-        row = {"recipe": name, "what": what, "batch": a.batch, "epochs": a.epochs, "faster": faster, "faster_20": low, "faster_80": high}
+        row = {
+            "recipe": name,
+            "what": what,
+            "batch": a.batch,
+            "epochs": a.epochs,
+            "faster": faster,
+            "faster_20": low,
+            "faster_80": high,
+        }
         for version in VERSIONS:
             row[f"milliseconds_{version}"] = quantile(times[version], 0.5) * 1e3
             row[f"peak_mib_{version}"], row[f"accuracy_{version}"] = memory[version], accuracy[version]

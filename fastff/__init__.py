@@ -4,9 +4,10 @@ from importlib import import_module
 
 from fastff import functional, models, nn
 from fastff.sff import SFF
+from fastff.swap_in import accelerate, verify
 
 __version__ = "0.1.0"
-__all__ = ["SFF", "Backprop", "Trainer", "functional", "models", "nn"]
+__all__ = ["SFF", "Backprop", "Trainer", "accelerate", "functional", "models", "nn", "verify"]
 
 
 def __getattr__(name):

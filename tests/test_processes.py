@@ -23,7 +23,10 @@ def calls():
     torch.manual_seed(0)
     x, target = torch.randn(6, 16, 9, 9), torch.tensor([0, 3, 1, 2, 3, 0])
     weight, norm = torch.randn(4, 16), torch.rand(2, 16)
-    dense, depthwise = torch.nn.Conv2d(16, 8, 3, padding=1, bias=False), torch.nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    dense, depthwise = (
+        torch.nn.Conv2d(16, 8, 3, padding=1, bias=False),
+        torch.nn.Conv2d(16, 16, 3, padding=1, groups=16),
+    )
 
     def convolution(module):
         y = Convolution(module)(x)

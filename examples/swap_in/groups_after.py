@@ -9,6 +9,7 @@ from examples.swap_in import digits
 class Block(fastff.nn.FFConv2d):
     def __init__(self, inputs, outputs, stride=1):
         super().__init__(inputs, outputs, 3, stride, num_classes=digits.CLASSES, goodness="class_group")
+        self.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def forward_forward(self, x, label):
@@ -24,7 +25,7 @@ class Block(fastff.nn.FFConv2d):
 
 class Net:
     def __init__(self, channels=(1, 40, 40, 80, 80), strides=(1, 1, 2, 1)):
-        self.blocks = [Block(a, b, s).to(memory_format=torch.channels_last) for a, b, s in zip(channels, channels[1:], strides, strict=False)]
+        self.blocks = [Block(a, b, s) for a, b, s in zip(channels, channels[1:], strides, strict=False)]
 
     def train_batch(self, x, label):
         for block in self.blocks:

@@ -17,7 +17,8 @@ class Network(nn.Module):
         self.blocks = nn.ModuleList()
         for a, b, stride in zip(channels, channels[1:], strides, strict=False):
             block = nn.Sequential(*convolution(a, b, stride), *convolution(b, b))
-            self.blocks.append(fastff.nn.FFBlock(block, b, digits.CLASSES, goodness="projection", grid=4, normalize=None))
+            options = {"goodness": "projection", "grid": 4, "normalize": None}
+            self.blocks.append(fastff.nn.FFBlock(block, b, digits.CLASSES, **options))
 
     def forward(self, x, label=None):
         loss = 0

@@ -9,6 +9,7 @@ from examples.swap_in import digits
 class Layer(fastff.nn.FFConv2d):
     def __init__(self, inputs, outputs, stride=1):
         super().__init__(inputs, outputs, 5, stride, norm=None, goodness="mean_of_squares", loss="symba", alpha=4.0)
+        self.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
 
     def run_train(self, x_pos, x_neg):
@@ -25,7 +26,7 @@ class Layer(fastff.nn.FFConv2d):
 
 class Net:
     def __init__(self, channels=(1, 32, 64, 64), strides=(2, 1, 2)):
-        self.suite = [Layer(a, b, s).to(memory_format=torch.channels_last) for a, b, s in zip(channels, channels[1:], strides, strict=False)]
+        self.suite = [Layer(a, b, s) for a, b, s in zip(channels, channels[1:], strides, strict=False)]
 
     def train_batch(self, x, label):
         x_pos, x_neg = digits.positive_and_negative(x, label, digits.waves)

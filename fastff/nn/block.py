@@ -80,10 +80,9 @@ class FFBlock(nn.Module):
         found, opened = [], []
 
         def open_up(module):
-            if type(module) is not nn.Sequential:
-                return found.append(module)
-            opened.append(module)
-            for child in module:
+            inside = type(module) is nn.Sequential
+            (opened if inside else found).append(module)
+            for child in module if inside else ():
                 open_up(child)
 
         open_up(self.module)
@@ -129,11 +128,9 @@ def run(layers, x):
     """Their output for training: convolutions by the quickest way to their gradients, ReLU in place where nothing needs what it overwrites."""
     before = None
     for layer in layers:
+        in_place = type(layer) is nn.ReLU and type(before) in OVERWRITABLE and not hooked([before, layer])
         quick = None if hooked([layer]) else quickened(layer)
-        if type(layer) is nn.ReLU and type(before) in OVERWRITABLE and not hooked([before, layer]):
-            x = torch.relu_(x)
-        else:
-            x = (quick or layer)(x)
+        x = torch.relu_(x) if in_place else (quick or layer)(x)
         before = layer
     return x
 
@@ -176,7 +173,9 @@ class FFConv2d(FFBlock):
 class FFDepthwiseConv2d(FFConv2d):
     """Depthwise convolution (one filter a channel), batch norm and activation as one block. Arguments as of FFConv2d."""
 
-    def __init__(self, channels, kernel_size, stride=1, padding=None, dilation=1, bias=None, *, num_classes=None, **options):
+    def __init__(
+        self, channels, kernel_size, stride=1, padding=None, dilation=1, bias=None, *, num_classes=None, **options
+    ):
         super().__init__(
             channels,
             channels,

@@ -97,5 +97,13 @@ class GroupGoodness(nn.Module):
         goodness = self._goodness()
         goodness.pop("channel_dim")  # 1, of what batch norm gives
         return ff.group_tail_step(
-            y, target, self.groups, grad_scale=grad_scale, normalize=normalize, eps=eps, **self._loss(), **goodness, **tail
+            y,
+            target,
+            self.groups,
+            grad_scale=grad_scale,
+            normalize=normalize,
+            eps=eps,
+            **self._loss(),
+            **goodness,
+            **tail,
         )

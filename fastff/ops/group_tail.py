@@ -53,7 +53,9 @@ def _group_tail_step(
 
     def step(x):
         row = impl if impl in ("auto", "reference", "composed") else "auto"
-        g, losses, grad_x, normalized = choose("group_goodness", group_op.ROWS, row, x).run.goodness_step(x, *head, True)
+        g, losses, grad_x, normalized = choose("group_goodness", group_op.ROWS, row, x).run.goodness_step(
+            x, *head, True
+        )
         return losses, g, grad_x, normalized
 
     tail = Tail(bn_weight, bn_bias, bn_eps, residual, need_residual and residual is not None, activation)

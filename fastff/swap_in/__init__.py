@@ -1,0 +1,6 @@
+"""For existing code: accelerate replaces in a module what fastff has a kernel for, verify compares two modules."""
+
+from fastff.swap_in.accelerate import Report, accelerate
+from fastff.swap_in.verify import Verification, verify
+
+__all__ = ["Report", "Verification", "accelerate", "verify"]

@@ -1,0 +1,126 @@
+"""verify: two modules on the same minibatch from the same parameters, their outputs and gradients side by side."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+
+class Row(NamedTuple):
+    """One output or gradient: how far apart the two are at most, the largest element before, and the allowed distance."""
+
+    name: str
+    difference: float
+    largest: float
+    allowed: float
+
+
+class Verification:
+    """The rows, printed as a table; `ok` where every difference is allowed."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    @property
+    def ok(self):
+        return all(row.difference <= row.allowed for row in self.rows)
+
+    def __bool__(self):
+        return self.ok
+
+    def __str__(self):
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{'':{width}}  {'difference':>10}  {'largest':>10}"]
+        for row in self.rows:
+            lines.append(
+                f"{row.name:{width}}  {row.difference:10.1e}  {row.largest:10.1e}{'' if row.difference <= row.allowed else '  differs'}"
+            )
+        return "\n".join([*lines, "the same but for rounding" if self.ok else "not the same"])
+
+
+def verify(before, after, batch, *, loss=None, tolerance=1e-4):
+    """Compares two modules: what they return (losses, goodness, outputs), and the gradients of their parameters and of floating-point inputs.
+
+    Args:
+        before, after: modules whose parameters correspond in order, with as many elements each; names may differ. Both are copied, and the
+            copy of `after` takes the parameters and buffers of `before`. Neither is changed.
+        batch: a tensor, or a tuple of the arguments of their forward.
+        loss: what is differentiated, a function of what they return; None for a sum of all floating-point outputs with fixed random weights.
+        tolerance: the difference allowed, relative to the largest element.
+
+    Returns a Verification: print it, or use it as a condition. Raises ValueError where parameters or outputs do not correspond."""
+    for module in (before, after):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"before, after: expected nn.Modules, got {type(module).__name__}")
+    batch = batch if isinstance(batch, tuple) else (batch,)
+    results = []
+    for module in (before, _with_state(after, before)):
+        results.append(_run(copy.deepcopy(module), batch, loss))
+    (names, first), (_, second) = results
+    if len(first) != len(second):
+        raise ValueError(f"after: expected {len(first)} outputs and gradients as before has, got {len(second)}")
+    rows = []
+    for name, a, b in zip(names, first, second, strict=True):
+        if (a is None) != (b is None) or (a is not None and a.numel() != b.numel()):
+            shapes = [None if t is None else list(t.shape) for t in (a, b)]
+            raise ValueError(f"{name}: expected the same size from both, got {shapes[0]} before and {shapes[1]} after")
+        if a is None:
+            continue
+        a, b = a.double().flatten(), b.double().flatten()
+        largest = a.abs().max().item() if a.numel() else 0.0
+        difference = (a - b).abs().nan_to_num(float("inf")).max().item() if a.numel() else 0.0
+        if torch.equal(a.isnan(), b.isnan()) and a.isnan().any():
+            difference = (a - b).nan_to_num(0.0).abs().max().item()
+        rows.append(Row(name, difference, largest, tolerance * max(largest, 1e-6)))
+    return Verification(rows)
+
+
+def _with_state(after, before):
+    """A copy of `after` with the parameters and buffers of `before`, in order."""
+    twin = copy.deepcopy(after)
+    for what, mine, theirs in (
+        ("parameters", list(twin.parameters()), list(before.named_parameters())),
+        ("buffers", list(twin.buffers()), list(before.named_buffers())),
+    ):
+        if [t.numel() for t in mine] != [t.numel() for _, t in theirs]:
+            expected = f"the {what} of before in their order, {[list(t.shape) for _, t in theirs]}"
+            raise ValueError(f"after: expected {expected}, got {[list(t.shape) for t in mine]}")
+        with torch.no_grad():
+            for mine_, (_, t) in zip(mine, theirs, strict=True):
+                mine_.copy_(t.reshape(mine_.shape))
+    return twin
+
+
+def _run(module, batch, loss):
+    """(names, tensors) of outputs and gradients."""
+    batch = tuple(
+        x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in batch
+    )
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        parameter.grad = None
+    returned = module(*batch)
+    outputs = [t for t in tree_leaves(returned) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if loss is not None:
+        total = loss(returned)
+    else:
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(t.numel(), generator=generator).to(t).view(t.shape) for t in outputs]
+        total = sum(((w * t).sum() for w, t in zip(weights, outputs, strict=True)), torch.zeros(()))
+    if isinstance(total, torch.Tensor) and total.requires_grad:
+        total.backward()
+    parameters, inputs = list(module.named_parameters()), [x for x in batch if isinstance(x, torch.Tensor)]
+    names = [f"output {i}" for i in range(len(outputs))] + [f"gradient of {name}" for name, _ in parameters]
+    names += [f"gradient of input {i}" for i in range(len(inputs))] + [
+        f"buffer {name}" for name, _ in module.named_buffers()
+    ]
+    tensors = [
+        *outputs,
+        *(p.grad for _, p in parameters),
+        *(x.grad for x in inputs),
+        *(b for _, b in module.named_buffers()),
+    ]
+    return names, [None if t is None else t.detach() for t in tensors]
