@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastff.functional as ff
+from fastff.checks import FLOATS
 from fastff.nn.tail import hooked
-
-FLOATS = ff.FLOATS
 
 
 def goodness(layer, x):
