@@ -176,10 +176,10 @@ def tail_step(
     var [C], the batch's biased statistics in float32 (for the running ones). Nothing is written to. Source: Ioffe and Szegedy 2015 (batch
     norm and its gradient), arXiv 1502.03167."""
     checks.check_tail(y, bn_weight, bn_bias, residual, activation)
-    canonical = checks.canonical(y, weight, bias, grid_weight, padding, 1, algorithm)
+    canonical = checks.canonical(y, weight, bias, grid_weight, padding, 1, algorithm, "y")
     y, weight4, bias, grid_weight, padding = (t.detach() if isinstance(t, torch.Tensor) else t for t in canonical)
     loss_arguments = checks.loss_arguments(
-        y, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, float(eps)
+        y, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, float(eps), "y"
     )
     loss, g, grad_y, grad_weight, grad_bias, grad_grid, grad_tau, normalized, grad_residual, *grad_bn, mean, var = (
         torch.ops.fastff.tail_step(
@@ -282,9 +282,22 @@ def group_tail_step(
 
     Returns GroupTailStep, as TailStep without a head's parameters. Nothing is written to."""
     checks.check_tail(y, bn_weight, bn_bias, residual, activation)
-    y, how = checks.canonical_groups(y, groups, power, mean, positions, 1)
+    y, how = checks.canonical_groups(y, groups, power, mean, positions, 1, "y")
     how_to_learn = checks.group_loss_arguments(
-        y, target, positions, loss, theta, alpha, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps
+        y,
+        target,
+        positions,
+        loss,
+        theta,
+        alpha,
+        tau,
+        margin,
+        label_smoothing,
+        reduction,
+        grad_scale,
+        normalize,
+        eps,
+        "y",
     )
     loss, g, grad_y, normalized, grad_residual, *grad_bn, mean, var = torch.ops.fastff.group_tail_step(
         *(None if t is None else t.detach() for t in (y, bn_weight, bn_bias)), float(bn_eps), None if residual is None else residual.detach(),

@@ -15,7 +15,7 @@ from fastff.kernels.composed.tail import ACTIVATIONS
 from fastff.ops.group_tail import ROWS
 from fastff.reference import LOSSES, NORMALIZATIONS
 
-DTYPES = {"native": torch.float32, "composed": torch.float64, "reference": torch.float64}
+DTYPES = {"triton": torch.float32, "native": torch.float32, "composed": torch.float64, "reference": torch.float64}
 IMPLEMENTATIONS = [row.name for row in ROWS if row.can_run(torch.zeros(1, 1, 1, 1, dtype=DTYPES[row.name])) is None]
 EAGER = {
     "none": lambda h: h,
@@ -128,41 +128,33 @@ def sizes(p, exact, h, grad_h):
     found |= {"grad_y": back * column(rstd * w), "mean": y.abs(), "var": y.square()}
     count = len(y) if p["reduction"] == "sum" else 1
     found |= {"goodness": g, "loss": count * (steep + exact["loss"].abs().max() / count + p["margin"] + p["theta"])}
+    found = {k: torch.as_tensor(v).max() for k, v in found.items()}
     if p["normalize"]:  # what its divisors magnify
         x = EAGER[p["activation"]](h)
-        sample = p["normalize"].endswith("channels")
-        parts = torch.tensor_split(x, p["how"]["groups"] if p["normalize"] == "group_norm" else 1, 1)
-        length = "l2" in p["normalize"]
+        over = (1,) if p["normalize"].endswith("channels") else (1, 2, 3)
         divisors = []
-        for part in parts:
-            over = (1,) if sample else (1, 2, 3)
-            part = part if "norm" not in p["normalize"] else part - part.mean(over, keepdim=True)
-            squares = part.square()
-            by = squares.sum(over, True).sqrt() + 1e-5 if length else (squares.mean(over, True) + 1e-5).sqrt()
-            divisors.append(by.expand_as(part))
-        found["normalized"] = (size.max() / torch.cat(divisors, 1)).where(x != 0, size.max())
-    return {k: torch.as_tensor(v) if k == "normalized" else torch.as_tensor(v).max() for k, v in found.items()}
+        for part in torch.tensor_split(x, p["how"]["groups"] if p["normalize"] == "group_norm" else 1, 1):
+            centred = part - part.mean(over, keepdim=True) if "norm" in p["normalize"] else part
+            squares = centred.square()
+            by = squares.sum(over, True).sqrt() if "l2" in p["normalize"] else (squares.mean(over, True) + 1e-5).sqrt()
+            divisors.append(by.expand_as(part) + 1e-5)
+        found["normalized"] = size.max() / torch.cat(divisors, 1).where(x != 0, 1.0)
+    return found
 
 
-def problem(activation, normalize, loss, dtype, number=0):
-    """The first drawn call that keeps away from the kinks, where a rounding is a step of the gradient, with its exact results."""
-    for attempt in itertools.count():
-        draw = random.Random(f"{activation} {normalize} {loss} {number} {attempt}")
-        p = drawn(draw, activation, normalize, loss, dtype)
-        if p["y"].numel() == p["y"].shape[1]:
-            continue
-        exact, h, grad_h = eager(p, torch.float64)
-        near = 2e-5 * h.abs().max()
-        kinks = KINKS.get(activation, ())
-        if normalize in ("l2_channels", "rms_channels") and p["y"].shape[1] == 1:
-            kinks, near = (0.0,), 1e-3 * h.abs().max()
-        if all(float((h - kink).abs().min()) > near for kink in kinks):
-            return p, exact, sizes(p, exact, h, grad_h)
-    raise AssertionError
+def problem(activation, normalize, loss, dtype, number=0, attempt=0):
+    """The first drawn call that keeps away from the kinks, where a rounding is a step of the gradient; its exact results, their sizes."""
+    p = drawn(random.Random(f"{activation} {normalize} {loss} {number} {attempt}"), activation, normalize, loss, dtype)
+    exact, h, grad_h = eager(p, torch.float64)
+    kinks, near = KINKS.get(activation, ()), 2e-5
+    if normalize in ("l2_channels", "rms_channels") and p["y"].shape[1] == 1:  # a kink but for eps
+        kinks, near = (0.0,), 1e-3
+    if all(float((h - kink).abs().min()) > near * float(h.abs().max()) for kink in kinks):
+        return p, exact, sizes(p, exact, h, grad_h)
+    return problem(activation, normalize, loss, dtype, number, attempt + 1)
 
 
-def call(p, impl, **changed):
-    p = p | changed
+def call(p, impl):
     named = {k: v for k, v in p.items() if k not in ("y", "target", "how")}
     return ff.group_tail_step(p["y"], p["target"], **p["how"], **named, impl=impl)
 
@@ -191,7 +183,7 @@ def assert_as_eager(step, p, exact, size):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_step(impl, activation, normalize):
     """Every result, arguments untouched, results laid out as y, the same bits twice."""
-    for loss, number in itertools.product(LOSSES, range(3)):
+    for loss, number in itertools.product(LOSSES, range(2)):
         p, exact, size = problem(activation, normalize, loss, DTYPES[impl], number)
         before = {n: t.clone() for n, t in p.items() if isinstance(t, torch.Tensor)}
         step, again = call(p, impl), call(p, impl)
@@ -282,13 +274,15 @@ def test_16_bits(dtype):
 
 
 def test_which_runs():
-    """The compiled library for float32, and what is composed for float64; by name, or not at all."""
+    """The compiled library for float32; for float64 batch norm on PyTorch's operators around the kernel of group_goodness."""
     y, target = torch.randn(3, 4, 2, 2), torch.arange(3)
     name = "fastff::group_tail_native"
     assert (name in operators_run(lambda: ff.group_tail_step(y, target, 3))) == ("native" in IMPLEMENTATIONS)
     assert name not in operators_run(lambda: ff.group_tail_step(y.double(), target, 3))
-    with pytest.raises(RuntimeError, match="native: the compiled tail computes in float32, y is float64"):
-        ff.group_tail_step(y.double(), target, 3, impl="native")
+    if "native" in IMPLEMENTATIONS:
+        run = operators_run(lambda: ff.group_tail_step(y.double(), target, 3, impl="native"))
+        assert name not in run
+        assert "fastff::group_goodness_native" in run
 
 
 def test_nothing_is_recorded_for_autograd():

@@ -1,13 +1,16 @@
 """GoodnessHead and the blocks: values and local gradients against eager PyTorch, no gradient across blocks, training."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from oracle import eager_goodness, eager_layer_norm, eager_loss
+from oracle import eager_goodness, eager_layer_norm, eager_loss, same_bits
 from torch import nn
 
+from fastff import reference
 from fastff.nn import FFBlock, FFConv2d, FFDepthwiseConv2d, FFLinear, GoodnessHead
+from fastff.nn.group_head import GOODNESS
 
 CLASSES = 5
 HEADS = [
@@ -157,3 +160,220 @@ def test_frozen_parameters_get_no_gradient():
     assert block.module[0].weight.grad is None
     assert block.head.weight.grad is None
     assert block.module[1].weight.grad is not None
+
+
+# --- goodness by name
+
+
+def any_module(norm, activation, **options):
+    last = [make for make in (norm and norm(17), activation and activation()) if make]
+    layers = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Tanh(), nn.Conv2d(6, 17, 3, padding=1), *last)
+    return FFBlock(layers, 17, **options)
+
+
+BY_NAME = {
+    "linear": (lambda norm, **options: FFLinear(7, 17, **options), (6, 7)),
+    "tokens": (lambda norm, **options: FFLinear(7, 17, channel_dim=-1, **options), (6, 4, 7)),
+    "convolution": (lambda **options: FFConv2d(3, 17, 3, 2, **options), (6, 3, 7, 9)),
+    "depthwise": (lambda **options: FFDepthwiseConv2d(17, 3, **options), (6, 17, 5, 4)),
+    "any module": (any_module, (6, 3, 5, 4)),
+}
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
+SUMS = {"theta": 30.0, "alpha": 0.05}  # where goodness is a sum over so many
+
+
+def near(got, want, scale=None):
+    """Within a tolerance of `scale`, the largest element of what is wanted."""
+    scale = float(want.detach().abs().max() if scale is None else scale)
+    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[want.dtype] * scale)
+
+
+def as_images(x):
+    """[B, C, H, W] of [B, C] and tokens [B, N, C] too."""
+    return x if x.dim() == 4 else x.view(len(x), -1, x.shape[-1]).mT[:, :, None]
+
+
+def passed_on(output, normalize, groups):
+    """The next block's input."""
+    if normalize is None:
+        return output
+    y = reference.normalized(as_images(output), normalize, groups)
+    return y if output.dim() == 4 else y.flatten(2).mT.reshape(output.shape)
+
+
+def assert_steps_as_eager(block, x, target, goodness, normalize, steps=1):
+    """loss, next input, every gradient and running statistic of local_step are those of a copy's ordinary forward and backward."""
+    eager, given = copy.deepcopy(block), x.clone().requires_grad_()
+    for _ in range(steps):
+        output, g = eager(x)
+        if goodness in GOODNESS:
+            by_class, *how = GOODNESS[goodness]
+            near(g, reference.group_goodness(as_images(output), CLASSES if by_class else 1, *how))
+        want = eager.head.loss(g, target)
+        if want.requires_grad:
+            want.backward()
+        following, loss = block.local_step(given, target)
+        near(loss, want.detach(), 1 + want.detach().abs())
+        near(following, passed_on(output.detach(), normalize, CLASSES))
+        near(eager.next_input(output.detach()), following)
+        assert following.shape == output.shape
+        assert not following.requires_grad and not loss.requires_grad
+    assert given.grad is None, "a gradient left the block"
+    assert same_bits(given.detach(), x), "x was written to"
+    scale = max((float(p.grad.abs().max()) for p in eager.parameters() if p.grad is not None), default=0.0)
+    for (name, p), q in zip(block.named_parameters(), eager.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            near(p.grad, q.grad, scale)
+    for (name, a), b in zip(block.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("goodness", [*GOODNESS, "projection"])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_goodness_by_name(name, goodness, dtype):
+    """Every normalisation behind every end of a block, and every loss; 17 channels in 5 groups; channels_last in float32."""
+    make, shape = BY_NAME[name]
+    by_class = goodness == "projection" or GOODNESS[goodness][0]
+    losses = ["cross_entropy"] * by_class + list(reference.LOSSES[1:]) * (goodness != "projection")
+    normalizations = ["layer_norm", "l2", "rms", None] + ["group_norm", "layer_norm_channels"] * by_class
+    norms = (nn.BatchNorm2d, None) if len(shape) == 4 else (None,)
+    cases = [
+        *itertools.product(losses[:1], normalizations, norms, (nn.ReLU, nn.GELU, None)),
+        *itertools.product(losses[1:], ("l2", None), norms[:1], (nn.ReLU,)),
+    ]
+    for seed, (loss, normalize, norm, activation) in enumerate(cases):
+        torch.manual_seed(seed)
+        options = {} if goodness == "projection" else {"loss": loss}
+        options |= SUMS if goodness == "sum_of_squares" else {}
+        block = make(
+            goodness=goodness, num_classes=CLASSES if by_class else None, normalize=normalize, norm=norm, activation=activation, **options
+        ).to(dtype)  # fmt: skip
+        perturbed(block.module)
+        x = torch.randn(shape, dtype=dtype)
+        if dtype == torch.float32 and x.dim() == 4:
+            block, x = (t.to(memory_format=torch.channels_last) for t in (block, x))
+        target = torch.randint(CLASSES, (len(x),)) if loss == "cross_entropy" else None
+        assert_steps_as_eager(block, x, target, goodness, normalize)
+
+
+def nested():
+    """Convolutions of every kind that has a way of its own, ReLU behind what may be overwritten and what may not."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        nn.Sequential(
+            nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU(), nn.Sequential(nn.Conv2d(16, 17, 1), nn.ReLU(), nn.BatchNorm2d(17))
+        ),
+        nn.GELU(), nn.ReLU(), nn.Conv2d(17, 17, 3, 2, 1, bias=False), nn.BatchNorm2d(17), nn.ReLU(),
+    )  # fmt: skip
+
+
+BATCH_NORMS = {
+    "as it is": lambda norm: None,
+    "cumulative": lambda norm: setattr(norm, "momentum", None),
+    "without parameters": lambda norm: norm.__init__(norm.num_features, affine=False),
+    "without statistics": lambda norm: norm.__init__(norm.num_features, track_running_stats=False),
+    "frozen": lambda norm: norm.eval(),
+    "half frozen": lambda norm: norm.bias.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", BATCH_NORMS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_nested_sequential(dtype, change):
+    """Two steps whose gradients add up, with batch norm in every state."""
+    torch.manual_seed(0)
+    for goodness, normalize in itertools.product(("class_group", "projection", "sff"), ("layer_norm", "l2", None)):
+        block = FFBlock(nested(), 17, CLASSES, goodness=goodness, normalize=normalize)
+        for module in block.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                BATCH_NORMS[change](module)
+        block = perturbed(block).to(dtype).to(memory_format=torch.channels_last)
+        x = torch.randn(6, 16, 8, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        assert_steps_as_eager(block, x, torch.randint(CLASSES, (6,)), goodness, normalize, steps=2)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(17, 17, 1)),
+        lambda: nn.Sequential(nn.BatchNorm2d(17), nn.ReLU()),
+        lambda: nn.Sequential(nn.Identity(), nn.ReLU()),
+        lambda: nn.Sequential(nn.ReLU()),
+        lambda: nn.Sequential(nn.Sequential(), nn.Conv2d(17, 17, 1), nn.Identity()),
+        lambda: nn.Sequential(),
+        lambda: nn.Identity(),
+        lambda: nn.Conv2d(17, 17, 3, padding="same", padding_mode="circular"),
+        lambda: nn.Sequential(nn.Conv2d(17, 17, (1, 3), padding=(0, 1)), nn.BatchNorm2d(17), nn.Dropout(0.0)),
+    ],
+)
+@pytest.mark.parametrize("goodness", ["class_group", "projection"])
+def test_modules_of_few_layers(layers, goodness):
+    """What does not begin with a layer of weights leaves x alone."""
+    torch.manual_seed(0)
+    for normalize, dtype in itertools.product(("layer_norm", None), TOLERANCE):
+        block = FFBlock(layers(), 17, CLASSES, goodness=goodness, normalize=normalize).to(dtype)
+        x = torch.randn(4, 17, 3, 5, dtype=dtype)
+        assert_steps_as_eager(block, x, torch.randint(CLASSES, (4,)), goodness, normalize)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize("normalize", ["layer_norm", None])
+def test_hooks_run(kind, normalize):
+    """One on any layer or nn.Sequential runs once in local_step, on the tensors of eager code, which nothing overwrites later."""
+    torch.manual_seed(0)
+    block = FFBlock(nested(), 17, CLASSES, goodness="class_group", normalize=normalize).double()
+    x, target = torch.randn(4, 16, 6, 5, dtype=torch.float64), torch.randint(CLASSES, (4,))
+    for name in dict(block.module.named_modules()):
+        seen = []
+        for run in (lambda b: b.local_step(x, target), lambda b: b.head.loss(b(x)[1], target).backward()):
+            hooked, calls = copy.deepcopy(block), []
+            getattr(hooked.module.get_submodule(name), kind)(lambda module, *given, calls=calls: calls.append(given))
+            run(hooked)
+            seen.append(calls)
+        assert [len(calls) for calls in seen] == [1, 1], name
+        torch.testing.assert_close(*seen)
+
+
+def test_heads_without_weights():
+    """Nothing in their state, and the blocks load what their modules have."""
+    for goodness in GOODNESS:
+        block = FFConv2d(3, 17, 3, num_classes=CLASSES, goodness=goodness)
+        assert block.head.state_dict() == {}
+        assert list(block.head.parameters()) == []
+        assert all(name.startswith("module.") for name in block.state_dict())
+        block.module.load_state_dict({k.removeprefix("module."): v for k, v in block.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"goodness": "hinton"}, "goodness: expected one of sff, projection, class_group, .* got 'hinton'"),
+        ({"goodness": "mean_of_squares", "loss": "cross_entropy"}, "loss: expected a loss of positive and negative samples"),
+        ({"goodness": "class_group", "loss": "hinge"}, "loss: expected one of"),
+        ({"goodness": "class_group", "num_classes": None}, "num_classes: expected 1 to 4, .* got None"),
+        ({"goodness": "class_group", "num_classes": 5}, "num_classes: expected 1 to 4, .* got 5"),
+        ({"num_classes": None}, "num_classes: expected a whole number of at least 1, got None"),
+        ({"goodness": "projection", "num_classes": None}, "num_classes: expected a whole number of at least 1, got None"),
+        ({"goodness": "class_group", "normalize": "batch"}, "normalize: expected one of"),
+        ({"goodness": "mean_of_squares", "num_classes": None, "normalize": "group_norm"}, "normalize: group_norm takes a group"),
+        ({"goodness": "mean_of_squares", "num_classes": 3, "normalize": "group_norm"}, "normalize: group_norm takes a group"),
+    ],
+)  # fmt: skip
+def test_blocks_refuse(options, said):
+    with pytest.raises(ValueError, match=said):
+        FFBlock(nn.ReLU(), 4, **{"num_classes": 3} | options)
+
+
+def test_targets_that_do_not_fit_the_loss():
+    x, target = torch.randn(3, 7), torch.tensor([0, 1, 2])
+    for options, given, said in (
+        ({"goodness": "class_group"}, None, "target: expected .* for cross_entropy"),
+        ({"goodness": "class_group"}, torch.tensor([0, 1, 5]), r"target: expected labels in 0\.\.4, got 5"),
+        ({"goodness": "mean_of_squares"}, target, "target: expected None for softplus"),
+        ({"goodness": "mean_of_squares"}, None, "expected positive samples and as many negative ones"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            FFLinear(7, 9, num_classes=CLASSES, **options).local_step(x, given)

@@ -34,10 +34,10 @@ class FFBlock(nn.Module):
         super().__init__()
         if normalize is not None and normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
-        if normalize == "group_norm" and num_classes is None:
-            raise ValueError("normalize: group_norm takes a group for each class, got num_classes None")
         self.module = module
         self.head = make_head(channels, num_classes, goodness, head)
+        if normalize == "group_norm" and self.head.num_classes is None:
+            raise ValueError(f"normalize: group_norm takes a group for each class, and {goodness} has no classes")
         self.normalize = None if normalize == "none" else normalize
 
     def forward(self, x):
@@ -91,7 +91,7 @@ class FFBlock(nn.Module):
     def train_forward(self, x):
         """(the module's output for training without a tail, whether a ReLU is still to come, which may overwrite it)."""
         layers = self.layers()
-        if layers is None:
+        if not layers:
             return self.module(x), False
         *others, last = layers
         if type(last) is nn.ReLU and others and type(others[-1]) in OVERWRITABLE and not hooked([last, others[-1]]):

@@ -16,16 +16,13 @@ from fastff.ops.goodness import check_labels
 from fastff.ops.table import Implementation, always, choose, implement
 from fastff.ops.tail import Reference
 
-
-def _native_can_run(y):
-    if y.dtype == torch.float64:
-        return "the compiled tail computes in float32, y is float64"
-    return group_op._native_can_run(y)
-
-
+# "triton": batch norm on PyTorch's operators around the kernel of group_goodness
 ROWS = [
-    Implementation("native", _native_can_run, native_group_tail),
-    Implementation("composed", always, composed, "batch norm around group_goodness's own choice"),
+    Implementation("triton", group_op.ROWS[0].can_run, composed),
+    Implementation(
+        "native", group_op.ROWS[1].can_run, native_group_tail, "float64 by batch norm around group_goodness"
+    ),
+    Implementation("composed", always, composed),
     Implementation("reference", always, Reference),
 ]
 
@@ -51,16 +48,15 @@ def _group_tail_step(
     wanted = wanted._replace(scale=1 / wanted.count(len(y)) if reduction == "mean" else 1.0)
     head = (how, wanted, normalize, eps)
 
+    row = choose("group_tail", ROWS, impl, y)
+
     def step(x):
-        row = impl if impl in ("auto", "reference", "composed") else "auto"
-        g, losses, grad_x, normalized = choose("group_goodness", group_op.ROWS, row, x).run.goodness_step(
-            x, *head, True
-        )
+        run = choose("group_goodness", group_op.ROWS, row.name, x).run
+        g, losses, grad_x, normalized = run.goodness_step(x, *head, True)
         return losses, g, grad_x, normalized
 
     tail = Tail(bn_weight, bn_bias, bn_eps, residual, need_residual and residual is not None, activation)
-    run = choose("group_tail", ROWS, impl, y).run
-    (losses, g, _, normalized), grads = run.tail_step(y, tail, head, step)
+    (losses, g, _, normalized), grads = row.run.tail_step(y, tail, head, step)
     own = [
         y.new_empty(0) if parameter is None else grad.to(parameter.dtype)
         for grad, parameter in ((grads.weight, bn_weight), (grads.bias, bn_bias))

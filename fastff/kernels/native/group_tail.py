@@ -2,12 +2,15 @@
 
 import torch
 
+from fastff.kernels.composed import tail as composed
 from fastff.kernels.composed.tail import ACTIVATIONS, Gradients
 from fastff.reference import LOSSES, NORMALIZATIONS
 
 
 def tail_step(y, tail, head, step):
     """((losses, g, None, the normalised x or None), Gradients)."""
+    if y.dtype == torch.float64:
+        return composed.tail_step(y, tail, head, step)
     how, loss, normalize, eps = head
     weight, bias, residual, scale = (
         None if t is None else t.float() for t in (tail.weight, tail.bias, tail.residual, loss.grad_scale)
