@@ -154,7 +154,9 @@ def classes_table():
             row = found[variant, count]
             cells += [f"{float(row['ratio']):.2f} x", f"{float(row['peak_mib']):.0f} MiB"]
         body.append(cells)
-    return table(["classes", *(f"{v}, {what}" for v in variants for what in ("time", "memory"))], body) + measured_on(rows[0])
+    return table(["classes", *(f"{v}, {what}" for v in variants for what in ("time", "memory"))], body) + measured_on(
+        rows[0]
+    )
 
 
 def swap_in_table():
