@@ -41,7 +41,7 @@ def lines_changed(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 64), ("epochs", 5), ("rounds", 25)):
+    for name, default in (("batch", 64), ("epochs", 12), ("rounds", 25)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--noise", type=float, default=0.15)
     parser.add_argument("--csv")
