@@ -176,13 +176,46 @@ def depthwise(draw):
     return same_bits(memory, before)
 
 
+def group_goodness(draw):
+    """Goodness without weights, alone or behind batch norm, against the same composed in float64."""
+    x, memory = draw.images()
+    C, before = x.shape[1], memory.clone()
+    groups = draw.between(1, C)
+    loss = draw.of("cross_entropy", "softplus", "swish", "symba") if len(x) % 2 == 0 else "cross_entropy"
+    target = torch.randint(groups, (len(x),), generator=draw.generator) if loss == "cross_entropy" else None
+    options = {"groups": groups, "loss": loss, "power": draw.of(1, 2), "mean": draw.of(True, False), "theta": 0.5}
+    options["normalize"] = draw.of(None, *reference.NORMALIZATIONS)
+    if draw.of(True, False) or x.numel() == C:
+        step, fields = ff.group_goodness_step, ff.GroupGoodnessStep._fields
+    else:
+        step, fields = ff.group_tail_step, ff.GroupTailStep._fields
+        options |= {
+            "bn_weight": draw.values(C),
+            "bn_bias": draw.values(C),
+            "activation": draw.of("none", "silu", "gelu"),
+        }
+        if float(x.double().var((0, 2, 3)).min()) < 1e-2:
+            return True
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    want = step(x.double(), target, **exact, eps=1e-3, impl="composed")
+    got = step(x, target, **options, eps=1e-3, impl="native")
+    for name, a, b in zip(fields, got, want, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            close(name, a, b, 1.0)
+    return same_bits(memory, before)
+
+
+OPS = (goodness, tail, convolution, depthwise, group_goodness)
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 def test_drawn_calls(part):
     threads = torch.get_num_threads()
     try:
         for seed in range(part * DRAWS // PARTS, (part + 1) * DRAWS // PARTS):
-            torch.set_num_threads(1 + seed // 4 % 2)
-            op = (goodness, tail, convolution, depthwise)[seed % 4]
+            torch.set_num_threads(1 + seed // len(OPS) % 2)
+            op = OPS[seed % len(OPS)]
             try:
                 untouched = op(Draw(seed))
             except Exception as error:

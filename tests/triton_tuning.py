@@ -36,9 +36,12 @@ def test_tune_keeps_the_fastest_and_launches_use_it():
         assert sizes == list(list(tuning.candidates(start))[-1])
         assert blocks.sizes(device, key.split()[0], 4, 16, 16, 5, 0, 4) == blocks.Blocks(*sizes)
     assert blocks.sizes(device, "direct", 4, 16, 25, 5, 0, 4) == blocks.table("direct", 4, 16, 25, 5, 0, 4)
+    torch.manual_seed(0)
     x, weight, target = torch.randn(4, 16, 4, 4), torch.randn(5, 16), torch.arange(4)
-    tuned, plain = (ff.goodness_step(x, weight, None, target, impl=impl) for impl in ("triton", "reference"))
-    torch.testing.assert_close(tuned.grad_x, plain.grad_x, rtol=1e-4, atol=1e-6)
+    tuned = ff.goodness_step(x, weight, None, target, impl="triton").grad_x
+    exact = ff.goodness_step(x.double(), weight.double(), None, target, impl="reference").grad_x
+    # elements are sums over classes that cancel: roundings are of the size of their terms
+    assert (tuned - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"interpreter": {"direct 1 2 3 0 4 0": [1, 2]}}'])
