@@ -13,6 +13,17 @@ TRUNCATES = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # Triton's interpreter narrows float32 to bfloat16 by cutting it off
 
+# activations of tail_step by name, and where their derivatives jump
+EAGER = {
+    "none": lambda h: h,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+
 
 def eager_goodness(x, weight, bias=None, grid_weight=None, padding=0):
     """x [B, C, H, W] -> g [B, K] as anyone would write it: convolution, square, mean; adaptive pooling."""

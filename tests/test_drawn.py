@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from oracle import LAYOUTS, same_bits
+from oracle import KINKS, LAYOUTS, same_bits
 
 import fastff.functional as ff
 from fastff import reference
@@ -16,7 +16,6 @@ pytestmark = pytest.mark.skipif(bool(native.reason()), reason=native.reason() or
 
 DRAWS = int(os.environ.get("FASTFF_DRAWS", 10_000))
 PARTS = 10
-KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 
 
 class Draw:

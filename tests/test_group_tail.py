@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import LAYOUTS, operators_run, same_bits
+from oracle import EAGER, KINKS, LAYOUTS, operators_run, same_bits
 
 import fastff.functional as ff
 from fastff import reference
@@ -17,15 +17,6 @@ from fastff.reference import LOSSES, NORMALIZATIONS
 
 DTYPES = {"triton": torch.float32, "native": torch.float32, "composed": torch.float64, "reference": torch.float64}
 IMPLEMENTATIONS = [row.name for row in ROWS if row.can_run(torch.zeros(1, 1, 1, 1, dtype=DTYPES[row.name])) is None]
-EAGER = {
-    "none": lambda h: h,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
-KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 SIZES = [(1, 5, 3), (7, 3, 5), (17, 7, 1), (33, 1, 9), (33, 5, 7), (40, 4, 4), (7, 1, 1), (1, 1, 1)]  # C, H, W
 
 

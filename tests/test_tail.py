@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import LAYOUTS, eager_goodness, eager_layer_norm, eager_loss, planned_for, same_bits
+from oracle import EAGER, KINKS, LAYOUTS, eager_goodness, eager_layer_norm, eager_loss, planned_for, same_bits
 from torch import nn
 from vision import import_torchvision
 
@@ -29,14 +29,6 @@ RUNS = [
     if row.name in IMPLEMENTATIONS and row.can_run(torch.zeros(1, 1, 1, 1, dtype=dtype)) is None
 ]
 EXAMPLES = int(os.environ.get("FASTFF_EXAMPLES", 12 if TRITON else 60))
-EAGER = {
-    "none": lambda h: h,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
 GRADIENTS = (
     "grad_y",
     "grad_residual",
@@ -107,9 +99,6 @@ def eager(p, dtype):
         normalized = F.layer_norm(x.detach().movedim(1, -1), (x.shape[1],), eps=1e-5).movedim(-1, 1)
     var, mean = torch.var_mean(p["y"].to(dtype), (0, 2, 3), correction=0)
     return loss.detach(), g.detach(), normalized, mean, var, grads
-
-
-KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 
 
 def magnitudes(p, exact):

@@ -63,17 +63,12 @@ class FFBlock(nn.Module):
             else:
                 y, relu = self.train_forward(x.detach())
         output = torch.relu_(y.detach()) if relu else y.detach()
-        loss, grad, normalized = self._head_step(output, target, y.requires_grad)
+        step = self.head.local_step(output, target, self.normalize, need_grad_x=y.requires_grad)
         if y.requires_grad:
             if relu:  # over the gradient, which is ours
-                torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
-            y.backward(grad)
-        return output if normalized is None else normalized, loss
-
-    def _head_step(self, output, target, need_grad):
-        """loss, the output's gradient, the normalised output of the head's local_step."""
-        step = self.head.local_step(output, target, self.normalize, need_grad_x=need_grad)
-        return step.loss, step.grad_x, step.normalized
+                torch.ops.aten.threshold_backward.grad_input(step.grad_x, output, 0, grad_input=step.grad_x)
+            y.backward(step.grad_x)
+        return output if step.normalized is None else step.normalized, step.loss
 
     def layers(self):
         """The modules of an nn.Sequential in order, nested ones opened; None for other modules and where a hook would be passed over."""

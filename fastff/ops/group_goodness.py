@@ -75,15 +75,20 @@ def _backward_fake(d, x, groups, power, mean, positions, impl):
     return empty_like(x)
 
 
+def loss_of(x, groups, loss, theta, target, tau, margin, label_smoothing, reduction, grad_scale):
+    """The Loss of a step on x, labels checked."""
+    if target is not None:
+        check_labels(target, groups)
+    wanted = Loss(loss, theta, target, tau, margin, label_smoothing, 1.0, grad_scale)
+    return wanted._replace(scale=1 / wanted.count(len(x)) if reduction == "mean" else 1.0)
+
+
 @torch.no_grad()
 def _step(
     x, groups, power, mean, positions, loss, theta, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, need_x, impl,
 ):  # fmt: skip
     how = Goodness(groups, power, mean, positions)
-    if target is not None:
-        check_labels(target, groups)
-    wanted = Loss(loss, theta, target, tau, margin, label_smoothing, 1.0, grad_scale)
-    wanted = wanted._replace(scale=1 / wanted.count(len(x)) if reduction == "mean" else 1.0)
+    wanted = loss_of(x, groups, loss, theta, target, tau, margin, label_smoothing, reduction, grad_scale)
     run = choose("group_goodness", ROWS, impl, x).run
     g, losses, grad_x, normalized = run.goodness_step(x, how, wanted, normalize, eps, need_x)
     none = x.new_empty(0)

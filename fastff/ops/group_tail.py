@@ -7,14 +7,12 @@ import torch
 
 from fastff import reference
 from fastff.kernels.composed import tail as composed
-from fastff.kernels.composed.goodness import empty_like
-from fastff.kernels.composed.group_goodness import Goodness, Loss
+from fastff.kernels.composed.group_goodness import Goodness
 from fastff.kernels.composed.tail import Tail
 from fastff.kernels.native import group_tail as native_group_tail
 from fastff.ops import group_goodness as group_op
-from fastff.ops.goodness import check_labels
 from fastff.ops.table import Implementation, always, choose, implement
-from fastff.ops.tail import Reference
+from fastff.ops.tail import Reference, own_fake, own_results
 
 # "triton": batch norm on PyTorch's operators around the kernel of group_goodness
 ROWS = [
@@ -41,11 +39,8 @@ def _group_tail_step(
     y, bn_weight, bn_bias, bn_eps, residual, need_residual, activation, groups, power, mean, positions, loss, theta, target, tau, margin,
     label_smoothing, reduction, grad_scale, normalize, eps, impl,
 ):  # fmt: skip
-    if target is not None:
-        check_labels(target, groups)
     how = Goodness(groups, power, mean, positions)
-    wanted = Loss(loss, theta, target, tau, margin, label_smoothing, 1.0, grad_scale)
-    wanted = wanted._replace(scale=1 / wanted.count(len(y)) if reduction == "mean" else 1.0)
+    wanted = group_op.loss_of(y, groups, loss, theta, target, tau, margin, label_smoothing, reduction, grad_scale)
     head = (how, wanted, normalize, eps)
 
     row = choose("group_tail", ROWS, impl, y)
@@ -57,19 +52,12 @@ def _group_tail_step(
 
     tail = Tail(bn_weight, bn_bias, bn_eps, residual, need_residual and residual is not None, activation)
     (losses, g, _, normalized), grads = row.run.tail_step(y, tail, head, step)
-    own = [
-        y.new_empty(0) if parameter is None else grad.to(parameter.dtype)
-        for grad, parameter in ((grads.weight, bn_weight), (grads.bias, bn_bias))
-    ]
     return (
         reference.reduced(losses, reduction),
         g.contiguous(),
         grads.y,
         y.new_empty(0) if normalize == "none" else group_op.laid_as(y, normalized),
-        y.new_empty(0) if grads.residual is None else grads.residual,
-        *own,
-        grads.mean,
-        grads.var,
+        *own_results(grads, y, bn_weight, bn_bias),
     )
 
 
@@ -80,10 +68,7 @@ def _group_tail_step_fake(
     *results, grad_y, normalized = group_op._step_fake(
         y, groups, power, mean, positions, loss, theta, target, tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, True, impl
     )  # fmt: skip
-    grad_residual = empty_like(y) if need_residual and residual is not None else y.new_empty(0)
-    own = [y.new_empty(0) if p is None else torch.empty_like(p) for p in (bn_weight, bn_bias)]
-    statistics = [y.new_empty(y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32)) for _ in range(2)]
-    return *results, grad_y, normalized, grad_residual, *own, *statistics
+    return *results, grad_y, normalized, *own_fake(y, bn_weight, bn_bias, residual, need_residual)
 
 
 implement(_lib, "group_tail_step", _group_tail_step, _group_tail_step_fake)

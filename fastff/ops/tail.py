@@ -70,20 +70,30 @@ def _tail_step(
     tail = Tail(bn_weight, bn_bias, bn_eps, residual, need_residual and residual is not None, activation)
     results, grads = run.tail_step(y, tail, head, step)
     loss, g, _, *rest = goodness_op.results_of(results, y, weight, bias, grid_weight, reduction)
-    own = [
-        y.new_empty(0) if parameter is None else grad.to(parameter.dtype)
-        for grad, parameter in ((grads.weight, bn_weight), (grads.bias, bn_bias))
-    ]
     return (
         loss,
         g,
         grads.y,
         *rest,
-        y.new_empty(0) if grads.residual is None else grads.residual,
-        *own,
-        grads.mean,
-        grads.var,
+        *own_results(grads, y, bn_weight, bn_bias),
     )
+
+
+def own_results(grads, y, bn_weight, bn_bias):
+    """grad_residual, grad_bn_weight, grad_bn_bias, mean, var as the ops return them: empty where there is no such thing."""
+    parameters = [
+        y.new_empty(0) if parameter is None else grad.to(parameter.dtype)
+        for grad, parameter in ((grads.weight, bn_weight), (grads.bias, bn_bias))
+    ]
+    return y.new_empty(0) if grads.residual is None else grads.residual, *parameters, grads.mean, grads.var
+
+
+def own_fake(y, bn_weight, bn_bias, residual, need_residual):
+    """Their shapes."""
+    grad_residual = composed_goodness.empty_like(y) if need_residual and residual is not None else y.new_empty(0)
+    parameters = [y.new_empty(0) if p is None else torch.empty_like(p) for p in (bn_weight, bn_bias)]
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return grad_residual, *parameters, *(y.new_empty(y.shape[1], dtype=wide) for _ in range(2))
 
 
 def _tail_step_fake(
@@ -94,10 +104,7 @@ def _tail_step_fake(
         y, weight, bias, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, True,
         padding, impl, algorithm,
     )  # fmt: skip
-    wide = torch.promote_types(y.dtype, torch.float32)
-    grad_residual = composed_goodness.empty_like(y) if need_residual and residual is not None else y.new_empty(0)
-    own = [y.new_empty(0) if p is None else torch.empty_like(p) for p in (bn_weight, bn_bias)]
-    return *results, grad_residual, *own, *(y.new_empty(y.shape[1], dtype=wide) for _ in range(2))
+    return *results, *own_fake(y, bn_weight, bn_bias, residual, need_residual)
 
 
 implement(_lib, "tail_step", _tail_step, _tail_step_fake)

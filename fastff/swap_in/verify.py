@@ -55,10 +55,7 @@ def verify(before, after, batch, *, loss=None, tolerance=1e-4):
         if not isinstance(module, nn.Module):
             raise TypeError(f"before, after: expected nn.Modules, got {type(module).__name__}")
     batch = batch if isinstance(batch, tuple) else (batch,)
-    results = []
-    for module in (before, _with_state(after, before)):
-        results.append(_run(copy.deepcopy(module), batch, loss))
-    (names, first), (_, second) = results
+    (names, first), (_, second) = (_run(m, batch, loss) for m in (copy.deepcopy(before), _with_state(after, before)))
     if len(first) != len(second):
         raise ValueError(f"after: expected {len(first)} outputs and gradients as before has, got {len(second)}")
     rows = []
@@ -81,15 +78,15 @@ def _with_state(after, before):
     """A copy of `after` with the parameters and buffers of `before`, in order."""
     twin = copy.deepcopy(after)
     for what, mine, theirs in (
-        ("parameters", list(twin.parameters()), list(before.named_parameters())),
-        ("buffers", list(twin.buffers()), list(before.named_buffers())),
+        ("parameters", list(twin.parameters()), list(before.parameters())),
+        ("buffers", list(twin.buffers()), list(before.buffers())),
     ):
-        if [t.numel() for t in mine] != [t.numel() for _, t in theirs]:
-            expected = f"the {what} of before in their order, {[list(t.shape) for _, t in theirs]}"
+        if [t.numel() for t in mine] != [t.numel() for t in theirs]:
+            expected = f"the {what} of before in their order, {[list(t.shape) for t in theirs]}"
             raise ValueError(f"after: expected {expected}, got {[list(t.shape) for t in mine]}")
         with torch.no_grad():
-            for mine_, (_, t) in zip(mine, theirs, strict=True):
-                mine_.copy_(t.reshape(mine_.shape))
+            for own, given in zip(mine, theirs, strict=True):
+                own.copy_(given.reshape(own.shape))
     return twin
 
 
@@ -99,10 +96,11 @@ def _run(module, batch, loss):
         x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in batch
     )
-    torch.manual_seed(0)
     for parameter in module.parameters():
         parameter.grad = None
-    returned = module(*batch)
+    with torch.random.fork_rng():  # the same dropout in both, and the caller's random state as it was
+        torch.manual_seed(0)
+        returned = module(*batch)
     outputs = [t for t in tree_leaves(returned) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if loss is not None:
         total = loss(returned)
