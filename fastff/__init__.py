@@ -7,11 +7,14 @@ from fastff.sff import SFF
 from fastff.swap_in import accelerate, verify
 
 __version__ = "0.1.0"
-__all__ = ["SFF", "Backprop", "Trainer", "accelerate", "functional", "models", "nn", "verify"]
+__all__ = [
+    "SFF", "Backprop", "Distributed", "RankFailed", "Trainer", "accelerate", "functional", "models", "nn", "verify",
+]  # fmt: skip
+LATER = {"Trainer": "training", "Backprop": "training", "Distributed": "parallel", "RankFailed": "parallel"}
 
 
 def __getattr__(name):
-    """Trainer and Backprop on first use: what only looks at kernels need not load the training code."""
-    if name in ("Trainer", "Backprop"):
-        return getattr(import_module("fastff.training"), name)
+    """Trainer and its like on first use: what only looks at kernels need not load the training code."""
+    if name in LATER:
+        return getattr(import_module(f"fastff.{LATER[name]}"), name)
     raise AttributeError(f"module 'fastff' has no attribute {name!r}")

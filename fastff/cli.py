@@ -31,6 +31,7 @@ def _guarded(command):
     FASTFF_DEBUG=1 keeps all tracebacks."""
     import typer
 
+    from fastff.parallel.watch import RankFailed, speaks
     from fastff.training.loop import Diverged
 
     @functools.wraps(command)
@@ -41,13 +42,14 @@ def _guarded(command):
             message, code = str(error) or "stopped", 130
         except BrokenPipeError:
             raise
-        except (Diverged, torch.OutOfMemoryError) as error:
+        except (Diverged, RankFailed, torch.OutOfMemoryError) as error:
             message, code = _explained(error), 1
         except (ValueError, OSError, ImportError) as error:
             message, code = error, 2
             if os.environ.get("FASTFF_DEBUG") == "1":
                 raise
-        print(f"fastff: {message}", file=sys.stderr)
+        if speaks():
+            print(f"fastff: {message}", file=sys.stderr, flush=True)
         raise typer.Exit(code)
 
     return run
@@ -68,6 +70,7 @@ def make_app():
     from rich.console import Console
     from rich.table import Table
 
+    from fastff import parallel
     from fastff.training import checkpoint, experiment, plots
     from fastff.training import compare as comparison
     from fastff.training import environment as here
@@ -208,29 +211,57 @@ def make_app():
         start_from: Annotated[Path | None, option("Start with the blocks of this run (transfer).", "--from")] = None,
         freeze: Annotated[int | None, option("First blocks that stay as --from gave them; their heads learn.")] = None,
         resume: Annotated[Path | None, option("Go on with this run; only --epochs and --root can change.")] = None,
+        block_ranks: Annotated[int, option("Of torchrun's processes, how many share the blocks of one network.")] = 1,
+        batch_norm: Annotated[
+            str | None, option("Over a process's share of a minibatch, local, or all of it, synchronized. Default: local.")
+        ] = None,
+        shard_optimizer: Annotated[
+            bool, option("Split the optimiser's state over the processes.", "--shard-optimizer")
+        ] = False,
+        timeout: Annotated[float, option("Seconds to wait for another process before it counts as hanging.")] = 300,
     ):
-        """Train a network and keep everything in a folder."""
+        """Train a network and keep everything in a folder; with torchrun --nproc-per-node N -m fastff.cli train on several devices."""
         given = {key: value for key, value in locals().items() if key in experiment.DEFAULTS}
         where = experiment.device_named(device)
+        distributed, leads = None, True
+        if parallel.world_size() > 1:
+            distributed = parallel.Distributed(
+                block_ranks=block_ranks, batch_norm=batch_norm or "local", shard_optimizer=shard_optimizer, timeout=timeout
+            )
+            parallel.start(where, timeout)
+            leads = torch.distributed.get_rank() == 0
+            if block_ranks > 1 and window is None:
+                given["window"] = 1
+        elif block_ranks > 1:
+            raise ValueError(f"block_ranks: expected 1 for one process (torchrun starts several), got {block_ranks}")
         if save_every < 1:
             raise ValueError(f"save_every: expected a whole number of at least 1, got {save_every}")
         if resume is not None:
             if start_from is not None or out is not None:
                 raise ValueError("resume: expected neither --from nor --out beside it; a run goes on in its own folder")
-            run, out = experiment.resume(resume, where, **given), resume
+            run, out = experiment.resume(resume, where, distributed, **given), resume
+        elif experiment.restarted(out := out or Path("runs/train")):
+            run = experiment.resume(out, where, distributed, **given)
         else:
-            out = out or Path("runs/train")
             if (out / "checkpoint.pt").exists():
                 raise ValueError(
                     f"out: expected a new folder, {out} holds a run already; go on with --resume {out}, or remove it"
                 )
             s = experiment.settings(**given)
-            run = experiment.start(s, where, start_from)
-        experiment.writable_folder(out)
-        say(repr(run.trainer.sff))
-        if run.finished:
-            say(f"all {run.settings['epochs']} epochs are done; --epochs can add more")
+            run = experiment.start(s, where, start_from, distributed)
+        run.trainer.ranks.watch.on_terminate()
+        if leads:
+            experiment.writable_folder(out)
+            say(repr(run.trainer.sff))
+            if distributed is not None:
+                say(run.trainer.describe_ranks())
+            if run.finished:
+                say(f"all {run.settings['epochs']} epochs are done; --epochs can add more")
         history = run.fit(out, save_every)
+        if distributed is not None:
+            torch.distributed.destroy_process_group()
+        if not leads:
+            return
         accuracies = {k.removeprefix("test "): v for k, v in history[-1].items() if k.startswith("test ")}
         shown = table(
             ">block", "ends with", ">test accuracy", title=f"{run.dataset.name} after epoch {history[-1]['epoch']}"

@@ -52,6 +52,13 @@ def load(path, map_location=None):
     return state
 
 
+def joined(states):
+    """One optimiser's state_dict from those of the ranks, each with the state of some of its parameters."""
+    whole = dict(max(states, key=lambda state: len(state["state"])))
+    whole["state"] = {index: value for state in states for index, value in state["state"].items()}
+    return whole
+
+
 def random_state():
     """The states of torch's generators."""
     state = {"cpu": torch.get_rng_state()}

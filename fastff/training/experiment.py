@@ -1,6 +1,7 @@
 """Networks, data and trainers from a plain dict of settings, which checkpoints keep: for compare, train and predict."""
 
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 
 from fastff import models
 from fastff.cut import GRANULARITIES
+from fastff.parallel.ranks import BATCH_NORMS, leader_first
 from fastff.sff import SFF
 from fastff.training import data, optim
 from fastff.training.backprop import Backprop
@@ -43,8 +45,11 @@ DEFAULTS = {
     "channels_last": True,
     "seed": 0,
     "freeze": 0,
+    "batch_norm": "local",
 }
-CHOICES = {"model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": tuple(AMP)}
+CHOICES = {
+    "model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": tuple(AMP), "batch_norm": BATCH_NORMS,
+}  # fmt: skip
 LEAST = {
     "epochs": 1,
     "batch_size": 2,  # batch norm needs two images where a channel has one position
@@ -60,12 +65,15 @@ LEAST = {
 # AVX2 at 2 to 6 channels). The shortcuts of a ResNet are such convolutions; the longest register holds 16 floats.
 CHANNELS_LAST_WIDTH = 16
 RESUMABLE = ("epochs", "root")  # what may change when a run goes on
+LAUNCH = "TORCHELASTIC_RUN_ID"  # torchrun's name for all its attempts at one job, "none" where it has no name
 
 
 def device_named(name=None):
     """torch.device of `name`; None is cuda where there is one. Raises ValueError unless it works here."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         works = device.type != "meta" and torch.zeros(1, device=device).item() == 0
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -134,15 +142,16 @@ def writable_folder(out, argument="out"):
 
 def load_data(s):
     """The Dataset of these settings."""
-    return data.load(s["data"], s["root"], s["subset"], s["seed"], s["image_size"])
+    return leader_first(lambda: data.load(s["data"], s["root"], s["subset"], s["seed"], s["image_size"]))
 
 
-def loaders(s, dataset, device):
-    """(training, test) loaders."""
+def loaders(s, dataset, device, replicas=1):
+    """(training, test) loaders; `replicas` share each minibatch."""
     options = {"device": device, "channels_last": s["channels_last"]}
     last = len(dataset.train_images) % s["batch_size"] or s["batch_size"]
     # Batch norm cannot train on one image of one position: leave such a remainder out.
-    alone = min(_parts(last, s["micro_batches"])) == 1 and len(dataset.train_images) > s["batch_size"]
+    least = min(_parts(last // replicas, s["micro_batches"]), default=0)
+    alone = least < 2 and len(dataset.train_images) > s["batch_size"]
     train = dataset.train_loader(s["batch_size"], seed=s["seed"], drop_last=alone, **options)
     return train, dataset.test_loader(max(256, s["batch_size"]), **options)
 
@@ -171,8 +180,8 @@ def build_network(s, num_classes, input_shape, device="cpu"):
     return SFF(net, num_classes, granularity, input_shape, readout=s["mode"] == "backprop", **heads).to(device)
 
 
-def build_trainer(s, sff):
-    """A Trainer, or Backprop where mode is "backprop"."""
+def build_trainer(s, sff, distributed=None):
+    """A Trainer, or Backprop where mode is "backprop". `distributed`: fastff.Distributed, or None for one process."""
     lr = s["lr"] or (optim.BACKPROP_LR if s["mode"] == "backprop" else optim.LOCAL_LR)
     options = {
         "micro_batches": s["micro_batches"],
@@ -182,11 +191,16 @@ def build_trainer(s, sff):
     }
     make = optim.adamw(lr, s["weight_decay"])
     if s["mode"] == "backprop":
+        if distributed is not None:
+            raise ValueError(
+                "mode: expected sff with several processes, got 'backprop'; torch's DistributedDataParallel trains so"
+            )
         return Backprop(sff, make, **options)
     if s["freeze"] >= len(sff.blocks):
         count = len(sff.blocks)
         raise ValueError(f"freeze: expected at most {count - 1} of the {count} blocks, got {s['freeze']}")
-    return Trainer(sff, make, schedule=s["schedule"], frozen=s["freeze"], train_frozen_heads=True, **options)
+    frozen = {"frozen": s["freeze"], "train_frozen_heads": True}
+    return Trainer(sff, make, schedule=s["schedule"], distributed=distributed, **frozen, **options)
 
 
 def describe(s, dataset):
@@ -216,7 +230,7 @@ class Run(NamedTuple):
 
     def fit(self, out, save_every=None, progress=True):
         """Train to the last epoch of the settings, everything kept in the folder `out`; returns the history."""
-        meta = describe(self.settings, self.dataset)
+        meta = describe(self.settings, self.dataset) | {"launch": os.environ.get(LAUNCH)}
         return self.trainer.fit(
             self.train, self.settings["epochs"], self.test, out, save_every=save_every, progress=progress, meta=meta
         )
@@ -227,8 +241,8 @@ class Run(NamedTuple):
         return self.trainer.position["epoch"] >= self.settings["epochs"] * self.trainer.phases
 
 
-def start(s, device, start_from=None):
-    """A new Run, with the blocks of the run in the folder `start_from` if given."""
+def start(s, device, start_from=None, distributed=None):
+    """A new Run, with the blocks of the run in the folder `start_from` if given; over several processes if `distributed` is given."""
     if s["freeze"] and start_from is None:
         raise ValueError(f"freeze: expected 0 without --from, which would bring trained blocks, got {s['freeze']}")
     if start_from is not None:
@@ -237,11 +251,12 @@ def start(s, device, start_from=None):
     sff = build_network(s, dataset.num_classes, dataset.input_shape, device)
     if start_from is not None:
         transfer(sff, start_from)
-    return Run(s, dataset, build_trainer(s, sff), *loaders(s, dataset, device))
+    trainer = build_trainer(s, sff, distributed)
+    return Run(s, dataset, trainer, *loaders(s, dataset, device, trainer.ranks.data_size))
 
 
-def resume(folder, device, **given):
-    """The Run in `folder` where it stopped. Of its settings only those in RESUMABLE can change. Raises ValueError."""
+def resume(folder, device, distributed=None, **given):
+    """The Run in `folder` where it stopped, at any number of processes. Of its settings only those in RESUMABLE can change. Raises ValueError."""
     _, meta = read_run(folder)
     s = dict(meta["settings"])
     given = {key: value for key, value in given.items() if value is not None}
@@ -259,9 +274,18 @@ def resume(folder, device, **given):
         if meta[key] != value:
             text = f"expected the data set of the run in {folder}, whose {key} is {_short(meta[key])}"
             raise ValueError(f"data: {text}, got {_short(value)}")
-    trainer = build_trainer(asked, build_network(asked, dataset.num_classes, dataset.input_shape, device))
+    trainer = build_trainer(asked, build_network(asked, dataset.num_classes, dataset.input_shape, device), distributed)
     trainer.load(Path(folder) / "checkpoint.pt")
-    return Run(asked, dataset, trainer, *loaders(asked, dataset, device))
+    return Run(asked, dataset, trainer, *loaders(asked, dataset, device, trainer.ranks.data_size))
+
+
+def restarted(folder):
+    """Whether torchrun has started these processes anew, after a failure or with other ranks, and the run in `folder` is theirs."""
+    if not (Path(folder) / "checkpoint.pt").exists() or LAUNCH not in os.environ:
+        return False
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        return True
+    return os.environ[LAUNCH] != "none" and read_run(folder)[1].get("launch") == os.environ[LAUNCH]
 
 
 def _short(value):

@@ -1,6 +1,7 @@
 """The loop that block-local training and backpropagation share: fit, evaluate, checkpoints, metrics, and what a step needs of them."""
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fastff.parallel.ranks import Ranks
+from fastff.parallel.watch import RankFailed
 from fastff.training import checkpoint, graph, optim
 from fastff.training.report import Metrics, Progress
 
@@ -55,6 +58,7 @@ class Loop:
         clip_grad_norm: greatest norm of the gradients of an optimiser, or None.
         compile: whether to run forwards through torch.compile.
         cuda_graph: record the whole step as a CUDA graph (graph.py) and replay it; CUDA only, with an optimiser that can be captured.
+        ranks: this process among others (fastff/parallel); only the first of them shows and writes.
     """
 
     phases = 1
@@ -71,6 +75,7 @@ class Loop:
         clip_grad_norm=None,
         compile=False,
         cuda_graph=False,
+        ranks=None,
     ):
         if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:
             raise ValueError(
@@ -92,10 +97,13 @@ class Loop:
             compile,
         )
         self.device = next(module.parameters()).device
+        self.ranks = ranks or Ranks()
+        self.counted = torch.ones(len(names), device=self.device)  # which of the losses this rank sees
         self.steps = 0
         self.position = {"epoch": 0, "batch": 0}
         self.history, self.totals = [], None
         self.scalers = []
+        self.own, self.own_optimizers = range(len(names)), range(len(optimizers))  # what this rank trains
         self.step_graph = None
         if cuda_graph:
             self._make_step_graph()
@@ -103,17 +111,32 @@ class Loop:
     # --- a step
 
     def step(self, images, target):
-        """One minibatch: images [B, *input_shape], target [B] int64. Returns the losses [L] (a block's is 0 where it was not trained).
+        """One minibatch: images [B, *input_shape], target [B] int64. Returns the losses [L] (a block's is 0 where it was not trained, or not by this rank).
 
         Nothing in it waits for the device. `self.correct` [L] holds how many samples each block, or the network, had right.
         """
+        losses = self._step(images, target)
+        self.settle()
+        return losses
+
+    def _step(self, images, target):
+        if not self.ranks.feeds:
+            losses, self.correct = self.run_step(None, None)
+            return losses
         self.check_batch(images, target)
         images, target = self.to_device(images), self.to_device(target)
+        self.samples = len(target)
         if self.step_graph is None:
             losses, self.correct = self.run_step(images, target)
         else:
             losses, self.correct = self.step_graph(images, target, self.recorded_state())
         return losses
+
+    def settle(self):
+        """Finish updates that wait for other ranks."""
+
+    def synchronize(self):
+        """Bring the weights of all ranks to every rank."""
 
     def _make_step_graph(self):
         graph.prepare(self.optimizers, self.device, self.amp)
@@ -180,17 +203,29 @@ class Loop:
             progress: whether to show a live display.
             meta: a dict of plain values kept in the checkpoint (how to build the network again).
 
-        Returns the history: one dict an epoch. Raises Diverged, Interrupted.
+        Returns the history: one dict an epoch (on rank 0 of several). Raises Diverged, Interrupted, RankFailed.
         """
+        try:
+            return self._fit(loader, epochs, validation, out, save_every, progress, evaluate_every, meta)
+        except RankFailed as error:
+            path = None if out is None else Path(out) / "checkpoint.pt"
+            raise RankFailed(error.reason, self.steps, path if path and path.exists() else None) from error
+        except BaseException as error:
+            text = str(error).splitlines()
+            self.ranks.watch.report(text[0] if text else type(error).__name__)
+            raise
+
+    def _fit(self, loader, epochs, validation, out, save_every, progress, evaluate_every, meta):
         if not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs: expected a whole number of at least 1, got {epochs!r}")
         if len(loader) == 0:
             raise ValueError("loader: expected at least one minibatch, got an empty loader")
+        loader, ranks = self._share_of(loader), self.ranks
         total, steps_per_phase = epochs * self.phases, epochs * len(loader)
         path = None if out is None else Path(out) / "checkpoint.pt"
         self.meta = meta if meta is not None else getattr(self, "meta", None)
-        metrics = Metrics(out, self.names, self.steps)
-        display = Progress(progress, self.names, total, len(loader))
+        metrics = Metrics(out if ranks.leads else None, self.names, self.steps)
+        display = Progress(progress and ranks.leads, self.names, total, len(loader))
         with self._catch_interrupt() as interrupted, display:
             while self.position["epoch"] < total:
                 epoch = self.position["epoch"]
@@ -203,11 +238,12 @@ class Loop:
                 for images, target in self._batches(loader, epoch):
                     done = (epoch % epochs) * len(loader) + self.position["batch"]
                     optim.set_progress(self.optimizers, self.lr_schedule, min(1.0, (done + 1) / steps_per_phase))
-                    losses = self.step(images, target)
+                    losses = self._step(images, target)
                     self.steps += 1
+                    ranks.watch.steps = self.steps
                     self.position["batch"] += 1
-                    images_seen += len(images)
-                    self._add(losses, len(images))
+                    images_seen += self.samples * ranks.data_size
+                    self._add(losses, self.samples)
                     if self.device.type == "cpu" or self.steps % 50 == 0:  # looking at a loss waits for a GPU
                         self._check_finite(path)
                     display.update(self, images_seen / (time.perf_counter() - start))
@@ -223,6 +259,7 @@ class Loop:
                 self._check_finite(path)
                 if self.totals is None:
                     raise ValueError("loader: expected at least one minibatch, it gave none")
+                self.totals = self.ranks.sum(self.totals)
                 row = {
                     "epoch": epoch + 1,
                     "step": self.steps,
@@ -239,9 +276,29 @@ class Loop:
         metrics.close()
         return self.history
 
+    def _share_of(self, loader):
+        """The loader of this rank's share of each minibatch. Raises ValueError."""
+        ranks = self.ranks
+        if ranks.data_size == 1:
+            return loader
+        if hasattr(loader, "shared"):
+            loader = loader.shared(ranks.data_rank, ranks.data_size)
+            if loader.least == 0:
+                text = f"one image for each of {ranks.data_size} ranks in every minibatch"
+                raise ValueError(f"loader: expected at least {text}, the last does not have it: drop_last=True leaves it out")
+            return loader
+        sampler = getattr(loader, "sampler", None)
+        if type(sampler) in (torch.utils.data.SequentialSampler, torch.utils.data.RandomSampler):
+            text = "fastff's Loader, or a DataLoader with sampler=DistributedSampler(dataset)"
+            raise ValueError(f"loader: expected one that gives each of {ranks.data_size} ranks its share ({text})")
+        return loader
+
     def _batches(self, loader, epoch):
         """The minibatches of an epoch from the position on."""
         skip = self.position["batch"]
+        if not self.ranks.feeds:
+            yield from [(None, None)] * (len(loader) - skip)
+            return
         if hasattr(loader, "iter_from"):
             loader.set_epoch(epoch)
             yield from loader.iter_from(skip)
@@ -259,7 +316,7 @@ class Loop:
             yield batch
 
     def _add(self, losses, size):
-        now = torch.stack([losses.detach() * size, self.correct, torch.full_like(losses, size)])
+        now = torch.stack([losses.detach() * size, self.correct, self.counted.to(losses) * size])
         self.totals = now if self.totals is None else self.totals + now
 
     def _check_finite(self, path):
@@ -270,7 +327,8 @@ class Loop:
     def running(self):
         """(losses, accuracies) of the epoch so far, lists of L numbers; waits for the device."""
         losses, correct, count = self.totals.tolist()
-        return [v / n for v, n in zip(losses, count, strict=True)], [v / n for v, n in zip(correct, count, strict=True)]
+        of = lambda values: [v / n if n else math.nan for v, n in zip(values, count, strict=True)]  # noqa: E731
+        return of(losses), of(correct)  # NaN: a block of another rank
 
     def _epoch_row(self):
         losses, accuracies = self.running()
@@ -281,7 +339,7 @@ class Loop:
     def _catch_interrupt(self):
         """Ctrl-C sets an event, so that the step can be finished; a second one stops at once."""
         event = threading.Event()
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or self.ranks.size > 1:
             yield event
             return
 
@@ -298,34 +356,57 @@ class Loop:
 
     @torch.no_grad()
     def evaluate(self, loader):
-        """Accuracy of everything `scores` gives, over `loader`, in eval mode: {name: 0..1}, "loss" of the vote where it has one."""
+        """Accuracy of everything `scores` gives, over `loader`, in eval mode: {name: 0..1}.
+
+        Several ranks share out a fastff Loader; of another each counts what it gives this rank. Call it on all of them."""
+        self.synchronize()
+        if self.ranks.size > 1 and hasattr(loader, "shared"):
+            loader = loader.shared(self.ranks.rank, self.ranks.size)
         modes = {module: module.training for module in self.module.modules()}
         self.module.eval()
-        hits, count = None, 0
+        hits, names, count = None, [], 0
         try:
             for images, target in loader:
+                if len(target) == 0:
+                    continue
                 target = self.to_device(target)
                 scores = self.scores(self.to_device(images))
                 right = torch.stack([(score.argmax(1) == target).sum() for score in scores.values()])
                 hits = right if hits is None else hits + right
-                count += len(target)
+                names, count = list(scores), count + len(target)
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if count == 0:
+        found = self.ranks.gather((names, [] if hits is None else hits.tolist(), count))
+        found = [part for part in found if part[2]]
+        if not found:
             raise ValueError("loader: expected at least one minibatch, it gave none")
-        return dict(zip(scores, (hits / count).tolist(), strict=True))
+        count = sum(part[2] for part in found)
+        right = map(sum, zip(*(part[1] for part in found), strict=True))
+        return {name: hits / count for name, hits in zip(found[0][0], right, strict=True)}
 
     # --- checkpoints
 
     def save(self, path):
-        """Write everything needed to go on: weights, optimisers, scalers, random states, position in the data, history. Atomic."""
+        """Write everything needed to go on: weights, optimisers, scalers, random states, position in the data, history. Atomic.
+
+        Of several ranks the first writes, and all have to call it; the file says nothing of how many they were."""
+        self.synchronize()
+        optimizers = {k: self.optimizers[k].state_dict() for k in self.own_optimizers}
+        scalers = {k: self.scalers[k].state_dict() for k in self.own if self.scalers[k] is not None}
+        totals = None if self.totals is None else self.ranks.sum(self.totals)
+        needed = self.ranks.data_rank == 0 or self.ranks.distributed.shard_optimizer  # other replicas have the same
+        if (parts := self.ranks.collect((optimizers, scalers) if needed else ({}, {}))) is None:
+            return
+        scalers = {k: state for _, part in parts for k, state in part.items()}
         checkpoint.save(path, {
             "format": "fastff", "version": 1, "kind": type(self).__name__, "names": list(self.names), "meta": getattr(self, "meta", None),
-            "module": self.module.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-            "scalers": [s.state_dict() if s is not None else None for s in self.scalers], "random": checkpoint.random_state(),
+            "module": self.module.state_dict(), "optimizers": [
+                checkpoint.joined([part[k] for part, _ in parts if k in part]) for k in range(len(self.optimizers))
+            ],
+            "scalers": [scalers.get(k) for k in range(len(self.scalers))], "random": checkpoint.random_state(),
             "epoch_random": getattr(self, "epoch_random_state", None), "steps": self.steps, "position": dict(self.position),
-            "history": self.history, "totals": self.totals,
+            "history": self.history, "totals": totals,
         })  # fmt: skip
 
     def load(self, path):
@@ -344,8 +425,9 @@ class Loop:
             )
         try:
             self.module.load_state_dict(state["module"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+            for k, (optimizer, saved) in enumerate(zip(self.optimizers, state["optimizers"], strict=True)):
+                if k in self.own_optimizers:
+                    optimizer.load_state_dict(self.own_state(optimizer, saved))
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path}: its optimisers do not fit this trainer: {str(error).splitlines()[0]}"
@@ -357,9 +439,10 @@ class Loop:
             self._make_step_graph()
         checkpoint.set_random_state(state["random"])
         self.epoch_random_state, self.meta = state["epoch_random"], state["meta"]
-        self.steps, self.position, self.history, self.totals = (
-            state["steps"],
-            state["position"],
-            state["history"],
-            state["totals"],
-        )
+        self.steps, self.position, self.history = state["steps"], state["position"], state["history"]
+        totals = state["totals"]  # of all ranks: rank 0 goes on with them
+        self.totals = totals if totals is None or self.ranks.leads else torch.zeros_like(totals)
+
+    def own_state(self, optimizer, saved):
+        """What this rank keeps of an optimiser's saved state."""
+        return saved

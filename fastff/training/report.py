@@ -127,8 +127,10 @@ class Progress:
         for name, loss, accuracy in zip(self.names, losses, accuracies, strict=True):
             # The end of a long path tells more than its beginning.
             cell = [name if len(name) <= longest else "…" + name[len(name) - longest + 1 :]]
-            cell += [f"{loss:.3f}"] * show_loss + [f"{accuracy:.1%}"]
-            cells.append(cell + [ProgressBar(total=1.0, completed=accuracy, width=bar)] * (bar >= 8))
+            elsewhere = accuracy != accuracy  # a block of another rank
+            cell += ["" if elsewhere else f"{loss:.3f}"] * show_loss + ["" if elsewhere else f"{accuracy:.1%}"]
+            done = 0.0 if elsewhere else accuracy
+            cells.append(cell + [ProgressBar(total=1.0, completed=done, width=bar)] * (bar >= 8))
         for row in range(rows):
             table.add_row(*(cell for entry in cells[row::rows] for cell in entry))
         return table

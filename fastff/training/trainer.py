@@ -8,14 +8,25 @@ between blocks only the cut's tensors are held for the whole batch.
 
 Window w (a choice of this project): the loss of block l also trains the w - 1 blocks before it. The blocks of a window keep their graphs;
 a block is updated and freed when the last loss that reaches it has come, with one backward for the sum of these gradients.
+
+Several devices (fastff/parallel): a block's gradients are summed over the data-parallel ranks while the next blocks compute, and its update waits
+for them at its next forward pass at the latest. Where ranks share the blocks, each trains its own and sends the next input on before its backward.
 """
+
+import copy
 
 import torch
 
 from fastff.nn.tail import Seed
+from fastff.parallel import batch_norm, placement
+from fastff.parallel.link import Link, Part
+from fastff.parallel.ranks import Distributed, Ranks
+from fastff.parallel.reduce import Reduction, ShardedReduction
 from fastff.sff import SFF
 from fastff.training import optim
 from fastff.training.loop import Loop, loss_dtype
+
+UNIT = 64  # samples: gradients of ranks with different numbers of samples are weighted in this unit, so that usual numbers scale exactly
 
 
 class _Visit:
@@ -60,10 +71,22 @@ class Trainer(Loop):
         window: overrides sff.window.
         frozen: the first blocks that are not trained and run in eval mode (transfer).
         train_frozen_heads: whether the heads of frozen blocks learn (they vote, so other classes or data need it).
+        distributed: None; "data" (ranks share every minibatch), "block" (ranks share the blocks) or a fastff.Distributed, with one process
+            a device (torchrun). Ranks that share blocks need window=1. A minibatch given to step or by a loader is this rank's share, except
+            of a fastff Loader, which is shared out; ranks behind the first that shares a replica's blocks may give None.
     """
 
     def __init__(
-        self, sff, optimizer=None, *, schedule="all", window=None, frozen=0, train_frozen_heads=False, **options
+        self,
+        sff,
+        optimizer=None,
+        *,
+        schedule="all",
+        window=None,
+        frozen=0,
+        train_frozen_heads=False,
+        distributed=None,
+        **options,
     ):
         if not isinstance(sff, SFF):
             raise TypeError(f"sff: expected fastff.SFF (wrap the model in it first), got {type(sff).__name__}")
@@ -80,23 +103,85 @@ class Trainer(Loop):
                 f"window: expected 1 with schedule='greedy', which trains one block alone, got {self.window}"
             )
         make = optimizer or optim.adamw(optim.LOCAL_LR)
+        distributed = Distributed.of(distributed)
+        if distributed is not None:
+            self._check_distributed(distributed, options)
+        ranks = Ranks(distributed, next(sff.parameters()).device)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
                 parameter.requires_grad_(False)
         self.parameters = [[p for p in sff.block_parameters(i) if p.requires_grad] for i in range(len(sff.blocks))]
-        self.block_optimizers = [optim.build(make, parameters) for parameters in self.parameters]
         tail = sff.readout[0] if sff.readout else None
-        self.readout_optimizer = optim.build(make, tail.parameters()) if tail is not None else None
+        if tail is not None:
+            self.parameters.append([p for p in tail.parameters() if p.requires_grad])
+        every = [optim.build(make, parameters) for parameters in self.parameters]
+        self.block_optimizers = every[: len(sff.blocks)]
+        self.readout_optimizer = every[-1] if tail is not None else None
         self.active = frozen  # the block in training, for the greedy schedule
         names = [block.name for block in sff.blocks]
-        optimizers = [o for o in (*self.block_optimizers, self.readout_optimizer) if o is not None]
-        super().__init__(sff, names, optimizers, **options)
+        super().__init__(sff, names, [o for o in every if o is not None], ranks=ranks, **options)
         self.forwards = [block.compiled(dynamic=False) if self.compile else block for block in sff.blocks]
         self.opened = [None if body is None else self._compiled(body.forward) for body in sff.bodies]
         tails = [sff.tail(index) for index in range(len(sff.blocks))]
         self.bodies = [None if tail is None else self._compiled(tail.body) for tail in tails]
         self.scalers = [self.make_scaler() for _ in sff.blocks]
+        self.link, self.reduction = None, None
+        if ranks.size > 1:
+            self._join(every)
+
+    def _check_distributed(self, distributed, options):
+        if options.get("cuda_graph"):
+            raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
+        if distributed.shard_optimizer and (options.get("clip_grad_norm") or options.get("amp") == "fp16"):
+            raise ValueError(
+                "shard_optimizer: expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
+            )
+
+    def _join(self, optimizers):
+        """Take this rank's place: weights as of rank 0, its blocks, its link to its neighbours."""
+        ranks, sff = self.ranks, self.sff
+        form = [(name, tuple(t.shape), t.stride(), str(t.dtype)) for name, t in sff.state_dict().items()]
+        for rank, other in enumerate(ranks.gather(form)):
+            if other != form:
+                raise ValueError(f"sff: expected the same network on every rank, rank {rank} has another")
+        ranks.broadcast_([*sff.parameters(), *sff.buffers()], 0)
+        if ranks.block_size > 1:
+            if self.window > 1 or self.schedule != "all":
+                text = f"window {self.window}" if self.window > 1 else f"schedule {self.schedule!r}"
+                raise ValueError(
+                    f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {text}"
+                )
+            counts = self._placement()
+            ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+            self.placed = [range(end - n, end) for end, n in zip(ends, counts, strict=True)]
+            self.own = self.placed[ranks.block_rank]
+            last = [self.readout_optimizer] if self.own.stop == len(sff.blocks) else []
+            mine = [*(self.block_optimizers[i] for i in self.own), *last]
+            self.own_optimizers = [k for k, o in enumerate(self.optimizers) if any(o is m for m in mine)]
+            self.link = Link(ranks, self.device)
+            self.counted = torch.zeros(len(sff.blocks), device=self.device)
+            self.counted[self.own.start : self.own.stop] = 1
+        if ranks.data_size > 1:
+            if ranks.distributed.batch_norm == "synchronized":
+                batch_norm.synchronize(sff.model, ranks)
+            if ranks.distributed.shard_optimizer:
+                self.reduction = ShardedReduction(ranks, optimizers, self._apply, self.parameters)
+            else:
+                self.reduction = Reduction(ranks, optimizers, self._apply)
+
+    def _placement(self):
+        """Blocks of each rank that shares them: the user's, or balanced by times that rank 0 measures on a copy."""
+        ranks, count = self.ranks, len(self.sff.blocks)
+        if ranks.distributed.placement is not None:
+            return placement.checked(ranks.distributed.placement, count, ranks.block_size)
+        seconds = None
+        if ranks.leads:
+            sff = copy.deepcopy(self.sff)
+            images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
+            target = torch.arange(16, device=self.device) % sff.num_classes
+            seconds = placement.block_seconds(Trainer(sff, window=1), images, target)
+        return placement.balanced(ranks.from_leader(seconds), ranks.block_size)
 
     def _compiled(self, module):
         return torch.compile(module, dynamic=False) if self.compile else module
@@ -116,18 +201,31 @@ class Trainer(Loop):
             block.eval()
 
     def run_step(self, images, target):
-        size = -(-len(images) // self.micro_batches)
-        images, target = images.split(size), target.split(size)
-        weights = [len(t) / sum(map(len, target)) for t in target]
-        self._losses, self._correct = torch.zeros(
-            2, len(self.sff.blocks), device=target[0].device, dtype=loss_dtype(images[0])
-        )
+        parts = self.split(images, target) if self.ranks.feeds else self._received()
         if self.window == 1:
-            self._one_block_at_a_time(images, target, weights)
+            self._one_block_at_a_time(parts)
         else:
-            for i, (x, y, weight) in enumerate(zip(images, target, weights, strict=True)):
-                self._sliding_window(x, y, weight, update=i + 1 == len(target))
+            for i, part in enumerate(parts):
+                self._sliding_window(part, update=i + 1 == len(parts))
         return self._losses, self._correct
+
+    def split(self, images, target):
+        """The minibatch as a list of Parts, losses and right answers set to zero."""
+        size = -(-len(images) // self.micro_batches)
+        cut = list(zip(images.split(size), target.split(size), strict=True))
+        self._begin(images, len(target), len(cut))
+        return [Part((x,), y, len(y) / len(target), len(target)) for x, y in cut]
+
+    def _received(self):
+        for number, (part, parts) in enumerate(self.link.minibatch()):
+            if number == 0:
+                self._begin(part.alive[0], part.samples, parts)
+            yield part
+
+    def _begin(self, like, samples, parts):
+        self.samples, self.parts = samples, parts
+        self._losses, self._correct = torch.zeros(2, len(self.sff.blocks), device=like.device, dtype=loss_dtype(like))
+        self.weight = 1 if self.reduction is None else samples / UNIT
 
     def recorded_state(self):
         return self.active
@@ -138,27 +236,41 @@ class Trainer(Loop):
     def _last(self):
         return self.active if self.schedule == "greedy" else len(self.sff.blocks) - 1
 
-    def _one_block_at_a_time(self, images, target, weights):
-        alive = [(x,) for x in images]
-        del images
-        for index in range(self._last() + 1):
-            for part, (y, weight) in enumerate(zip(target, weights, strict=True)):
-                visit, alive[part] = self._visit(index, alive[part], y, weight)
-                seed = None if visit is None else visit.seed()
-                del (
-                    visit
-                )  # outputs and gradients, before the backward; with the graph all is gone before the next block starts
-                if seed is not None:
-                    seed.backward()
-                    del seed
-            if self._trained(index):
-                self._update(index)
-        self._train_readout(alive, target, weights)
+    def _one_block_at_a_time(self, parts):
+        for index in self.own[: self._last() + 1]:
+            parts = self.train_block(index, parts)
+        if self.own.stop == len(self.sff.blocks):
+            self._train_readout(parts)
 
-    def _sliding_window(self, x, y, weight, update):
-        alive, window = (x,), []
+    def train_block(self, index, parts):
+        """Forward, goodness step and update of a block; parts (a list, overwritten, or an iterator) become the next block's."""
+        self.settle(index)
+        done = parts if isinstance(parts, list) else []
+        for number, part in enumerate(parts):
+            visit, alive = self._visit(index, part)
+            part = part._replace(alive=alive)
+            if done is parts:
+                done[number] = part
+            else:
+                done.append(part)
+            if self.link is not None and self.link.after is not None and index + 1 == self.own.stop:
+                self.link.send(part, self.parts)
+            del part, alive
+            seed = None if visit is None else visit.seed()
+            del visit  # outputs and gradients, before the backward; with the graph all is gone before the next block starts
+            if seed is not None:
+                seed.backward()
+                del seed
+        if self._trained(index):
+            self._update(index)
+        return done
+
+    def _sliding_window(self, part, update):
+        window = []
         for index in range(self._last() + 1):
-            visit, alive = self._visit(index, alive, y, weight, keep=index > self.frozen)
+            self.settle(index)
+            visit, alive = self._visit(index, part, keep=index > self.frozen)
+            part = part._replace(alive=alive)
             if visit is not None:
                 window.append(visit)
                 self._reach_back(window)
@@ -166,11 +278,11 @@ class Trainer(Loop):
                     self._finish(window.pop(0), update)
         while window:
             self._finish(window.pop(0), update)
-        self._train_readout([alive], [y], [weight], update)
+        self._train_readout([part], update)
 
-    def _visit(self, index, alive, target, weight, keep=False):
+    def _visit(self, index, part, keep=False):
         """Forward and goodness step of a block. Returns its _Visit (None if it is not trained) and the next block's inputs."""
-        trained = self._trained(index)
+        trained, alive = self._trained(index), part.alive
         if keep and trained:
             alive = tuple(
                 t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in alive
@@ -179,51 +291,54 @@ class Trainer(Loop):
         body = body if body is not None and body.ready() else None
         tail = self.sff.tail(index) if body is not None and self.window == 1 else None
         if tail is not None and tail.ready():
-            return self._visit_tail(index, tail, alive, target, weight)
+            return self._visit_tail(index, tail, part)
         with torch.set_grad_enabled(trained), self.autocast():
             outputs = (self.forwards if body is None else self.opened)[index](*alive)
-        return self._local_step(index, alive, outputs, target, weight)
+        return self._local_step(index, part._replace(alive=alive), outputs)
 
-    def _local_step(self, index, alive, outputs, target, weight):
+    def _local_step(self, index, part, outputs):
         """The goodness step on a block's outputs, or where it is not trained just the next block's inputs."""
         head, main, visit = self.sff.heads[index], outputs[0].detach(), None
         if self._trained(index):
-            step = head.local_step(main, target, self.sff.normalize, grad_scale=self._grad_scale(index, weight, main))
-            self._count(index, step, target, weight)
-            visit = _Visit(index, alive, outputs, step.grad_x)
+            scale = self._grad_scale(index, part, main)
+            step = head.local_step(main, part.target, self.sff.normalize, grad_scale=scale)
+            self._count(index, step, part)
+            visit = _Visit(index, part.alive, outputs, step.grad_x)
             main = main if step.normalized is None else step.normalized
         else:
             with torch.no_grad():
                 (main,) = self.sff.next_input((main,), head)
         return visit, (main, *_detached(outputs[1:]))
 
-    def _visit_tail(self, index, tail, alive, target, weight):
+    def _visit_tail(self, index, tail, part):
         """The same for a block that ends in a fused tail. A body of one convolution needs no graph: only its parameters learn."""
         single = tail.single if not self.compile and self.amp is None else None
         with torch.set_grad_enabled(single is None), self.autocast():
-            y, residual, *others = self.bodies[index](*alive)
+            y, residual, *others = self.bodies[index](*part.alive)
         if not tail.fits(y, residual):
             with torch.enable_grad(), self.autocast():
-                outputs = self.forwards[index](*alive) if single is not None else (tail.finish(y, residual), *others)
-            return self._local_step(index, alive, outputs, target, weight)
-        scale = self._grad_scale(index, weight, y)
-        step = tail.local_step(self.sff.heads[index], y, residual, target, self.sff.normalize, scale)
-        self._count(index, step, target, weight)
+                outputs = (
+                    self.forwards[index](*part.alive) if single is not None else (tail.finish(y, residual), *others)
+                )
+            return self._local_step(index, part, outputs)
+        scale = self._grad_scale(index, part, y)
+        step = tail.local_step(self.sff.heads[index], y, residual, part.target, self.sff.normalize, scale)
+        self._count(index, step, part)
         following = (step.normalized, *_detached(others))
         if single is None:
-            return _Visit(index, alive, (y, residual, *others), step.grad_y, step.grad_residual), following
+            return _Visit(index, part.alive, (y, residual, *others), step.grad_y, step.grad_residual), following
         del y, residual, others
         with torch.no_grad(), self.autocast():
-            single.add_gradients(step.grad_y, alive[0])
+            single.add_gradients(step.grad_y, part.alive[0])
         return None, following
 
-    def _count(self, index, step, target, weight):
-        self._losses[index] += step.loss * weight
-        self._correct[index] += (step.goodness.argmax(1) == target).sum()
+    def _count(self, index, step, part):
+        self._losses[index] += step.loss * part.share
+        self._correct[index] += (step.goodness.argmax(1) == part.target).sum()
 
-    def _grad_scale(self, index, weight, like):
-        """What multiplies a block's gradients: the micro-batch's share, times the scaler's factor; None for 1."""
-        scaler = self.scalers[index]
+    def _grad_scale(self, index, part, like):
+        """What multiplies a block's gradients: the micro-batch's and the rank's share, times the scaler's factor; None for 1."""
+        scaler, weight = self.scalers[index], part.share * self.weight
         if weight == 1 and scaler is None:
             return None
         scale = torch.full((), weight, device=like.device, dtype=self._losses.dtype)
@@ -269,18 +384,71 @@ class Trainer(Loop):
             self._update(visit.index)
 
     def _update(self, index):
-        self.optimizer_step(self.block_optimizers[index], self.scalers[index], self.parameters[index])
+        """The update of block `index` (of the readout behind the last), now or when all ranks' gradients are there."""
+        if self.reduction is None:
+            self._apply(index)
+        else:
+            self.reduction.start(index, self.parameters[index], self.weight)
 
-    def _train_readout(self, alive, target, weights, update=True):
+    def _apply(self, index):
+        if index == len(self.sff.blocks):
+            self.optimizer_step(self.readout_optimizer, None, self.parameters[index])
+        else:
+            self.optimizer_step(self.block_optimizers[index], self.scalers[index], self.parameters[index])
+
+    def settle(self, index=None):
+        """Finish the update of a block that waits for other ranks' gradients; of all blocks for None."""
+        if self.reduction is not None:
+            self.reduction.settle(index)
+
+    def synchronize(self):
+        """Finish all updates, and bring the blocks of all ranks to every rank, batch norm's statistics averaged: before the weights are used
+        otherwise than by this trainer's steps. evaluate and save do it. Call it on all ranks."""
+        self.settle()
+        ranks, sff = self.ranks, self.sff
+        if ranks.data_size > 1 and ranks.distributed.batch_norm == "local":
+            ranks.mean_([b for index in self.own for b in sff.blocks[index].buffers()])
+        if ranks.block_size > 1:
+            for rank, own in enumerate(self.placed):
+                ranks.broadcast_([t for i in own for t in self._tensors(i)], rank, ranks.block_group)
+
+    def describe_ranks(self):
+        """One line: how many ranks share what."""
+        ranks = self.ranks
+        text = f"{ranks.size} ranks: {ranks.data_size} share each minibatch"
+        if ranks.distributed.shard_optimizer:
+            text += " and the optimiser's state"
+        if ranks.block_size > 1:
+            text += f", {ranks.block_size} share the blocks ({', '.join(str(len(own)) for own in self.placed)})"
+        return f"{text}; batch norm {ranks.distributed.batch_norm}"
+
+    def own_state(self, optimizer, saved):
+        if not isinstance(self.reduction, ShardedReduction):
+            return saved
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kept = {index: value for index, value in saved["state"].items() if self.reduction.owns(parameters[index])}
+        return saved | {"state": kept}
+
+    def _tensors(self, index):
+        """Parameters and buffers of a block; the last has the readout's with it."""
+        sff = self.sff
+        found = [*sff.block_parameters(index), *sff.blocks[index].buffers(), *sff.heads[index].buffers()]
+        if sff.readout and index + 1 == len(sff.blocks):
+            found += [*sff.readout[0].parameters(), *sff.readout[0].buffers()]
+        return found
+
+    def _train_readout(self, parts, update=True):
         if self.readout_optimizer is None or self.schedule == "greedy":
             return
         tail = self.sff.readout[0]
-        for inputs, y, weight in zip(alive, target, weights, strict=True):
+        self.settle(len(self.sff.blocks))
+        for part in parts:
             with self.autocast():
-                logits = tail(*(t.detach() if isinstance(t, torch.Tensor) else t for t in inputs))[0]
-            (torch.nn.functional.cross_entropy(logits.to(self._losses.dtype), y) * weight).backward()
+                logits = tail(*_detached(part.alive))[0]
+            loss = torch.nn.functional.cross_entropy(logits.to(self._losses.dtype), part.target)
+            (loss * part.share * self.weight).backward()
         if update:
-            self.optimizer_step(self.readout_optimizer, None, list(tail.parameters()))
+            self._update(len(self.sff.blocks))
 
     @torch.no_grad()
     def scores(self, images):
