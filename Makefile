@@ -1,4 +1,4 @@
-# make install | demo | test | bench | gpu | sanitize | fuzz | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
+# make install | demo | test | bench | gpu | sanitize | fuzz | lint | docs | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
 
 SHELL := bash
 VENV := .venv
@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
-.PHONY: install demo test bench gpu sanitize fuzz lint clean
+.PHONY: install demo test bench gpu sanitize fuzz lint docs clean
 
 install: $(VENV)/.installed
 
@@ -68,6 +68,15 @@ lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy fastff
+
+# The site, into build/docs: a link that leads nowhere is an error. The versions in requirements-docs.txt need Python 3.11 or later.
+$(VENV)/.docs: requirements-docs.txt | $(VENV)/.installed
+	$(PIP) -r requirements-docs.txt
+	@touch $@
+
+docs: install $(VENV)/.docs
+	$(PY) -m sphinx -W --keep-going -n -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 # Leaves .venv alone; the next make install builds the extension again.
 clean:

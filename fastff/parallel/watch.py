@@ -5,6 +5,7 @@ torch.distributed's store: a process that was killed or stopped is silent there,
 import atexit
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 PERIOD = 0.5  # seconds between beats
 PATIENCE = 3.0  # seconds of listening before a silent rank is called dead
+NOISE = re.compile(r"^\[[^]]*\] |\. This is typically.*$")  # around gloo's messages
 
 
 class RankFailed(RuntimeError):
@@ -37,7 +39,7 @@ class Watch:
             ended = threading.Event()
             thread = threading.Thread(target=self._beat, args=(beats, ended), name="fastff-watch", daemon=True)
             thread.start()
-            atexit.register(lambda: (ended.set(), thread.join()))  # a call into the store must not outlive the interpreter
+            atexit.register(lambda: (ended.set(), thread.join(PATIENCE)))  # a call into the store must not outlive the interpreter
 
     def _beat(self, store, ended):
         count = 0
@@ -67,25 +69,28 @@ class Watch:
 
     def explain(self, error):
         """Why a wait for others failed, in one line. Listens for PATIENCE seconds."""
+        error = NOISE.sub("", error)
         if self.store is None:
             return error
-        try:
-            if self.store.check(["fastff/failure"]):
-                return self.store.get("fastff/failure").decode()
-            before = self._heard()
+        found = _asked(self._listen)
+        if found is None:
+            return f"rank 0 of {self.size}, or what started it, ended or hangs: its store does not answer ({error})"
+        return found if found.startswith("rank ") and ": " in found else f"{found} ({error})"
+
+    def _listen(self):
+        """What a rank reported, or who is silent, or who does not wait."""
+        reported = lambda: self.store.check(["fastff/failure"])  # noqa: E731
+        before = None if reported() else self._heard()
+        if before is not None:
             time.sleep(PATIENCE)
-            if self.store.check(["fastff/failure"]):
-                return self.store.get("fastff/failure").decode()
-            now = self._heard()
-        except RuntimeError:
-            return f"rank 0 of {self.size} or what started it ended: its store is gone ({error})"
+        if reported():
+            return self.store.get("fastff/failure").decode()
+        now = self._heard()
         silent = [rank for rank in range(self.size) if now[rank] == before[rank]]
         if silent:
-            text = f"{_named(silent, self.size)} ended or hangs: nothing was heard of it for {PATIENCE:g} s"
-        else:
-            busy = [rank for rank, beat in enumerate(now) if rank != self.rank and beat[2] == "0"]
-            text = f"{_named(busy, self.size)} did not come in time" if busy else "the ranks wait for each other"
-        return f"{text} ({error})"
+            return f"{_named(silent, self.size)} ended or hangs, nothing was heard of it for {PATIENCE:g} s"
+        busy = [rank for rank, beat in enumerate(now) if rank != self.rank and beat[2] == "0"]
+        return f"{_named(busy, self.size)} did not come in time" if busy else "the ranks wait for each other"
 
     def _heard(self):
         keys = [f"fastff/beat/{rank}" for rank in range(self.size)]
@@ -106,11 +111,22 @@ def speaks():
     """Whether this process is the one of all ranks that prints why they end: the first that asks."""
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
-    rank = str(dist.get_rank())
-    try:
-        return dist.distributed_c10d._get_default_store().compare_set("fastff/speaks", "", rank).decode() == rank
-    except RuntimeError:
-        return True
+    rank, store = str(dist.get_rank()), dist.distributed_c10d._get_default_store()
+    return _asked(lambda: _connection(store).compare_set("fastff/speaks", "", rank).decode()) in (rank, None)
+
+
+def _asked(question):
+    """question() of the store, None where it does not answer: its host may be what failed, and then it blocks."""
+    answers = []
+
+    def ask():
+        with contextlib.suppress(RuntimeError):
+            answers.append(question())
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(3 * PATIENCE)
+    return answers[0] if answers else None
 
 
 def _connection(store):

@@ -99,7 +99,7 @@ class Loop:
         self.device = next(module.parameters()).device
         self.ranks = ranks or Ranks()
         self.counted = torch.ones(len(names), device=self.device)  # which of the losses this rank sees
-        self.steps = 0
+        self.steps, self.fitting = 0, False
         self.position = {"epoch": 0, "batch": 0}
         self.history, self.totals = [], None
         self.scalers = []
@@ -115,21 +115,16 @@ class Loop:
 
         Nothing in it waits for the device. `self.correct` [L] holds how many samples each block, or the network, had right.
         """
-        losses = self._step(images, target)
-        self.settle()
-        return losses
-
-    def _step(self, images, target):
-        if not self.ranks.feeds:
-            losses, self.correct = self.run_step(None, None)
-            return losses
-        self.check_batch(images, target)
-        images, target = self.to_device(images), self.to_device(target)
-        self.samples = len(target)
+        if self.ranks.feeds:
+            self.check_batch(images, target)
+            images, target = self.to_device(images), self.to_device(target)
+            self.samples = len(target)
         if self.step_graph is None:
             losses, self.correct = self.run_step(images, target)
         else:
             losses, self.correct = self.step_graph(images, target, self.recorded_state())
+        if not self.fitting:
+            self.settle()
         return losses
 
     def settle(self):
@@ -205,6 +200,7 @@ class Loop:
 
         Returns the history: one dict an epoch (on rank 0 of several). Raises Diverged, Interrupted, RankFailed.
         """
+        self.fitting = True  # updates may wait for other ranks over the end of a step
         try:
             return self._fit(loader, epochs, validation, out, save_every, progress, evaluate_every, meta)
         except RankFailed as error:
@@ -214,6 +210,8 @@ class Loop:
             text = str(error).splitlines()
             self.ranks.watch.report(text[0] if text else type(error).__name__)
             raise
+        finally:
+            self.fitting = False
 
     def _fit(self, loader, epochs, validation, out, save_every, progress, evaluate_every, meta):
         if not isinstance(epochs, int) or epochs < 1:
@@ -238,7 +236,7 @@ class Loop:
                 for images, target in self._batches(loader, epoch):
                     done = (epoch % epochs) * len(loader) + self.position["batch"]
                     optim.set_progress(self.optimizers, self.lr_schedule, min(1.0, (done + 1) / steps_per_phase))
-                    losses = self._step(images, target)
+                    losses = self.step(images, target)
                     self.steps += 1
                     ranks.watch.steps = self.steps
                     self.position["batch"] += 1
@@ -274,6 +272,7 @@ class Loop:
                 if path:
                     self.save(path)
         metrics.close()
+        self.synchronize()
         return self.history
 
     def _share_of(self, loader):
