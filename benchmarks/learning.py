@@ -37,6 +37,7 @@ STAGE = {"granularity": "stage"}
 FASHION = {"dataset": "fashion-mnist"}
 MOBILE = {"model": "mobilenet_v3_small"}
 BACKPROP = {"mode": "backprop"}
+ALL = {"images": 50000, "epochs": 6}
 
 EXPERIMENTS = {
     "backprop": BACKPROP,
@@ -63,6 +64,11 @@ EXPERIMENTS = {
     "backprop-500": BACKPROP | {"images": 500, "epochs": 40},
     "grid-w2-lr4-500": BEST | {"images": 500, "epochs": 40},
     "stage-w2-lr4-500": STAGE | BEST | {"images": 500, "epochs": 40},
+    "backprop-all": BACKPROP | ALL,
+    "grid-w2-lr4-all": BEST | ALL,
+    "stage-w2-lr4-all": STAGE | BEST | ALL,
+    "fashion-backprop-all": FASHION | BACKPROP | {"images": 60000, "epochs": 3},
+    "fashion-block-all": FASHION | BEST | {"images": 60000, "epochs": 3},
     "fashion-backprop": FASHION | BACKPROP,
     "fashion-block": FASHION | BEST,
     "fashion-mobilenet-backprop": FASHION | MOBILE | BACKPROP,

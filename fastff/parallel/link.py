@@ -71,7 +71,7 @@ class Link:
                 work.wait()
         works = [(dist.isend(text, self.after, group=self.ranks.control), text)]
         if len(buffer):
-            works.append((dist.isend(buffer, self.after, group=self.ranks.block_group), buffer))
+            works.append((dist.isend(buffer, self.after, group=self.ranks.messages), buffer))
         self.flying.append(works)
         self.bytes_sent += HEADER + len(buffer)
 
@@ -111,7 +111,7 @@ class Link:
         with self.ranks.watch.guard():
             works = [dist.irecv(text, self.before, group=self.ranks.control)]
             if room:
-                works.append(dist.irecv(buffer, self.before, group=self.ranks.block_group))
+                works.append(dist.irecv(buffer, self.before, group=self.ranks.messages))
         self.coming = text, buffer, works
 
 

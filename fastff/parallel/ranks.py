@@ -141,6 +141,8 @@ class Ranks:
             self.block_rank, self.block_size = dist.get_rank(self.block_group), dist.get_world_size(self.block_group)
         limit = datetime.timedelta(seconds=distributed.timeout)
         self.control = dist.new_group(backend="gloo", timeout=limit)  # objects and headers, beside what a GPU does
+        # Its own, as a message that an earlier trainer still expects would be taken by that one.
+        self.messages = dist.new_group(timeout=limit) if self.block_size > 1 else None
         self.watch = Watch(self.rank, self.size)
 
     def global_rank(self, group, rank):

@@ -112,7 +112,10 @@ def speaks():
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
     rank, store = str(dist.get_rank()), dist.distributed_c10d._get_default_store()
-    return _asked(lambda: _connection(store).compare_set("fastff/speaks", "", rank).decode()) in (rank, None)
+    answer = _asked(lambda: _connection(store).compare_set("fastff/speaks", "", rank).decode())
+    if rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        time.sleep(PATIENCE)  # the store ends with this process, and others still ask
+    return answer in (rank, None)
 
 
 def _asked(question):

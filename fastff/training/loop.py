@@ -257,12 +257,11 @@ class Loop:
                 self._check_finite(path)
                 if self.totals is None:
                     raise ValueError("loader: expected at least one minibatch, it gave none")
-                self.totals = self.ranks.sum(self.totals)
                 row = {
                     "epoch": epoch + 1,
                     "step": self.steps,
                     "seconds": time.perf_counter() - start,
-                } | self._epoch_row()
+                } | self._epoch_row(ranks.sum(self.totals))
                 self.position = {"epoch": epoch + 1, "batch": 0}
                 if validation is not None and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == total):
                     row |= {f"test {name}": value for name, value in self.evaluate(validation).items()}
@@ -315,7 +314,9 @@ class Loop:
             yield batch
 
     def _add(self, losses, size):
-        now = torch.stack([losses.detach() * size, self.correct, self.counted.to(losses) * size])
+        # In float64, where these sums are exact: the same at any number of ranks and after any number of restarts.
+        wide = torch.float32 if losses.device.type == "mps" else torch.float64
+        now = torch.stack([losses.detach() * size, self.correct, self.counted.to(losses) * size]).to(wide)
         self.totals = now if self.totals is None else self.totals + now
 
     def _check_finite(self, path):
@@ -323,14 +324,14 @@ class Loop:
         if bad:
             raise Diverged(self.names[bad[0]], self.steps, path if path and path.exists() else None)
 
-    def running(self):
-        """(losses, accuracies) of the epoch so far, lists of L numbers; waits for the device."""
-        losses, correct, count = self.totals.tolist()
+    def running(self, totals=None):
+        """(losses, accuracies) of the epoch so far, lists of L numbers, of this rank's samples unless given; waits for the device."""
+        losses, correct, count = (self.totals if totals is None else totals).tolist()
         of = lambda values: [v / n if n else math.nan for v, n in zip(values, count, strict=True)]  # noqa: E731
         return of(losses), of(correct)  # NaN: a block of another rank
 
-    def _epoch_row(self):
-        losses, accuracies = self.running()
+    def _epoch_row(self, totals):
+        losses, accuracies = self.running(totals)
         row = {f"train loss {name}": value for name, value in zip(self.names, losses, strict=True)}
         return row | {f"train accuracy {name}": value for name, value in zip(self.names, accuracies, strict=True)}
 

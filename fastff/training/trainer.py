@@ -178,9 +178,10 @@ class Trainer(Loop):
         seconds = None
         if ranks.leads:
             sff = copy.deepcopy(self.sff)
-            images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
-            target = torch.arange(16, device=self.device) % sff.num_classes
-            seconds = placement.block_seconds(Trainer(sff, window=1), images, target)
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
+                target = torch.arange(16, device=self.device) % sff.num_classes
+                seconds = placement.block_seconds(Trainer(sff, window=1), images, target)
         return placement.balanced(ranks.from_leader(seconds), ranks.block_size)
 
     def _compiled(self, module):

@@ -1,0 +1,184 @@
+"""What several ranks compute against one process: run by test_distributed.py through torchrun, prints one JSON object on rank 0.
+
+    torchrun --nproc-per-node N tests/distributed_driver.py FOLDER
+
+Each case trains a network over all ranks and, on rank 0, the same in one process.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import fastff
+from fastff import SFF, Distributed, Trainer
+from fastff.training.loader import Augment, Loader
+
+CLASSES = 10
+SGD = lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9)  # noqa: E731
+PAPER = {"grid": 2, "window": 1}
+
+
+def network(name, dtype=torch.float32, channels_last=False, **options):
+    torch.manual_seed(0)
+    net = {
+        "resnet18": lambda: fastff.models.resnet18(CLASSES, stem="cifar", width=16),
+        "resnet18-8": lambda: fastff.models.resnet18(CLASSES, stem="cifar", width=8),
+        "mobilenet_v3_small": lambda: fastff.models.mobilenet_v3_small(CLASSES, stem="cifar"),
+    }[name]()
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    return SFF(net.to(dtype), CLASSES, "block", (3, 16, 16), **PAPER | options)
+
+
+def minibatches(steps, dtype, size=24):
+    """Of several sizes, so that ranks have unequal shares of some."""
+    draw = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        n = size - 5 * (step % 3)
+        yield torch.randn(n, 3, 16, 16, generator=draw).to(dtype), torch.randint(CLASSES, (n,), generator=draw)
+
+
+def train(trainer, steps, dtype=torch.float32):
+    ranks, losses = trainer.ranks, []
+    trainer.train_mode()
+    for images, target in minibatches(steps, dtype):
+        own = slice(len(images) * ranks.data_rank // ranks.data_size, len(images) * (ranks.data_rank + 1) // ranks.data_size)
+        given = (images[own], target[own]) if ranks.feeds else (None, None)
+        losses.append(trainer.step(*given))
+    trainer.synchronize()
+    return torch.stack(losses)
+
+
+def difference(sff, other):
+    """0 for equal bits, else the greatest relative difference of a tensor, at least the smallest number above 0."""
+    pairs = [(a, b) for a, b in zip(sff.state_dict().values(), other.state_dict().values(), strict=True)]
+    if all(torch.equal(a, b) for a, b in pairs):
+        return 0.0
+    return max(5e-324, *(float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in pairs if a.is_floating_point()))
+
+
+def compared(distributed, name, steps, make=SGD, dtype=torch.float32, trainer={}, **options):  # noqa: B006
+    sff = network(name, dtype, **options)
+    one = copy.deepcopy(sff)
+    several = Trainer(sff, make, distributed=distributed, **trainer)
+    losses = several.ranks.sum(train(several, steps, dtype))  # of several ranks' blocks
+    if not several.ranks.leads:
+        return None
+    alone = Trainer(one, make, **trainer)
+    expected = train(alone, steps, dtype)
+    if several.ranks.block_size > 1 and several.ranks.data_size == 1:
+        assert torch.equal(losses, expected)
+    return difference(sff, one)
+
+
+def fitted(distributed, folder):
+    """fit over a Loader that is shared out: history and weights against one process, and checkpoints between both."""
+    draw = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, (70, 3, 16, 16), generator=draw, dtype=torch.uint8)
+    labels = torch.randint(0, CLASSES, (70,), generator=draw)
+    given = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    loader = Loader(pixels, labels, 16, augment=Augment(2, True), shuffle=True, dtype=torch.float64, **given)
+    test = Loader(pixels[:33], labels[:33], 16, dtype=torch.float64, **given)
+    sff = network("resnet18-8", torch.float64, readout=True)
+    one = copy.deepcopy(sff)
+    several = Trainer(sff, SGD, distributed=distributed)
+    history = several.fit(loader, 2, test, out=folder / "several", save_every=3, progress=False)
+    leads = several.ranks.leads
+    alone = Trainer(one, SGD)
+    if leads:
+        expected = alone.fit(loader, 2, test, out=folder / "one", progress=False)
+    dist.barrier()
+    # one process goes on with the ranks' checkpoint, the ranks with that of one process
+    several.load(folder / "one" / "checkpoint.pt")
+    again = several.fit(loader, 3, test, progress=False)
+    if not leads:
+        return None
+    alone.load(folder / "several" / "checkpoint.pt")
+    alone.fit(loader, 3, test, progress=False)
+    seconds = [key for key in expected[0] if key != "seconds"]
+    off = max(abs(a[key] - b[key]) for a, b in zip(history, expected, strict=True) for key in seconds)
+    return {"history": off, "difference": difference(sff, one), "epochs": len(again)}
+
+
+def refused(function):
+    try:
+        function()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def state_bytes(trainer):
+    return sum(t.numel() for o in trainer.optimizers for s in o.state.values() for t in s.values() if t.dim())
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    folder, found = Path(folder), {}
+    fastff.parallel.start(torch.device("cpu"), 60)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    blocks = Distributed(block_ranks=size)
+    data = Distributed(batch_norm="synchronized")
+    sharded = Distributed(batch_norm="synchronized", shard_optimizer=True)
+    # ranks that share the blocks: equal to the last bit
+    found["blocks"] = {
+        "resnet18": compared(blocks, "resnet18", 20, None, channels_last=True),
+        "mobilenet_v3_small": compared(blocks, "mobilenet_v3_small", 20, None),
+        "micro-batches": compared(blocks, "resnet18-8", 4, trainer={"micro_batches": 3}, readout=True),
+        "placed": compared(Distributed(size, [1] * (size - 1) + [10 - size]), "resnet18-8", 4),
+        "adamw, fit": fitted(blocks, folder / "blocks")["difference"] if rank == 0 else fitted(blocks, folder / "blocks"),
+    }
+    # ranks that share minibatches: float64, so that only a wrong sum is seen and not amplified rounding
+    wide = {"dtype": torch.float64}
+    found["data"] = {
+        "resnet18": compared(data, "resnet18", 6, **wide),
+        "adamw": compared(data, "resnet18-8", 6, None, **wide),
+        "mobilenet_v3_small": compared(data, "mobilenet_v3_small", 4, **wide),
+        "window": compared(data, "resnet18-8", 5, window=2, **wide),
+        "micro-batches": compared(data, "resnet18-8", 4, readout=True, normalize=None, **wide),
+        "sharded": compared(sharded, "resnet18-8", 6, None, readout=True, **wide),
+    }
+    if size == 4:
+        both = Distributed(block_ranks=2, batch_norm="synchronized", shard_optimizer=True)
+        found["data"]["blocks too"] = compared(both, "resnet18-8", 6, readout=True, **wide)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "block"))
+        found["data"]["mesh"] = compared(Distributed(mesh=mesh, batch_norm="synchronized"), "resnet18-8", 3, **wide)
+    found["fit"] = {"data": fitted(data, folder / "data"), "sharded": fitted(sharded, folder / "sharded")}
+    # the optimiser's state is split over the ranks
+    held = []
+    for kind in (data, sharded):
+        trainer = Trainer(network("resnet18-8"), distributed=kind)
+        train(trainer, 1)
+        held.append(state_bytes(trainer))
+    found["state"] = trainer.ranks.gather(held)
+    # local batch norm: every rank its own statistics, their mean after synchronize
+    trainer = Trainer(network("resnet18-8"), SGD, distributed="data")
+    train(trainer, 2)
+    means = trainer.ranks.gather(trainer.sff.model.bn1.running_mean)
+    found["local"] = all(torch.equal(means[0], other) for other in means)
+    # bad input, refused on every rank alike
+    torch.manual_seed(rank)
+    other = SFF(fastff.models.resnet18(CLASSES, stem="cifar", width=8 + rank), CLASSES, input_shape=(3, 16, 16))
+    plain = torch.utils.data.DataLoader([(torch.zeros(3, 16, 16), 0)] * 8, batch_size=4)
+    tiny = Loader(torch.zeros(5, 3, 16, 16, dtype=torch.uint8), torch.zeros(5).long(), 4, mean=[0] * 3, std=[1] * 3)
+    found["refused"] = {
+        "divisor": refused(lambda: Trainer(network("resnet18-8"), distributed=Distributed(size + 1))),
+        "placement": refused(lambda: Trainer(network("resnet18-8"), distributed=Distributed(size, [9] * size))),
+        "window": refused(lambda: Trainer(network("resnet18-8", window=2), distributed="block")),
+        "greedy": refused(lambda: Trainer(network("resnet18-8"), schedule="greedy", distributed="block")),
+        "clip": refused(lambda: Trainer(network("resnet18-8"), distributed=sharded, clip_grad_norm=1.0)),
+        "network": refused(lambda: Trainer(other, distributed="data")),
+        "loader": refused(lambda: Trainer(network("resnet18-8"), distributed="data").fit(plain, 1)),
+        "share": refused(lambda: Trainer(network("resnet18-8"), distributed="data").fit(tiny, 1)),
+    }
+    if rank == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
