@@ -209,7 +209,9 @@ def sff_tasks(blocks, machine, images, data, placement, parts, steps):
         for rank, mine in enumerate(own):
             for j in mine:
                 if data > 1:
-                    tasks.compute(rank, ("update", j, step - 1), blocks[j].update if step else 0.0, [("reduced", j, step - 1)])
+                    tasks.compute(
+                        rank, ("update", j, step - 1), blocks[j].update if step else 0.0, [("reduced", j, step - 1)]
+                    )
                 for part in range(parts):
                     n = step * parts + part
                     if rank > 0 and j == mine.start:
@@ -219,7 +221,9 @@ def sff_tasks(blocks, machine, images, data, placement, parts, steps):
                         tasks.compute(rank, ("send", rank, n), after=[("sent", rank, n - IN_FLIGHT)])
                         seconds = machine.send_seconds(message_bytes(blocks[j], images))
                         # the next rank is ready for a message once it has taken the one before
-                        tasks.transfer(rank, ("sent", rank, n), seconds, [("send", rank, n), ("received", rank + 1, n - 1)])
+                        tasks.transfer(
+                            rank, ("sent", rank, n), seconds, [("send", rank, n), ("received", rank + 1, n - 1)]
+                        )
                     tasks.compute(rank, ("backward", j, n), blocks[j].backward)
                 if data > 1:
                     seconds = machine.reduce_seconds(bucket_bytes(blocks[j]), data)
@@ -256,8 +260,12 @@ def backprop_tasks(blocks, machine, data, placement, micro_batches, steps):
                     tasks.compute(rank, (kind, rank, step, n))
                 if 0 <= to < len(own):
                     size = blocks[mine.stop - 1 if forward else mine.start - 1].activation_bytes
-                    tasks.transfer(rank, (f"{kind} sent", rank, step, n), machine.send_seconds(size), [(kind, rank, step, n)])
-            tasks.compute(rank, ("update", rank, step), sum(blocks[j].update for j in mine), reduced if data > 1 else [])
+                    tasks.transfer(
+                        rank, (f"{kind} sent", rank, step, n), machine.send_seconds(size), [(kind, rank, step, n)]
+                    )
+            tasks.compute(
+                rank, ("update", rank, step), sum(blocks[j].update for j in mine), reduced if data > 1 else []
+            )
             tasks.compute(rank, ("end", rank, step))
     return tasks
 
@@ -395,7 +403,11 @@ def predictions(measured, machine, devices, images, faster=1.0):
             how = plan(kind, devices // stages, stages, images * stages)
             result = how, predict(how, blocks.at(how.images, faster), machine)
             for name, (of, fits) in METHODS.items():
-                if of == kind and fits(devices, stages) and (name not in found or result[1].seconds < found[name][1].seconds):
+                if (
+                    of == kind
+                    and fits(devices, stages)
+                    and (name not in found or result[1].seconds < found[name][1].seconds)
+                ):
                     found[name] = result
     return {name: found[name] for name in METHODS if name in found}
 
@@ -498,7 +510,11 @@ def _backprop_blocks(trainer, images, target, rounds):
                 loss.backward()
             else:
                 following = results[index + 1][0]
-                pairs = [(o, t.grad) for o, t in zip(outputs, following, strict=True) if isinstance(t, torch.Tensor) and t.grad is not None]
+                pairs = [
+                    (o, t.grad)
+                    for o, t in zip(outputs, following, strict=True)
+                    if isinstance(t, torch.Tensor) and t.grad is not None
+                ]
                 torch.autograd.backward(*zip(*pairs, strict=True))
             times[index].append(clock())
         trainer.optimizer.step()
@@ -762,7 +778,8 @@ def worker(path):
     times = [[time_run(run, device) for run in runs] for _ in range(a.rounds)]
     result["seconds"] = [[seconds for seconds, _ in of_run] for of_run in zip(*times, strict=True)]
     result["bytes"] = [
-        [quantile(sent, 0.5) for sent in zip(*(sent for _, sent in of_run), strict=True)] for of_run in zip(*times, strict=True)
+        [quantile(sent, 0.5) for sent in zip(*(sent for _, sent in of_run), strict=True)]
+        for of_run in zip(*times, strict=True)
     ]
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(result))
@@ -797,60 +814,73 @@ def planned(processes, batch):
 
 
 def compare(a, device):
-    """Rows of measured and predicted steps of 1, 2, 4, ... processes."""
-    counts = [n for n in (1, 2, 4, 8) if n <= a.processes]
+    """(rows of measured and predicted steps of 1, 2, 4, ... processes, what measure_link found)."""
     measured = measure_blocks(a, device)
+    cores = os.cpu_count() if device.type == "cpu" else math.inf
     link, rows = None, []
-    for processes in counts:
+    for processes in (n for n in (1, 2, 4, 8) if n <= a.processes):
         plans = planned(processes, a.batch)
-        blocks = [measured[p.kind].at(p.images) for p in plans]
-        placements = [p.placement(b) for p, b in zip(plans, blocks, strict=True)]
-        result = launch(a, processes, [list(pair) for pair in zip(plans, placements, strict=True)])
+        blocks = [measured[how.kind].at(how.images) for how in plans]
+        placements = [how.placement(of) for how, of in zip(plans, blocks, strict=True)]
+        result = launch(a, processes, list(zip(plans, placements, strict=True)))
         link = link or result.get("link")
-        cores = os.cpu_count() if a.device == "cpu" else math.inf
-        slower = {}
-        for (kind, of), seconds in zip(measured.items(), result["seconds"], strict=False):
-            predicted = sum(b.seconds for b in of.at(a.batch)) * max(1, processes / cores)
-            slower[kind] = quantile(seconds, 0.5) / predicted
-            rows.append(_row(a, processes, kind, "none", 1, 1, seconds, predicted, quantile(seconds, 0.5)))
-        for how, of, placement, seconds, sent in zip(
-            plans, blocks, placements, result["seconds"][2:], result["bytes"][2:], strict=True
-        ):
+        slower, seconds, sent = {}, iter(result["seconds"]), result["bytes"][len(measured) :]
+        for kind in measured:
+            here = next(seconds)
+            predicted = sum(block.seconds for block in measured[kind].at(a.batch)) * max(1, processes / cores)
+            slower[kind] = quantile(here, 0.5) / predicted
+            rows.append(_row(a, processes, kind, "none", 1, 1, here, predicted))
+        for how, of, placement, here, by_rank in zip(plans, blocks, placements, seconds, sent, strict=True):
             speed = link["all-reduce" if how.stages == 1 else "send"]
-            machine = Machine(speed["bandwidth"], speed["latency"], "ring", cores)
+            machine = Machine(speed["bandwidth"], speed["latency"], "ring", cores)  # gloo has rings
             found = predict(how, of, machine, placement)
             slowed = predict(how, measured[how.kind].at(how.images, 1 / slower[how.kind]), machine, placement).seconds
             split = "data" if how.stages == 1 else "blocks" if how.data == 1 else "2-D"
-            sent = max(sent) if a.device == "cpu" else math.nan  # what goes past TCP is not counted
+            by_most = max(by_rank) if device.type == "cpu" else math.nan  # past TCP nothing is counted
             rows.append(_row(
-                a, processes, how.kind, split, how.data, how.stages, seconds, found.seconds, slowed, sent, found.sent_bytes,
+                a, processes, how.kind, split, how.data, how.stages, here, found.seconds, slowed, by_most, found.sent_bytes
             ))  # fmt: skip
     return rows, link
 
 
-def _row(a, processes, kind, split, data, stages, seconds, predicted, slowed, sent=0.0, predicted_bytes=0.0):
+def _row(a, processes, kind, split, data, stages, seconds, predicted, slowed=None, sent=None, predicted_bytes=None):
     median, low, high = (quantile(seconds, q) for q in (0.5, 0.2, 0.8))
-    return {
-        "model": a.model, "width": a.width, "batch": a.batch, "granularity": a.granularity, "processes": processes, "kind": kind,
-        "split": split, "data": data, "stages": stages, "milliseconds": median * 1e3, "milliseconds_20": low * 1e3,
-        "milliseconds_80": high * 1e3, "predicted": predicted * 1e3, "error": predicted / median - 1, "slowed": slowed * 1e3,
-        "slowed_error": slowed / median - 1, "mbytes": sent / 1e6, "predicted_mbytes": predicted_bytes / 1e6,
-        "bytes_error": predicted_bytes / sent - 1 if sent else 0.0,
+    row = {
+        "model": a.model, "width": a.width, "batch": a.batch, "size": a.size, "classes": a.classes, "granularity": a.granularity,
+        "processes": processes, "kind": kind, "split": split, "data": data, "stages": stages, "milliseconds": median * 1e3,
+        "milliseconds_20": low * 1e3, "milliseconds_80": high * 1e3, "predicted": predicted * 1e3, "error": predicted / median - 1,
     }  # fmt: skip
+    if slowed is not None:
+        row |= {"slowed": slowed * 1e3, "slowed_error": slowed / median - 1, "mbytes": sent / 1e6}
+        row |= {"predicted_mbytes": predicted_bytes / 1e6, "bytes_error": predicted_bytes / sent - 1}
+    return row
+
+
+def label(row):
+    """What a row of `compare` measured, in words."""
+    kind = {"sff": "SFF", "backprop": "backpropagation"}[row["kind"]]
+    if row["split"] == "none":
+        return kind if int(row["processes"]) == 1 else f"{kind}, no communication"
+    split = {"data": "data-parallel" if row["kind"] == "sff" else "DDP", "2-D": f"2-D, {row['data']} x {row['stages']}"}
+    return f"{kind}, {split.get(row['split'], 'block-parallel' if row['kind'] == 'sff' else '1F1B')}"
 
 
 def show_compared(a, rows, link):
-    speeds = ", ".join(f"{name} {s['bandwidth'] / 1e9:.2f} GB/s and {s['latency'] * 1e6:.0f} us" for name, s in (link or {}).items())
-    print(f"{_network(a)}, {a.batch} images a process; link between two processes: {speeds}; {os.cpu_count()} cores")
-    print(f"{'':>9} {'':24} {'ms a step':>9} {'20-80 %':>16} {'predicted':>9} {'off':>7} {'slowed':>9} {'off':>7} {'MB sent':>8} {'off':>7}")
+    speeds = (
+        f"{name} {s['bandwidth'] / 1e9:.2f} GB/s and {s['latency'] * 1e6:.0f} us" for name, s in (link or {}).items()
+    )
+    print(
+        f"\n{_network(a)}, {a.batch} images a process; {os.cpu_count()} cores; between two processes: {', '.join(speeds)}"
+    )
+    print(
+        f"{'processes':>9} {'':33} {'ms a step':>9} {'20-80 %':16} {'predicted':>9} {'off':>7} {'slowed':>8} {'off':>7} {'MB sent':>8} {'off':>7}"
+    )
     for r in rows:
-        name = f"{r['kind']} {r['split']}" + (f" {r['data']} x {r['stages']}" if r["split"] == "2-D" else "")
-        name = f"{r['kind']}, no communication" if r["split"] == "none" else name
-        print(
-            f"{r['processes']:9} {name:24} {r['milliseconds']:9.1f} [{r['milliseconds_20']:6.1f}, {r['milliseconds_80']:6.1f}] "
-            f"{r['predicted']:9.1f} {r['error']:+7.1%} {r['slowed']:9.1f} {r['slowed_error']:+7.1%} {r['mbytes']:8.3f} {r['bytes_error']:+7.2%}"
-        )
-    print("slowed: predicted with block times as much longer as they are in so many processes that do not communicate")
+        measured = f"{r['milliseconds']:9.1f} [{r['milliseconds_20']:6.1f}, {r['milliseconds_80']:6.1f}]"
+        line = f"{r['processes']:9} {label(r):33} {measured} {r['predicted']:9.1f} {r['error']:+7.1%}"
+        if "slowed" in r:
+            line += f" {r['slowed']:8.1f} {r['slowed_error']:+7.1%} {r['mbytes']:8.3f} {r['bytes_error']:+7.2%}"
+        print(line)
 
 
 def _network(a):
@@ -880,38 +910,56 @@ def model(a, device):
     return rows
 
 
+WIDTHS = 11, 13, 43, 15, 16, 43
+
+
 def show(a, rows):
-    a_step = f"{a.global_batch:,} images a step" if a.global_batch else f"{a.batch} images a device"
-    print(f"{_network(a)}, {a_step}, Adam, {a.all_reduce} all-reduce")
-    for faster in a.faster:
-        for link in dict.fromkeys(r["link"] for r in rows):
-            mine = [r for r in rows if (r["link"], r["faster"]) == (link, faster)]
-            speed = "a device as fast as one core here" if faster == 1 else f"assumed: a device {faster:g} times as fast as one core here"
-            print(f"\n{link}; {speed}\nefficiency against one device; MB sent a step, MiB of memory by the device with most; D x S: replicas x stages")
-            print(f"{'devices':>7} " + "".join(f"{m:>{w}}" for m, w in zip(METHODS, (11, 13, 30, 15, 16, 30), strict=True)))
-            for devices in dict.fromkeys(r["devices"] for r in mine):
-                cells = {r["method"]: r for r in mine if r["devices"] == devices}
-                line = f"{devices:7,} "
-                for method, width in zip(METHODS, (11, 13, 30, 15, 16, 30), strict=True):
-                    r = cells.get(method)
-                    text = "" if r is None else f"{r['efficiency']:.0%}"
-                    if r is not None and "2-D" in method:
-                        text = f"{r['data']} x {r['stages']} {r['mbytes_sent']:5.0f} MB {r['memory_mib']:5.0f} MiB {text:>5}"
-                    line += f"{text:>{width}}"
-                print(line)
+    images = f"{a.global_batch:,} images a step" if a.global_batch else f"{a.batch} images a device"
+    print(f"{_network(a)}; {images}, Adam, {a.all_reduce} all-reduce")
+    print(
+        "Efficiency against one device; of the best split: replicas x stages, images/s, MB sent a step and MiB of memory by the device with most."
+    )
+    for faster, link in dict.fromkeys((r["faster"], r["link"]) for r in rows):
+        mine = [r for r in rows if (r["faster"], r["link"]) == (faster, link)]
+        speed = (
+            "devices as fast as one core here"
+            if faster == 1
+            else f"assumed: devices {faster:g} times as fast as one core here"
+        )
+        print(f"\n{link}; {speed}")
+        print(f"{'devices':>7}" + "".join(f"{m:>{w}}" for m, w in zip(METHODS, WIDTHS, strict=True)))
+        for devices in dict.fromkeys(r["devices"] for r in mine):
+            found = {r["method"]: r for r in mine if r["devices"] == devices}
+            print(
+                f"{devices:7,}" + "".join(f"{_cell(found.get(m)):>{w}}" for m, w in zip(METHODS, WIDTHS, strict=True))
+            )
+
+
+def _cell(r):
+    if r is None:
+        return ""
+    if "2-D" not in r["method"]:
+        return f"{r['efficiency']:.0%}"
+    shape = f"{r['data']} x {r['stages']}"
+    return f"{shape}  {r['images_per_second']:9,.0f}/s {r['mbytes_sent']:3.0f} MB {r['memory_mib']:5,.0f} MiB {r['efficiency']:5.0%}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18", choices=["resnet18", "mobilenet_v3_small", "mobilenet_v3_large"])
     parser.add_argument("--granularity", default="block", choices=["layer", "block", "stage"])
-    for name, default in (("width", 64), ("batch", 32), ("classes", 100), ("size", 32), ("rounds", 7), ("processes", 4)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--global-batch", type=int, help="images a step whatever the devices, instead of --batch for each")
-    parser.add_argument("--faster", type=float, nargs="+", default=[1, 100], help="how much faster than one core a device is")
-    parser.add_argument("--link", type=float, nargs=2, action="append", default=[], metavar=("GBIT_PER_S", "MICROSECONDS"))
-    parser.add_argument("--all-reduce", default="tree", choices=["ring", "tree"])
     parser.add_argument("--measure", action="store_true", help="run 1, 2, ... --processes processes and compare")
+    parser.add_argument("--width", type=int, help="64, with --measure 16")
+    parser.add_argument("--batch", type=int, nargs="+", help="images a device: 32, with --measure 32 and 4")
+    for name, default in (("classes", 100), ("size", 32), ("rounds", 7), ("processes", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--global-batch", type=int, help="images a step whatever the devices, instead of --batch for each"
+    )
+    parser.add_argument("--faster", type=float, nargs="+", default=[1, 100, 1000], help="devices than one core here")
+    given = {"nargs": 2, "action": "append", "default": [], "metavar": ("GBIT_PER_S", "MICROSECONDS")}
+    parser.add_argument("--link", type=float, help="instead of the three that are built in", **given)
+    parser.add_argument("--all-reduce", default="tree", choices=["ring", "tree"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--csv")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -920,15 +968,32 @@ def main():
         return worker(a.worker)
     torch.set_num_threads(1)
     print_environment()
-    if a.measure:
-        rows, link = compare(a, torch.device(a.device))
-        show_compared(a, rows, link)
-    else:
-        rows = model(a, torch.device(a.device))
-        show(a, rows)
+    rows = measure(a) if a.measure else modelled(a)
     if a.csv:
         write_csv(a.csv, rows)
     return None
+
+
+def measure(a):
+    rows = []
+    for batch in a.batch or [32, 4]:
+        of = argparse.Namespace(**vars(a) | {"batch": batch, "width": a.width or 16})
+        found, link = compare(of, torch.device(a.device))
+        show_compared(of, found, link)
+        rows += found
+    print("\nno communication: all at once, each by itself, waiting for the others after each step")
+    print("slowed: predicted from block times that are as much longer as these steps were")
+    return rows
+
+
+def modelled(a):
+    rows = []
+    for batch in a.batch or [32]:
+        of = argparse.Namespace(**vars(a) | {"batch": batch, "width": a.width or 64})
+        found = model(of, torch.device(a.device))
+        show(of, found)
+        rows += found
+    return rows
 
 
 if __name__ == "__main__":

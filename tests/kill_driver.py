@@ -87,6 +87,7 @@ def main(folder, kind, kills, how="SIGKILL"):
     (folder / "whole").mkdir(parents=True)
     assert ended(start(kind, 1 if kind == "block" else 2, folder / "whole")) == [0] * (1 if kind == "block" else 2)
     draw, killed, positions, finished, statuses, longest = random.Random(3), 0, [], 0, [], 0.0
+    lost, told = [], 0
     while killed < kills:  # a run that gets to its end before its kill starts again in another folder
         target = folder / f"killed-{finished}"
         target.mkdir(exist_ok=True)
@@ -104,19 +105,23 @@ def main(folder, kind, kills, how="SIGKILL"):
         os.kill(children[victim], signal.SIGKILL)
         longest = max(longest, time.perf_counter() - begun)
         if ended([children[victim]]) == [0]:
-            finished += 1
+            finished, told = finished + 1, 0
             continue
         killed += 1
         statuses.append(others)
         path = target / "checkpoint.pt"
         positions.append(load(path)["steps"] if path.exists() else 0)
+        lines = (target / "failures.txt").read_text().splitlines() if (target / "failures.txt").exists() else []
+        ends = [int(line.split("ended at step ")[1].split(";")[0]) for line in lines[told:] if "ended at step" in line]
+        told = len(lines)
+        lost.append(max(ends, default=positions[-1]) - positions[-1])
     ranks = 1 if kind == "block" else 2
     assert ended(start(kind, ranks, folder / f"killed-{finished}")) == [0] * ranks
     whole = load(folder / "whole" / "checkpoint.pt")
     ends = [load(folder / f"killed-{i}" / "checkpoint.pt") for i in range(finished + 1)]
-    told = [line for file in folder.glob("killed-*/failures.txt") for line in file.read_text().splitlines()]
+    lines = [line for file in folder.glob("killed-*/failures.txt") for line in file.read_text().splitlines()]
     print(json.dumps({
-        "killed": killed, "runs": finished + 1, "positions": positions, "statuses": statuses, "told": told, "longest": longest,
+        "killed": killed, "runs": finished + 1, "positions": positions, "statuses": statuses, "told": lines, "longest": longest, "lost": lost,
         "same": [same(end, whole) for end in ends], "steps": whole["steps"],
     }))  # fmt: skip
 

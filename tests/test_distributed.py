@@ -70,8 +70,7 @@ def test_ranks_that_die(kind, kills, how, tmp_path):
     assert all(status == 1 for attempt in found["statuses"] for status in attempt)
     assert len(found["told"]) >= kills
     assert all(re.match(r"ranks? \d", line) and "ended or hangs" in line for line in found["told"])
-    steps = [int(at[1]) for line in found["told"] if (at := re.search(r"ended at step (\d+)", line))]
-    assert all(step <= max(found["positions"]) + 2 for step in steps)
+    assert max(found["lost"]) <= 1  # a checkpoint is written after every step
     assert max(found["positions"]) > 0 or kills == 1
     assert found["longest"] < 40
     assert found["same"] == [True] * found["runs"]
