@@ -213,7 +213,8 @@ def make_app():
         resume: Annotated[Path | None, option("Go on with this run; only --epochs and --root can change.")] = None,
         block_ranks: Annotated[int, option("Of torchrun's processes, how many share the blocks of one network.")] = 1,
         batch_norm: Annotated[
-            str | None, option("Over a process's share of a minibatch, local, or all of it, synchronized. Default: local.")
+            str | None,
+            option("Over a process's share of a minibatch, local, or all of it, synchronized. Default: local."),
         ] = None,
         shard_optimizer: Annotated[
             bool, option("Split the optimiser's state over the processes.", "--shard-optimizer")
@@ -226,7 +227,10 @@ def make_app():
         distributed, leads = None, True
         if parallel.world_size() > 1:
             distributed = parallel.Distributed(
-                block_ranks=block_ranks, batch_norm=batch_norm or "local", shard_optimizer=shard_optimizer, timeout=timeout
+                block_ranks=block_ranks,
+                batch_norm=batch_norm or "local",
+                shard_optimizer=shard_optimizer,
+                timeout=timeout,
             )
             parallel.start(where, timeout)
             leads = torch.distributed.get_rank() == 0

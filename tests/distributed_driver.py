@@ -46,7 +46,9 @@ def train(trainer, steps, dtype=torch.float32):
     ranks, losses = trainer.ranks, []
     trainer.train_mode()
     for images, target in minibatches(steps, dtype):
-        own = slice(len(images) * ranks.data_rank // ranks.data_size, len(images) * (ranks.data_rank + 1) // ranks.data_size)
+        own = slice(
+            len(images) * ranks.data_rank // ranks.data_size, len(images) * (ranks.data_rank + 1) // ranks.data_size
+        )
         given = (images[own], target[own]) if ranks.feeds else (None, None)
         losses.append(trainer.step(*given))
     trainer.synchronize()
@@ -130,7 +132,9 @@ def main(folder):
         "mobilenet_v3_small": compared(blocks, "mobilenet_v3_small", 20, None),
         "micro-batches": compared(blocks, "resnet18-8", 4, trainer={"micro_batches": 3}, readout=True),
         "placed": compared(Distributed(size, [1] * (size - 1) + [10 - size]), "resnet18-8", 4),
-        "adamw, fit": fitted(blocks, folder / "blocks")["difference"] if rank == 0 else fitted(blocks, folder / "blocks"),
+        "adamw, fit": fitted(blocks, folder / "blocks")["difference"]
+        if rank == 0
+        else fitted(blocks, folder / "blocks"),
     }
     # ranks that share minibatches: float64, so that only a wrong sum is seen and not amplified rounding
     wide = {"dtype": torch.float64}

@@ -61,7 +61,12 @@ def start(kind, ranks, folder):
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
             code = 1
             try:
                 run(kind, ranks, folder)

@@ -24,7 +24,11 @@ TRAIN = ["-m", "fastff.cli", "train", "--data", "digits"]
 
 def environment():
     """Without what a launcher of these tests may have set."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_")) and k not in ("RANK", "WORLD_SIZE")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("TORCHELASTIC", "MASTER_")) and k not in ("RANK", "WORLD_SIZE")
+    }
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 
 
@@ -59,7 +63,8 @@ def test_equal_to_one_process(ranks, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "kills", "how"), [("block", 10, "SIGKILL"), ("data", 4, "SIGKILL"), ("data", 1, "SIGSTOP"), ("block", 1, "SIGSTOP")]
+    ("kind", "kills", "how"),
+    [("block", 10, "SIGKILL"), ("data", 4, "SIGKILL"), ("data", 1, "SIGSTOP"), ("block", 1, "SIGSTOP")],
 )
 def test_ranks_that_die(kind, kills, how, tmp_path):
     """Each time all ranks end with a message, the checkpoint of the step before is intact, and other numbers of ranks go on to the same bits."""
@@ -82,7 +87,9 @@ def finish(process, timeout=240):
 
 
 def run_until_checkpoint(command, out):
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
     limit = time.monotonic() + 120
     while not (out / "checkpoint.pt").exists():
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -94,7 +101,7 @@ def run_until_checkpoint(command, out):
 
 @pytest.mark.slow
 def test_command_line(tmp_path):
-    """torchrun with two processes reaches the accuracy of one; a killed process ends the run with one line; fewer ranks go on; a restart goes on by itself."""
+    """torchrun with two processes reaches the accuracy of one; a killed process ends the run with one line; fewer ranks go on, and so does a restart."""
     digits = [*TRAIN, "--epochs", 6, "--subset", 1000]
     accuracy = {}
     for name, command in {"one": [sys.executable], "two": [*TORCHRUN, 2]}.items():
@@ -105,12 +112,16 @@ def test_command_line(tmp_path):
     assert min(accuracy.values()) > 0.95 and abs(accuracy["one"] - accuracy["two"]) < 0.02
 
     out = tmp_path / "killed"
-    process, workers = run_until_checkpoint([*TORCHRUN, 2, *TRAIN, "--epochs", 200, "--block-ranks", 2, "--out", out], out)
+    process, workers = run_until_checkpoint(
+        [*TORCHRUN, 2, *TRAIN, "--epochs", 200, "--block-ranks", 2, "--out", out], out
+    )
     os.kill(workers[-1], signal.SIGKILL)
     code, output = finish(process)
     told = [line for line in output.splitlines() if line.startswith("fastff: ")]
     assert code == 1 and len(told) == 1, output[-3000:]
-    assert re.match(r"fastff: rank 1 of 2 ended or hangs, .*checkpoint.pt is intact, --resume .* goes on from it", told[0])
+    assert re.match(
+        r"fastff: rank 1 of 2 ended or hangs, .*checkpoint.pt is intact, --resume .* goes on from it", told[0]
+    )
     epochs = load(out / "checkpoint.pt")["position"]["epoch"] + 1
     resume = ["-m", "fastff.cli", "train", "--resume", out, "--epochs", epochs]
     ended = launched(sys.executable, *resume)
@@ -176,9 +187,13 @@ def test_without_a_launcher(monkeypatch):
 
     for name in ("RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="distributed: expected torch.distributed to run: start the script with torchrun"):
+    with pytest.raises(
+        ValueError, match="distributed: expected torch.distributed to run: start the script with torchrun"
+    ):
         Trainer(made(), distributed="data")
-    with pytest.raises(ValueError, match="distributed: expected 'data', 'block', a DeviceMesh or fastff.Distributed, got 2"):
+    with pytest.raises(
+        ValueError, match="distributed: expected 'data', 'block', a DeviceMesh or fastff.Distributed, got 2"
+    ):
         Trainer(made(), distributed=2)
     with pytest.raises(ValueError, match="cuda_graph: expected False with distributed"):
         Trainer(made(), distributed="data", cuda_graph=True)

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-RANKS = weakref.WeakKeyDictionary()  # of each module; not in it, so that the module still pickles and copies
+RANKS: weakref.WeakKeyDictionary = (
+    weakref.WeakKeyDictionary()
+)  # of each module; not in it, so that the module still pickles and copies
 
 
 class SynchronizedBatchNorm(_BatchNorm):

@@ -1,4 +1,4 @@
-"""Activations from the rank with a run of blocks to the rank with the next: the normalised, un-updated outputs, sent before the block's backward pass.
+"""Activations from the rank with a run of blocks to the rank with the next: the normalised, un-updated outputs, sent before the backward pass.
 
 A message is a header (JSON on the CPU: shapes, strides, dtypes) and one buffer with all tensors in it. The receiver posts both ahead, so the message
 of the next minibatch comes in while it computes this one; for that it must know the buffer's size, which therefore only grows: a smaller minibatch

@@ -60,7 +60,9 @@ class Distributed:
         if isinstance(value, DeviceMesh):
             return cls(mesh=value)
         if value not in ("data", "block"):
-            raise ValueError(f"distributed: expected 'data', 'block', a DeviceMesh or fastff.Distributed, got {value!r}")
+            raise ValueError(
+                f"distributed: expected 'data', 'block', a DeviceMesh or fastff.Distributed, got {value!r}"
+            )
         return cls() if value == "data" else cls(block_ranks=world_size())
 
 

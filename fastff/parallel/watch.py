@@ -39,7 +39,9 @@ class Watch:
             ended = threading.Event()
             thread = threading.Thread(target=self._beat, args=(beats, ended), name="fastff-watch", daemon=True)
             thread.start()
-            atexit.register(lambda: (ended.set(), thread.join(PATIENCE)))  # a call into the store must not outlive the interpreter
+            atexit.register(
+                lambda: (ended.set(), thread.join(PATIENCE))
+            )  # a call into the store must not outlive the interpreter
 
     def _beat(self, store, ended):
         count = 0

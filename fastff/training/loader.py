@@ -193,7 +193,9 @@ class Loader:
             labels = self.labels[part].clone() if order is None else self.labels.index_select(0, order[part])
             images = pixels.to(self._compute).mul_(self._scale).add_(self._shift)
             if self.augment is not None:
-                images = self._augmented(images, self.augment, generator("augment", self.seed, epoch, index), whole, own)
+                images = self._augmented(
+                    images, self.augment, generator("augment", self.seed, epoch, index), whole, own
+                )
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             yield images.to(self.dtype).contiguous(memory_format=layout), labels
 

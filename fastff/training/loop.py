@@ -111,7 +111,7 @@ class Loop:
     # --- a step
 
     def step(self, images, target):
-        """One minibatch: images [B, *input_shape], target [B] int64. Returns the losses [L] (a block's is 0 where it was not trained, or not by this rank).
+        """One minibatch: images [B, *input_shape], target [B] int64. Returns the losses [L] (0 for a block that was not trained, or not here).
 
         Nothing in it waits for the device. `self.correct` [L] holds how many samples each block, or the network, had right.
         """
@@ -283,7 +283,9 @@ class Loop:
             loader = loader.shared(ranks.data_rank, ranks.data_size)
             if loader.least == 0:
                 text = f"one image for each of {ranks.data_size} ranks in every minibatch"
-                raise ValueError(f"loader: expected at least {text}, the last does not have it: drop_last=True leaves it out")
+                raise ValueError(
+                    f"loader: expected at least {text}, the last does not have it: drop_last=True leaves it out"
+                )
             return loader
         sampler = getattr(loader, "sampler", None)
         if type(sampler) in (torch.utils.data.SequentialSampler, torch.utils.data.RandomSampler):

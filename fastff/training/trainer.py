@@ -258,7 +258,9 @@ class Trainer(Loop):
                 self.link.send(part, self.parts)
             del part, alive
             seed = None if visit is None else visit.seed()
-            del visit  # outputs and gradients, before the backward; with the graph all is gone before the next block starts
+            del (
+                visit
+            )  # outputs and gradients, before the backward; with the graph all is gone before the next block starts
             if seed is not None:
                 seed.backward()
                 del seed
