@@ -59,7 +59,9 @@ def check(case):
         allowed = [4 * error + 1e-6 for error in errors] if allowed is None else allowed
         for index, (error, most) in enumerate(zip(errors, allowed, strict=True)):
             if not error <= most:
-                raise WrongResult(f"wrong result: {case.name}: output {index} of {name} is off by {error:.1e}, allowed are {most:.1e}")
+                raise WrongResult(
+                    f"wrong result: {case.name}: output {index} of {name} is off by {error:.1e}, allowed are {most:.1e}"
+                )
     return None
 
 

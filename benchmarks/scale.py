@@ -505,7 +505,7 @@ def _backprop_blocks(trainer, images, target, rounds):
                 t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, torch.Tensor) else t for t in outputs
             )
         clock()
-        for index, (inputs, outputs, loss) in reversed(list(enumerate(results))):
+        for index, (_, outputs, loss) in reversed(list(enumerate(results))):
             if loss is not None:
                 loss.backward()
             else:
@@ -686,7 +686,7 @@ def pipeline(a, plan, placement, optimizer, images, target):
         dist.gather_object([p.detach().cpu() for p in module.parameters()], parts)
         if rank > 0:
             return None
-        stages = [[p for p in Stage(sff, mine).parameters()] for mine in own]
+        stages = [list(Stage(sff, mine).parameters()) for mine in own]
         found = {p: w for mine, sent in zip(stages, parts, strict=True) for p, w in zip(mine, sent, strict=True)}
         return [found[p] for p in sff.model.parameters()]
 

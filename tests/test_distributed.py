@@ -101,7 +101,7 @@ def run_until_checkpoint(command, out):
 
 @pytest.mark.slow
 def test_command_line(tmp_path):
-    """torchrun with two processes reaches the accuracy of one; a killed process ends the run with one line; fewer ranks go on, and so does a restart."""
+    """torchrun with two processes reaches the accuracy of one; a killed process ends the run with one line; fewer ranks go on; so does a restart."""
     digits = [*TRAIN, "--epochs", 6, "--subset", 1000]
     accuracy = {}
     for name, command in {"one": [sys.executable], "two": [*TORCHRUN, 2]}.items():
