@@ -258,7 +258,7 @@ def make_app():
             experiment.writable_folder(out)
             say(repr(run.trainer.sff))
             if distributed is not None:
-                say(run.trainer.describe_ranks())
+                say(str(run.trainer.place))
             if run.finished:
                 say(f"all {run.settings['epochs']} epochs are done; --epochs can add more")
         history = run.fit(out, save_every)

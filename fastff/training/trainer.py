@@ -18,13 +18,13 @@ import copy
 import torch
 
 from fastff.nn.tail import Seed
-from fastff.parallel import batch_norm, placement
-from fastff.parallel.link import Link, Part
+from fastff.parallel import placement
+from fastff.parallel.link import Part
 from fastff.parallel.ranks import Distributed, Ranks
-from fastff.parallel.reduce import Reduction, ShardedReduction
 from fastff.sff import SFF
 from fastff.training import optim
 from fastff.training.loop import Loop, loss_dtype
+from fastff.training.place import Place
 
 UNIT = 64  # samples: gradients of ranks with different numbers of samples are weighted in this unit, so that usual numbers scale exactly
 
@@ -103,10 +103,7 @@ class Trainer(Loop):
                 f"window: expected 1 with schedule='greedy', which trains one block alone, got {self.window}"
             )
         make = optimizer or optim.adamw(optim.LOCAL_LR)
-        distributed = Distributed.of(distributed)
-        if distributed is not None:
-            self._check_distributed(distributed, options)
-        ranks = Ranks(distributed, next(sff.parameters()).device)
+        ranks = self._ranks(Distributed.of(distributed), next(sff.parameters()).device, options)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
@@ -126,63 +123,35 @@ class Trainer(Loop):
         tails = [sff.tail(index) for index in range(len(sff.blocks))]
         self.bodies = [None if tail is None else self._compiled(tail.body) for tail in tails]
         self.scalers = [self.make_scaler() for _ in sff.blocks]
-        self.link, self.reduction = None, None
-        if ranks.size > 1:
-            self._join(every)
+        self.place = Place(ranks, sff, self.parameters, every, self._apply, self._measure)
+        self.own, self.counted = self.place.own, self.place.counted().to(self.device)
+        mine = [every[index] for index in self.place.indices]
+        self.own_optimizers = [k for k, o in enumerate(self.optimizers) if any(o is m for m in mine)]
 
-    def _check_distributed(self, distributed, options):
+    def _ranks(self, distributed, device, options):
+        """The processes that train together. Raises ValueError for what they cannot do."""
+        if distributed is None:
+            return Ranks()
         if options.get("cuda_graph"):
             raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
         if distributed.shard_optimizer and (options.get("clip_grad_norm") or options.get("amp") == "fp16"):
+            text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
+            raise ValueError(f"shard_optimizer: {text}")
+        ranks = Ranks(distributed, device)
+        if ranks.block_size > 1 and (self.window > 1 or self.schedule != "all"):
+            got = f"window {self.window}" if self.window > 1 else f"schedule {self.schedule!r}"
             raise ValueError(
-                "shard_optimizer: expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
+                f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {got}"
             )
+        return ranks
 
-    def _join(self, optimizers):
-        """Take this rank's place: weights as of rank 0, its blocks, its link to its neighbours."""
-        ranks, sff = self.ranks, self.sff
-        form = [(name, tuple(t.shape), t.stride(), str(t.dtype)) for name, t in sff.state_dict().items()]
-        for rank, other in enumerate(ranks.gather(form)):
-            if other != form:
-                raise ValueError(f"sff: expected the same network on every rank, rank {rank} has another")
-        ranks.broadcast_([*sff.parameters(), *sff.buffers()], 0)
-        if ranks.block_size > 1:
-            if self.window > 1 or self.schedule != "all":
-                text = f"window {self.window}" if self.window > 1 else f"schedule {self.schedule!r}"
-                raise ValueError(
-                    f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {text}"
-                )
-            counts = self._placement()
-            ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-            self.placed = [range(end - n, end) for end, n in zip(ends, counts, strict=True)]
-            self.own = self.placed[ranks.block_rank]
-            last = [self.readout_optimizer] if self.own.stop == len(sff.blocks) else []
-            mine = [*(self.block_optimizers[i] for i in self.own), *last]
-            self.own_optimizers = [k for k, o in enumerate(self.optimizers) if any(o is m for m in mine)]
-            self.link = Link(ranks, self.device)
-            self.counted = torch.zeros(len(sff.blocks), device=self.device)
-            self.counted[self.own.start : self.own.stop] = 1
-        if ranks.data_size > 1:
-            if ranks.distributed.batch_norm == "synchronized":
-                batch_norm.synchronize(sff.model, ranks)
-            if ranks.distributed.shard_optimizer:
-                self.reduction = ShardedReduction(ranks, optimizers, self._apply, self.parameters)
-            else:
-                self.reduction = Reduction(ranks, optimizers, self._apply)
-
-    def _placement(self):
-        """Blocks of each rank that shares them: the user's, or balanced by times that rank 0 measures on a copy."""
-        ranks, count = self.ranks, len(self.sff.blocks)
-        if ranks.distributed.placement is not None:
-            return placement.checked(ranks.distributed.placement, count, ranks.block_size)
-        seconds = None
-        if ranks.leads:
-            sff = copy.deepcopy(self.sff)
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
-                target = torch.arange(16, device=self.device) % sff.num_classes
-                seconds = placement.block_seconds(Trainer(sff, window=1), images, target)
-        return placement.balanced(ranks.from_leader(seconds), ranks.block_size)
+    def _measure(self):
+        """Seconds of each block, on a copy."""
+        sff = copy.deepcopy(self.sff)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
+            target = torch.arange(16, device=self.device) % sff.num_classes
+            return placement.block_seconds(Trainer(sff, window=1), images, target)
 
     def _compiled(self, module):
         return torch.compile(module, dynamic=False) if self.compile else module
@@ -218,7 +187,7 @@ class Trainer(Loop):
         return [Part((x,), y, len(y) / len(target), len(target)) for x, y in cut]
 
     def _received(self):
-        for number, (part, parts) in enumerate(self.link.minibatch()):
+        for number, (part, parts) in enumerate(self.place.link.minibatch()):
             if number == 0:
                 self._begin(part.alive[0], part.samples, parts)
             yield part
@@ -226,7 +195,7 @@ class Trainer(Loop):
     def _begin(self, like, samples, parts):
         self.samples, self.parts = samples, parts
         self._losses, self._correct = torch.zeros(2, len(self.sff.blocks), device=like.device, dtype=loss_dtype(like))
-        self.weight = 1 if self.reduction is None else samples / UNIT
+        self.weight = 1 if self.place.reduction is None else samples / UNIT
 
     def recorded_state(self):
         return self.active
@@ -240,7 +209,7 @@ class Trainer(Loop):
     def _one_block_at_a_time(self, parts):
         for index in self.own[: self._last() + 1]:
             parts = self.train_block(index, parts)
-        if self.own.stop == len(self.sff.blocks):
+        if self.place.has_last:
             self._train_readout(parts)
 
     def train_block(self, index, parts):
@@ -254,13 +223,11 @@ class Trainer(Loop):
                 done[number] = part
             else:
                 done.append(part)
-            if self.link is not None and self.link.after is not None and index + 1 == self.own.stop:
-                self.link.send(part, self.parts)
+            self.place.send(index, part, self.parts)
             del part, alive
             seed = None if visit is None else visit.seed()
-            del (
-                visit
-            )  # outputs and gradients, before the backward; with the graph all is gone before the next block starts
+            # Outputs and gradients, before the backward; with the graph all is gone before the next block starts.
+            del visit
             if seed is not None:
                 seed.backward()
                 del seed
@@ -388,10 +355,7 @@ class Trainer(Loop):
 
     def _update(self, index):
         """The update of block `index` (of the readout behind the last), now or when all ranks' gradients are there."""
-        if self.reduction is None:
-            self._apply(index)
-        else:
-            self.reduction.start(index, self.parameters[index], self.weight)
+        self.place.updated(index, self.weight)
 
     def _apply(self, index):
         if index == len(self.sff.blocks):
@@ -401,44 +365,15 @@ class Trainer(Loop):
 
     def settle(self, index=None):
         """Finish the update of a block that waits for other ranks' gradients; of all blocks for None."""
-        if self.reduction is not None:
-            self.reduction.settle(index)
+        self.place.settle(index)
 
     def synchronize(self):
         """Finish all updates, and bring the blocks of all ranks to every rank, batch norm's statistics averaged: before the weights are used
-        otherwise than by this trainer's steps. evaluate and save do it. Call it on all ranks."""
-        self.settle()
-        ranks, sff = self.ranks, self.sff
-        if ranks.data_size > 1 and ranks.distributed.batch_norm == "local":
-            ranks.mean_([b for index in self.own for b in sff.blocks[index].buffers()])
-        if ranks.block_size > 1:
-            for rank, own in enumerate(self.placed):
-                ranks.broadcast_([t for i in own for t in self._tensors(i)], rank, ranks.block_group)
-
-    def describe_ranks(self):
-        """One line: how many ranks share what."""
-        ranks = self.ranks
-        text = f"{ranks.size} ranks: {ranks.data_size} share each minibatch"
-        if ranks.distributed.shard_optimizer:
-            text += " and the optimiser's state"
-        if ranks.block_size > 1:
-            text += f", {ranks.block_size} share the blocks ({', '.join(str(len(own)) for own in self.placed)})"
-        return f"{text}; batch norm {ranks.distributed.batch_norm}"
+        otherwise than by this trainer's steps. fit, evaluate and save do it. Call it on all ranks."""
+        self.place.synchronize()
 
     def own_state(self, optimizer, saved):
-        if not isinstance(self.reduction, ShardedReduction):
-            return saved
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        kept = {index: value for index, value in saved["state"].items() if self.reduction.owns(parameters[index])}
-        return saved | {"state": kept}
-
-    def _tensors(self, index):
-        """Parameters and buffers of a block; the last has the readout's with it."""
-        sff = self.sff
-        found = [*sff.block_parameters(index), *sff.blocks[index].buffers(), *sff.heads[index].buffers()]
-        if sff.readout and index + 1 == len(sff.blocks):
-            found += [*sff.readout[0].parameters(), *sff.readout[0].buffers()]
-        return found
+        return self.place.state_kept(optimizer, saved)
 
     def _train_readout(self, parts, update=True):
         if self.readout_optimizer is None or self.schedule == "greedy":
