@@ -1,79 +1,75 @@
 """Depthwise convolution: forward and gradients, fastff's rows against PyTorch's own.
 
-    python -m benchmarks.depthwise [--csv FILE] [--rounds N]
+    python -m benchmarks.depthwise [--csv FILE] [--rounds N] [--quick]
 
-Times of fastff are those of the row that "auto" takes, PyTorch's forward pass included where that is the quicker one. Results are compared in
-float64 first: a wrong one prints no number.
+Times of fastff are those of the row that "auto" takes, PyTorch's forward pass included where that is the quicker one. Counted are x and y of the
+forward pass, x and dL/dy of the backward pass, dL/dx where it is wanted, the filters, and a multiply-add for each of their taps in each direction.
 """
 
-import argparse
+import functools
 
 import torch
 
-from benchmarks.timing import print_environment, write_csv
-from fastff.bench import interleave, quantile, ratios
+from benchmarks import runner, tables
 from fastff.nn.convolution import Convolution
 
 SHAPES = [  # (B, C, H, kernel, stride)
     (32, 96, 28, 5, 1), (32, 240, 14, 3, 1), (32, 16, 112, 3, 2), (32, 16, 32, 3, 2), (32, 72, 16, 3, 2), (32, 88, 8, 3, 1), (32, 96, 8, 5, 2),
     (32, 240, 4, 5, 1), (32, 576, 2, 5, 1), (8, 960, 7, 3, 1), (32, 64, 56, 3, 1),
 ]  # fmt: skip
+GRADIENTS = ("weight", "x and weight")
 
 
-def run(module, x, grad, need_x):
+def step(module, weight, x, grad):
+    """(output, gradients of x where it needs one and of the weight)."""
     y = module(x)
-    return y.detach(), *torch.autograd.grad(y, ([x] if need_x else []) + [module_weight(module)], grad)
+    return y.detach(), *torch.autograd.grad(y, [t for t in (x, weight) if t.requires_grad], grad)
 
 
-def module_weight(module):
-    return module.convolution.weight if isinstance(module, Convolution) else module.weight
-
-
-def measure(shape, channels_last, need_x, rounds):
+def case(shape, layout, gradients, a):
     B, C, H, kernel, stride = shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(0)
-    theirs = torch.nn.Conv2d(C, C, kernel, stride, kernel // 2, groups=C, bias=False).to(memory_format=layout)
-    ours = Convolution(theirs)
-    x = torch.randn(B, C, H, H).contiguous(memory_format=layout).requires_grad_(need_x)
+    theirs = torch.nn.Conv2d(C, C, kernel, stride, kernel // 2, groups=C, bias=False)
+    theirs.to(memory_format=runner.LAYOUTS[layout])
+    x = torch.randn(B, C, H, H).contiguous(memory_format=runner.LAYOUTS[layout]).requires_grad_("x" in gradients)
     grad = torch.randn_like(theirs(x).detach())
-    wide = torch.nn.Conv2d(C, C, kernel, stride, kernel // 2, groups=C, bias=False).double()
-    wide.load_state_dict(theirs.state_dict())
-    exact = run(wide, x.detach().double().requires_grad_(need_x), grad.double(), need_x)
-    for got, plain, true in zip(run(ours, x, grad, need_x), run(theirs, x, grad, need_x), exact, strict=True):
-        error, allowed = (float((v.double() - true).norm() / true.norm()) for v in (got, plain))
-        if not error <= 4 * allowed + 1e-6:
-            raise SystemExit(f"wrong result at {shape}: off by {error:.1e}, plain PyTorch by {allowed:.1e}")
-    functions = {"pytorch": lambda: run(theirs, x, grad, need_x), "fastff": lambda: run(ours, x, grad, need_x)}
-    times = interleave(functions, rounds)
-    speedup, low, high = ratios(times, "pytorch", "fastff")
-    return {
-        "B": B, "C": C, "H": H, "kernel": kernel, "stride": stride, "layout": "channels_last" if channels_last else "contiguous",
-        "gradients": "x and weight" if need_x else "weight", "pytorch_ms": quantile(times["pytorch"], 0.5) * 1e3,
-        "fastff_ms": quantile(times["fastff"], 0.5) * 1e3, "speedup": speedup, "speedup_20": low, "speedup_80": high,
-    }  # fmt: skip
+
+    def exact():
+        wide_x, weight, wide_grad = runner.wide(x, theirs.weight, grad)
+        convolve = functools.partial(torch.conv2d, weight=weight, stride=stride, padding=kernel // 2, groups=C)
+        return step(convolve, weight, wide_x, wide_grad)
+
+    modules = {"pytorch": theirs, "fastff": Convolution(theirs)}
+    directions = 2 + x.requires_grad
+    return runner.Case(
+        {"B": B, "C": C, "H": H, "kernel": kernel, "stride": stride, "layout": layout, "gradients": gradients},
+        {name: functools.partial(step, module, theirs.weight, x, grad) for name, module in modules.items()},
+        exact,
+        mbytes=4 * (directions * (x.numel() + theirs.weight.numel()) + 2 * grad.numel()) / 1e6,
+        gflop=2 * directions * grad.numel() * kernel**2 / 1e9,
+    )
+
+
+def cases(a):
+    for shape in runner.chosen(SHAPES, a):
+        for layout in runner.LAYOUTS:
+            for gradients in GRADIENTS:
+                yield case(shape, layout, gradients, a)
+
+
+def table():
+    def cells(of):
+        r = of["fastff"]
+        filters = f"{r['kernel']} x {r['kernel']}, stride {r['stride']}"
+        return f"{r['B']}, {r['C']}, {r['H']}", filters, tables.words(r["layout"]), r["gradients"]
+
+    header = ("B, C, H", "filters", "layout", "forward and gradient of")
+    return tables.speedups("depthwise", "fastff", header, cells, "faster than PyTorch")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv")
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    print_environment()
-    rows = []
-    for shape in SHAPES:
-        for channels_last in (True, False):
-            for need_x in (False, True):
-                row = measure(shape, channels_last, need_x, arguments.rounds)
-                rows.append(row)
-                print(
-                    f"{shape!s:22} {row['layout']:14} forward, gradient of {row['gradients']:13} {row['speedup']:6.2f} x PyTorch "
-                    f"[{row['speedup_20']:.2f}, {row['speedup_80']:.2f}]",
-                    flush=True,
-                )
-    print(f"slower than PyTorch: {sum(row['speedup'] < 1 for row in rows)} of {len(rows)}")
-    if arguments.csv:
-        write_csv(arguments.csv, rows)
+    a = runner.arguments(__doc__, rounds=15).parse_args()
+    runner.run(cases(a), a)
 
 
 if __name__ == "__main__":

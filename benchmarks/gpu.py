@@ -1,11 +1,12 @@
 """Everything that needs a GPU in one run of a few minutes: are the Triton kernels right there, how fast are they, how fast is a step.
 
-    python -m benchmarks.gpu [--out FOLDER] [--only check kernels tails step]      (make gpu)
+    python -m benchmarks.gpu [--out FOLDER] [--only check kernels tails step scale]      (make gpu)
 
 Checks come first: a kernel with a wrong result prints no time. Kernels: goodness_step and tail_step with layer normalisation, bfloat16,
 channels_last, against PyTorch eager and compiled, against the composed row, and against the floor: the bytes that must move (x three times; y
 three times, the residual, dL/dy and the next input) at the measured copy bandwidth. Steps: ResNet18 and MobileNetV3-large under bfloat16
-autocast, against backpropagation eager, compiled and as a CUDA graph. CSV files carry the device's name.
+autocast, against backpropagation eager, compiled and as a CUDA graph. Scale, where there are several GPUs: steps over 2, 4 and 8 of them
+against what benchmarks/scale.py predicts. CSV files carry the device's name.
 """
 
 import argparse
@@ -18,13 +19,14 @@ import torch.nn.functional as F
 
 import fastff
 import fastff.functional as ff
+from benchmarks import scale
 from benchmarks.roofline import SHAPES
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile, ratios
 from fastff.training import Backprop, Trainer
 from fastff.training.memory import peak_memory
 
-PARTS = ["check", "kernels", "tails", "step"]
+PARTS = ["check", "kernels", "tails", "step", "scale"]
 CHECKED = [(5, 24, 9, 7), (3, 64, 32, 100), (40, 128, 4, 11), (6, 256, 7, 33), (70, 96, 1, 10), (2, 64, 56, 1000)]
 
 
@@ -261,6 +263,15 @@ def steps(device, rounds):
     return rows
 
 
+def scales(device, rounds):
+    """ResNet18 over all GPUs in float32, 256 images each: measured against the model; wrong weights stop it."""
+    given = {"model": "resnet18", "width": 64, "batch": 256, "classes": 100, "size": 32, "granularity": "block"}
+    a = argparse.Namespace(**given, rounds=rounds, device="cuda", processes=torch.cuda.device_count())
+    rows, link = scale.compare(a, device)
+    scale.show_compared(a, rows, link)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -279,8 +290,8 @@ def main():
         check_tail(device)
         check_step(device)
         check_graph(device)
-    for part, measure in (("kernels", kernels), ("tails", tails), ("step", steps)):
-        if part in a.only:
+    for part, measure in (("kernels", kernels), ("tails", tails), ("step", steps), ("scale", scales)):
+        if part in a.only and (part != "scale" or torch.cuda.device_count() > 1):
             write_csv(a.out / f"gpu-{part}-{name}.csv", measure(device, a.rounds))
 
 

@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/ from the CSV files in benchmarks/results, and draws the learning curves.
+"""Fills the tables of README.md and docs/ from the CSV files in benchmarks/results, and draws the curves of learning and of scale.
 
     python -m benchmarks.report
 
@@ -304,6 +304,117 @@ def roofline_table():
     return table(header, body)
 
 
+def scale_table(devices=(8, 1024)):
+    """Of results/scale.csv, the rows of some numbers of devices."""
+    rows = read("scale")
+    if not rows:
+        return "Not computed yet: run `python -m benchmarks.scale --csv benchmarks/results/scale.csv`."
+    methods, r = list(dict.fromkeys(row["method"] for row in rows)), rows[0]
+    found = {(row["faster"], row["link"], row["devices"], row["method"]): row for row in rows}
+    body = []
+    for faster, link in dict.fromkeys((row["faster"], row["link"]) for row in rows):
+        for count in map(str, devices):
+            cells = [link, f"{float(faster):g} x", f"{int(count):,}"]
+            for method in methods:
+                row = found.get((faster, link, count, method))
+                text = "" if row is None else f"{float(row['efficiency']):.0%}"
+                if row is not None and "2-D" in method:
+                    most = f"{float(row['mbytes_sent']):.0f} MB, {float(row['memory_mib']):,.0f} MiB"
+                    text += f" ({row['data']} x {row['stages']}: {float(row['images_per_second']):,.0f}/s, {most})"
+                cells.append(text)
+            body.append(cells)
+    width = f", width {r['width']}" if r["model"].startswith("resnet") else ""
+    title = (
+        f"{r['model']}{width}, {r['granularity']} granularity, {float(r['batch']):g} images a device, Adam, {r['all_reduce']} all-reduce. "
+        f"Efficiency against one device; 2-D: replicas x stages of the fastest split, images/s, and of the devices with most the MB sent a step "
+        f"and the MiB of memory. Computing 1 x as fast as one core of the machine below, the other speeds are assumed:\n\n"
+    )
+    return title + table(("link", "computing", "devices", *methods), body) + measured_on(r)
+
+
+def scale_measured_table():
+    from benchmarks.scale import label
+
+    rows = read("scale-measured")
+    if not rows:
+        return (
+            "Not measured yet: run `python -m benchmarks.scale --measure --csv benchmarks/results/scale-measured.csv`."
+        )
+    percent = lambda text, digits=0: f"{float(text):+.{digits}%}" if text else ""  # noqa: E731
+    number = lambda text, digits=1: f"{float(text):.{digits}f}" if text else ""  # noqa: E731
+    header = (
+        "processes",
+        "what",
+        "ms a step",
+        "20 to 80 %",
+        "predicted",
+        "off",
+        "slowed",
+        "off",
+        "MB sent",
+        "predicted",
+        "off",
+    )
+    text = []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        own = [row for row in rows if row["batch"] == batch]
+        body = [
+            (
+                r["processes"], label(r), number(r["milliseconds"]), f"{number(r['milliseconds_20'])} to {number(r['milliseconds_80'])}",
+                number(r["predicted"]), percent(r["error"]), number(r["slowed"]), percent(r["slowed_error"]),
+                number(r["mbytes"], 3), number(r["predicted_mbytes"], 3), percent(r["bytes_error"], 2),
+            )
+            for r in own
+        ]  # fmt: skip
+        r = own[0]
+        title = f"{r['model']}, width {r['width']}, {r['size']} x {r['size']}, {r['classes']} classes, {batch} images a process:\n\n"
+        text.append(title + table(header, body))
+    return "\n\n".join(text) + measured_on(rows[0])
+
+
+def scale_plot():
+    """docs/scale.png: efficiency over the number of devices, a panel for each link and each speed of the devices but one core's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in read("scale") if float(row["faster"]) != 1]
+    if not rows:
+        return
+    speeds, links = (list(dict.fromkeys(row[key] for row in rows)) for key in ("faster", "link"))
+    size = (3.9 * len(links), 3.1 * len(speeds) + 0.8)
+    figure, axes = plt.subplots(
+        len(speeds), len(links), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    styles = {"data": "-", "DDP": "-", "blocks": ":", "1F1B": ":", "2-D": "--"}
+    for faster, line in zip(speeds, axes, strict=True):
+        for link, axis in zip(links, line, strict=True):
+            for method in dict.fromkeys(row["method"] for row in rows):
+                own = [r for r in rows if (r["faster"], r["link"], r["method"]) == (faster, link, method)]
+                kind, split = method.split(", ")
+                colour = COLOURS["block" if kind == "SFF" else "backprop"]
+                label = method.replace("backprop", "backpropagation").replace("2-D", "best of all splits")
+                x, y = ([float(r[key]) for r in own] for key in ("devices", "efficiency"))
+                axis.plot(x, [100 * v for v in y], styles[split], color=colour, linewidth=2, label=label)
+            axis.set_title(f"{link}\ndevices {float(faster):g} x one core (assumed)", fontsize=9)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
+            axis.set_ylim(0, 105)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("devices")
+    for line in axes:
+        line[0].set_ylabel("efficiency against one (%)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    r = rows[0]
+    width = f" of width {r['width']}" if r["model"].startswith("resnet") else ""
+    figure.suptitle(f"A model of scale: {r['model']}{width}, {float(r['batch']):g} images a device")
+    figure.savefig(ROOT / "docs" / "scale.png", dpi=110)
+    plt.close(figure)
+
+
 TABLES = {
     "roofline": roofline_table,
     "goodness": goodness_table,
@@ -315,6 +426,8 @@ TABLES = {
     "budget": budget_table,
     "classes": classes_table,
     "swap-in": swap_in_table,
+    "scale": scale_table,
+    "scale-measured": scale_measured_table,
     "learning": lambda: learning_table(),
     "learning-all": learning_tables,
 }
@@ -334,6 +447,7 @@ def main():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         fill(path)
     curves()
+    scale_plot()
 
 
 if __name__ == "__main__":

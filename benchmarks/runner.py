@@ -16,6 +16,8 @@ from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile, ratios
 from fastff.training.memory import peak_memory
 
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
 
 class Case(NamedTuple):
     """What is measured.
@@ -28,6 +30,7 @@ class Case(NamedTuple):
         mbytes, gflop: that must be moved and computed, by formula; None where unknown.
         memory: whether to measure what each contender allocates at its peak.
         note: more columns, known once it has run.
+        unchecked: names of contenders that compute something else, whose time stands beside the others'.
     """
 
     columns: dict[str, Any]
@@ -38,6 +41,7 @@ class Case(NamedTuple):
     gflop: float | None = None
     memory: bool = False
     note: dict[str, Any] = {}  # noqa: RUF012
+    unchecked: Sequence[str] = ()
 
     @property
     def name(self):
@@ -55,6 +59,8 @@ def check(case):
     exact = case.exact() if callable(case.exact) else case.exact
     allowed = None
     for name, function in case.contenders.items():
+        if name in case.unchecked:
+            continue
         errors = [_error(got, true) for got, true in zip(function(), exact, strict=True)]
         allowed = [4 * error + 1e-6 for error in errors] if allowed is None else allowed
         for index, (error, most) in enumerate(zip(errors, allowed, strict=True)):
@@ -66,7 +72,20 @@ def check(case):
 
 
 def _error(got, exact):
+    if got.shape != exact.shape:
+        return float("inf")
     return float((got.detach().double() - exact.detach()).norm() / exact.norm().clamp(min=1e-30))
+
+
+def wide(*tensors):
+    """The same leaves in float64, for exact results."""
+    return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def compiled(function):
+    """torch.compile of it for one case. What was compiled before is forgotten: past eight shapes of a function PyTorch runs it as it is."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
 
 
 @functools.cache
@@ -97,14 +116,19 @@ def measure(case, rounds):
 
 
 def show(rows):
-    """One line a case: how many times as fast as the base each contender is, and its peak memory."""
+    """One line a case: how many times as fast as the base each contender is, times, rates, peak memory, and the floor of the bytes at a copy's rate."""
     first, others = rows[0], rows[1:]
-    keys = list(first)[: list(first).index("contender")]
-    peak = lambda row: "" if row["peak_mib"] is None else f" {row['peak_mib']:.0f} MiB"  # noqa: E731
-    line = "  ".join(f"{key} {first[key]}" for key in keys)
+    line = "  ".join(f"{key} {first[key]}" for key in list(first)[: list(first).index("contender")])
     for row in others:
-        line += f" | {row['contender']} {1 / row['ratio']:.2f} x [{1 / row['ratio_80']:.2f}, {1 / row['ratio_20']:.2f}]{peak(row)}"
-    print(f"{line}   (x as fast as {first['base']}{peak(first)})", flush=True)
+        faster, low, high = (1 / row[key] for key in ("ratio", "ratio_80", "ratio_20"))
+        line += f" | {row['contender']} {faster:.2f} x [{low:.2f}, {high:.2f}], {_cost(row)}"
+    floor = "" if first["mbytes"] is None else f"; {first['mbytes']:.3g} MB, floor {first['floor_ms']:.3g} ms"
+    print(f"{line}   (x as fast as {first['base']}, {_cost(first)}{floor})", flush=True)
+
+
+def _cost(row):
+    rate = "" if row["gflop"] is None else f", {1e3 * row['gflop'] / row['ms']:.0f} GFLOP/s"
+    return f"{row['ms']:.3g} ms{rate}" + ("" if row["peak_mib"] is None else f", {row['peak_mib']:.0f} MiB")
 
 
 def arguments(description, rounds=9):
@@ -117,12 +141,18 @@ def arguments(description, rounds=9):
     return parser
 
 
+def chosen(shapes, a):
+    """All shapes; every third for --quick."""
+    return shapes[::3] if a.quick else shapes
+
+
 def run(cases, a):
-    """Measure and print every case, one line each; returns the rows, written to a.csv if given."""
+    """Measure and print every case, one line each; returns the rows, written to a.csv if given. `cases` may make them as they are asked for."""
     print_environment()
     rows = []
     for case in cases:
         found = measure(case, a.rounds)
+        del case  # its tensors, before those of the next are made
         show(found)
         rows += found
     if a.csv:

@@ -10,7 +10,8 @@ written down as tasks of the devices and of their links, each with what it waits
     SFF, data-parallel     a block's all-reduce runs beside the next blocks; the block's next forward pass waits for it, and for no other
     SFF, block-parallel    receive, compute, send each output before the last block's backward, at most two messages ahead; no flush
     backpropagation, DDP   buckets of 25 MB (the first of 1 MB) are reduced beside the rest of the backward pass; the update waits for all
-    backpropagation, 1F1B  4 micro-batches for each stage, one forward and one backward in turn, a flush at the end of every step
+    backpropagation, 1F1B  1, 2 or 4 micro-batches for each stage, whichever is fastest, one forward and one backward in turn, a flush at the end
+                           of every step
     2-D                    replicas of block-parallel or 1F1B devices: of all splits of the devices the fastest
 
 A step is of the same images for all of them: the batch of a device times the devices (or --global-batch). SFF passes it on in minibatches of a
@@ -50,19 +51,21 @@ from fastff import Distributed, parallel
 from fastff.bench import quantile
 from fastff.parallel.link import ALIGN, HEADER, IN_FLIGHT
 from fastff.parallel.placement import balanced
+from fastff.parallel.reduce import _Bucket
 from fastff.training import Backprop, Trainer, optim
 from fastff.training.memory import peak_memory
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes: torch's DistributedDataParallel
 ADAM_STATES = 2  # of a parameter's size
-MICRO_BATCHES = 4  # of 1F1B, for each stage
+MICRO_BATCHES = 1, 2, 4  # of 1F1B, for each stage
 ROOT = Path(__file__).parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
     """One block on one minibatch: seconds of its forward pass (SFF: with the goodness step), backward pass and update; bytes of its output, of its
-    gradients, and of what training it holds (SFF: its peak above parameters; backpropagation: what its backward pass keeps)."""
+    gradients, and of what training it holds (SFF: its peak above parameters; backpropagation: what its backward pass keeps); SFF: seconds of
+    copying its gradients together for an all-reduce and of averaging them after it."""
 
     forward: float
     backward: float
@@ -70,6 +73,7 @@ class Block:
     activation_bytes: float
     gradient_bytes: float
     memory_bytes: float = 0.0
+    bucket: float = 0.0
 
     @property
     def seconds(self):
@@ -121,7 +125,7 @@ class Blocks:
         found = []
         for a, b in zip(self.small, self.large, strict=True):
             values = {f.name: line(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Block)}
-            found.append(Block(**values | {k: values[k] / faster for k in ("forward", "backward", "update")}))
+            found.append(Block(**values | {k: values[k] / faster for k in ("forward", "backward", "update", "bucket")}))
         return found
 
 
@@ -227,7 +231,8 @@ def sff_tasks(blocks, machine, images, data, placement, parts, steps):
                     tasks.compute(rank, ("backward", j, n), blocks[j].backward)
                 if data > 1:
                     seconds = machine.reduce_seconds(bucket_bytes(blocks[j]), data)
-                    tasks.transfer(rank, ("reduced", j, step), seconds, [("backward", j, n)])
+                    tasks.compute(rank, ("bucket", j, step), blocks[j].bucket)
+                    tasks.transfer(rank, ("reduced", j, step), seconds, [("bucket", j, step)])
                 else:
                     tasks.compute(rank, ("update", j, step), blocks[j].update)
             tasks.compute(rank, ("end", rank, step))
@@ -302,11 +307,11 @@ class Plan(NamedTuple):
         return backprop_tasks(blocks, machine, self.data, placement, self.parts, steps)
 
 
-def plan(kind, data, stages, images):
-    """The Plan for a replica's step of `images`."""
+def plan(kind, data, stages, images, each=MICRO_BATCHES[-1]):
+    """The Plan for a replica's step of `images`, backpropagation's in `each` micro-batches for each stage."""
     if stages == 1:
         return Plan(kind, data, 1, 1, images)
-    parts = min(stages if kind == "sff" else MICRO_BATCHES * stages, max(1, int(images)))
+    parts = min(stages if kind == "sff" else each * stages, max(1, int(images)))
     return Plan(kind, data, stages, parts, images / parts)
 
 
@@ -320,11 +325,13 @@ class Prediction(NamedTuple):
 def predict(plan, blocks, machine, placement=None):
     """What a step takes. `blocks` are for plan.images."""
     placement = placement or plan.placement(blocks)
-    steps = 2 * plan.stages + 8 if plan.kind == "sff" else 4
+    steps = 4 * plan.stages + 8 if plan.kind == "sff" else 4
     tasks = plan.tasks(blocks, machine, placement, steps)
     ends = tasks.run(machine.cores / plan.data)
-    last, half = len(placement) - 1, steps // 2
-    seconds = (ends["end", last, steps - 1] - ends["end", last, half - 1]) / (steps - half)
+    first, last = ([ends["end", rank, step] for step in range(steps)] for rank in (0, plan.stages - 1))
+    last = [end for end in last if end <= first[-1]]  # while all are at work
+    half = len(last) // 2
+    seconds = (last[-1] - last[half - 1]) / (len(last) - half)
     sent = max(bytes_per_step(plan, blocks, placement))
     return Prediction(seconds, sent, max(memory_bytes(plan, blocks, placement, tasks, ends)), placement)
 
@@ -370,12 +377,12 @@ def memory_bytes(plan, blocks, placement, tasks, ends):
 
 
 def _waiting_gradients(mine, blocks, tasks, ends, parts):
-    """The most bytes of gradients at a time that are complete and not applied."""
+    """The most bytes of gradients at a time that are complete and not yet reduced."""
     changes = []
     for kind, j, step, *_ in tasks.tasks:
-        if kind == "reduced" and j in mine and ("update", j, step) in ends:
+        if kind == "reduced" and j in mine:
             size = blocks[j].gradient_bytes
-            changes += [(ends["backward", j, (step + 1) * parts - 1], size), (ends["update", j, step], -size)]
+            changes += [(ends["backward", j, (step + 1) * parts - 1], size), (ends["reduced", j, step], -size)]
     now = most = 0.0
     for _, size in sorted(changes):
         now += size
@@ -397,30 +404,27 @@ def predictions(measured, machine, devices, images, faster=1.0):
     """{method: (Plan, Prediction)} for `images` a device; a method without a split of so many devices is left out."""
     found = {}
     for kind, blocks in measured.items():
-        for stages in range(1, min(len(blocks), devices) + 1):
-            if devices % stages:
-                continue
-            how = plan(kind, devices // stages, stages, images * stages)
-            result = how, predict(how, blocks.at(how.images, faster), machine)
-            for name, (of, fits) in METHODS.items():
-                if (
-                    of == kind
-                    and fits(devices, stages)
-                    and (name not in found or result[1].seconds < found[name][1].seconds)
-                ):
-                    found[name] = result
+        splits = [(devices // n, n) for n in range(1, min(len(blocks), devices) + 1) if devices % n == 0]
+        for data, stages in splits:
+            for each in MICRO_BATCHES if kind == "backprop" and stages > 1 else (1,):
+                how = plan(kind, data, stages, images * stages, each)
+                result = how, predict(how, blocks.at(how.images, faster), machine)
+                for name, (of, fits) in METHODS.items():
+                    best = name not in found or result[1].seconds < found[name][1].seconds
+                    if of == kind and fits(devices, stages) and best:
+                        found[name] = result
     return {name: found[name] for name in METHODS if name in found}
 
 
 # --- measurement of blocks
 
 
-def measure_blocks(a, device, rounds=3):
+def measure_blocks(a, device, rounds=5):
     """{"sff": Blocks, "backprop": Blocks} of this network, the fastest of `rounds`; backpropagation's classifier is in its last block."""
     found = {}
     for kind, measure in (("sff", _sff_blocks), ("backprop", _backprop_blocks)):
         trainer = make(a, kind, minibatch(a, 1, device)[0])
-        sizes = (max(1, a.batch // MICRO_BATCHES), a.batch)
+        sizes = (max(1, a.batch // 4), a.batch)
         found[kind] = Blocks(*((n, measure(trainer, *minibatch(a, n, device), rounds)) for n in sizes))
     return found
 
@@ -473,8 +477,10 @@ def _sff_blocks(trainer, images, target, rounds):
                     seed.backward()
                     del seed
             backward = clock()
+            _Bucket(index, trainer.parameters[index], 1.0, []).average()
+            bucket = clock()
             trainer._update(index)
-            times.append((forward, backward, clock()))
+            times.append((forward, backward, clock(), bucket))
             outputs.append(_size(alive))
         if number:
             seconds.append(times)
@@ -530,11 +536,12 @@ def _backprop_blocks(trainer, images, target, rounds):
 
 
 def _fastest(seconds, *others):
-    """[Block] from rounds of [(forward, backward, update) of each block]."""
-    return [
-        Block(*(min(values) for values in zip(*times, strict=True)), *rest)
-        for times, *rest in zip(zip(*seconds, strict=True), *others, strict=True)
-    ]
+    """[Block] from rounds of [(forward, backward, update, bucket or nothing) of each block]."""
+    found = []
+    for times, *rest in zip(zip(*seconds, strict=True), *others, strict=True):
+        forward, backward, update, *bucket = (min(values) for values in zip(*times, strict=True))
+        found.append(Block(forward, backward, update, *rest, *bucket))
+    return found
 
 
 @contextlib.contextmanager
@@ -697,6 +704,7 @@ def check(a, plan, placement, device):
     """How far the weights are from those of one process after three steps, in units of what these changed; None on ranks but the first.
 
     One process sees the same micro-batches, each normalised by itself. Sums over ranks are checked in float64, where only a wrong one shows."""
+    torch.backends.cudnn.deterministic = True
     sgd = lambda groups: torch.optim.SGD(groups, lr=1e-2)  # noqa: E731
     size = plan.data * plan.stages
     images, target = minibatch(a, a.batch * size, device)
@@ -717,7 +725,7 @@ def check(a, plan, placement, device):
     return float((weights - expected).norm() / (expected - before).norm())
 
 
-def measure_link(device, rounds=9, large=2**21):
+def measure_link(device, rounds=9):
     """Of two processes: {"latency": seconds, "bandwidth": bytes/s} of all-reduces, and of messages from one to the other."""
 
     def all_reduce(t):
@@ -727,7 +735,7 @@ def measure_link(device, rounds=9, large=2**21):
         for source in range(2):
             (dist.send if dist.get_rank() == source else dist.recv)(t, 1 - dist.get_rank())
 
-    found = {}
+    found, large = {}, 2**21 if device.type == "cpu" else 2**26  # bytes
     for name, function in (("all-reduce", all_reduce), ("send", send)):
         seconds = []
         for size in (4, large):
@@ -770,6 +778,7 @@ def worker(path):
     parallel.start(device, 120)
     size = dist.get_world_size()
     result = {"off": [check(a, plan, placement, device) for plan, placement in plans]}
+    torch.backends.cudnn.deterministic = False
     if size == 2:
         result["link"] = measure_link(device)
     images, target = minibatch(a, a.batch * size, device)
@@ -866,15 +875,13 @@ def label(row):
 
 
 def show_compared(a, rows, link):
-    speeds = (
-        f"{name} {s['bandwidth'] / 1e9:.2f} GB/s and {s['latency'] * 1e6:.0f} us" for name, s in (link or {}).items()
-    )
+    link = link or {}
+    speeds = [f"{name} {v['bandwidth'] / 1e9:.2f} GB/s and {v['latency'] * 1e6:.0f} us" for name, v in link.items()]
     print(
-        f"\n{_network(a)}, {a.batch} images a process; {os.cpu_count()} cores; between two processes: {', '.join(speeds)}"
+        f"\n{_network(a)}, {a.batch} images a process; {os.cpu_count()} cores; between two of them: {', '.join(speeds)}"
     )
-    print(
-        f"{'processes':>9} {'':33} {'ms a step':>9} {'20-80 %':16} {'predicted':>9} {'off':>7} {'slowed':>8} {'off':>7} {'MB sent':>8} {'off':>7}"
-    )
+    header = f"{'processes':>9} {'':33} {'ms a step':>9} {'20-80 %':16} {'predicted':>9} {'off':>7}"
+    print(f"{header} {'slowed':>8} {'off':>7} {'MB sent':>8} {'off':>7}")
     for r in rows:
         measured = f"{r['milliseconds']:9.1f} [{r['milliseconds_20']:6.1f}, {r['milliseconds_80']:6.1f}]"
         line = f"{r['processes']:9} {label(r):33} {measured} {r['predicted']:9.1f} {r['error']:+7.1%}"
@@ -910,29 +917,25 @@ def model(a, device):
     return rows
 
 
-WIDTHS = 11, 13, 43, 15, 16, 43
+WIDTHS = dict(zip(METHODS, (11, 13, 43, 15, 16, 43), strict=True))  # characters
 
 
 def show(a, rows):
     images = f"{a.global_batch:,} images a step" if a.global_batch else f"{a.batch} images a device"
     print(f"{_network(a)}; {images}, Adam, {a.all_reduce} all-reduce")
     print(
-        "Efficiency against one device; of the best split: replicas x stages, images/s, MB sent a step and MiB of memory by the device with most."
+        "Efficiency against one device; 2-D: replicas x stages of the fastest split, images/s, and of the devices with most the MB"
     )
+    print("sent a step and the MiB of memory.")
     for faster, link in dict.fromkeys((r["faster"], r["link"]) for r in rows):
         mine = [r for r in rows if (r["faster"], r["link"]) == (faster, link)]
-        speed = (
-            "devices as fast as one core here"
-            if faster == 1
-            else f"assumed: devices {faster:g} times as fast as one core here"
-        )
-        print(f"\n{link}; {speed}")
-        print(f"{'devices':>7}" + "".join(f"{m:>{w}}" for m, w in zip(METHODS, WIDTHS, strict=True)))
+        speed = f"assumed: devices {faster:g} times" if faster != 1 else "devices"
+        print(f"\n{link}; {speed} as fast as one core here")
+        print(f"{'devices':>7}" + "".join(f"{method:>{width}}" for method, width in WIDTHS.items()))
         for devices in dict.fromkeys(r["devices"] for r in mine):
             found = {r["method"]: r for r in mine if r["devices"] == devices}
-            print(
-                f"{devices:7,}" + "".join(f"{_cell(found.get(m)):>{w}}" for m, w in zip(METHODS, WIDTHS, strict=True))
-            )
+            cells = [f"{_cell(found.get(method)):>{width}}" for method, width in WIDTHS.items()]
+            print(f"{devices:7,}" + "".join(cells))
 
 
 def _cell(r):
@@ -941,7 +944,8 @@ def _cell(r):
     if "2-D" not in r["method"]:
         return f"{r['efficiency']:.0%}"
     shape = f"{r['data']} x {r['stages']}"
-    return f"{shape}  {r['images_per_second']:9,.0f}/s {r['mbytes_sent']:3.0f} MB {r['memory_mib']:5,.0f} MiB {r['efficiency']:5.0%}"
+    most = f"{r['mbytes_sent']:3.0f} MB {r['memory_mib']:5,.0f} MiB"
+    return f"{shape} {r['images_per_second']:9,.0f}/s {most} {r['efficiency']:5.0%}"
 
 
 def main():

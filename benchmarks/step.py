@@ -1,36 +1,43 @@
 """The whole training step: block-local training against backpropagation and its memory-saving variants, time and peak memory.
 
-    python -m benchmarks.step [--width 64] [--batch 32] [--classes 100] [--model resnet18] [--csv FILE] [--rounds N] [--no-compile]
+    python -m benchmarks.step [--model resnet18] [--width 64] [--batch 32] [--classes 100] [--size 32] [--only NAME...] [--no-compile] [--csv FILE]
 
-Interleaved in one run; ratios are to the faster of eager and compiled backpropagation, round by round. Each variant runs in the layout
-(contiguous or channels_last) that is faster for it on this machine, found by measurement first. Memory is what the step allocates above
-parameters and optimiser state. SFF as in the paper (grid=0, window=1) and with the defaults. Results are checked first: the weights
-after three steps, against float64. Where the time goes: benchmarks/budget.py.
+Results first: the weights after three steps, layer-, block- and stage-wise, against float64. Then each contender in the layout (contiguous
+or channels_last) that a short measurement finds faster for it, all interleaved in one run; ratios are to the faster of eager and compiled
+backpropagation, as a short measurement finds it too, round by round. Memory is what a step allocates above parameters and optimiser state.
+"layer", "block" and "stage" are the paper's setting (grid=0, window=1). Where the time goes: benchmarks/budget.py.
 """
 
-import argparse
+import functools
 
 import torch
 
 import fastff
+from benchmarks import networks, runner, tables
 from benchmarks.timing import print_environment, write_csv
-from fastff.bench import interleave, quantile, ratios
+from fastff.bench import interleave, quantile
+from fastff.trace import CutError
 from fastff.training import Backprop, Trainer
-from fastff.training.memory import peak_memory
 
 PAPER = {"grid": 0, "window": 1}
 ADAM = lambda groups: torch.optim.Adam(groups, lr=1e-4, fused=True)  # noqa: E731
+CHECKED = ("layer", "block", "stage")
 
 
 def build(a, kind, channels_last, granularity="block", impl="auto", **options):
-    """A trainer: kind "sff" or "backprop"."""
+    """A trainer of the network that a.model, a.width, a.size and a.classes name: kind "sff" or "backprop"."""
     torch.manual_seed(0)
-    width = {"width": a.width} if a.model.startswith("resnet") else {}
-    net = getattr(fastff.models, a.model)(a.classes, stem="cifar", **width)
+    width = a.width if a.model in networks.WIDE else None
+    net = networks.build(a.model, a.classes, width, a.size)
+    return trainer_of(net, a.classes, a.size, kind, channels_last, granularity, impl, **options)
+
+
+def trainer_of(net, classes, size, kind, channels_last, granularity="block", impl="auto", **options):
+    """A trainer of this network."""
     net = net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     head = {k: options.pop(k) for k in ("grid", "window") if k in options}
     plain = {"impl": impl, "fuse": impl != "reference", "readout": kind == "backprop"}
-    sff = fastff.SFF(net, a.classes, granularity, (3, a.size, a.size), **plain, **head)
+    sff = fastff.SFF(net, classes, granularity, (3, size, size), **plain, **head)
     return (Trainer if kind == "sff" else Backprop)(sff, ADAM, **options)
 
 
@@ -41,22 +48,26 @@ def variants(a):
         "backprop, compiled": ("backprop", {"compile": True}),
         "backprop, 4 micro-batches": ("backprop", {"micro_batches": 4}),
         "backprop, checkpointing": ("backprop", {"checkpointing": True}),
-        "block": ("sff", PAPER),
+        "backprop, deep supervision": ("backprop", PAPER | {"deep_supervision": True}),
         "layer": ("sff", PAPER | {"granularity": "layer"}),
+        "block": ("sff", PAPER),
         "stage": ("sff", PAPER | {"granularity": "stage"}),
-        "block, defaults": ("sff", {}),
         "block, spatial term": ("sff", {"window": 1}),
+        "block, defaults": ("sff", {}),
         "block, 4 micro-batches": ("sff", PAPER | {"micro_batches": 4}),
         "block, compiled": ("sff", PAPER | {"compile": True}),
     }
     return {name: v for name, v in found.items() if a.compile or "compiled" not in name}
 
 
-def check(a, images, target):
-    """Three steps of the block-wise trainer are no further from float64 than four times what the float32 reference is: both amplify roundings."""
+def check(make, images, target, what="block"):
+    """Three steps are no further from float64 than four times what the float32 reference is: both amplify roundings.
+
+    make(impl=...) returns a Trainer. Raises runner.WrongResult.
+    """
 
     def weights(impl, dtype):
-        sff = build(a, "sff", True, impl=impl, **PAPER).sff.to(dtype)
+        sff = make(impl=impl).sff.to(dtype)
         trainer = Trainer(sff, lambda groups: torch.optim.SGD(groups, lr=1e-2))
         for _ in range(3):
             trainer.step(images.to(dtype), target)
@@ -66,54 +77,122 @@ def check(a, images, target):
     error, usual = (
         ((weights(impl, torch.float32) - exact).norm() / exact.norm()).item() for impl in ("auto", "reference")
     )
+    found = f"{what}: after three steps weights are off by {error:.1e}, those of the float32 reference by {usual:.1e}"
     if not error < 4 * max(usual, 1e-5):
-        raise SystemExit(
-            f"wrong result: after three steps weights are off by {error:.1e}, the reference's by {usual:.1e}"
-        )
-    print(f"checked: after three steps weights are off by {error:.1e}, those of the float32 reference by {usual:.1e}")
+        raise runner.WrongResult(f"wrong result: {found}")
+    print(f"checked: {found}", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", choices=["resnet18", "mobilenet_v3_small", "mobilenet_v3_large"])
-    for name, default in (("width", 64), ("batch", 32), ("classes", 100), ("size", 32), ("rounds", 9)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these, beside backprop")
-    parser.add_argument("--csv")
-    a = parser.parse_args()
-    print_environment()
+def minibatch(a):
     torch.manual_seed(1)
-    images, target = torch.randn(a.batch, 3, a.size, a.size), torch.randint(0, a.classes, (a.batch,))
-    check(a, images, target)
-    layouts = {False: images, True: images.contiguous(memory_format=torch.channels_last)}
-    steps, chosen, memory = {}, {}, {}
+    images = torch.randn(a.batch, 3, a.size, a.size).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(0, a.classes, (a.batch,))
+
+
+def quicker(a, kind, options, images, target):
+    """(step, layout) of the layout that is faster for this variant."""
+    steps = {}
+    for layout in ("contiguous", "channels_last"):
+        batch = images if layout == "channels_last" else images.contiguous()
+        trainer = build(a, kind, layout == "channels_last", **options)
+        steps[layout] = functools.partial(trainer.step, batch, target)
+    layout = fastest(interleave(steps, 1 if a.quick else 3))
+    return steps[layout], layout
+
+
+def fastest(times):
+    return min(times, key=lambda name: quantile(times[name], 0.5))
+
+
+def case(a):
+    """(runner.Case, {contender: layout})."""
+    images, target = minibatch(a)
+    steps, layouts, checked = {}, {}, []
     for name, (kind, options) in variants(a).items():
         if a.only and name != "backprop" and name not in a.only:
             continue
-        tried = {}
-        for channels_last, batch in layouts.items():
-            trainer = build(a, kind, channels_last, **options)
-            tried[channels_last] = lambda trainer=trainer, batch=batch: trainer.step(batch, target)
-        times = interleave(tried, 3)
-        chosen[name] = min(tried, key=lambda layout: quantile(times[layout], 0.5))
-        steps[name] = tried[chosen[name]]
-        memory[name] = peak_memory(steps[name], torch.device("cpu"))
-    times = interleave(steps, a.rounds)
-    full = [name for name in ("backprop", "backprop, compiled") if name in steps]
-    base = min(full, key=lambda name: quantile(times[name], 0.5))
-    print(f"{a.model}, width {a.width}, batch {a.batch}, {a.size} x {a.size}, {a.classes} classes; ratios to '{base}'")
-    print(f"{'':28} {'layout':14} {'time':>8}   {'20-80 %':14} {'memory':>8}")
-    rows = []
-    for name in steps:
-        ratio, low, high = ratios(times, name, base)
-        layout = "channels_last" if chosen[name] else "contiguous"
-        print(f"{name:28} {layout:14} {ratio:6.2f} x   [{low:.2f}, {high:.2f}]  {memory[name]:6.0f} MiB")
-        rows.append({
-            "model": a.model, "width": a.width, "batch": a.batch, "size": a.size, "classes": a.classes,
-            "variant": name, "layout": layout, "base": base,
-            "ratio": ratio, "ratio_20": low, "ratio_80": high, "milliseconds": quantile(times[name], 0.5) * 1e3, "peak_mib": memory[name],
-        })  # fmt: skip
+        try:
+            steps[name], layouts[name] = quicker(a, kind, options, images, target)
+        except CutError as error:
+            print(f"{name}: left out, {a.model} has no such cut: {error}", flush=True)
+            continue
+        if name in CHECKED:
+            checked.append(name)
+    full = {name: steps[name] for name in ("backprop", "backprop, compiled") if name in steps}
+    base = fastest(interleave(full, 3)) if len(full) > 1 else "backprop"
+
+    def checks():
+        for granularity in checked or ["block"]:
+            make = functools.partial(build, a, "sff", True, granularity, **PAPER)
+            check(make, images, target, granularity)
+
+    width = a.width if a.model in networks.WIDE else None
+    columns = {"model": a.model, "width": width, "batch": a.batch, "size": a.size, "classes": a.classes}
+    contenders = {base: steps[base]} | steps
+    return runner.Case(columns, contenders, check=checks, memory=True), layouts
+
+
+def show(rows):
+    print(f"{title(rows[0])}; time in units of that of {rows[0]['base']}")
+    for row in rows:
+        between = f"[{row['ratio_20']:.2f}, {row['ratio_80']:.2f}]"
+        print(
+            f"{row['contender']:28} {row['layout']:14} {row['ratio']:6.2f} x {between:14} {row['ms']:7.0f} ms {row['peak_mib']:6.0f} MiB"
+        )
+
+
+def title(row):
+    width = f", width {row['width']}" if row["width"] else ""
+    return f"{row['model']}{width}, batch {row['batch']}, {row['size']} x {row['size']}, {row['classes']} classes"
+
+
+def table(*names):
+    """Markdown of results/step-NAME.csv, of all there are without names."""
+    found = [tables.read(f"step-{name}") for name in names or written()]
+    found = [rows for rows in found if rows]
+    if not found:
+        return tables.missing("python -m benchmarks.step --csv benchmarks/results/step-resnet18-64.csv")
+    text = []
+    for rows in found:
+        body = [
+            (row["contender"], row["layout"].replace("_", " "), *tables.slower(row), f"{float(row['ms']):,.0f}",
+             f"{float(row['peak_mib']):.0f} MiB")
+            for row in rows
+        ]  # fmt: skip
+        header = ("step", "layout", "time", "20 to 80 %", "ms", "peak memory")
+        text.append(
+            f"{title(rows[0])}; ratios to {rows[0]['base']}:\n\n" + tables.table(header, body) + tables.measured_on(rows[0])
+        )
+    return "\n\n".join(text)
+
+
+def written():
+    """Names of the files results/step-NAME.csv, in the order of the networks, wide before narrow."""
+
+    def place(name):
+        model, _, width = name.partition("-")
+        return networks.NAMES.index(model), -int(width or 0)
+
+    return sorted((path.stem.removeprefix("step-") for path in tables.RESULTS.glob("step-*.csv")), key=place)
+
+
+def main():
+    parser = runner.arguments(__doc__)
+    parser.add_argument("--model", default="resnet18", choices=networks.NAMES)
+    for name, default in (("width", 64), ("batch", 32), ("classes", 100)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--size", type=int, help="of the images; 32, for torchvision's networks 64")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these, beside backprop")
+    parser.set_defaults(compile=True)
+    a = parser.parse_args()
+    a.size = a.size or (32 if a.model in networks.OWN else 64)
+    if unknown := set(a.only or ()) - set(variants(a)):
+        parser.error(f"--only: expected names out of {'; '.join(variants(a))}, got {'; '.join(sorted(unknown))}")
+    print_environment()
+    measured, layouts = case(a)
+    rows = [row | {"layout": layouts[row["contender"]]} for row in runner.measure(measured, a.rounds)]
+    show(rows)
     if a.csv:
         write_csv(a.csv, rows)
 

