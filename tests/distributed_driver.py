@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 import fastff
+from benchmarks.scale import tcp_bytes_sent
 from fastff import SFF, Distributed, Trainer
+from fastff.parallel.link import ALIGN, HEADER
 from fastff.training.loader import Augment, Loader
 
 CLASSES = 10
@@ -114,6 +116,28 @@ def refused(function):
     return None
 
 
+def bytes_sent(distributed):
+    """[(counted, predicted) bytes that a rank sends in a step]: gradients once around a ring, and the messages of link.py."""
+    trainer = Trainer(network("resnet18-8"), SGD, distributed=distributed)
+    ranks, steps = trainer.ranks, 8
+    draw = torch.Generator().manual_seed(1)
+    images, target = torch.randn(8, 3, 16, 16, generator=draw), torch.randint(CLASSES, (8,), generator=draw)
+    given = (images, target) if ranks.feeds else (None, None)
+    trainer.step(*given)  # a first message says how large they are
+    ranks.gather(None)
+    before = tcp_bytes_sent()
+    for _ in range(steps):
+        trainer.step(*given)
+    ranks.gather(None)
+    counted = (tcp_bytes_sent() - before) / steps
+    blocks = [4 * (sum(p.numel() for p in trainer.parameters[index]) + 1) for index in trainer.own]
+    predicted = sum(blocks) * 2 * (ranks.data_size - 1) / ranks.data_size
+    if not trainer.place.has_last:
+        main = trainer.sff.blocks[trainer.own[-1]].output_shape
+        predicted += HEADER + sum(-(-n // ALIGN) * ALIGN for n in (8 * 8, 8 * 4 * torch.Size(main).numel()))
+    return ranks.gather((counted, predicted))
+
+
 def state_bytes(trainer):
     return sum(t.numel() for o in trainer.optimizers for s in o.state.values() for t in s.values() if t.dim())
 
@@ -152,6 +176,9 @@ def main(folder):
         mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "block"))
         found["data"]["mesh"] = compared(Distributed(mesh=mesh, batch_norm="synchronized"), "resnet18-8", 3, **wide)
     found["fit"] = {"data": fitted(data, folder / "data"), "sharded": fitted(sharded, folder / "sharded")}
+    found["bytes"] = {"data": bytes_sent(Distributed()), "blocks": bytes_sent(blocks)}
+    if size == 4:
+        found["bytes"]["both"] = bytes_sent(Distributed(block_ranks=2))
     # the optimiser's state is split over the ranks
     held = []
     for kind in (data, sharded):
@@ -164,6 +191,13 @@ def main(folder):
     train(trainer, 2)
     means = trainer.ranks.gather(trainer.sff.model.bn1.running_mean)
     found["local"] = all(torch.equal(means[0], other) for other in means)
+    # another loader, with torch's sampler
+    data_set = [(torch.randn(3, 16, 16), i % CLASSES) for i in range(32)]
+    sampler = torch.utils.data.DistributedSampler(data_set)
+    trainer = Trainer(network("resnet18-8"), SGD, distributed="data")
+    history = trainer.fit(torch.utils.data.DataLoader(data_set, batch_size=4, sampler=sampler), 2, progress=False)
+    weights = torch.cat([p.detach().flatten() for p in trainer.sff.parameters()])
+    found["sampler"] = len(history) == 2 and all(torch.equal(weights, other) for other in trainer.ranks.gather(weights))
     # bad input, refused on every rank alike
     torch.manual_seed(rank)
     other = SFF(fastff.models.resnet18(CLASSES, stem="cifar", width=8 + rank), CLASSES, input_shape=(3, 16, 16))

@@ -50,9 +50,12 @@ def test_equal_to_one_process(ranks, tmp_path):
         assert difference < 1e-10, case
     for case, fit in found["fit"].items():
         assert fit["difference"] < 1e-10 and fit["history"] < 1e-10 and fit["epochs"] == 3, case
+    for case, sent in found["bytes"].items():
+        for counted, predicted in sent:  # beside them what ranks tell each other: beats, agreements
+            assert predicted - 1 <= counted <= 1.02 * predicted + 3000, (case, sent)
     whole, parts = zip(*found["state"], strict=True)
     assert len(set(whole)) == 1 and sum(parts) == whole[0] and max(parts) < 1.05 * whole[0] / ranks
-    assert found["local"]
+    assert found["local"] and found["sampler"]
     named = {
         "divisor": "block_ranks", "placement": "placement", "window": "distributed", "greedy": "distributed", "clip": "shard_optimizer",
         "network": "sff", "loader": "loader", "share": "loader",

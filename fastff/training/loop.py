@@ -201,14 +201,18 @@ class Loop:
         Returns the history: one dict an epoch (on rank 0 of several). Raises Diverged, Interrupted, RankFailed.
         """
         self.fitting = True  # updates may wait for other ranks over the end of a step
+        path = None if out is None else Path(out) / "checkpoint.pt"
         try:
             return self._fit(loader, epochs, validation, out, save_every, progress, evaluate_every, meta)
         except RankFailed as error:
-            path = None if out is None else Path(out) / "checkpoint.pt"
             raise RankFailed(error.reason, self.steps, path if path and path.exists() else None) from error
         except BaseException as error:
             text = str(error).splitlines()
             self.ranks.watch.report(text[0] if text else type(error).__name__)
+            if (
+                type(error) is KeyboardInterrupt and self.ranks.size > 1
+            ):  # a rank cannot finish a step when others do not
+                raise Interrupted(path if path and path.exists() else None, self.steps) from error
             raise
         finally:
             self.fitting = False
