@@ -40,7 +40,7 @@ class Case(NamedTuple):
     mbytes: float | None = None
     gflop: float | None = None
     memory: bool = False
-    note: dict[str, Any] = {}  # noqa: RUF012
+    note: dict[str, Any] = {}
     unchecked: Sequence[str] = ()
 
     @property
@@ -74,7 +74,8 @@ def check(case):
 def _error(got, exact):
     if got.shape != exact.shape:
         return float("inf")
-    return float((got.detach().double() - exact.detach()).norm() / exact.norm().clamp(min=1e-30))
+    exact = exact.detach()
+    return float((got.detach().double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 def wide(*tensors):
@@ -116,7 +117,7 @@ def measure(case, rounds):
 
 
 def show(rows):
-    """One line a case: how many times as fast as the base each contender is, times, rates, peak memory, and the floor of the bytes at a copy's rate."""
+    """One line a case: how many times as fast as the base each contender is; times, rates, peak memory; what the bytes take at a copy's rate."""
     first, others = rows[0], rows[1:]
     line = "  ".join(f"{key} {first[key]}" for key in list(first)[: list(first).index("contender")])
     for row in others:
@@ -127,8 +128,8 @@ def show(rows):
 
 
 def _cost(row):
-    rate = "" if row["gflop"] is None else f", {1e3 * row['gflop'] / row['ms']:.0f} GFLOP/s"
-    return f"{row['ms']:.3g} ms{rate}" + ("" if row["peak_mib"] is None else f", {row['peak_mib']:.0f} MiB")
+    rate = "" if row["gflop"] is None else f", {1e3 * row['gflop'] / row['ms']:.3g} GFLOP/s"
+    return f"{row['ms']:.3g} ms{rate}" + ("" if row["peak_mib"] is None else f", {row['peak_mib']:.1f} MiB")
 
 
 def arguments(description, rounds=9):

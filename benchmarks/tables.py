@@ -67,12 +67,15 @@ def speedups(name, contender, header, cells, faster_than="faster than eager", ag
     keys = list(rows[0])[: list(rows[0]).index("contender")]
     cases = [{row["contender"]: row for row in case} for case in grouped(rows, *keys).values()]
     base = rows[0]["base"]
-    others = {k: v for k, v in ({"compiled": "than compiled"} | (against or {})).items() if k in cases[0]}
+    others = {
+        k: v for k, v in ({"compiled": "than compiled"} | (against or {})).items() if any(k in case for case in cases)
+    }
     memory = ("peak memory",) if cases[0][contender]["peak_mib"] else ()
     body = []
     for case in cases:
         own = case[contender]
         peaks = (f"{float(case[base]['peak_mib']):.1f} to {float(own['peak_mib']):.1f} MiB",) if memory else ()
-        quotients = (f"{float(case[other]['ratio']) / float(own['ratio']):.2f} x" for other in others)
+        ratios = (float(case[other]["ratio"]) / float(own["ratio"]) if other in case else None for other in others)
+        quotients = ("" if ratio is None else f"{ratio:.2f} x" for ratio in ratios)
         body.append((*cells(case), *peaks, *quotients, *faster(own)))
     return table((*header, *memory, *others.values(), faster_than, "20 to 80 %"), body) + measured_on(rows[0])
