@@ -3,27 +3,31 @@
 //
 //   dW[d, u, v, c] = sum_{b, i, j} dy[b, i, j, d] x[b, i s + u - p, j s + v - p, c]
 //
-// A tile is some rows of an image, or some images where they are small. Of x it is copied by panels of 16 channels with the zeros around it, so that each
-// of the k k taps is the same panel from another start; of dy by blocks of 6. Registers hold 6 x 16 sums over all positions of the tile. A panel stays in the
-// L1 cache (small dW) or L2 cache for all blocks and taps. Sums of groups of images are added in order: the number of threads changes no bit.
+// A tile is some rows of an image, or some images where they are small. Of x it is copied by panels of one or two vectors of channels with the zeros
+// around it, so that each of the k k taps is the same panel from another start; of dy by blocks of kRows. Registers hold kRows x one or two vectors of sums
+// over all positions of the tile: 6 x 2 x 8 with AVX2's 16 registers, 12 x 2 x 16 with AVX-512's 32. A panel stays in the L1 cache (small dW) or L2 cache for
+// all blocks and taps. Sums of groups of images are added in order: the number of threads changes no bit.
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "gemm.h"
+#include "common.h"
 #include "tensors.h"
 
 namespace {
 
-using gemm::kLanes;
-using gemm::kPanel;
-using gemm::read;
-using gemm::Vector;
-using gemm::write;
+#ifdef __AVX512F__
+constexpr int64_t kLanes = 16, kRows = 12, kCache = 40 << 10;
+#else
+constexpr int64_t kLanes = 8, kRows = 6, kCache = 26 << 10;
+#endif
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
-constexpr int64_t kRows = 6;
+FASTFF_INLINE Vector read(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+FASTFF_INLINE void write(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
 struct Shape {
   int64_t B, H, W, C, P, Q, D, k, stride, padding;  // x [B, H, W, C], dy [B, P, Q, D]
@@ -37,31 +41,35 @@ struct Tile {
 int64_t padded_rows(const Shape& s, int64_t rows) { return (rows - 1) * s.stride + s.k; }
 int64_t padded_columns(const Shape& s) { return (s.Q - 1) * s.stride + s.k; }
 
-// panel [images, padded rows, padded columns, 16] of channels c .. c + 15.
+// Vectors of a panel that begins at channel c.
+int64_t vectors(const Shape& s, int64_t c) { return s.C - c > kLanes ? 2 : 1; }
+
+// panel [images, padded rows, padded columns, N vectors] of channels from c on.
+template <int N>
 void pack_x(const Shape& s, const Tile& t, const float* x, int64_t c, float* panel) {
-  const int64_t height = padded_rows(s, t.rows), width = padded_columns(s), lanes = std::min(kPanel, s.C - c);
+  constexpr int64_t wide = N * kLanes;
+  const int64_t height = padded_rows(s, t.rows), width = padded_columns(s), lanes = std::min(wide, s.C - c);
   for (int64_t b = 0; b < t.images; ++b) {
     for (int64_t r = 0; r < height; ++r) {
       const int64_t h = t.first * s.stride + r - s.padding;
-      for (int64_t q = 0; q < width; ++q, panel += kPanel) {
+      for (int64_t q = 0; q < width; ++q, panel += wide) {
         const int64_t w = q - s.padding;
         if (h < 0 || h >= s.H || w < 0 || w >= s.W) {
-          for (int64_t l = 0; l < kPanel; ++l) panel[l] = 0;
+          for (int64_t l = 0; l < wide; ++l) panel[l] = 0;
           continue;
         }
         const float* source = x + (((t.image + b) * s.H + h) * s.W + w) * s.C + c;
-        if (lanes == kPanel) {
-          write(panel, read(source));
-          write(panel + kLanes, read(source + kLanes));
+        if (lanes == wide) {
+          for (int j = 0; j < N; ++j) write(panel + j * kLanes, read(source + j * kLanes));
         } else {
-          for (int64_t l = 0; l < kPanel; ++l) panel[l] = l < lanes ? source[l] : 0;
+          for (int64_t l = 0; l < wide; ++l) panel[l] = l < lanes ? source[l] : 0;
         }
       }
     }
   }
 }
 
-// blocks [D / 6][positions][6], the last one narrower.
+// blocks [D / kRows][positions][kRows], the last one narrower.
 void pack_dy(const Shape& s, const Tile& t, const float* dy, float* blocks) {
   const int64_t positions = t.images * t.rows * s.Q;
   for (int64_t b = 0; b < t.images; ++b) {
@@ -80,58 +88,70 @@ void pack_dy(const Shape& s, const Tile& t, const float* dy, float* blocks) {
 }
 
 // out[i, 0 .. lanes - 1] += sum over the tile's positions of dy[position, i] x[position, lane]; rows of out lie ldo apart.
-template <int M>
+template <int M, int N>
 FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, const float* x, float* out, int64_t ldo, int64_t lanes) {
-  const int64_t width = padded_columns(s) * kPanel, height = padded_rows(s, t.rows) * width, step = s.stride * kPanel;
-  Vector sum[M][2] = {};
+  constexpr int64_t wide = N * kLanes;
+  const int64_t width = padded_columns(s) * wide, height = padded_rows(s, t.rows) * width, step = s.stride * wide;
+  Vector sum[M][N] = {};
   for (int64_t b = 0; b < t.images; ++b) {
     for (int64_t r = 0; r < t.rows; ++r) {
       const float* at = x + b * height + r * s.stride * width;
       for (int64_t q = 0; q < s.Q; ++q, at += step, dy += M) {
-        const Vector first = read(at), second = read(at + kLanes);
-#pragma GCC unroll 6
+        Vector right[N];
+#pragma GCC unroll 2
+        for (int j = 0; j < N; ++j) right[j] = read(at + j * kLanes);
+#pragma GCC unroll 12
         for (int i = 0; i < M; ++i) {
-          sum[i][0] += dy[i] * first;
-          sum[i][1] += dy[i] * second;
+#pragma GCC unroll 2
+          for (int j = 0; j < N; ++j) sum[i][j] += dy[i] * right[j];
         }
       }
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < M; ++i) {
     float* target = out + i * ldo;
-    if (lanes == kPanel) {
-      write(target, read(target) + sum[i][0]);
-      write(target + kLanes, read(target + kLanes) + sum[i][1]);
+    if (lanes == wide) {
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) write(target + j * kLanes, read(target + j * kLanes) + sum[i][j]);
     } else {
-      float some[kPanel];
-      write(some, sum[i][0]);
-      write(some + kLanes, sum[i][1]);
+      float some[wide];
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) write(some + j * kLanes, sum[i][j]);
       for (int64_t l = 0; l < lanes; ++l) target[l] += some[l];
     }
   }
 }
 
+// accumulate<rows, N> for 1 <= rows <= M.
+template <int M, int N>
+FASTFF_INLINE void accumulate_rows(int64_t rows, const Shape& s, const Tile& t, const float* dy, const float* x, float* out, int64_t ldo, int64_t lanes) {
+  if constexpr (M > 1) {
+    if (rows < M) return accumulate_rows<M - 1, N>(rows, s, t, dy, x, out, ldo, lanes);
+  }
+  accumulate<M, N>(s, t, dy, x, out, ldo, lanes);
+}
+
 // All taps and all of D for one panel: dw [D, k, k, C] from channel c on.
+template <int N>
 void accumulate_panel(const Shape& s, const Tile& t, const float* blocks, const float* panel, int64_t c, float* dw) {
-  const int64_t positions = t.images * t.rows * s.Q, lanes = std::min(kPanel, s.C - c), ldo = s.k * s.k * s.C;
+  const int64_t positions = t.images * t.rows * s.Q, lanes = std::min(N * kLanes, s.C - c), ldo = s.k * s.k * s.C;
   for (int64_t d = 0; d < s.D; d += kRows) {
     const float* dy = blocks + d * positions;
     for (int64_t u = 0; u < s.k; ++u) {
       for (int64_t v = 0; v < s.k; ++v) {
-        const float* x = panel + (u * padded_columns(s) + v) * kPanel;
+        const float* x = panel + (u * padded_columns(s) + v) * N * kLanes;
         float* out = dw + d * ldo + (u * s.k + v) * s.C + c;
-        switch (std::min(kRows, s.D - d)) {
-          case 6: accumulate<6>(s, t, dy, x, out, ldo, lanes); break;
-          case 5: accumulate<5>(s, t, dy, x, out, ldo, lanes); break;
-          case 4: accumulate<4>(s, t, dy, x, out, ldo, lanes); break;
-          case 3: accumulate<3>(s, t, dy, x, out, ldo, lanes); break;
-          case 2: accumulate<2>(s, t, dy, x, out, ldo, lanes); break;
-          default: accumulate<1>(s, t, dy, x, out, ldo, lanes); break;
-        }
+        accumulate_rows<kRows, N>(std::min(kRows, s.D - d), s, t, dy, x, out, ldo, lanes);
       }
     }
   }
+}
+
+template <int N>
+void panel_of(const Shape& s, const Tile& t, const float* x, const float* blocks, int64_t c, float* panel, float* dw) {
+  pack_x<N>(s, t, x, c, panel);
+  accumulate_panel<N>(s, t, blocks, panel, c, dw);
 }
 
 void add(float* __restrict y, const float* __restrict x, int64_t n) {
@@ -149,18 +169,18 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
   const float *dy = floats(grad), *source = floats(x);
   Tensor grad_weight = empty_strided(x, {s.D, s.C, s.k, s.k}, {s.k * s.k * s.C, 1, s.k * s.C, s.C});
   float* const dw = writable(grad_weight);
-  const int64_t size = s.D * s.k * s.k * s.C, panels = (s.C + kPanel - 1) / kPanel;
+  const int64_t size = s.D * s.k * s.k * s.C, wide = vectors(s, 0) * kLanes, panels = (s.C + wide - 1) / wide;
   // A tile's sums go into dW once. dW in the cache: a panel that fits the L1 cache. Else more positions to a tile.
   const bool small = size <= (1 << 18);
   int64_t rows = std::clamp<int64_t>((small ? 256 : 1024) / s.Q, 1, s.P);
-  while (small && rows > 1 && padded_rows(s, rows) * padded_columns(s) * kPanel > (26 << 10) / 4) --rows;
+  while (small && rows > 1 && padded_rows(s, rows) * padded_columns(s) * wide > kCache / 4) --rows;
   const int64_t images = rows < s.P ? 1 : std::clamp<int64_t>((small ? 256 : 1024) / (s.P * s.Q), 1, s.B);
   const int64_t groups = std::clamp<int64_t>((1 << 22) / size, 1, std::min<int64_t>(16, (s.B + images - 1) / images));
   const int64_t shares = groups >= 8 ? 1 : std::min(panels, (8 + groups - 1) / groups);  // tasks of a group, by panels
   std::vector<float> partial((groups - 1) * size, 0.0f);
   std::fill_n(dw, size, 0.0f);
   torch::stable::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> blocks(images * rows * s.Q * s.D), panel(images * padded_rows(s, rows) * padded_columns(s) * kPanel);
+    std::vector<float> blocks(images * rows * s.Q * s.D), panel(images * padded_rows(s, rows) * padded_columns(s) * wide);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / shares, share = task % shares;
       float* const own = group ? partial.data() + (group - 1) * size : dw;
@@ -170,8 +190,8 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
           const Tile t{image, std::min(images, last - image), first, std::min(rows, s.P - first)};
           pack_dy(s, t, dy, blocks.data());
           for (int64_t i = share * panels / shares; i < (share + 1) * panels / shares; ++i) {
-            pack_x(s, t, source, i * kPanel, panel.data());
-            accumulate_panel(s, t, blocks.data(), panel.data(), i * kPanel, own);
+            const int64_t c = i * wide;
+            (vectors(s, c) == 2 ? panel_of<2> : panel_of<1>)(s, t, source, blocks.data(), c, panel.data(), own);
           }
         }
       }

@@ -2,7 +2,8 @@
 
     grad [B, D, P, Q], x [B, C, H, W], kernel k, stride, padding -> dL/dweight [D, C, k, k]
 
-Rows: the compiled kernel (1.1 to 2.2 times as fast as oneDNN's at 3 x 3 and 5 x 5 from 16 channels on, channels_last), PyTorch's own, the reference.
+Rows: the compiled kernel (with AVX2 1.1 to 2.2 times as fast as oneDNN's at 3 x 3 and 5 x 5 from 16 channels on, channels_last; with AVX-512 for
+large filters alone), PyTorch's own, the reference.
 """
 
 import torch
@@ -18,6 +19,8 @@ from fastff.ops.table import Implementation, always, choose, concerns, implement
 
 DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
+# Weights from which on the compiled kernel is quicker than oneDNN's with AVX-512 (1.7 to 2.4 times; below 0.6 to 1.1, one thread of an EPYC 9005).
+LEAST_WEIGHTS_AVX512 = 1 << 20
 # Multiply-adds up to which a 1 x 1 convolution is quicker as a matrix product (1.1 to 1.7 times; 2^26: 0.8).
 LARGEST_PRODUCT = 1 << 25
 
@@ -46,7 +49,7 @@ ROWS = [
         "native",
         _native_can_run,
         native_convolution,
-        "fewer than 16 channels and contiguous tensors by oneDNN",
+        "fewer than 16 channels, contiguous tensors, and with AVX-512 less than 2^20 weights by oneDNN",
         native.slow,
     ),
     Implementation("composed", always, composed),
@@ -101,7 +104,9 @@ def way(x, weight, stride, padding, groups):
         return PYTORCH
     if k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
         return PRODUCT
-    return KERNEL if k > 1 and channels >= FEWEST_CHANNELS and _has_kernel("convolution", ROWS, x) else PYTORCH
+    if k == 1 or channels < FEWEST_CHANNELS or not _has_kernel("convolution", ROWS, x):
+        return PYTORCH
+    return PYTORCH if native.has_avx512() and weight.numel() < LEAST_WEIGHTS_AVX512 else KERNEL
 
 
 def _has_kernel(op, rows, x):

@@ -27,7 +27,7 @@ NOT_BUILT = "the compiled library was not built: reinstall fastff with pip insta
 
 _lock = threading.Lock()
 _reason: str | None = None  # None before the first attempt, then "" (loaded) or why not
-_without_vectors = False  # once loaded: x86 without AVX2
+_without_vectors = _avx512 = False  # once loaded: x86 without AVX2; with AVX-512
 
 
 def reason() -> str:
@@ -50,13 +50,18 @@ def level() -> str:
     return wanted
 
 
+def has_avx512() -> bool:
+    """Whether the library that is loaded is the one for AVX-512."""
+    return reason() == "" and _avx512
+
+
 def slow(x) -> str | None:
     """Why "auto" passes the kernels with products over: their register blocks are made for vectors of 8 (or 32 registers, as ARM has)."""
     return "slower than PyTorch without AVX2" if reason() == "" and _without_vectors else None
 
 
 def _load() -> str:
-    global _without_vectors
+    global _without_vectors, _avx512
     if os.environ.get("FASTFF_NATIVE") == "0":
         return "disabled by FASTFF_NATIVE=0"
     try:
@@ -70,6 +75,7 @@ def _load() -> str:
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         return f"fastff._C_{name} failed to load with torch {torch.__version__}: {lines[0]}"
+    _avx512 = name == "avx512"
     _without_vectors = name == "baseline" and platform.machine() in ("x86_64", "AMD64")
     torch.library.register_fake("fastff::layer_norm_native", _layer_norm_native_fake)
     return ""
