@@ -30,10 +30,10 @@ class Part(NamedTuple):
 
 
 class Link:
-    """To the rank with the next blocks (send) and from the one before (receive). Bytes sent are counted in `bytes_sent`."""
+    """To the rank with the next blocks (send) and from the one before (minibatch)."""
 
     def __init__(self, ranks, device):
-        self.ranks, self.device, self.bytes_sent = ranks, device, 0
+        self.ranks, self.device = ranks, device
         at = lambda rank: ranks.global_rank(ranks.block_group, rank)  # noqa: E731
         self.before = at(ranks.block_rank - 1) if ranks.block_rank > 0 else None
         self.after = at(ranks.block_rank + 1) if ranks.block_rank + 1 < ranks.block_size else None
@@ -73,7 +73,6 @@ class Link:
         if len(buffer):
             works.append((dist.isend(buffer, self.after, group=self.ranks.messages), buffer))
         self.flying.append(works)
-        self.bytes_sent += HEADER + len(buffer)
 
     # --- from the rank before
 
@@ -93,7 +92,7 @@ class Link:
             with self.ranks.watch.guard():
                 for work in works:
                     work.wait()
-            header = json.loads(bytes(text.tolist()))
+            header = json.loads(text.numpy().tobytes())
             if "room" not in header:
                 break
             self._expect(header["room"])
