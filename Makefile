@@ -38,11 +38,16 @@ demo: install
 test: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} FASTFF_REQUIRE_NATIVE=1 $(PY) -m pytest -q -n $(CORES) --dist worksteal --durations=10 $(PYTEST_ARGS)
 
+# A selection, in less than ten minutes on two cores; docs/benchmarks.md, which it fills from these files, has the commands that measure all.
 bench: install
 	@mkdir -p benchmarks/results
-	for name in goodness tail convolution depthwise step budget; do \
-	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.$$name --csv benchmarks/results/$$name.csv || exit 1; \
-	done
+	set -e; run() { OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.$$1 --csv benchmarks/results/$$2.csv "$${@:3}"; }; \
+	for name in goodness tail layer_norm group_goodness convolution depthwise; do run $$name $$name --quick; done; \
+	run step step-resnet18-64 --quick --rounds 5 --no-compile; \
+	run step step-mobilenet_v3_small --model mobilenet_v3_small --quick --no-compile; \
+	for axis in depth classes; do run scaling scaling-$$axis --axis $$axis --quick; done; \
+	run budget budget
+	$(PY) -m benchmarks.report
 
 # With the python of an environment whose torch sees a GPU: make gpu PYTHON=python3. Nothing is installed.
 gpu:

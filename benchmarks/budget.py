@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks import tables
 from benchmarks.step import PAPER, build
 from benchmarks.timing import print_environment, write_csv
 from fastff.ops.goodness import plan_for
@@ -97,6 +98,26 @@ def times(events):
         if event.cpu_parent is None:
             visit(event, "everything else")
     return found
+
+
+def table():
+    rows = tables.read("budget")
+    if not rows:
+        return tables.missing("python -m benchmarks.budget --csv benchmarks/results/budget.csv")
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    found = {(row["variant"], row["part"]): row for row in rows}
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    body = []
+    for part in parts:
+        cells = [part]
+        for variant in variants:
+            row = found.get((variant, part))
+            cells += ["", "", ""] if row is None else [
+                f"{float(row['milliseconds']):.1f} ({float(row['share']):.0%})", f"{float(row['gflop']):.2f}", f"{float(row['mbyte']):.0f}",
+            ]  # fmt: skip
+        body.append(cells)
+    header = ["part", *(f"{variant}, {unit}" for variant in variants for unit in ("ms", "GFLOP", "MB"))]
+    return tables.table(header, body) + tables.measured_on(rows[0])
 
 
 def main():

@@ -9,7 +9,8 @@ from fastff import models
 OWN = ("resnet18", "mobilenet_v3_small", "mobilenet_v3_large")
 TORCHVISION = {
     "densenet121": {},
-    "efficientnet_b0": {"stochastic_depth_prob": 0.0},  # nothing drawn: a step in float64 must do the same as one in float32
+    # nothing drawn: a step in float64 must do the same as one in float32
+    "efficientnet_b0": {"stochastic_depth_prob": 0.0},
 }
 NAMES = (*OWN, *TORCHVISION)
 WIDE = ("resnet18",)  # those with a width

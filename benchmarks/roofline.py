@@ -9,6 +9,7 @@ not measurements: they say what bounds a kernel, and are what a measured time is
 
 import argparse
 
+from benchmarks import tables
 from benchmarks.timing import print_environment, write_csv
 from fastff.kernels.composed.goodness import Plan
 from fastff.ops.plan import plan
@@ -63,6 +64,22 @@ def rows():
             "total_us": (a + b + LAUNCH) * 1e6, "floor_us": floor * 1e6, "times_floor": (a + b + LAUNCH) / floor,
             "eager_us": eager * 1e6,
         }  # fmt: skip
+
+
+def table():
+    found = tables.read("roofline")
+    if not found:
+        return tables.missing("python -m benchmarks.roofline --csv benchmarks/results/roofline.csv")
+    header = ("B, C, H, K", "algorithm", "MB", "GFLOP", "bound by", "predicted us", "floor us", "x floor")
+    body = [
+        (
+            f"{r['B']}, {r['C']}, {r['H']}, {r['K']}", r["algorithm"].replace("_", " "), f"{float(r['mbytes']):.0f}",
+            f"{float(r['gflop']):.1f}", r["bound"], f"{float(r['total_us']):.0f}", f"{float(r['floor_us']):.0f}",
+            f"{float(r['times_floor']):.2f}",
+        )
+        for r in found
+    ]  # fmt: skip
+    return tables.table(header, body)
 
 
 def main():

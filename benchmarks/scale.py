@@ -752,10 +752,26 @@ def measure_link(device, rounds=9):
     return found
 
 
+class Round(NamedTuple):
+    """A few steps of a Run: what other processes computed meanwhile (cores), seconds a step of the slowest rank, [bytes sent a step by each rank]."""
+
+    others: float
+    seconds: float
+    sent: list
+
+
+def _computed():
+    """Seconds that the cores of this machine, and this process, have computed so far (Linux; niced processes give way and do not count)."""
+    user, _, system, *_ = map(int, Path("/proc/stat").read_text().split()[1:8])
+    own = os.times()
+    return (user + system) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+
 def time_run(run, device, warm=2, steps=4):
-    """(seconds a step of the slowest rank, [bytes sent a step by each rank])."""
+    """A Round, the same on all ranks."""
     dist.barrier()
-    before, stamps, clock = tcp_bytes_sent(), [], _Clock(device)
+    sent, (all_before, own_before), stamps, clock = tcp_bytes_sent(), _computed(), [], _Clock(device)
+    began = clock.then
     for step in range(warm + steps):
         run.step()
         if step + 1 in (warm, warm + steps):
@@ -763,10 +779,23 @@ def time_run(run, device, warm=2, steps=4):
             stamps.append(clock.then)
     run.settle()
     dist.barrier()
+    clock()
+    (every, own), sent = _computed(), (tcp_bytes_sent() - sent) / (warm + steps)
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (stamps, (tcp_bytes_sent() - before) / (warm + steps)))
-    first, last = (max(times[i] for times, _ in found) for i in range(2))
-    return (last - first) / steps, [sent for _, sent in found]
+    dist.all_gather_object(found, (stamps, sent, every - all_before, own - own_before, clock.then - began))
+    first, last = (max(stamps[i] for stamps, *_ in found) for i in range(2))
+    others = (found[0][2] - sum(own for *_, own, _ in found)) / found[0][4]
+    return Round(others, (last - first) / steps, [sent for _, sent, *_ in found])
+
+
+def time_runs(runs, device, rounds, quiet=0.1):
+    """[[Round] of each Run], interleaved: `rounds` in which the machine was left to them, else of twice as many those most left alone."""
+    found = [[] for _ in runs]
+    for _ in range(2 * rounds):
+        for run, own in zip(runs, found, strict=True):
+            if sum(r.others < quiet for r in own) < rounds:
+                own.append(time_run(run, device))
+    return [sorted(own)[:rounds] for own in found]
 
 
 def worker(path):
@@ -784,12 +813,11 @@ def worker(path):
     images, target = minibatch(a, a.batch * size, device)
     runs = [in_step(alone(a, kind, ADAM, images[: a.batch], target[: a.batch])) for kind in ("sff", "backprop")]
     runs += [spread(a, plan, placement, ADAM, images, target) for plan, placement in plans]
-    times = [[time_run(run, device) for run in runs] for _ in range(a.rounds)]
-    result["seconds"] = [[seconds for seconds, _ in of_run] for of_run in zip(*times, strict=True)]
-    result["bytes"] = [
-        [quantile(sent, 0.5) for sent in zip(*(sent for _, sent in of_run), strict=True)]
-        for of_run in zip(*times, strict=True)
-    ]
+    found = time_runs(runs, device, a.rounds)
+    result["seconds"] = [[r.seconds for r in rounds] for rounds in found]
+    result["others"] = [quantile([r.others for r in rounds], 0.5) for rounds in found]
+    by_rank = [zip(*(r.sent for r in rounds), strict=True) for rounds in found]
+    result["bytes"] = [[quantile(sent, 0.5) for sent in ranks] for ranks in by_rank]
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(result))
     dist.barrier()
@@ -833,6 +861,9 @@ def compare(a, device):
         placements = [how.placement(of) for how, of in zip(plans, blocks, strict=True)]
         result = launch(a, processes, list(zip(plans, placements, strict=True)))
         link = link or result.get("link")
+        others = max(result["others"])
+        if others > 0.1:
+            print(f"{processes} processes: others computed beside them, on {others:.1f} cores", file=sys.stderr)
         slower, seconds, sent = {}, iter(result["seconds"]), result["bytes"][len(measured) :]
         for kind in measured:
             here = next(seconds)
@@ -955,7 +986,7 @@ def main():
     parser.add_argument("--measure", action="store_true", help="run 1, 2, ... --processes processes and compare")
     parser.add_argument("--width", type=int, help="64, with --measure 16")
     parser.add_argument("--batch", type=int, nargs="+", help="images a device: 32, with --measure 32 and 4")
-    for name, default in (("classes", 100), ("size", 32), ("rounds", 7), ("processes", 4)):
+    for name, default in (("classes", 100), ("size", 32), ("rounds", 5), ("processes", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument(
         "--global-batch", type=int, help="images a step whatever the devices, instead of --batch for each"

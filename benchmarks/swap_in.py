@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import tables
 from benchmarks.timing import print_environment, write_csv
 from examples.swap_in import digits
 from fastff.bench import interleave, quantile, ratios
@@ -37,6 +38,25 @@ def lines_changed(name):
     """Lines of the program after that are not in the one before."""
     texts = [Path(module(name, version).__file__).read_text().splitlines() for version in VERSIONS]
     return sum(line.startswith("+") and not line.startswith("+++") for line in difflib.unified_diff(*texts, n=0))
+
+
+def table():
+    rows = tables.read("swap-in")
+    if not rows:
+        return tables.missing("python -m benchmarks.swap_in --csv benchmarks/results/swap-in.csv")
+    body = [
+        (
+            row["what"],
+            f"{float(row['faster']):.2f} x",
+            f"{float(row['faster_20']):.2f} to {float(row['faster_80']):.2f}",
+            f"{float(row['peak_mib_before']):.1f} to {float(row['peak_mib_after']):.1f} MiB",
+            f"{float(row['accuracy_before']):.1%} and {float(row['accuracy_after']):.1%}",
+            row["lines"],
+        )
+        for row in rows
+    ]
+    header = ("style", "faster", "20 to 80 %", "peak memory", f"accuracy after {rows[0]['epochs']} epochs", "lines")
+    return tables.table(header, body) + tables.measured_on(rows[0])
 
 
 def main():
