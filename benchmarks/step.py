@@ -60,7 +60,7 @@ def variants(a):
     return {name: v for name, v in found.items() if a.compile or "compiled" not in name}
 
 
-def check(make, images, target, what="block", tries=3):
+def check(make, images, target, what="block", tries=4):
     """What three steps of SGD change is no further from float64 than four times what the float32 reference is.
 
     Both amplify roundings: one that carries a value over ReLU's kink changes a gradient by a jump, here or there by chance. So the reference's
