@@ -5,8 +5,9 @@
 //   dx             s^2 correlations of dy, one for each place of x's rows and columns modulo s, by the taps that meet it, turned round
 //
 // Tasks are 16 channels of an image, all of them together in channels_last: in place there, of contiguous images (and of what 16 leaves over) in a copy
-// [H W, 16] in cache. y in registers is 4 positions by 16 channels, dw nine or ten taps by 8; at the edges single positions, with the taps that meet the
-// image. Sums over images are made by groups of images in order: the number of threads changes no bit. How it came to this: docs/cpu.md.
+// [H W, 16] in cache. y in registers is 4 positions by 16 channels, dw nine or ten taps by a vector of 8 (16 with AVX-512); at the edges single positions,
+// with the taps that meet the image. Sums over images are made by groups of images in order: the number of threads changes no bit. How it came to
+// this: docs/cpu.md.
 
 #include <torch/csrc/stable/library.h>
 
@@ -20,10 +21,11 @@
 namespace {
 
 using gemm::kLanes;
-using gemm::kPanel;
 using gemm::read;
 using gemm::Vector;
 using gemm::write;
+constexpr int64_t kPanel = 16;
+constexpr int kVectors = kPanel / kLanes;
 
 void transpose(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
   gemm::transpose_inline(rows, columns, a, lda, b, ldb);
@@ -54,22 +56,24 @@ void fetch_next(const Correlation& f, const float* x, int64_t i) {
 // J outputs beside each other from taps u0 .. u1 - 1, v0 .. v1 - 1; x is where tap 0, 0 of the first would be.
 template <int J>
 FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w, int64_t u0, int64_t u1, int64_t v0, int64_t v1, float* y) {
-  Vector sum[J][2] = {};
+  Vector sum[J][kVectors] = {};
   for (int64_t u = u0; u < u1; ++u) {
     for (int64_t v = v0; v < v1; ++v) {
       const float *tap = w + (u * f.L + v) * kPanel, *at = x + u * f.in.row + v * f.in.pitch;
-      const Vector first = read(tap), second = read(tap + kLanes);
+      Vector weights[kVectors];
+#pragma GCC unroll 2
+      for (int h = 0; h < kVectors; ++h) weights[h] = read(tap + h * kLanes);
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) {
-        sum[j][0] += first * read(at + j * f.stride * f.in.pitch);
-        sum[j][1] += second * read(at + j * f.stride * f.in.pitch + kLanes);
+#pragma GCC unroll 2
+        for (int h = 0; h < kVectors; ++h) sum[j][h] += weights[h] * read(at + j * f.stride * f.in.pitch + h * kLanes);
       }
     }
   }
 #pragma GCC unroll 4
   for (int j = 0; j < J; ++j) {
-    write(y + j * f.out.pitch, sum[j][0]);
-    write(y + j * f.out.pitch + kLanes, sum[j][1]);
+#pragma GCC unroll 2
+    for (int h = 0; h < kVectors; ++h) write(y + j * f.out.pitch + h * kLanes, sum[j][h]);
   }
 }
 
@@ -119,7 +123,7 @@ void add_sums(const float* y, int64_t pixels, int64_t pitch, int64_t blocks, flo
   }
 }
 
-// What U rows of K taps meet: dw [U, K, 16] += of 8 of 16 channels, dy and x at the first position and at the first tap's pixel there.
+// What U rows of K taps meet: dw [U, K, 16] += of a vector of 16 channels, dy and x at the first position and at the first tap's pixel there.
 // Positions start .. stop - 1 meet all K taps, at the edges some are outside the image.
 template <int K, int U>
 FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, int64_t start, int64_t stop, float* dw) {

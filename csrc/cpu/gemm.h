@@ -4,17 +4,25 @@
 //   dots       c[m, n] = or += sum_k a[m, k] b[n, k]      a and b with contiguous k
 //   transpose  b[n, m] = a[m, n]
 //
-// Register blocks of 6 x 16 and 3 x 4 x 8 (AVX2 has 16 registers of 8 floats); 256 of k at a time, so that 16 columns of b stay in the L1
-// cache. A weight that every sample meets is laid out in Panels once: 16 columns of all k behind each other, instead of one row in each
-// page. The order of the sums depends on the shape alone. With `upper`, blocks below the diagonal are left out.
+// Register blocks of 6 x 2 x 8 and 3 x 4 x 8 with AVX2's 16 registers of 8 floats, 12 x 2 x 16 and 6 x 4 x 16 with AVX-512's 32 of 16; 256 of k at a
+// time, so that the columns of b stay in the L1 cache. A weight that every sample meets is laid out in Panels once: two vectors of columns of all
+// k behind each other, instead of one row in each page. The order of the sums depends on the shape alone. With `upper`, blocks below the
+// diagonal are left out.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include "common.h"
 
 namespace gemm {
+
+// Vectors of 8 floats whatever the instruction set.
+namespace eight {
 
 typedef float Vector __attribute__((vector_size(32)));
 typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
@@ -23,28 +31,70 @@ constexpr int64_t kLanes = 8;
 FASTFF_INLINE Vector read(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 FASTFF_INLINE void write(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
+}  // namespace eight
+
 // Of the last vector, lanes from .. to - 1 are written.
 struct Lanes {
   int64_t from, to;
 };
+
+#ifdef __AVX512F__
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int64_t kLanes = 16;
+constexpr int kRows = 12, kDotRows = 6;
+constexpr int kNear = 3;       // rows of a found from one pointer: 12 pointers do not fit the registers, and 14 of 57 instructions of the loop read them back
+constexpr bool kMasks = true;  // vectors may reach past the last column: the lanes there are neither read nor written
+
+FASTFF_INLINE Vector read(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+FASTFF_INLINE void write(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+// Lanes 0 .. lanes.to - 1, zeros behind them.
+FASTFF_INLINE __mmask16 mask_of(Lanes lanes) { return static_cast<__mmask16>((1u << lanes.to) - 1); }
+FASTFF_INLINE Vector read_some(const float* p, Lanes lanes) { return (Vector)_mm512_maskz_loadu_ps(mask_of(lanes), p); }
+FASTFF_INLINE void write_some(float* p, Vector v, bool add, Lanes lanes) {
+  _mm512_mask_storeu_ps(p, mask_of(lanes), (__m512)(add ? read_some(p, lanes) + v : v));
+}
+
+#else
+
+using eight::kLanes;
+using eight::read;
+using eight::Vector;
+using eight::write;
+constexpr int kRows = 6, kDotRows = 3, kNear = 6;
+constexpr bool kMasks = false;
+
+FASTFF_INLINE Vector read_some(const float* p, Lanes) { return read(p); }
+FASTFF_INLINE void write_some(float* p, Vector v, bool add, Lanes lanes) {
+  float some[kLanes];
+  write(some, v);
+  for (int64_t l = lanes.from; l < lanes.to; ++l) p[l] = add ? p[l] + some[l] : some[l];
+}
+
+#endif
 
 // Every loop over `sum` is unrolled and no lane of it is picked by a variable, or GCC keeps it in memory (42 % of the time at 10 classes).
 template <int M, int N>
 FASTFF_INLINE void multiply_block(int64_t depth, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb, float* c,
                                   int64_t ldc, bool add, Lanes lanes) {
   Vector sum[M][N] = {};
+  const float* lefts[(M + kNear - 1) / kNear];
+#pragma GCC unroll 4
+  for (int i = 0; i < M; i += kNear) lefts[i / kNear] = a + i * row;
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[N];
 #pragma GCC unroll 2
-    for (int j = 0; j < N; ++j) right[j] = read(b + k * ldb + j * kLanes);
-#pragma GCC unroll 6
+    for (int j = 0; j < N; ++j) right[j] = j + 1 < N ? read(b + k * ldb + j * kLanes) : read_some(b + k * ldb + j * kLanes, lanes);
+#pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
-      const float left = a[i * row + k * column];
+      const float left = lefts[i / kNear][i % kNear * row + k * column];
 #pragma GCC unroll 2
       for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < N; ++j) {
@@ -52,11 +102,19 @@ FASTFF_INLINE void multiply_block(int64_t depth, const float* a, int64_t row, in
       if (j + 1 < N || lanes.to - lanes.from == kLanes) {
         write(target, add ? read(target) + sum[i][j] : sum[i][j]);
       } else {
-        float some[kLanes];
-        write(some, sum[i][j]);
-        for (int64_t l = lanes.from; l < lanes.to; ++l) target[l] = add ? target[l] + some[l] : some[l];
+        write_some(target, sum[i][j], add, lanes);
       }
     }
+  }
+}
+
+// multiply_block<rows, N> for 0 <= rows <= M.
+template <int M, int N>
+FASTFF_INLINE void multiply_some(int64_t rows, int64_t depth, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
+                                 float* c, int64_t ldc, bool add, Lanes lanes) {
+  if constexpr (M > 0) {
+    if (rows == M) return multiply_block<M, N>(depth, a, row, column, b, ldb, c, ldc, add, lanes);
+    multiply_some<M - 1, N>(rows, depth, a, row, column, b, ldb, c, ldc, add, lanes);
   }
 }
 
@@ -64,20 +122,11 @@ template <int N>
 FASTFF_INLINE void multiply_rows(int64_t rows, int64_t depth, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
                                  float* c, int64_t ldc, bool add, Lanes lanes) {
   int64_t m = 0;
-  for (; m + 6 <= rows; m += 6) multiply_block<6, N>(depth, a + m * row, row, column, b, ldb, c + m * ldc, ldc, add, lanes);
-  a += m * row;
-  c += m * ldc;
-  switch (rows - m) {
-    case 5: multiply_block<5, N>(depth, a, row, column, b, ldb, c, ldc, add, lanes); break;
-    case 4: multiply_block<4, N>(depth, a, row, column, b, ldb, c, ldc, add, lanes); break;
-    case 3: multiply_block<3, N>(depth, a, row, column, b, ldb, c, ldc, add, lanes); break;
-    case 2: multiply_block<2, N>(depth, a, row, column, b, ldb, c, ldc, add, lanes); break;
-    case 1: multiply_block<1, N>(depth, a, row, column, b, ldb, c, ldc, add, lanes); break;
-    default: break;
-  }
+  for (; m + kRows <= rows; m += kRows) multiply_block<kRows, N>(depth, a + m * row, row, column, b, ldb, c + m * ldc, ldc, add, lanes);
+  multiply_some<kRows - 1, N>(rows - m, depth, a + m * row, row, column, b, ldb, c + m * ldc, ldc, add, lanes);
 }
 
-constexpr int64_t kDepth = 256, kPanel = 2 * kLanes, kPacked = 32;
+constexpr int64_t kDepth = 256, kPanel = 2 * kLanes, kPacked = 32, kWhole = 16;  // kWhole: a vector of AVX-512, a panel of AVX2
 
 // M rows of a transposed a (its k lie `column` > kPacked apart), copied together once and taken past all columns: read in place, every step of k
 // would be in another page (dL/dW of 1,000 classes and 512 channels took 3 times as long).
@@ -89,6 +138,17 @@ FASTFF_INLINE void multiply_turned(int64_t columns, int64_t depth, const float* 
     for (int i = 0; i < M; ++i) together[k * M + i] = a[k * column + i];
   }
   int64_t n = from;
+  if constexpr (kMasks) {
+    for (; n < columns; n += kPanel) {
+      const int64_t width = std::min(kPanel, columns - n);
+      if (width > kLanes) {
+        multiply_block<M, 2>(depth, together, 1, M, b + n, ldb, c + n, ldc, add, {0, width - kLanes});
+      } else {
+        multiply_block<M, 1>(depth, together, 1, M, b + n, ldb, c + n, ldc, add, {0, width});
+      }
+    }
+    return;
+  }
   for (; n + kPanel <= columns; n += kPanel) multiply_block<M, 2>(depth, together, 1, M, b + n, ldb, c + n, ldc, add, {0, kLanes});
   for (; n < columns; n += kLanes) {  // the last vector ends at the last column, and writes what is left
     const int64_t lanes = std::min(kLanes, columns - n), start = n + lanes - kLanes;
@@ -96,26 +156,27 @@ FASTFF_INLINE void multiply_turned(int64_t columns, int64_t depth, const float* 
   }
 }
 
+// multiply_turned<rows> for 0 <= rows <= M.
+template <int M>
+FASTFF_INLINE void multiply_some_turned(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t column, const float* b,
+                                        int64_t ldb, float* c, int64_t ldc, bool add, int64_t from) {
+  if constexpr (M > 0) {
+    if (rows == M) return multiply_turned<M>(columns, depth, a, column, b, ldb, c, ldc, add, from);
+    multiply_some_turned<M - 1>(rows, columns, depth, a, column, b, ldb, c, ldc, add, from);
+  }
+}
+
 FASTFF_INLINE void multiply_all_turned(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t column, const float* b, int64_t ldb,
                                        float* c, int64_t ldc, bool add, bool upper) {
-  const auto from = [&](int64_t m) { return upper ? m / kPanel * kPanel : 0; };
+  const auto from = [&](int64_t m) { return upper ? m / kWhole * kWhole : 0; };
   int64_t m = 0;
-  for (; m + 6 <= rows; m += 6) multiply_turned<6>(columns, depth, a + m, column, b, ldb, c + m * ldc, ldc, add, from(m));
-  a += m;
-  c += m * ldc;
-  switch (rows - m) {
-    case 5: multiply_turned<5>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
-    case 4: multiply_turned<4>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
-    case 3: multiply_turned<3>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
-    case 2: multiply_turned<2>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
-    case 1: multiply_turned<1>(columns, depth, a, column, b, ldb, c, ldc, add, from(m)); break;
-    default: break;
-  }
+  for (; m + kRows <= rows; m += kRows) multiply_turned<kRows>(columns, depth, a + m, column, b, ldb, c + m * ldc, ldc, add, from(m));
+  multiply_some_turned<kRows - 1>(rows - m, columns, depth, a + m, column, b, ldb, c + m * ldc, ldc, add, from(m));
 }
 
 FASTFF_INLINE void multiply_inline(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t row, int64_t column, const float* b,
                                    int64_t ldb, float* c, int64_t ldc, bool add, bool upper) {
-  if (columns < kLanes) {  // no vector fits
+  if (!kMasks && columns < kLanes) {  // no vector fits
     for (int64_t m = 0; m < rows; ++m) {
       for (int64_t n = 0; n < columns; ++n) {
         float sum = 0;
@@ -133,6 +194,17 @@ FASTFF_INLINE void multiply_inline(int64_t rows, int64_t columns, int64_t depth,
       continue;
     }
     int64_t n = 0;
+    if constexpr (kMasks) {
+      for (; n < columns; n += kPanel) {
+        const int64_t width = std::min(kPanel, columns - n), reach = upper ? std::min(rows, n + width) : rows;
+        if (width > kLanes) {
+          multiply_rows<2>(reach, part, left, row, column, right + n, ldb, c + n, ldc, add, {0, width - kLanes});
+        } else {
+          multiply_rows<1>(reach, part, left, row, column, right + n, ldb, c + n, ldc, add, {0, width});
+        }
+      }
+      continue;
+    }
     for (; n + kPanel <= columns; n += kPanel) {
       const int64_t reach = upper ? std::min(rows, n + kPanel) : rows;
       multiply_rows<2>(reach, part, left, row, column, right + n, ldb, c + n, ldc, add, {0, kLanes});
@@ -152,9 +224,9 @@ FASTFF_INLINE void transpose_inline(int64_t rows, int64_t columns, const float* 
   for (; m + kBlock <= rows; m += kBlock) {
     int64_t n = 0;
     for (; n + kBlock <= columns; n += kBlock) {
-      Vector r[8], s[8];
+      eight::Vector r[8], s[8];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) r[i] = read(a + (m + i) * lda + n);
+      for (int i = 0; i < 8; ++i) r[i] = eight::read(a + (m + i) * lda + n);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {  // pairs of rows: elements 0, 1 and 2, 3 of each half
         s[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -169,8 +241,8 @@ FASTFF_INLINE void transpose_inline(int64_t rows, int64_t columns, const float* 
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        write(b + (n + i) * ldb + m, __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
-        write(b + (n + i + 4) * ldb + m, __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+        eight::write(b + (n + i) * ldb + m, __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+        eight::write(b + (n + i + 4) * ldb + m, __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
       }
     }
     for (; n < columns; ++n) {
@@ -219,31 +291,69 @@ FASTFF_INLINE void multiply_panels_inline(int64_t rows, const float* a, int64_t 
   }
 }
 
-FASTFF_INLINE float sum_of(Vector v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+FASTFF_INLINE float sum_of(eight::Vector v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+#ifdef __AVX512F__
+FASTFF_INLINE float sum_of(Vector v) {
+  return sum_of(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+
+// c[0 .. 3] = or += the sums of four vectors, together: one by one they take longer than the products of 64 of k.
+FASTFF_INLINE void write_sums(const Vector* v, float* c, bool add) {
+  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+  const auto pairs = [](Vector x, Vector y) {  // x, y, x, y of each four
+    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  };
+  const Vector low = pairs(v[0], v[1]), high = pairs(v[2], v[3]);
+  const Vector fours = __builtin_shufflevector(low, high, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                       __builtin_shufflevector(low, high, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  const eight::Vector two = __builtin_shufflevector(fours, fours, 0, 1, 2, 3, 4, 5, 6, 7) +
+                            __builtin_shufflevector(fours, fours, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto sums = __builtin_shufflevector(two, two, 0, 1, 2, 3) + __builtin_shufflevector(two, two, 4, 5, 6, 7);
+  Four& target = *reinterpret_cast<Four*>(c);
+  target = add ? target + sums : sums;
+}
+#endif
 
 template <int M, int N>
 FASTFF_INLINE void dots_block(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   Vector sum[M][N] = {};
   int64_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) {
+  for (; kMasks ? k < depth : k + kLanes <= depth; k += kLanes) {
+    const Lanes lanes{0, std::min(kLanes, depth - k)};
     Vector right[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) right[j] = read(b + j * ldb + k);
-#pragma GCC unroll 3
+    for (int j = 0; j < N; ++j) right[j] = read_some(b + j * ldb + k, lanes);
+#pragma GCC unroll 6
     for (int i = 0; i < M; ++i) {
-      const Vector left = read(a + i * lda + k);
+      const Vector left = read_some(a + i * lda + k, lanes);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
     }
   }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
+#ifdef __AVX512F__
+    if constexpr (N == 4) {
+      write_sums(sum[i], c + i * ldc, add);
+      continue;
+    }
+#endif
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       float total = sum_of(sum[i][j]);
       for (int64_t l = k; l < depth; ++l) total += a[i * lda + l] * b[j * ldb + l];
       c[i * ldc + j] = add ? c[i * ldc + j] + total : total;
     }
+  }
+}
+
+// dots_block<rows, 4> for 0 <= rows <= M.
+template <int M>
+FASTFF_INLINE void dots_some(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  if constexpr (M > 0) {
+    if (rows == M) return dots_block<M, 4>(depth, a, lda, b, ldb, c, ldc, add);
+    dots_some<M - 1>(rows, depth, a, lda, b, ldb, c, ldc, add);
   }
 }
 
@@ -254,7 +364,11 @@ FASTFF_INLINE void dots_inline(int64_t rows, int64_t columns, int64_t depth, con
     const int64_t reach = upper ? std::min(rows, n + width) : rows;
     int64_t m = 0;
     if (width == 4) {
-      for (; m + 3 <= reach; m += 3) dots_block<3, 4>(depth, a + m * lda, lda, b + n * ldb, ldb, c + m * ldc + n, ldc, add);
+      for (; m + kDotRows <= reach; m += kDotRows) dots_block<kDotRows, 4>(depth, a + m * lda, lda, b + n * ldb, ldb, c + m * ldc + n, ldc, add);
+      if (kMasks) {
+        dots_some<kDotRows - 1>(reach - m, depth, a + m * lda, lda, b + n * ldb, ldb, c + m * ldc + n, ldc, add);
+        m = reach;
+      }
       for (; m < reach; ++m) dots_block<1, 4>(depth, a + m * lda, lda, b + n * ldb, ldb, c + m * ldc + n, ldc, add);
     } else {
       for (; m < reach; ++m) {

@@ -72,26 +72,40 @@ float total_of(const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum += x[i];
   return sum;
 }
-// sum[k] += sum_r a[r, k]^2, and a[r, k] *= d[k], of rows of whole panels: a panel of sum and d stays in registers.
+// sum[k] += sum_r a[r, k]^2, and a[r, k] *= d[k], of rows of whole kPadding: so many of sum and d stay in registers, in two chains of sums at least.
+constexpr int64_t kPadding = 16;
+constexpr int kVectors = kPadding / gemm::kLanes, kChains = kVectors == 1 ? 4 : 1;
 void add_squares(int64_t rows, int64_t columns, const float* a, float* sum) {
-  for (int64_t k = 0; k < columns; k += gemm::kPanel) {
-    gemm::Vector low = gemm::read(sum + k), high = gemm::read(sum + k + gemm::kLanes);
-    for (int64_t r = 0; r < rows; ++r) {
-      const gemm::Vector l = gemm::read(a + r * columns + k), h = gemm::read(a + r * columns + k + gemm::kLanes);
-      low += l * l;
-      high += h * h;
+  for (int64_t k = 0; k < columns; k += kPadding) {
+    gemm::Vector part[kChains][kVectors] = {};
+    for (int v = 0; v < kVectors; ++v) part[0][v] = gemm::read(sum + k + v * gemm::kLanes);
+    const auto add = [&](int64_t r, int chain) {
+      for (int v = 0; v < kVectors; ++v) {
+        const gemm::Vector value = gemm::read(a + r * columns + k + v * gemm::kLanes);
+        part[chain][v] += value * value;
+      }
+    };
+    int64_t r = 0;
+    for (; r + kChains <= rows; r += kChains) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) add(r + chain, chain);
     }
-    gemm::write(sum + k, low);
-    gemm::write(sum + k + gemm::kLanes, high);
+    for (; r < rows; ++r) add(r, 0);
+    for (int v = 0; v < kVectors; ++v) {
+      for (int chain = 1; chain < kChains; ++chain) part[0][v] += part[chain][v];
+      gemm::write(sum + k + v * gemm::kLanes, part[0][v]);
+    }
   }
 }
 void multiply_by(int64_t rows, int64_t columns, float* a, const float* d) {
-  for (int64_t k = 0; k < columns; k += gemm::kPanel) {
-    const gemm::Vector low = gemm::read(d + k), high = gemm::read(d + k + gemm::kLanes);
+  for (int64_t k = 0; k < columns; k += kPadding) {
+    gemm::Vector factor[kVectors];
+    for (int v = 0; v < kVectors; ++v) factor[v] = gemm::read(d + k + v * gemm::kLanes);
     for (int64_t r = 0; r < rows; ++r) {
-      float* at = a + r * columns + k;
-      gemm::write(at, gemm::read(at) * low);
-      gemm::write(at + gemm::kLanes, gemm::read(at + gemm::kLanes) * high);
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = a + r * columns + k + v * gemm::kLanes;
+        gemm::write(at, gemm::read(at) * factor[v]);
+      }
     }
   }
 }
@@ -102,7 +116,7 @@ void mirror(float* square, int64_t n) {
   }
 }
 
-int64_t padded(int64_t n) { return (n + gemm::kPanel - 1) / gemm::kPanel * gemm::kPanel; }
+int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
 // Positions that the direct algorithm takes at a time, at least: dL/dW passes through the cache once for so many.
 constexpr int64_t kPositions = 160;

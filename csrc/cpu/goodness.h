@@ -11,7 +11,7 @@ enum Mode : int64_t { kGoodness = 0, kStep = 1, kBackward = 2 };
 
 // x [B, C, P] or [B, P, C] (`rows`), or where there is a `tail` what it gives; absent tensors are null.
 struct Problem {
-  int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded to whole panels; cells: C * GH * GW
+  int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded to a multiple of 16; cells: C * GH * GW
   bool rows, second_moment, need_x, normalize;
   Mode mode;
   const float *x, *weight, *bias, *grid, *d_given;

@@ -2,11 +2,13 @@
 
 Here: what it may be handed. Not here but in composed/goodness.py, on PyTorch's own: kernel sizes 3 and 5, and
 the direct algorithm for many classes of many channels, whose time is that of large matrix products and those are BLAS's (K C = 512,000: 20 ms
-against 11 at (32, 512, 4 x 4, 1000); 51,200: as fast).
+against 11 at (32, 512, 4 x 4, 1000); 51,200: as fast). With AVX-512 they are as fast here as eager code's and the batched ones half as fast (7.8 ms,
+16 by BLAS, 9.6 eager, one thread), so there they stay, as long as there are groups of samples for all threads (goodness.cpp).
 """
 
 import torch
 
+from fastff.kernels import native
 from fastff.kernels.composed import goodness as composed
 
 GOODNESS, STEP, BACKWARD = range(3)
@@ -25,7 +27,12 @@ def fits(x, weight, padding, plan, dtype):
     if weight is None:
         return True
     small = plan.algorithm == "second_moment" or weight.shape[0] * weight.shape[1] <= LARGE_PRODUCT
-    return weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0) and small
+    return weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0) and (small or _takes_large(weight))
+
+
+def _takes_large(weight):
+    groups = max(2, (1 << 20) // (weight.shape[0] * weight.shape[1]))
+    return native.has_avx512() and torch.get_num_threads() <= groups
 
 
 def head_of(x, weight, bias, grid_weight, loss=None):
