@@ -12,8 +12,9 @@ OTHERS = (
     "pytorch",
     "onednn",
     "forward",
+    "by parts",
     "backprop",
-)  # whose rows are not fastff's; the last with what follows it
+)  # whose rows are not what fastff runs; the last with what follows it
 LEAST = 1.005
 
 

@@ -419,13 +419,13 @@ def predictions(measured, machine, devices, images, faster=1.0):
 # --- measurement of blocks
 
 
-def measure_blocks(a, device, rounds=5):
-    """{"sff": Blocks, "backprop": Blocks} of this network, the fastest of `rounds`; backpropagation's classifier is in its last block."""
+def measure_blocks(a, device):
+    """{"sff": Blocks, "backprop": Blocks} of this network, each of its times the fastest; backpropagation's classifier is in its last block."""
     found = {}
     for kind, measure in (("sff", _sff_blocks), ("backprop", _backprop_blocks)):
         trainer = make(a, kind, minibatch(a, 1, device)[0])
         sizes = (max(1, a.batch // 4), a.batch)
-        found[kind] = Blocks(*((n, measure(trainer, *minibatch(a, n, device), rounds)) for n in sizes))
+        found[kind] = Blocks(*((n, measure(trainer, *minibatch(a, n, device))) for n in sizes))
     return found
 
 
@@ -459,11 +459,20 @@ def _size(values):
     return sum(t.numel() * t.element_size() for t in values if isinstance(t, torch.Tensor))
 
 
-def _sff_blocks(trainer, images, target, rounds):
+def _rounds(least=5, seconds=2.0):
+    """Numbers of the rounds of a measurement, of which the first does not count: it makes the optimisers' state."""
+    start = time.perf_counter()
+    for number in itertools.count():
+        if number > least and time.perf_counter() - start > seconds:
+            return
+        yield number
+
+
+def _sff_blocks(trainer, images, target):
     """Trainer.train_block with a clock: the message to the next rank leaves where `forward` ends."""
     trainer.train_mode()
     seconds = []
-    for number in range(rounds + 1):  # the first makes the optimisers' state
+    for number in _rounds():
         (part,), times, outputs = trainer.split(images, target), [], []
         clock = _Clock(trainer.device)
         for index in range(len(trainer.sff.blocks)):
@@ -492,11 +501,11 @@ def _sff_blocks(trainer, images, target, rounds):
     return _fastest(seconds, outputs, weights, memory)
 
 
-def _backprop_blocks(trainer, images, target, rounds):
+def _backprop_blocks(trainer, images, target):
     sff = trainer.sff
     trainer.train_mode()
     seconds = []
-    for number in range(rounds + 1):
+    for number in _rounds():
         inputs, results, times, kept = (images,), [], [], []
         clock = _Clock(trainer.device)
         for index, block in enumerate(sff.blocks):
