@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import fastff
-from benchmarks.scale import tcp_bytes_sent
+from benchmarks.scale_processes import tcp_bytes_sent
 from fastff import SFF, Distributed, Trainer
 from fastff.parallel.link import ALIGN, HEADER
 from fastff.training.loader import Augment, Loader

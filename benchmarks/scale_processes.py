@@ -1,0 +1,476 @@
+"""What the model of scale is given and held against: seconds and bytes of blocks, and steps of 1, 2 and 4 processes of this machine.
+
+Weights are checked first: those of ranks that share blocks to the last bit, of ranks that share minibatches to rounding.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.scale_model import ROOT, Block, Blocks, Plan, plan, runs_of
+from benchmarks.step import ADAM, PAPER, build
+from fastff import Distributed, parallel
+from fastff.bench import quantile
+from fastff.parallel.reduce import _Bucket
+from fastff.training import Backprop, Trainer, optim
+from fastff.training.memory import peak_memory
+
+# --- measurement of blocks
+
+
+def measure_blocks(a, device):
+    """{"sff": Blocks, "backprop": Blocks} of this network, each of its times the fastest; backpropagation's classifier is in its last block."""
+    found = {}
+    for kind, measure in (("sff", _sff_blocks), ("backprop", _backprop_blocks)):
+        trainer = make(a, kind, minibatch(a, 1, device)[0])
+        sizes = (max(1, a.batch // 4), a.batch)
+        found[kind] = Blocks(*((n, measure(trainer, *minibatch(a, n, device))) for n in sizes))
+    return found
+
+
+def minibatch(a, images, device):
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(images, 3, a.size, a.size, generator=draw).contiguous(memory_format=torch.channels_last)
+    return x.to(device), torch.randint(a.classes, (images,), generator=draw).to(device)
+
+
+def make(a, kind, like, optimizer=ADAM, **options):
+    """A trainer of this network, channels_last, for images on this device and of this type."""
+    sff = build(a, kind, True, a.granularity, **(PAPER if kind == "sff" else {})).sff.to(like.device, like.dtype)
+    return (Trainer if kind == "sff" else Backprop)(sff, optimizer, **options)
+
+
+class _Clock:
+    """Seconds since the last call."""
+
+    def __init__(self, device):
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self()
+
+    def __call__(self):
+        self.wait()
+        now = time.perf_counter()
+        passed, self.then = now - getattr(self, "then", now), now
+        return passed
+
+
+def _size(values):
+    return sum(t.numel() * t.element_size() for t in values if isinstance(t, torch.Tensor))
+
+
+def _rounds(least=5, seconds=2.0):
+    """Numbers of the rounds of a measurement, of which the first does not count: it makes the optimisers' state."""
+    start = time.perf_counter()
+    for number in itertools.count():
+        if number > least and time.perf_counter() - start > seconds:
+            return
+        yield number
+
+
+def _sff_blocks(trainer, images, target):
+    """Trainer.train_block with a clock: the message to the next rank leaves where `forward` ends."""
+    trainer.train_mode()
+    seconds = []
+    for number in _rounds():
+        (part,), times, outputs = trainer.split(images, target), [], []
+        clock = _Clock(trainer.device)
+        for index in range(len(trainer.sff.blocks)):
+            visit, alive = trainer._visit(index, part)
+            part = part._replace(alive=alive)
+            forward = clock()
+            if visit is not None:
+                seed = visit.seed()
+                del visit
+                if seed is not None:
+                    seed.backward()
+                    del seed
+            backward = clock()
+            _Bucket(index, trainer.parameters[index], 1.0, []).average()
+            bucket = clock()
+            trainer._update(index)
+            times.append((forward, backward, clock(), bucket))
+            outputs.append(_size(alive))
+        if number:
+            seconds.append(times)
+    parts, memory = trainer.split(images, target), []
+    for index in range(len(trainer.sff.blocks)):
+        step = lambda index=index, parts=parts: trainer.train_block(index, parts)  # noqa: E731
+        memory.append(peak_memory(step, trainer.device) * 2**20)
+    weights = [_size(trainer.parameters[index]) for index in range(len(outputs))]
+    return _fastest(seconds, outputs, weights, memory)
+
+
+def _backprop_blocks(trainer, images, target):
+    sff = trainer.sff
+    trainer.train_mode()
+    seconds = []
+    for number in _rounds():
+        inputs, results, times, kept = (images,), [], [], []
+        clock = _Clock(trainer.device)
+        for index, block in enumerate(sff.blocks):
+            with _kept_bytes([*trainer.parameters, *inputs], kept):
+                outputs = block(*inputs)
+                loss = None
+                if index + 1 == len(sff.blocks):
+                    loss = F.cross_entropy(sff.readout[0](*outputs)[0], target)
+            times.append([clock()])
+            results.append((inputs, outputs, loss))
+            inputs = tuple(
+                t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, torch.Tensor) else t for t in outputs
+            )
+        clock()
+        for index, (_, outputs, loss) in reversed(list(enumerate(results))):
+            if loss is not None:
+                loss.backward()
+            else:
+                following = results[index + 1][0]
+                pairs = [
+                    (o, t.grad)
+                    for o, t in zip(outputs, following, strict=True)
+                    if isinstance(t, torch.Tensor) and t.grad is not None
+                ]
+                torch.autograd.backward(*zip(*pairs, strict=True))
+            times[index].append(clock())
+        trainer.optimizer.step()
+        update = clock()
+        trainer.optimizer.zero_grad()
+        weights = [_size(block.parameters()) for block in sff.blocks]
+        weights[-1] += _size(sff.readout[0].parameters())
+        for index, of_block in enumerate(times):
+            of_block.append(update * weights[index] / sum(weights))
+        if number:
+            seconds.append(times)
+    return _fastest(seconds, [_size(outputs) for _, outputs, _ in results], weights, kept)
+
+
+def _fastest(seconds, *others):
+    """[Block] from rounds of [(forward, backward, update, bucket or nothing) of each block]."""
+    found = []
+    for times, *rest in zip(zip(*seconds, strict=True), *others, strict=True):
+        forward, backward, update, *bucket = (min(values) for values in zip(*times, strict=True))
+        found.append(Block(forward, backward, update, *rest, *bucket))
+    return found
+
+
+@contextlib.contextmanager
+def _kept_bytes(others, found):
+    """Appends the bytes that the backward pass of what runs inside keeps, beside these tensors."""
+    own, kept = {t.untyped_storage().data_ptr() for t in others if isinstance(t, torch.Tensor)}, {}
+
+    def note(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        yield
+    found.append(sum(kept.values()))
+
+
+# --- what processes do
+
+
+def tcp_bytes_sent():
+    """Bytes that the other ends of this process's TCP connections have acknowledged (Linux: tcpi_bytes_acked of struct tcp_info)."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as s:
+                if s.family in (socket.AF_INET, socket.AF_INET6) and s.type == socket.SOCK_STREAM:
+                    total += struct.unpack_from("Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 120)[0]
+        except OSError:  # closed meanwhile
+            continue
+    return total
+
+
+class Run(NamedTuple):
+    """A network in training over all processes: step(), settle() for what waits over its end, weights() -> [tensor] on rank 0."""
+
+    step: object
+    settle: object
+    weights: object
+
+
+def alone(a, kind, optimizer, images, target, micro_batches=1):
+    """In this process, whatever the others do."""
+    trainer = make(a, kind, images, optimizer, micro_batches=micro_batches)
+    trainer.train_mode()
+    module = trainer.sff if kind == "sff" else trainer.sff.model
+    return Run(lambda: trainer.step(images, target), trainer.settle, lambda: list(module.parameters()))
+
+
+def in_step(run):
+    """The same with all processes waiting for each other after every step."""
+
+    def step():
+        run.step()
+        dist.barrier()
+
+    return run._replace(step=step)
+
+
+def spread(a, plan, placement, optimizer, images, target):
+    """As planned over all processes; images and target are those of all."""
+    if plan.kind == "backprop":
+        start = data_parallel if plan.stages == 1 else pipeline
+        return start(a, plan, placement, optimizer, images, target)
+    given = Distributed(block_ranks=plan.stages, placement=placement if plan.stages > 1 else None)
+    trainer = make(a, "sff", images, optimizer, distributed=given, micro_batches=plan.parts)
+    trainer.train_mode()
+    trainer.fitting = True  # updates may wait over the end of a step, as in fit
+    ranks = trainer.ranks
+    share = [t.chunk(ranks.data_size)[ranks.data_rank] if ranks.feeds else None for t in (images, target)]
+
+    def weights():
+        trainer.synchronize()
+        return list(trainer.sff.parameters())
+
+    return Run(lambda: trainer.step(*share), trainer.settle, weights)
+
+
+def data_parallel(a, plan, placement, optimizer, images, target):
+    """torch's DistributedDataParallel with its defaults, but for batch norm's statistics, which SFF does not send every step either."""
+    sff = make(a, "backprop", images).sff
+    module = nn.parallel.DistributedDataParallel(sff.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    update = optim.build(optimizer, sff.model.parameters())
+    x, y = (t.chunk(plan.data)[dist.get_rank()] for t in (images, target))
+
+    def step():
+        F.cross_entropy(module(x), y).backward()
+        update.step()
+        update.zero_grad()
+
+    return Run(step, lambda: None, lambda: list(sff.model.parameters()))
+
+
+class _Layout(torch.autograd.Function):
+    """A tensor in one memory format, its gradient in the other: blocks run channels_last, and gloo sends contiguous tensors."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return x.contiguous(memory_format=there if x.dim() == 4 else torch.contiguous_format).view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous(memory_format=ctx.back if grad.dim() == 4 else torch.contiguous_format), None, None
+
+
+class Stage(nn.Module):
+    """The blocks of a stage; the last ends in the classifier."""
+
+    def __init__(self, sff, mine):
+        super().__init__()
+        self.blocks = nn.ModuleList(sff.blocks[j] for j in mine)
+        self.readout = sff.readout[0] if mine.stop == len(sff.blocks) else None
+
+    def forward(self, *alive):
+        alive = tuple(_Layout.apply(t, torch.channels_last, torch.contiguous_format) for t in alive)
+        for block in self.blocks:
+            alive = block(*alive)
+        if self.readout is not None:
+            alive = self.readout(*alive)
+        alive = tuple(_Layout.apply(t, torch.contiguous_format, torch.channels_last) for t in alive)
+        return alive if len(alive) > 1 else alive[0]
+
+
+def pipeline(a, plan, placement, optimizer, images, target):
+    """torch.distributed.pipelining's 1F1B."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    sff, rank = make(a, "backprop", images).sff, dist.get_rank()
+    sff.train()
+    own = runs_of(placement)
+    module = Stage(sff, own[rank])
+    stage = PipelineStage(module, rank, plan.stages, images.device)
+    schedule = Schedule1F1B(stage, plan.parts, loss_fn=F.cross_entropy)
+    update = optim.build(optimizer, module.parameters())
+    given = (images,) if rank == 0 else ()
+    labels = {"target": target, "losses": []} if rank + 1 == plan.stages else {}
+
+    def step():
+        schedule.step(*given, **labels)
+        update.step()
+        update.zero_grad()
+
+    def weights():
+        parts = [None] * plan.stages if rank == 0 else None
+        dist.gather_object([p.detach().cpu() for p in module.parameters()], parts)
+        if rank > 0:
+            return None
+        stages = [list(Stage(sff, mine).parameters()) for mine in own]
+        found = {p: w for mine, sent in zip(stages, parts, strict=True) for p, w in zip(mine, sent, strict=True)}
+        return [found[p] for p in sff.model.parameters()]
+
+    return Run(step, lambda: None, weights)
+
+
+def check(a, plan, placement, device):
+    """How far the weights are from those of one process after three steps, in units of what these changed; None on ranks but the first.
+
+    One process sees the same micro-batches, each normalised by itself. Sums over ranks are checked in float64, where only a wrong one shows."""
+    torch.backends.cudnn.deterministic = True
+    sgd = lambda groups: torch.optim.SGD(groups, lr=1e-2)  # noqa: E731
+    size = plan.data * plan.stages
+    images, target = minibatch(a, a.batch * size, device)
+    images = images.double() if plan.data > 1 else images
+    run = spread(a, plan, placement, sgd, images, target)
+    for _ in range(3):
+        run.step()
+    run.settle()
+    weights = run.weights()
+    if dist.get_rank() > 0:
+        return None
+    one = alone(a, plan.kind, sgd, images, target, plan.data * plan.parts)
+    before = [p.detach().clone() for p in one.weights()]
+    for _ in range(3):
+        one.step()
+    flat = lambda tensors: torch.cat([t.detach().flatten().to(device) for t in tensors])  # noqa: E731
+    weights, expected, before = flat(weights), flat(one.weights()), flat(before)
+    return float((weights - expected).norm() / (expected - before).norm())
+
+
+def measure_link(device, rounds=9):
+    """Of two processes: {"latency": seconds, "bandwidth": bytes/s} of all-reduces, and of messages from one to the other."""
+
+    def all_reduce(t):
+        dist.all_reduce(t)
+
+    def send(t):  # there and back
+        for source in range(2):
+            (dist.send if dist.get_rank() == source else dist.recv)(t, 1 - dist.get_rank())
+
+    found, large = {}, 2**21 if device.type == "cpu" else 2**26  # bytes
+    for name, function in (("all-reduce", all_reduce), ("send", send)):
+        seconds = []
+        for size in (4, large):
+            t, times = torch.zeros(size // 4, device=device), []
+            for _ in range(rounds):
+                dist.barrier()
+                clock = _Clock(device)
+                function(t)
+                times.append(clock())
+            seconds.append(min(times) / 2)  # an all-reduce of two is two messages of half the size, a ping two of all
+        few, many = seconds
+        size = large / 2 if name == "all-reduce" else large
+        found[name] = {"latency": few, "bandwidth": size / max(many - few, 1e-9)}
+    return found
+
+
+class Round(NamedTuple):
+    """A few steps of a Run: what other processes computed meanwhile (cores), seconds a step of the slowest rank, [bytes sent a step by each rank]."""
+
+    others: float
+    seconds: float
+    sent: list
+
+
+def _computed():
+    """Seconds that the cores of this machine, and this process, have computed so far (Linux; niced processes give way and do not count)."""
+    user, _, system, *_ = map(int, Path("/proc/stat").read_text().split()[1:8])
+    own = os.times()
+    return (user + system) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+
+def time_run(run, device, warm=2, steps=4):
+    """A Round, the same on all ranks."""
+    dist.barrier()
+    sent, (all_before, own_before), stamps, clock = tcp_bytes_sent(), _computed(), [], _Clock(device)
+    began = clock.then
+    for step in range(warm + steps):
+        run.step()
+        if step + 1 in (warm, warm + steps):
+            clock()
+            stamps.append(clock.then)
+    run.settle()
+    dist.barrier()
+    clock()
+    (every, own), sent = _computed(), (tcp_bytes_sent() - sent) / (warm + steps)
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (stamps, sent, every - all_before, own - own_before, clock.then - began))
+    first, last = (max(stamps[i] for stamps, *_ in found) for i in range(2))
+    others = (found[0][2] - sum(own for *_, own, _ in found)) / found[0][4]
+    return Round(others, (last - first) / steps, [sent for _, sent, *_ in found])
+
+
+def time_runs(runs, device, rounds, quiet=0.1):
+    """[[Round] of each Run], interleaved: `rounds` in which the machine was left to them, else of twice as many those most left alone."""
+    found = [[] for _ in runs]
+    for _ in range(2 * rounds):
+        for run, own in zip(runs, found, strict=True):
+            if sum(r.others < quiet for r in own) < rounds:
+                own.append(time_run(run, device))
+    return [sorted(own)[:rounds] for own in found]
+
+
+def worker(path):
+    """One process of several: reads what to measure from the file, rank 0 writes what came out into it."""
+    torch.set_num_threads(1)
+    given = json.loads(Path(path).read_text())
+    a, plans = argparse.Namespace(**given["a"]), [(Plan(*p), placement) for p, placement in given["plans"]]
+    device = torch.device(a.device, int(os.environ["LOCAL_RANK"])) if a.device == "cuda" else torch.device("cpu")
+    parallel.start(device, 120)
+    size = dist.get_world_size()
+    result = {"off": [check(a, plan, placement, device) for plan, placement in plans]}
+    torch.backends.cudnn.deterministic = False
+    if size == 2:
+        result["link"] = measure_link(device)
+    images, target = minibatch(a, a.batch * size, device)
+    runs = [in_step(alone(a, kind, ADAM, images[: a.batch], target[: a.batch])) for kind in ("sff", "backprop")]
+    runs += [spread(a, plan, placement, ADAM, images, target) for plan, placement in plans]
+    found = time_runs(runs, device, a.rounds)
+    result["seconds"] = [[r.seconds for r in rounds] for rounds in found]
+    result["others"] = [quantile([r.others for r in rounds], 0.5) for rounds in found]
+    by_rank = [zip(*(r.sent for r in rounds), strict=True) for rounds in found]
+    result["bytes"] = [[quantile(sent, 0.5) for sent in ranks] for ranks in by_rank]
+    if dist.get_rank() == 0:
+        Path(path).write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(a, processes, plans):
+    """What `worker` measures in so many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "measured.json"
+        path.write_text(json.dumps({"a": vars(a), "plans": plans}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["-m", "benchmarks.scale", "--worker", str(path)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{processes} processes failed:\n{done.stderr[-4000:]}")
+        result = json.loads(path.read_text())
+    for (spread_so, _), off in zip(plans, result["off"], strict=True):
+        if not off <= (1e-6 if spread_so.data > 1 else 0):
+            raise SystemExit(
+                f"wrong result: after three steps of {spread_so} weights are off by {off:.1e} of their change"
+            )
+    return result
+
+
+def planned(processes, batch):
+    """The Plans that so many processes run."""
+    shapes = [("sff", processes, 1), ("sff", 1, processes), ("backprop", processes, 1), ("backprop", 1, processes)]
+    if processes % 2 == 0 and processes > 2:
+        shapes.insert(2, ("sff", processes // 2, 2))
+    return [plan(kind, data, stages, batch * stages) for kind, data, stages in shapes] if processes > 1 else []
