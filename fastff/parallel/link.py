@@ -6,10 +6,13 @@ leaves room at its end, a larger one is announced by an empty message. Nothing g
 """
 
 import json
+import math
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from fastff.parallel.ranks import dense_strides
 
 HEADER = 8192  # bytes
 ALIGN = 256
@@ -46,15 +49,18 @@ class Link:
     def send(self, part, count):
         """Send `part`, of `count` parts of its minibatch, on."""
         tensors = [t for t in (part.target, *part.alive) if isinstance(t, torch.Tensor)]
-        size = sum(_aligned(t) for t in tensors)
+        forms = [_form(t) for t in tensors]
+        size = sum(map(_aligned, forms))
         with self.ranks.watch.guard():
             if size > self.room:
                 self._post({"room": size})
                 self.room = size
             buffer = torch.empty(self.room, dtype=torch.uint8, device=self.device)
-            torch._foreach_copy_(_views(buffer, tensors), tensors)
-            alive = [_form(t) if isinstance(t, torch.Tensor) else {"value": t} for t in part.alive]
-            header = {"alive": alive, "target": _form(part.target), "share": part.share, "samples": part.samples}
+            torch._foreach_copy_(_views(buffer, forms), tensors)
+            target, *rest = forms
+            rest = iter(rest)
+            alive = [next(rest) if isinstance(t, torch.Tensor) else {"value": t} for t in part.alive]
+            header = {"alive": alive, "target": target, "share": part.share, "samples": part.samples}
             self._post(header | {"parts": count}, buffer)
 
     def _post(self, header, buffer=None):
@@ -98,7 +104,7 @@ class Link:
             self._expect(header["room"])
         self._expect(len(buffer))
         forms = [header["target"], *(form for form in header["alive"] if "shape" in form)]
-        target, *tensors = _views(buffer, [_Form(form) for form in forms])
+        target, *tensors = _views(buffer, forms)
         tensors = iter(tensors)
         alive = tuple(next(tensors) if "shape" in form else form["value"] for form in header["alive"])
         return Part(alive, target, header["share"], header["samples"]), header["parts"]
@@ -114,41 +120,24 @@ class Link:
         self.coming = text, buffer, works
 
 
-class _Form:
-    """Shape, strides and dtype of a tensor in a header."""
-
-    def __init__(self, form):
-        self.shape, self.strides, self.dtype = form["shape"], form["stride"], DTYPES[form["dtype"]]
-
-    def stride(self):
-        return self.strides
-
-    def numel(self):
-        return torch.Size(self.shape).numel()
-
-    def element_size(self):
-        return self.dtype.itemsize
-
-
-def _dense(t):
-    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
-
-
 def _form(t):
-    """The receiver's tensor is as dense as this one's memory format allows."""
-    strides = t.stride() if _dense(t) else torch.empty(t.shape, device="meta").stride()
-    return {"shape": list(t.shape), "stride": list(strides), "dtype": str(t.dtype)}
+    """What a header says of a tensor: as dense at the receiver as its memory format allows."""
+    return {"shape": list(t.shape), "stride": list(dense_strides(t)), "dtype": str(t.dtype)}
 
 
-def _aligned(t):
-    return -(-t.numel() * t.element_size() // ALIGN) * ALIGN
+def _bytes(form):
+    return math.prod(form["shape"]) * DTYPES[form["dtype"]].itemsize
 
 
-def _views(buffer, tensors):
+def _aligned(form):
+    return -(-_bytes(form) // ALIGN) * ALIGN
+
+
+def _views(buffer, forms):
+    """Tensors of these forms in the buffer, one after the other."""
     views, start = [], 0
-    for t in tensors:
-        part = buffer[start : start + t.numel() * t.element_size()].view(t.dtype)
-        stride = t.stride() if isinstance(t, _Form) or _dense(t) else torch.empty(t.shape, device="meta").stride()
-        views.append(part.as_strided(list(t.shape), list(stride)))
-        start += _aligned(t)
+    for form in forms:
+        part = buffer[start : start + _bytes(form)].view(DTYPES[form["dtype"]])
+        views.append(part.as_strided(form["shape"], form["stride"]))
+        start += _aligned(form)
     return views

@@ -110,7 +110,7 @@ class Ranks:
     """This process among the others; Ranks() is a process by itself, for which everything below costs nothing.
 
     Attributes: rank, size (of the world), data_rank, data_size, block_rank, block_size, leads (whether this one prints and writes),
-    feeds (whether it reads the minibatches), timeout (seconds), watch.
+    feeds (whether it reads the minibatches), watch.
     """
 
     def __init__(self, distributed=None, device=None):
@@ -210,20 +210,24 @@ def laid_out(flat, tensors):
     """Views of the vector `flat`, one after the other, with the shapes and (where dense) strides of these tensors."""
     views, start = [], 0
     for t in tensors:
-        dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
-        part = flat[start : start + t.numel()]
-        views.append(part.as_strided(t.shape, t.stride()) if dense else part.view(t.shape))
+        views.append(flat[start : start + t.numel()].as_strided(t.shape, dense_strides(t)))
         start += t.numel()
     return views
 
 
-def flattened(tensors):
-    """(flat copy, views of it, the tensors) for each dtype."""
+def dense_strides(t):
+    """The strides of a copy of t that leaves no gaps: its own where it has none, else contiguous."""
+    dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+    return t.stride() if dense else torch.empty(t.shape, device="meta").stride()
+
+
+def flattened(tensors, value=lambda t: t, spare=0):
+    """(flat copy of what `value` gives of each, with `spare` more elements; views of it laid out as the tensors; the tensors) for each dtype."""
     found = []
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         own = [t for t in tensors if t.dtype == dtype]
-        flat = own[0].new_empty(sum(t.numel() for t in own))
+        flat = own[0].new_empty(sum(t.numel() for t in own) + spare)
         views = laid_out(flat, own)
-        torch._foreach_copy_(views, own)
+        torch._foreach_copy_(views, [value(t) for t in own])
         found.append((flat, views, own))
     return found

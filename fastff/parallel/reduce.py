@@ -11,7 +11,7 @@ Bytes that a rank of R sends for a block of n bytes, in a ring: 2 (R - 1) / R n;
 import torch
 import torch.distributed as dist
 
-from fastff.parallel.ranks import laid_out
+from fastff.parallel.ranks import flattened, laid_out
 
 
 class _Bucket:
@@ -21,11 +21,8 @@ class _Bucket:
         self.index, self.rates = index, rates
         self.parameters = [p for p in parameters if p.grad is not None]
         self.flats = []
-        for dtype in dict.fromkeys(p.dtype for p in self.parameters):
-            own = [p for p in self.parameters if p.dtype == dtype]
-            flat = own[0].new_empty(sum(p.numel() for p in own) + 1)
-            views = laid_out(flat, own)  # by the parameters' strides, which are the same on all ranks
-            torch._foreach_copy_(views, [p.grad for p in own])
+        # By the parameters' strides, which are the same on all ranks; the gradients' may differ.
+        for flat, views, own in flattened(self.parameters, lambda p: p.grad, spare=1):
             flat[-1] = share
             for p, view in zip(own, views, strict=True):
                 p.grad = view

@@ -203,28 +203,26 @@ class Loop:
         self.fitting = True  # updates may wait for other ranks over the end of a step
         path = None if out is None else Path(out) / "checkpoint.pt"
         try:
-            return self._fit(loader, epochs, validation, out, save_every, progress, evaluate_every, meta)
+            return self._fit(loader, epochs, validation, out, path, save_every, progress, evaluate_every, meta)
         except RankFailed as error:
             raise RankFailed(error.reason, self.steps, path if path and path.exists() else None) from error
         except BaseException as error:
             text = str(error).splitlines()
             self.ranks.watch.report(text[0] if text else type(error).__name__)
-            if (
-                type(error) is KeyboardInterrupt and self.ranks.size > 1
-            ):  # a rank cannot finish a step when others do not
+            # A rank cannot finish a step when others do not.
+            if type(error) is KeyboardInterrupt and self.ranks.size > 1:
                 raise Interrupted(path if path and path.exists() else None, self.steps) from error
             raise
         finally:
             self.fitting = False
 
-    def _fit(self, loader, epochs, validation, out, save_every, progress, evaluate_every, meta):
+    def _fit(self, loader, epochs, validation, out, path, save_every, progress, evaluate_every, meta):
         if not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs: expected a whole number of at least 1, got {epochs!r}")
         if len(loader) == 0:
             raise ValueError("loader: expected at least one minibatch, got an empty loader")
         loader, ranks = self._share_of(loader), self.ranks
         total, steps_per_phase = epochs * self.phases, epochs * len(loader)
-        path = None if out is None else Path(out) / "checkpoint.pt"
         self.meta = meta if meta is not None else getattr(self, "meta", None)
         metrics = Metrics(out if ranks.leads else None, self.names, self.steps)
         display = Progress(progress and ranks.leads, self.names, total, len(loader))
