@@ -88,29 +88,26 @@ def _sff_blocks(trainer, images, target):
     trainer.train_mode()
     seconds = []
     for number in _rounds():
-        (part,), times, outputs = trainer.split(images, target), [], []
+        (part,), times, outputs = trainer.engine.split(images, target), [], []
         clock = _Clock(trainer.device)
         for index in range(len(trainer.sff.blocks)):
-            visit, alive = trainer._visit(index, part)
+            visit, alive = trainer.engine.visit(index, part)
             part = part._replace(alive=alive)
             forward = clock()
             if visit is not None:
-                seed = visit.seed()
+                visit.backward()
                 del visit
-                if seed is not None:
-                    seed.backward()
-                    del seed
             backward = clock()
             _Bucket(index, trainer.parameters[index], 1.0, []).average()
             bucket = clock()
-            trainer._update(index)
+            trainer.place.updated(index, trainer.engine.weight)
             times.append((forward, backward, clock(), bucket))
             outputs.append(_size(alive))
         if number:
             seconds.append(times)
-    parts, memory = trainer.split(images, target), []
+    parts, memory = trainer.engine.split(images, target), []
     for index in range(len(trainer.sff.blocks)):
-        step = lambda index=index, parts=parts: trainer.train_block(index, parts)  # noqa: E731
+        step = lambda index=index, parts=parts: trainer.engine.train_block(index, parts)  # noqa: E731
         memory.append(peak_memory(step, trainer.device) * 2**20)
     weights = [_size(trainer.parameters[index]) for index in range(len(outputs))]
     return _fastest(seconds, outputs, weights, memory)

@@ -30,11 +30,11 @@ def block_seconds(trainer, images, target, rounds=3):
     trainer.train_mode()
     found = []
     for number in range(rounds + 1):  # the first makes the optimisers' state
-        parts, seconds = trainer.split(images, target), []
+        parts, seconds = trainer.engine.split(images, target), []
         for index in range(len(trainer.sff.blocks)):
             synchronize()
             start = time.perf_counter()
-            trainer.train_block(index, parts)
+            trainer.engine.train_block(index, parts)
             synchronize()
             seconds.append(time.perf_counter() - start)
         if number:
