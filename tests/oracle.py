@@ -127,6 +127,38 @@ LAYOUTS = {
 }
 
 
+def _offset(values):
+    """Contiguous, from the fourth number of its memory on."""
+    big = torch.full((values.numel() + 7,), float("nan"), dtype=values.dtype)
+    part = big[3 : 3 + values.numel()].view(values.shape)
+    part.copy_(values)
+    return part, big
+
+
+def _one_element(values):
+    """One number for all, as the gradient of a sum is: changes the values."""
+    big = torch.full((5,), float("nan"), dtype=values.dtype)
+    big[2] = values.flatten()[0]
+    return big[2].expand(values.shape), big
+
+
+EVERY_LAYOUT = LAYOUTS | {"offset": _offset, "one element": _one_element}
+OVERLAPPING = {
+    "expanded",
+    "one element",
+}  # several elements in one place: the values change, and nothing may be written
+
+
+def layouts_of(dimensions):
+    """Names of the layouts that a tensor of so many dimensions may have."""
+    if dimensions == 0:
+        return ["contiguous", "offset", "one element"]
+    return sorted(
+        EVERY_LAYOUT.keys()
+        - ({"transposed", "batch inside", "channels of channels_last"} if dimensions == 1 else set())
+    )
+
+
 def _labels_within(target, count, start, step):
     """`target` as every step-th of so many numbers, of which the others are no labels: read as one, they raise or lead out of memory."""
     big = torch.full((count,), 2**40)
