@@ -206,10 +206,10 @@ def test_every_block_is_compiled():
     alive = (batches(sff, 1)[0][0],)
     want = sff.goodness(alive[0])
     forwards = [block.compiled(backend=backend, dynamic=False) for block in sff.blocks]
-    for forward, head, goodness in zip(forwards, sff.heads, want, strict=True):
-        alive = forward(*alive)
-        torch.testing.assert_close(head(alive[0]), goodness)
-        alive = sff.next_input(alive, head)
+    for forward, block, goodness in zip(forwards, sff.local_blocks, want, strict=True):
+        main, *others = forward(*alive)
+        torch.testing.assert_close(block.head(main), goodness)
+        alive = (block.next_input(main), *others)
     assert len(compiled) == 17
 
 
@@ -255,7 +255,7 @@ def test_fp16_step_that_overflows_is_skipped_for_that_block_alone():
     data = batches(sff, 1, dtype=torch.float32)
     trainer = Trainer(sff, sgd, window=1, amp="fp16")
     scales = [2.0**6, 2.0**40, 2.0**6, 2.0**6]
-    trainer.scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
+    trainer.scalers[:] = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
     before = [[p.detach().clone() for p in sff.block_parameters(i)] for i in range(4)]
     train(trainer, data)
     kept = [all(map(torch.equal, before[i], sff.block_parameters(i))) for i in range(4)]
@@ -315,15 +315,16 @@ def test_activations_are_gone(model, window, parts):
         if not list(module.children()) and not isinstance(module, nn.Identity):
             module.register_forward_hook(remember)
 
-    def watched(index, block):
-        def run(*alive):
+    def watched(index, visit):
+        def run(*arguments, **options):
             seen.append((index, {i for i, storage in made_in if not storage.expired()}))
             current[0] = index
-            return block(*alive)
+            return visit(*arguments, **options)
 
         return run
 
-    trainer.forwards = [watched(i, block) for i, block in enumerate(trainer.forwards)]
+    for i, block in enumerate(sff.local_blocks):
+        block.visit = watched(i, block.visit)
     train(trainer, batches(sff, 1, size=4, dtype=torch.float32))
     assert len(seen) == parts * len(sff.blocks)
     assert len(made_in) > 2 * len(sff.blocks)

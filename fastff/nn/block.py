@@ -11,9 +11,11 @@ from torch import nn
 import fastff.functional as ff
 from fastff import spec
 from fastff.graph.epilogue import BatchNormEpilogue, ReLUEpilogue
+from fastff.graph.fused import hooked
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
+from fastff.ops.goodness import NORMALIZATIONS as FUSED
 from fastff.nn.visit import EpilogueVisit, FinishedVisit, Visit, detached
 
 
@@ -43,7 +45,9 @@ class LocalBlock(nn.Module):
         if not self._fuse or not (self._open or type(self.module) is nn.Sequential):
             return None
         layers = [] if self._open else list(self.module.modules())
-        if self._graph is None or any(a is not b for a, b in zip(self._graph[0], layers, strict=False)) or len(self._graph[0]) != len(layers):
+        if self._graph is None or list(map(id, self._graph[0])) != list(map(id, layers)):
+            if hooked(self.module.modules()):
+                return None  # tracing would run the hooks
             self._graph = layers, training_graph(getattr(self.module, "training_module", self.module), self._open)
         return self._graph[1]
 
@@ -52,6 +56,7 @@ class LocalBlock(nn.Module):
         """The BatchNormEpilogue that the step op computes, or None."""
         ending = None if self.graph is None else self.graph.ending
         images = self.head.channel_dim == 1 and self.normalize is not None
+        images = images and (isinstance(self.head, GroupGoodness) or self.normalize in FUSED)
         return ending if images and isinstance(ending, BatchNormEpilogue) else None
 
     def compile_forward(self):
