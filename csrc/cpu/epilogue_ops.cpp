@@ -125,6 +125,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> epilogue_backward_native(
   return {grad_y, need_grad_h ? grad_h : absent(y), grad_weight, grad_bias};
 }
 
+// running_mean and running_var [C], contiguous float32, written; mean and biased var [C] of `count` values.
+void update_running_statistics_native(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, double momentum, double count) {
+  mean = torch::stable::contiguous(mean), var = torch::stable::contiguous(var);
+  const float m = static_cast<float>(momentum), unbiased = static_cast<float>(count / (count - 1));
+  float *const to_mean = writable(running_mean), *const to_var = writable(running_var);
+  for (int64_t c = 0; c < running_mean.size(0); ++c) {
+    to_mean[c] += m * (floats(mean)[c] - to_mean[c]);
+    to_var[c] += m * (floats(var)[c] * unbiased - to_var[c]);
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
@@ -135,8 +146,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
       "epilogue_backward_native(Tensor y, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int activation, Tensor mean, Tensor var, "
       "Tensor? grad_x, Tensor? grad_normalized, float normalization_eps, Tensor? added_grad_h, Tensor? added_grad_weight, Tensor? added_grad_bias, "
       "bool need_grad_h) -> (Tensor grad_y, Tensor grad_h, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "update_running_statistics_native(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, float count) "
+      "-> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {
   m.impl("epilogue_native", TORCH_BOX(&epilogue_native));
   m.impl("epilogue_backward_native", TORCH_BOX(&epilogue_backward_native));
+  m.impl("update_running_statistics_native", TORCH_BOX(&update_running_statistics_native));
 }

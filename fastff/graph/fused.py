@@ -36,10 +36,11 @@ def uses_batch_statistics(norm):
 @torch.no_grad()
 def update_statistics(norm, mean, var, count):
     """Update the running statistics of a batch norm module from the batch's mean and biased variance [C] of `count` values."""
-    if norm.track_running_stats and norm.running_mean is not None:
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+    running_mean, running_var = norm.running_mean, norm.running_var
+    if not norm.track_running_stats or running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    epilogue_op.update_running_statistics(running_mean, running_var, mean, var, norm.momentum, count)
 
 
 def description(norm, activation, residual=None):
@@ -87,34 +88,35 @@ class Epilogue(nn.Module):
         super().__init__()
         self.batch_norm, self.activation, self.apply_activation = batch_norm, activation, apply
 
-    def fits(self, y, residual=None):
-        """Whether a kernel runs for these tensors now."""
-        return (
+    def kernel(self, y, residual=None):
+        """The kernel that runs for these tensors now, or None."""
+        fits = (
             not torch.compiler.is_compiling()
             and uses_batch_statistics(self.batch_norm)
             and y.dim() == 4
             and y.numel() > y.shape[1]
             and (residual is None or (residual.shape == y.shape and residual.dtype == y.dtype))
             and not torch.is_autocast_enabled(y.device.type)
-            and epilogue_op.has_kernel(y)
         )
+        return epilogue_op.kernel(y) if fits else None
 
     def forward(self, y, residual=None):
-        if not self.fits(y, residual):
+        kernel = self.kernel(y, residual)
+        if kernel is None:
             h = self.batch_norm(y)
             return self.apply_activation(h if residual is None else h + residual)
         e = description(self.batch_norm, self.activation, residual)
-        x, mean, var = _Epilogue.apply(y, e.weight, e.bias, e.residual, e)
+        x, mean, var = _Epilogue.apply(y, e.weight, e.bias, e.residual, e, kernel)
         update_statistics(self.batch_norm, mean, var, y.numel() / y.shape[1])
         return x
 
 
 class _Epilogue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, weight, bias, residual, epilogue):
-        x, _, mean, var = epilogue_op.forward(y, epilogue)
+    def forward(ctx, y, weight, bias, residual, epilogue, kernel):
+        x, _, mean, var = kernel.forward(y, epilogue)
         ctx.save_for_backward(y, weight, bias, residual, mean, var)
-        ctx.options = epilogue._replace(weight=None, bias=None, residual=None)
+        ctx.kernel, ctx.options = kernel, epilogue._replace(weight=None, bias=None, residual=None)
         ctx.mark_non_differentiable(mean, var)
         return x, mean, var
 
@@ -123,8 +125,8 @@ class _Epilogue(torch.autograd.Function):
     def backward(ctx, grad_x, *_):
         y, weight, bias, residual, mean, var = ctx.saved_tensors
         e = ctx.options._replace(weight=weight, bias=bias, residual=residual)
-        found = epilogue_op.backward(y, e, mean, var, grad_x)
-        return found.y, *_affine_gradients(found, weight, bias), found.residual, None
+        found = ctx.kernel.backward(y, e, mean, var, grad_x)
+        return found.y, *_affine_gradients(found, weight, bias), found.residual, None, None
 
 
 def _affine_gradients(found, weight, bias):
@@ -143,12 +145,13 @@ class EpilogueConvolution(nn.Module):
         self.epilogue, self.convolution = epilogue, convolution
 
     def forward(self, y):
-        if not self.epilogue.fits(y):
+        kernel = self.epilogue.kernel(y)
+        if kernel is None:
             return self.convolution(self.epilogue(y))
         norm, layer = self.epilogue.batch_norm, self.convolution.convolution
         e = description(norm, self.epilogue.activation)
         z, mean, var = _EpilogueConvolution.apply(
-            y, e.weight, e.bias, layer.weight, layer.bias, e, self.convolution.options
+            y, e.weight, e.bias, layer.weight, layer.bias, e, kernel, self.convolution.options
         )
         update_statistics(norm, mean, var, y.numel() / y.shape[1])
         return z
@@ -156,11 +159,11 @@ class EpilogueConvolution(nn.Module):
 
 class _EpilogueConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, norm_weight, norm_bias, weight, bias, epilogue, options):
-        x, _, mean, var = epilogue_op.forward(y, epilogue)
+    def forward(ctx, y, norm_weight, norm_bias, weight, bias, epilogue, kernel, options):
+        x, _, mean, var = kernel.forward(y, epilogue)
         ctx.how = way(x, weight, *options)
         ctx.save_for_backward(y, norm_weight, norm_bias, weight, mean, var)
-        ctx.epilogue, ctx.options = epilogue._replace(weight=None, bias=None), options
+        ctx.epilogue, ctx.kernel, ctx.options = epilogue._replace(weight=None, bias=None), kernel, options
         ctx.mark_non_differentiable(mean, var)
         return forward(x, weight, bias, *options, ctx.how), mean, var
 
@@ -173,8 +176,8 @@ class _EpilogueConvolution(torch.autograd.Function):
         wanted = [True, *(partial.needs_parameters() and need for need in (need_weight, need_bias))]
         x = y  # of the same shape and layout, where its values do not matter
         if wanted[1]:
-            x = epilogue_op.forward(y, e, statistics=(mean, var))[0]
+            x = ctx.kernel.forward(y, e, statistics=(mean, var))[0]
         grad_x, grad_weight, grad_bias = gradients(grad, x, weight, *ctx.options, ctx.how, wanted)
         del x
-        found = epilogue_op.backward(y, e, mean, var, grad_x)
-        return found.y, *_affine_gradients(found, norm_weight, norm_bias), grad_weight, grad_bias, None, None
+        found = ctx.kernel.backward(y, e, mean, var, grad_x)
+        return found.y, *_affine_gradients(found, norm_weight, norm_bias), grad_weight, grad_bias, None, None, None

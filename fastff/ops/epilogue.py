@@ -128,9 +128,21 @@ ROWS = [
 ]
 
 
-def has_kernel(y):
-    """Whether a kernel of fastff, rather than PyTorch's operators, runs for this y."""
-    return concerns(ROWS) and choose("epilogue", ROWS, "auto", y).name == "native"
+def kernel(y):
+    """The kernel of fastff that runs for this y, or None where PyTorch's operators do."""
+    row = choose("epilogue", ROWS, "auto", y) if concerns(ROWS) else None
+    return row.run if row is not None and row.name == "native" else None
+
+
+@torch.no_grad()
+def update_running_statistics(running_mean, running_var, mean, var, momentum, count):
+    """Move running statistics [C] by `momentum` towards the batch's mean and variance, of which `var` is the biased one of `count` values."""
+    tensors = (running_mean, running_var, mean, var)
+    if not native.reason() and all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+        torch.ops.fastff.update_running_statistics_native(*tensors, momentum, count)
+    else:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
 @torch.no_grad()

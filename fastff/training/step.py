@@ -154,7 +154,7 @@ class LocalStep:
         return self.scalers[to].scale(one) / self.scalers[source].scale(one)
 
     def _finish(self, index, visit, update):
-        visit.backward([p for p in self.blocks[index].module.parameters() if p.requires_grad])
+        visit.backward(self.place.parameters[index])
         if update:
             self.place.updated(index, self.weight)
 
