@@ -9,8 +9,9 @@ for many classes of many channels, whose time is that of large matrix products, 
 import torch
 
 from fastff.kernels import native
-from fastff.kernels.native.group_goodness import normalize
+from fastff.kernels.native import group_goodness
 from fastff.kernels.torch import goodness as fallback
+from fastff.kernels.torch import normalization as torch_normalization
 from fastff.kernels.torch.epilogue import completed
 from fastff.spec import ACTIVATIONS, StepResult
 
@@ -49,6 +50,15 @@ def goodness_backward(d, x, projection, plan, need_grad_x):
         return fallback.goodness_backward(d, x, projection, plan, need_grad_x)
     _, _, _, grad_x, *grads, _ = _call(x, projection, plan, BACKWARD, d=d.float(), need_grad_x=need_grad_x)
     return grad_x if need_grad_x else None, *_head_gradients(projection, grads)
+
+
+def normalize(x, normalization):
+    """Return x normalized, or None for "none"."""
+    if normalization.name != "layer_norm":
+        return group_goodness.normalize(x, normalization)
+    if x.dtype != torch.float32:  # PyTorch's is faster for 16-bit types
+        return torch_normalization.normalize(x, normalization)
+    return torch.ops.fastff.layer_norm_native(x, normalization.eps)
 
 
 def step(local, plan):

@@ -4,7 +4,6 @@ With an epilogue the arithmetic is in float32; float64 goes through PyTorch's ep
 
 import torch
 
-from fastff.kernels.torch import normalization as fallback
 from fastff.kernels.torch.epilogue import completed
 from fastff.spec import ACTIVATIONS, LOSSES, NORMALIZATIONS, PAIRED_LOSSES, Groups, Loss, Normalization, StepResult
 
@@ -25,10 +24,6 @@ def normalize(x, normalization):
     """Return x normalized, or None for "none"."""
     if normalization.name == "none":
         return None
-    if normalization.name == "layer_norm":
-        if x.dtype == torch.float32:
-            return torch.ops.fastff.layer_norm_native(x, normalization.eps)
-        return fallback.normalize(x, normalization)
     return _call(x, Groups(normalization.groups, 1), NORMALIZE, normalization=normalization)[3]
 
 
