@@ -24,7 +24,7 @@ def _native_can_run(x):
 
 
 ROWS = [
-    Implementation("triton", triton.reason, Lazy("fastff.kernels.triton.group_goodness")),
+    Implementation("triton", triton.reason, Lazy("fastff.kernels.triton.adapter", "Groups")),
     Implementation("native", _native_can_run, native_group_goodness),
     Implementation("composed", always, composed),
     Implementation("reference", always, composed, "the same as composed"),

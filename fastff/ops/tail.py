@@ -36,7 +36,7 @@ class Reference:
 
 _native = goodness_op.ROWS[1]
 ROWS = [
-    Implementation("triton", goodness_op.ROWS[0].can_run, Lazy("fastff.kernels.triton.tail")),
+    Implementation("triton", goodness_op.ROWS[0].can_run, Lazy("fastff.kernels.triton.adapter", "Projection")),
     Implementation("native", _native.can_run, native_tail, "what goodness leaves to others", _native.passed_over),
     Implementation("composed", always, composed),
     Implementation("reference", always, Reference),
