@@ -38,7 +38,7 @@ def _native_can_run(x):
 
 
 ROWS = [
-    Implementation("triton", _triton_can_run, Lazy("fastff.kernels.triton.adapter"), "3 x 3 and 5 x 5 heads by cuDNN"),
+    Implementation("triton", _triton_can_run, Lazy("fastff.kernels.triton.goodness"), "3 x 3 and 5 x 5 heads by cuDNN"),
     Implementation(
         "native",
         _native_can_run,

@@ -60,11 +60,10 @@ def _run(step, impl):
         result = implementation.step(step, goodness.planned(implementation, x, step.goodness, step.algorithm))
     else:
         result = implementation.step(step)
-    as_x = {
-        name: as_result_of(x, getattr(result, name)) if asked else None for name, asked in _as_x(step).items()
-    }
+    as_x = {name: as_result_of(x, getattr(result, name)) if asked else None for name, asked in _as_x(step).items()}
     gradients = {
-        name: None if p is None else getattr(result, name).to(p.dtype).contiguous() for name, p in _parameters(step).items()
+        name: None if p is None else getattr(result, name).to(p.dtype).contiguous()
+        for name, p in _parameters(step).items()
     }
     reduced = reference.reduced(result.loss, loss.reduction)
     return result._replace(loss=reduced, goodness=result.goodness.contiguous(), **as_x, **gradients)
