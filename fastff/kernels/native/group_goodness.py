@@ -8,6 +8,7 @@ from fastff.kernels.torch.epilogue import completed
 from fastff.spec import ACTIVATIONS, LOSSES, NORMALIZATIONS, PAIRED_LOSSES, Groups, Loss, Normalization, StepResult
 
 GOODNESS, STEP, BACKWARD, NORMALIZE = range(4)
+NO_LOSS, NO_NORMALIZATION = Loss(), Normalization()
 
 
 def goodness(x, groups):
@@ -53,7 +54,7 @@ def _loss_numbers(loss, batch):
     return LOSSES.index(loss.name), theta, loss.tau, loss.margin, loss.label_smoothing, loss.scale(batch)
 
 
-def _call(x, groups, mode, loss=Loss(), d=None, normalization=Normalization(), need_grad_x=False):
+def _call(x, groups, mode, loss=NO_LOSS, d=None, normalization=NO_NORMALIZATION, need_grad_x=False):
     scale = None if loss.grad_scale is None else loss.grad_scale.float()
     return torch.ops.fastff.group_goodness_native(
         x, loss.target, d, scale, mode, *groups, *_loss_numbers(loss, len(x)), NORMALIZATIONS.index(normalization.name), normalization.eps,
