@@ -15,7 +15,6 @@ from fastff.graph.fused import hooked
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
-from fastff.ops.goodness import NORMALIZATIONS as FUSED
 from fastff.nn.visit import EpilogueVisit, FinishedVisit, Visit, detached
 
 
@@ -56,7 +55,6 @@ class LocalBlock(nn.Module):
         """The BatchNormEpilogue that the step op computes, or None."""
         ending = None if self.graph is None else self.graph.ending
         images = self.head.channel_dim == 1 and self.normalize is not None
-        images = images and (isinstance(self.head, GroupGoodness) or self.normalize in FUSED)
         return ending if images and isinstance(ending, BatchNormEpilogue) else None
 
     def compile_forward(self):
@@ -123,7 +121,7 @@ class LocalBlock(nn.Module):
         epilogue = self.epilogue
         description = epilogue.description(y, residual)
         normalization = spec.Normalization(self.normalize, self.head.groups)
-        step = _step_with_epilogue(self.head, y, description, target, self.normalize, grad_scale)
+        step = self.head.local_step(y.detach(), target, self.normalize, grad_scale=grad_scale, epilogue=description)
         epilogue.update(y, step)
         following = (step.normalized, *detached(others))
         if convolution is None:
@@ -142,13 +140,6 @@ class LocalBlock(nn.Module):
         following, loss = visit.following[0], visit.step.loss
         visit.backward()
         return following, loss
-
-
-def _step_with_epilogue(head, y, e, target, normalize, grad_scale):
-    return head.local_tail_step(
-        y.detach(), target, normalize, grad_scale=grad_scale, bn_weight=e.weight, bn_bias=e.bias, bn_eps=e.eps, residual=e.residual,
-        need_grad_residual=e.need_grad_residual, activation=e.activation,
-    )  # fmt: skip
 
 
 class FFBlock(LocalBlock):

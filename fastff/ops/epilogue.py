@@ -14,7 +14,7 @@ import torch
 
 from fastff import reference, spec
 from fastff.kernels import native
-from fastff.kernels.composed.goodness import empty_like
+from fastff.kernels.layout import as_result_of, empty_like, widened
 from fastff.ops.table import Implementation, always, choose, concerns, implement
 
 
@@ -35,16 +35,12 @@ class Added(NamedTuple):
     bias: torch.Tensor
 
 
-def _wide(tensor, like):
-    return None if tensor is None else tensor.to(torch.promote_types(like.dtype, torch.float32))
-
-
 class Torch:
     """PyTorch's operators, with the formulas of fastff/reference.py in float32 (float64 for float64)."""
 
     @staticmethod
     def forward(y, epilogue, normalization=None, need_x=True, statistics=None):
-        x, _, mean, var = reference.tail(*_inputs(y, epilogue), statistics=statistics)
+        x, _, mean, var = reference.epilogue(*_inputs(y, epilogue), statistics=statistics)
         x = empty_like(y).copy_(x)
         normalized = None if normalization is None else empty_like(y).copy_(_normalize(x, normalization))
         return x if need_x else None, normalized, mean, var
@@ -52,15 +48,15 @@ class Torch:
     @staticmethod
     def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None):
         inputs = _inputs(y, epilogue)
-        x, h, *_ = reference.tail(*inputs, statistics=(mean, var))
-        total = 0 if grad_x is None else _wide(grad_x, y)
+        x, h, *_ = reference.epilogue(*inputs, statistics=(mean, var))
+        total = 0 if grad_x is None else widened(grad_x)
         if grad_normalized is not None:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
                 out = _normalize(leaf, normalization)
-            total = total + torch.autograd.grad(out, leaf, _wide(grad_normalized, y))[0]
-        others = None if added is None else tuple(_wide(t, y) for t in added)
-        grad_y, grad_h, grad_weight, grad_bias = reference.tail_gradients(
+            total = total + torch.autograd.grad(out, leaf, widened(grad_normalized))[0]
+        others = None if added is None else tuple(map(widened, added))
+        grad_y, grad_h, grad_weight, grad_bias = reference.epilogue_gradients(
             total, inputs[0], h, mean, var, inputs[1], epilogue.eps, epilogue.activation, others
         )
         grad_residual = empty_like(y).copy_(grad_h) if _needs_residual(epilogue) else None
@@ -68,7 +64,7 @@ class Torch:
 
 
 def _inputs(y, e):
-    return (_wide(y, y), _wide(e.weight, y), _wide(e.bias, y), e.eps, _wide(e.residual, y), e.activation)
+    return (widened(y), widened(e.weight), widened(e.bias), e.eps, widened(e.residual), e.activation)
 
 
 def _normalize(x, normalization):
@@ -123,8 +119,8 @@ def _native_can_run(y):
 
 ROWS = [
     Implementation("native", _native_can_run, Native, "normalizations other than layer norm over a sample by PyTorch"),
-    Implementation("composed", always, Torch),
-    Implementation("reference", always, Torch, "the same as composed"),
+    Implementation("torch", always, Torch),
+    Implementation("reference", always, Torch, "the same as torch"),
 ]
 
 
