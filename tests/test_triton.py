@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastff.kernels.composed.goodness import Plan
+from fastff.spec import Plan
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
