@@ -13,21 +13,21 @@
 #include <algorithm>
 #include <vector>
 
-#include "common.h"
 #include "tensors.h"
+#include "vec.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16, kRows = 12, kCache = 40 << 10;
-#else
-constexpr int64_t kLanes = 8, kRows = 6, kCache = 26 << 10;
-#endif
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+using vec::kLanes;
+using vec::read;
+using vec::Vector;
+using vec::write;
 
-FASTFF_INLINE Vector read(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
-FASTFF_INLINE void write(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+#ifdef __AVX512F__
+constexpr int64_t kRows = 12, kCache = 40 << 10;
+#else
+constexpr int64_t kRows = 6, kCache = 26 << 10;
+#endif
 
 struct Shape {
   int64_t B, H, W, C, P, Q, D, k, stride, padding;  // x [B, H, W, C], dy [B, P, Q, D]
@@ -154,17 +154,9 @@ void panel_of(const Shape& s, const Tile& t, const float* x, const float* blocks
   accumulate_panel<N>(s, t, blocks, panel, c, dw);
 }
 
-void add(float* __restrict y, const float* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += x[i];
-}
-
 // x [B, C, H, W], grad [B, D, P, Q] float32 on the CPU, not empty -> dL/dweight [D, C, k, k], channels_last; other layouts are copied into it.
 Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel, int64_t stride, int64_t padding) {
-  for (Tensor* t : {&grad, &x}) {
-    if (is_rows(*t)) continue;
-    Tensor copy = empty_like(*t, true);
-    *t = torch::stable::copy_(copy, *t);
-  }
+  grad = with_layout(grad, true), x = with_layout(x, true);
   const Shape s{x.size(0), x.size(2), x.size(3), x.size(1), grad.size(2), grad.size(3), grad.size(1), kernel, stride, padding};
   const float *dy = floats(grad), *source = floats(x);
   Tensor grad_weight = empty_strided(x, {s.D, s.C, s.k, s.k}, {s.k * s.k * s.C, 1, s.k * s.C, s.C});
@@ -198,7 +190,7 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
     }
   });
   torch::stable::parallel_for(0, size, 1 << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t group = 1; group < groups; ++group) add(dw + begin, partial.data() + (group - 1) * size + begin, end - begin);
+    for (int64_t group = 1; group < groups; ++group) vec::add(dw + begin, partial.data() + (group - 1) * size + begin, end - begin);
   });
   return grad_weight;
 }

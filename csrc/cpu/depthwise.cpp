@@ -17,19 +17,17 @@
 
 #include "gemm.h"
 #include "tensors.h"
+#include "vec.h"
 
 namespace {
 
-using gemm::kLanes;
-using gemm::read;
-using gemm::Vector;
-using gemm::write;
+using gemm::transpose;
+using vec::kLanes;
+using vec::read;
+using vec::Vector;
+using vec::write;
 constexpr int64_t kPanel = 16;
 constexpr int kVectors = kPanel / kLanes;
-
-void transpose(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
-  gemm::transpose_inline(rows, columns, a, lda, b, ldb);
-}
 
 // 16 channels of an image: pixels `pitch` and rows `row` floats apart.
 struct Plane {
@@ -182,16 +180,16 @@ void add_taps(const Correlation& f, const float* x, const float* dy, int64_t i, 
 // Images [B, C, H, W] of one of the two layouts, and how tasks see them: `wide` blocks of 16 channels together in place, or single blocks in a copy.
 struct Images {
   int64_t C, H, W;
-  bool rows;
+  bool channels_last;
 
-  int64_t wide() const { return rows ? C / kPanel : 0; }
+  int64_t wide() const { return channels_last ? C / kPanel : 0; }
   int64_t tasks() const { return (wide() ? 1 : 0) + (C + kPanel - 1) / kPanel - wide(); }
   bool in_place(int64_t task) const { return wide() && task == 0; }
   int64_t channel(int64_t task) const { return in_place(task) ? 0 : (wide() + task - (wide() ? 1 : 0)) * kPanel; }
   int64_t blocks(int64_t task) const { return in_place(task) ? wide() : 1; }
   Plane plane(int64_t task) const { return in_place(task) ? Plane{H, W, C, W * C} : Plane{H, W, kPanel, W * kPanel}; }
 
-  int64_t at(int64_t b, int64_t c) const { return rows ? b * H * W * C + c : (b * C + c) * H * W; }
+  int64_t at(int64_t b, int64_t c) const { return channels_last ? b * H * W * C + c : (b * C + c) * H * W; }
 
   // Image b of a task: in place, or copied.
   const float* load(const float* x, int64_t b, int64_t task, std::vector<float>& copy) const {
@@ -199,7 +197,7 @@ struct Images {
     const float* from = x + at(b, c);
     if (in_place(task)) return from;
     copy.resize(H * W * kPanel);
-    if (!rows) {
+    if (!channels_last) {
       transpose(lanes, H * W, from, H * W, copy.data(), kPanel);
     } else {
       for (int64_t q = 0; q < H * W; ++q) std::copy_n(from + q * C, lanes, copy.data() + q * kPanel);
@@ -215,7 +213,7 @@ struct Images {
     if (in_place(task)) return;
     const int64_t c = channel(task), lanes = std::min(kPanel, C - c);
     float* to = y + at(b, c);
-    if (rows) {
+    if (channels_last) {
       for (int64_t q = 0; q < H * W; ++q) std::copy_n(copy.data() + q * kPanel, lanes, to + q * C);
     } else if (lanes == kPanel) {
       transpose(H * W, kPanel, copy.data(), kPanel, to, H * W);
@@ -227,14 +225,14 @@ struct Images {
   }
 };
 
-// Taps u = first_u + t s, v likewise, of filters [C, 1, k, k] as [blocks, K, L, 16], turned round or not.
-std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, int64_t L, int64_t first_u, int64_t first_v, int64_t s, bool turned) {
+// Taps u = first_u + t s, v likewise, of filters [C, 1, k, k] as [blocks, K, L, 16]; flipped: in reverse order.
+std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, int64_t L, int64_t first_u, int64_t first_v, int64_t s, bool flipped) {
   const int64_t blocks = (C + kPanel - 1) / kPanel;
   std::vector<float> w(blocks * K * L * kPanel, 0.0f);
   for (int64_t c = 0; c < C; ++c) {
     for (int64_t u = 0; u < K; ++u) {
       for (int64_t v = 0; v < L; ++v) {
-        const int64_t t = turned ? (K - 1 - u) * L + (L - 1 - v) : u * L + v;
+        const int64_t t = flipped ? (K - 1 - u) * L + (L - 1 - v) : u * L + v;
         w[((c / kPanel) * K * L + t) * kPanel + c % kPanel] = weight[c * k * k + (first_u + u * s) * k + first_v + v * s];
       }
     }
@@ -247,8 +245,8 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
   x = dense(x), weight = torch::stable::contiguous(weight);
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
   const int64_t P = (H + 2 * padding - k) / stride + 1, Q = (W + 2 * padding - k) / stride + 1, blocks = (C + kPanel - 1) / kPanel;
-  const Images in{C, H, W, is_rows(x)}, out{C, P, Q, in.rows};
-  Tensor y = in.rows ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}), sums = need_sums ? empty(x, {2, C}) : absent(x);
+  const Images in{C, H, W, is_channels_last(x)}, out{C, P, Q, in.channels_last};
+  Tensor y = in.channels_last ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}), sums = need_sums ? empty(x, {2, C}) : absent(x);
   const std::vector<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
   std::vector<float> partial(need_sums ? B * blocks * 2 * kPanel : 0, 0.0f);
   const int64_t tasks = in.tasks();
@@ -300,15 +298,12 @@ std::vector<Part> parts_of(const float* weight, int64_t C, int64_t k, int64_t st
 // grad [B, C, P, Q] -> (dL/dx as x, or empty; dL/dweight [C, 1, k, k]).
 std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int64_t stride, int64_t padding, bool need_x) {
   x = dense(x), weight = torch::stable::contiguous(weight);
-  const bool rows = is_rows(x);
-  if (!has_strides(grad, rows ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3})) {
-    Tensor copy = empty_like(grad, rows);
-    grad = torch::stable::copy_(copy, grad);
-  }
+  const bool channels_last = is_channels_last(x);
+  grad = with_layout(grad, channels_last);
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2), P = grad.size(2), Q = grad.size(3);
   const int64_t blocks = (C + kPanel - 1) / kPanel, size = blocks * k * k * kPanel;
-  const Images in{C, H, W, rows}, out{C, P, Q, rows};
-  Tensor dx = need_x ? empty_like(x, rows) : absent(x), dw = empty(x, {C, 1, k, k});
+  const Images in{C, H, W, channels_last}, out{C, P, Q, channels_last};
+  Tensor dx = need_x ? empty_like(x, channels_last) : absent(x), dw = empty(x, {C, 1, k, k});
   const std::vector<Part> parts = need_x ? parts_of(floats(weight), C, k, stride, padding) : std::vector<Part>();
   const int64_t groups = std::min<int64_t>(B, 8), tasks = in.tasks();  // whatever the number of threads
   std::vector<float> partial(groups * size, 0.0f);

@@ -179,5 +179,5 @@ class _EpilogueConvolution(torch.autograd.Function):
             x = ctx.kernel.forward(y, e, statistics=(mean, var))[0]
         grad_x, grad_weight, grad_bias = gradients(grad, x, weight, *ctx.options, ctx.how, wanted)
         del x
-        found = ctx.kernel.backward(y, e, mean, var, grad_x)
+        found = ctx.kernel.backward(y, e, mean, var, grad_x, overwrite=True)
         return found.y, *_affine_gradients(found, norm_weight, norm_bias), grad_weight, grad_bias, None, None, None

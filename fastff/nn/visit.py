@@ -134,8 +134,8 @@ class EpilogueVisit(Visit):
     def _epilogue_backward(self, grad, added=None):
         y, step = self.outputs[0].detach(), self.step
         return epilogue_op.backward(
-            y, self.epilogue, step.mean, step.var, None, grad, self.normalization, added
-        )  # fmt: skip
+            y, self.epilogue, step.mean, step.var, None, grad, self.normalization, added, overwrite=True
+        )
 
     def _to_outputs(self, grads):
         main, *others = grads

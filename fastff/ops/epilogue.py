@@ -46,7 +46,7 @@ class Torch:
         return x if need_x else None, normalized, mean, var
 
     @staticmethod
-    def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None):
+    def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False):
         inputs = _inputs(y, epilogue)
         x, h, *_ = reference.epilogue(*inputs, statistics=(mean, var))
         total = 0 if grad_x is None else widened(grad_x)
@@ -82,29 +82,28 @@ class Native:
     def forward(y, epilogue, normalization=None, need_x=True, statistics=None):
         if normalization is not None and normalization.name != "layer_norm":
             return Torch.forward(y, epilogue, normalization, need_x, statistics)
-        weight, bias, residual, activation = _native_inputs(epilogue)
         eps = 0.0 if normalization is None else normalization.eps
-        x, normalized, *found = torch.ops.fastff.epilogue_native(
-            y, weight, bias, residual, epilogue.eps, activation, *(statistics or (None, None)), need_x, normalization is not None, eps
-        )  # fmt: skip
+        x, normalized, *found = torch.ops.fastff.epilogue_forward_native(
+            y, *_native_epilogue(epilogue), *(statistics or (None, None)), need_x, normalization is not None, eps
+        )
         return x if need_x else None, None if normalization is None else normalized, *(statistics or found)
 
     @staticmethod
-    def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None):
+    def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False):
         if grad_normalized is not None and normalization.name != "layer_norm":
             return Torch.backward(y, epilogue, mean, var, grad_x, grad_normalized, normalization, added)
-        weight, bias, residual, activation = _native_inputs(epilogue)
         eps = 0.0 if normalization is None else normalization.eps
         others = (None, None, None) if added is None else tuple(t.float() for t in added)
         grad_y, grad_h, grad_weight, grad_bias = torch.ops.fastff.epilogue_backward_native(
-            y, weight, bias, residual, epilogue.eps, activation, mean, var, grad_x, grad_normalized, eps, *others, _needs_residual(epilogue)
-        )  # fmt: skip
+            y, *_native_epilogue(epilogue), mean, var, grad_x, grad_normalized, eps, *others, overwrite
+        )
         return Gradients(grad_y, grad_h if _needs_residual(epilogue) else None, grad_weight, grad_bias)
 
 
-def _native_inputs(e):
+def _native_epilogue(e):
+    """The fields of an Epilogue as the compiled library takes them."""
     weight, bias, residual = (None if t is None else t.float() for t in (e.weight, e.bias, e.residual))
-    return weight, bias, residual, spec.ACTIVATIONS.index(e.activation)
+    return weight, bias, e.eps, residual, e.need_grad_residual, spec.ACTIVATIONS.index(e.activation)
 
 
 def _native_can_run(y):
@@ -148,10 +147,12 @@ def forward(y, epilogue, normalization=None, need_x=True, statistics=None):
 
 
 @torch.no_grad()
-def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None):
-    """The Gradients of `forward` from dL/dx or dL/dnormalized (or both), with those of another loss (`Added`) on top."""
+def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False):
+    """The Gradients of `forward` from dL/dx or dL/dnormalized (or both), with those of another loss (`Added`) on top.
+
+    overwrite: whether the results may take the memory of grad_x and of `added`."""
     run = choose("epilogue", ROWS, "auto", y).run
-    return run.backward(y, epilogue, mean, var, grad_x, grad_normalized, normalization, added)
+    return run.backward(y, epilogue, mean, var, grad_x, grad_normalized, normalization, added, overwrite)
 
 
 _lib = torch.library.Library("fastff", "FRAGMENT")

@@ -1,4 +1,4 @@
-"""A Projection's goodness and whole local steps on it by the compiled library, in float32 on the CPU (csrc/cpu/goodness.cpp, tail.cpp).
+"""A Projection's goodness and whole local steps on it by the compiled library, in float32 on the CPU (csrc/cpu/goodness.cpp).
 
 16-bit tensors are widened whole. fastff/kernels/torch takes what the library has no kernel for: kernel sizes 3 and 5, and the direct algorithm
 for many classes of many channels, whose time is that of large matrix products, where BLAS is faster (K C = 512,000: 20 ms against 11 at
@@ -10,12 +10,11 @@ import torch
 
 from fastff.kernels import native
 from fastff.kernels.native import group_goodness
+from fastff.kernels.native import step as native_step
 from fastff.kernels.torch import goodness as fallback
 from fastff.kernels.torch import normalization as torch_normalization
-from fastff.kernels.torch.epilogue import completed
-from fastff.spec import ACTIVATIONS, StepResult
+from fastff.spec import Projection
 
-GOODNESS, STEP, BACKWARD = range(3)
 LARGE_PRODUCT = 1 << 17
 # Time relative to batched products: it computes halves of two of the four, and t stays in the cache (0.5 to 1.1 at 12 shapes).
 SECOND_MOMENT_COST = 0.65
@@ -41,81 +40,47 @@ def goodness(x, projection, plan):
     """Return g [B, K] in float32."""
     if not fits(x, projection, plan):
         return fallback.goodness(x, projection, plan)
-    return _call(x, projection, plan, GOODNESS)[0]
+    return torch.ops.fastff.goodness_forward_native(x.float(), *_cut(projection, x), plan.algorithm == "second_moment")
 
 
 def goodness_backward(d, x, projection, plan, need_grad_x):
     """Return the gradients of sum(d * g) for x, weight, bias and grid_weight: None for absent ones, and for x unless it is needed."""
     if not fits(x, projection, plan):
         return fallback.goodness_backward(d, x, projection, plan, need_grad_x)
-    _, _, _, grad_x, *grads, _ = _call(x, projection, plan, BACKWARD, d=d.float(), need_grad_x=need_grad_x)
-    return grad_x if need_grad_x else None, *_head_gradients(projection, grads)
+    second_moment = plan.algorithm == "second_moment"
+    grads = torch.ops.fastff.goodness_backward_native(x.float(), *_cut(projection, x), second_moment, d.float(), need_grad_x)
+    grad_x, grad_weight, grad_bias, grad_grid = (t if t.numel() else None for t in grads)
+    return grad_x, grad_weight, grad_bias, _whole(projection, grad_grid)
 
 
 def normalize(x, normalization):
     """Return x normalized, or None for "none"."""
-    if normalization.name != "layer_norm":
-        return group_goodness.normalize(x, normalization)
-    if x.dtype != torch.float32:  # PyTorch's is faster for 16-bit types
+    if normalization.name == "layer_norm" and x.dtype != torch.float32:  # PyTorch's is faster
         return torch_normalization.normalize(x, normalization)
-    return torch.ops.fastff.layer_norm_native(x, normalization.eps)
+    return group_goodness.normalize(x, normalization)
 
 
 def step(local, plan):
     """Return the StepResult of a Step, its losses not reduced."""
-    x, projection, loss, normalization = local.x, local.goodness, local.loss, local.normalization
-    if not fits(x, projection, plan) or loss.name != "cross_entropy":
+    x, projection = local.x, local.goodness
+    if not fits(x, projection, plan):
         return fallback.step(local, plan, normalize)
-    if normalization.name not in ("none", "layer_norm"):
-        return completed(local, lambda local: step(local, plan), normalize)
-    if local.epilogue is not None:
-        return _result(local, _call_with_epilogue(local, plan))
-    options = {"eps": normalization.eps, "need_grad_x": local.need_grad_x, "normalize": normalization.name != "none"}
-    return _result(local, _call(x, projection, plan, STEP, loss, **options))
+    result = native_step.run(local._replace(goodness=_cut(projection, x)), plan.algorithm == "second_moment")
+    return result._replace(grad_grid_weight=_whole(projection, result.grad_grid_weight))
 
 
-def _tensors(x, projection, loss):
-    """Return the tensors that both operators of the library begin with."""
-    _, _, grid_weight, _ = projection
-    if grid_weight is not None:  # at most one cell a position
+def _cut(projection, x):
+    """Return the Projection in float32, with at most one cell of the grid a position of x."""
+    weight, bias, grid_weight, padding = projection
+    if grid_weight is not None:
         grid_weight = grid_weight[..., : x.shape[2], : x.shape[3]]
-    factors = (None, None, None) if loss is None else (loss.target, loss.learned_tau, loss.grad_scale)
-    floats = (projection.weight, projection.bias, grid_weight, *factors[1:])
-    weight, bias, grid_weight, *rest = (None if t is None else t.float() for t in floats)
-    return x.float(), weight, bias, grid_weight, factors[0], *rest
+    return Projection(*(None if t is None else t.float() for t in (weight, bias, grid_weight)), padding)
 
 
-def _numbers(x, loss):
-    return (1.0, 0.0, 0.0, 1.0) if loss is None else (loss.tau, loss.margin, loss.label_smoothing, loss.scale(len(x)))
-
-
-def _call(x, projection, plan, mode, loss=None, d=None, eps=0.0, need_grad_x=False, normalize=False):
-    return torch.ops.fastff.goodness_native(
-        *_tensors(x, projection, loss), d, mode, plan.algorithm == "second_moment", *_numbers(x, loss), eps, need_grad_x, normalize
-    )  # fmt: skip
-
-
-def _call_with_epilogue(local, plan):
-    x, epilogue, normalization = local.x, local.epilogue, local.normalization
-    own = (None if t is None else t.float() for t in (epilogue.residual, epilogue.weight, epilogue.bias))
-    return torch.ops.fastff.tail_native(
-        *_tensors(x, local.goodness, local.loss), *own, epilogue.eps, ACTIVATIONS.index(epilogue.activation),
-        plan.algorithm == "second_moment", *_numbers(x, local.loss), normalization.eps,
-        epilogue.need_grad_residual and epilogue.residual is not None, normalization.name == "layer_norm",
-    )  # fmt: skip
-
-
-def _head_gradients(projection, grads):
-    """Return None for absent parameters, and a gradient of zero for cells of the grid beyond the positions of x."""
-    grad_weight, grad_bias, grad_grid = (None if p is None else t for p, t in zip(projection[:3], grads, strict=True))
-    if grad_grid is not None and grad_grid.shape != projection.grid_weight.shape:
-        whole = torch.zeros_like(projection.grid_weight, memory_format=torch.contiguous_format)
-        whole[..., : grad_grid.shape[2], : grad_grid.shape[3]] = grad_grid
-        grad_grid = whole
-    return grad_weight, grad_bias, grad_grid
-
-
-def _result(local, out):
-    g, losses, grad_tau, grad_x, *grads = out[:7]
-    grad_tau = None if local.loss.learned_tau is None else grad_tau.sum() * local.loss.tau
-    return StepResult(losses, g, grad_x, *_head_gradients(local.goodness, grads), grad_tau, *out[7:])
+def _whole(projection, grad_grid):
+    """Return grad_grid_weight with zeros for cells of the grid beyond the positions of x."""
+    if grad_grid is None or grad_grid.shape == projection.grid_weight.shape:
+        return grad_grid
+    whole = torch.zeros_like(projection.grid_weight, memory_format=torch.contiguous_format)
+    whole[..., : grad_grid.shape[2], : grad_grid.shape[3]] = grad_grid
+    return whole

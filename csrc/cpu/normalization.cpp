@@ -1,4 +1,4 @@
-// fastff::layer_norm_native(Tensor x, float eps) -> Tensor, on the CPU.
+// fastff::layer_norm_native and normalize_native (normalization.h) on the CPU. layer_norm_native(Tensor x, float eps) -> Tensor:
 //
 // x [B, ...]: each sample, over all its n elements, becomes (x - mean) / sqrt(var + eps) with the biased variance; no
 // affine part. float32, float64, bfloat16, float16; arithmetic in float32 (float64 for float64).
@@ -21,18 +21,13 @@
 #include <cstdint>
 #include <vector>
 
-#include "common.h"
-#include "layer_norm.h"
-#include "tensors.h"
-
-namespace {
-
-using torch::headeronly::ScalarType;
+#include "normalization.h"
 
 constexpr int64_t kChunk = 2048;
 
-template <typename T, typename A>
-FASTFF_INLINE void normalize_row(const T* __restrict x, T* __restrict y, int64_t n, double eps) {
+template <typename T>
+void layer_norm(const T* __restrict x, T* __restrict y, int64_t n, double eps) {
+  using A = typename Sample<T>::A;
   double total = 0;
   for (int64_t start = 0; start < n; start += kChunk) {
     const int64_t end = std::min(start + kChunk, n);
@@ -66,18 +61,12 @@ FASTFF_INLINE void normalize_row(const T* __restrict x, T* __restrict y, int64_t
   for (int64_t i = 0; i < n; ++i) store(y + i, ((load<A>(x[i]) - mean) - shift) * rstd);
 }
 
-void normalize(const float* x, float* y, int64_t n, double eps) {
-  normalize_row<float, float>(x, y, n, eps);
-}
-void normalize(const double* x, double* y, int64_t n, double eps) {
-  normalize_row<double, double>(x, y, n, eps);
-}
-void normalize(const BFloat16Bits* x, BFloat16Bits* y, int64_t n, double eps) {
-  normalize_row<BFloat16Bits, float>(x, y, n, eps);
-}
-void normalize(const HalfBits* x, HalfBits* y, int64_t n, double eps) {
-  normalize_row<HalfBits, float>(x, y, n, eps);
-}
+template void layer_norm(const float*, float*, int64_t, double);
+template void layer_norm(const double*, double*, int64_t, double);
+template void layer_norm(const BFloat16Bits*, BFloat16Bits*, int64_t, double);
+template void layer_norm(const HalfBits*, HalfBits*, int64_t, double);
+
+namespace {
 
 // Whether each sample fills one run of memory, in whatever order of its dimensions.
 bool samples_are_dense(const Tensor& x) {
@@ -103,7 +92,7 @@ void normalize_samples(const Tensor& x, const Tensor& y, int64_t samples, int64_
   // A thread is worth waking for about 32K elements, the pool's own measure elsewhere in torch.
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, n));
   torch::stable::parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) normalize(source + b * stride, target + b * n, n, eps);
+    for (int64_t b = begin; b < end; ++b) layer_norm(source + b * stride, target + b * n, n, eps);
   });
 }
 
@@ -119,20 +108,35 @@ Tensor layer_norm_native(Tensor x, double eps) {
   const Tensor y = empty_strided(x, {sizes.begin(), sizes.end()}, strides);
 
   const int64_t samples = n > 0 ? x.size(0) : 0;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: normalize_samples<float>(x, y, samples, n, eps); break;
-    case ScalarType::Double: normalize_samples<double>(x, y, samples, n, eps); break;
-    case ScalarType::BFloat16: normalize_samples<BFloat16Bits>(x, y, samples, n, eps); break;
-    case ScalarType::Half: normalize_samples<HalfBits>(x, y, samples, n, eps); break;
-    default: STD_TORCH_CHECK(false, "layer_norm_native: x must be float32, float64, bfloat16 or float16, got ",
-                             torch::headeronly::toString(x.scalar_type()));
-  }
+  with_type("layer_norm_native", x, [&]<typename T>(T*) { normalize_samples<T>(x, y, samples, n, eps); });
   return y;
+}
+
+struct Normalize : spec::Part {
+  using Part::Part;
+  Tensor x = input("x");
+  spec::Normalization normalization{in, "normalization_"};
+};
+
+std::vector<Tensor> normalize_native(const Normalize& given) {
+  const Tensor &x = given.x, y = empty_like(x, is_channels_last(x));
+  with_type("normalize_native", x, [&]<typename T>(T*) {
+    const int64_t size = x.numel() / x.size(0), grain = std::max<int64_t>(1, 32768 / size);
+    torch::stable::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
+      Normalizer<T> normalize(given.normalization, x.size(1), x.size(2) * x.size(3), is_channels_last(x));
+      for (int64_t at = begin * size; at < end * size; at += size) normalize(static_cast<const T*>(x.const_data_ptr()) + at, writable<T>(y) + at);
+    });
+  });
+  return {y};
 }
 
 }  // namespace
 
-void normalize_sample(const float* x, float* y, int64_t n, double eps) { normalize(x, y, n, eps); }
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) { m.def("layer_norm_native(Tensor x, float eps) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("layer_norm_native", TORCH_BOX(&layer_norm_native)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
+  m.def("layer_norm_native(Tensor x, float eps) -> Tensor");
+  m.def(spec::schema<Normalize>("normalize_native", "Tensor").c_str());
+}
+STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {
+  m.impl("layer_norm_native", TORCH_BOX(&layer_norm_native));
+  m.impl("normalize_native", &spec::boxed<Normalize, normalize_native>);
+}
