@@ -17,13 +17,13 @@ from benchmarks.scale_model import (
     Machine,
     Tasks,
     balanced,
+    block_ranges,
     bytes_per_step,
     message_bytes,
     one_forward_one_backward,
     plan,
     predict,
     predictions,
-    runs_of,
 )
 from benchmarks.scale_processes import tcp_bytes_sent
 from fastff.parallel import link
@@ -94,7 +94,7 @@ def test_block_parallel_over_free_links(stages):
     placement = balanced([b.seconds for b in blocks], stages)
     slowest = max(
         sum(stages * (blocks[j].forward + blocks[j].backward) + blocks[j].update for j in own)
-        for own in runs_of(placement)
+        for own in block_ranges(placement)
     )
     assert predict(how, blocks, FREE, placement).seconds == pytest.approx(slowest, rel=0.02)
 
