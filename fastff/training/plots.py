@@ -90,7 +90,7 @@ def _memory(axis, runs):
         axis.text(
             position, run["peak_memory_mb"], f"{run['peak_memory_mb']:.1f}", ha="center", va="bottom", fontsize=11
         )
-    axis.set(title="Memory of a step", ylabel="peak, MiB above parameters\nand optimiser state")
+    axis.set(title="Memory of a step", ylabel="peak, MiB above parameters\nand optimizer state")
     names = [STYLES[run["mode"]][0].replace("backpropagation", "back-\nprop.").replace("-wise", "") for run in runs]
     axis.set_xticks(range(len(runs)), names)
     axis.margins(y=0.12)
