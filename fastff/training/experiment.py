@@ -94,7 +94,7 @@ def settings(**given):
     """Return DEFAULTS updated with `given`, as a dict. A None in `given` leaves the default.
 
     Raises:
-        ValueError: a setting is unknown, out of range or contradicts another one, as far as this can be checked without data."""
+        ValueError: a setting is out of range or contradicts another one, as far as this can be checked without data."""
     given = {key: value for key, value in given.items() if value is not None}
     s = DEFAULTS | given
     for key, allowed in CHOICES.items():
@@ -411,7 +411,7 @@ def classify(folder, paths, device, exit_threshold=None):
         folder: folder of a run.
         paths: image files; they are resized and cropped like images of the run's data set.
         device: torch.device.
-        exit_threshold: probability above which an image skips the remaining blocks, in (0, 1]; None computes all blocks.
+        exit_threshold: confidence, in (0, 1], from which on an image skips the remaining blocks; None computes all blocks.
 
     Raises:
         ValueError: `exit_threshold` is out of range, or given for a network trained by backpropagation.
