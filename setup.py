@@ -1,13 +1,12 @@
-"""Builds the compiled library from csrc/cpu where torch can be imported; otherwise installs pure Python and says so.
+"""Builds the compiled library from csrc/cpu if torch can be imported. Otherwise it installs fastff without the library and prints the reason.
 
-One extension for each instruction set, fastff._C_baseline, _C_avx2 and _C_avx512, of which one is loaded (fastff/kernels/native): a wheel built
-anywhere runs anywhere.
+There is one extension for each instruction set, fastff._C_baseline, _C_avx2 and _C_avx512. fastff/kernels/native loads the one that fits the
+processor, so a wheel does not depend on the processor of the machine that built it.
 
-They use the stable libtorch ABI and Python's limited API, so one wheel serves Python >= 3.10, torch >= 2.10.
-torch is not a build requirement: an isolated build would download gigabytes of it. To build them:
+The extensions use the stable libtorch ABI and Python's limited API, so one wheel serves Python >= 3.10 and torch >= 2.10. torch is not a build
+requirement, because an isolated build would download gigabytes of it. This command builds the extensions:
     pip install --no-build-isolation .
-FASTFF_FORCE_BUILD=1 makes missing extensions an error, FASTFF_NO_BUILD=1 leaves them out. A GPU is never looked for:
-build machines have none.
+With FASTFF_FORCE_BUILD=1 it is an error if they cannot be built; FASTFF_NO_BUILD=1 leaves them out. The build needs no GPU.
 """
 
 import os
@@ -53,26 +52,26 @@ def with_extension():
                 self.distribution.ext_modules = []
 
         def build_extension(self, extension):
-            # object files of one level must not be taken for those of another
-            kept, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
+            # Each level has its own folder, since the object files of all levels have the same names.
+            build_temp, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
             os.makedirs(self.build_temp, exist_ok=True)
             try:
                 super().build_extension(extension)
             finally:
-                self.build_temp = kept
+                self.build_temp = build_temp
 
     flags = [
         "-O3",
         "-g0",
-        "-Wno-psabi",  # vectors of gemm.h are passed between inlined functions only
-        "-Wno-aggressive-loop-optimizations",  # of a loop after transposing whole blocks, for sizes it cannot have
-        "-fopenmp-simd",  # the pragmas only: threads come from torch's own pool
-        "-fno-trapping-math",  # lets GCC turn the selects of the float16 conversion into vector code
+        "-Wno-psabi",  # the warning is about passing vectors between functions; those of gemm.h are inlined
+        "-Wno-aggressive-loop-optimizations",  # a false warning: GCC assumes sizes that a loop in a transposition cannot have
+        "-fopenmp-simd",  # enables the simd pragmas; threads come from torch's pool
+        "-fno-trapping-math",  # GCC can vectorize the selects of the float16 conversion
         "-ffp-contract=fast",
         "-fvisibility=hidden",
         "-DPy_LIMITED_API=0x030A0000",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        # error texts carry __FILE__: keep this machine's folders out of them
+        # Error messages contain __FILE__; these options keep the folders of the build machine out of them.
         f"-ffile-prefix-map={ROOT}/=",
         f"-ffile-prefix-map={Path(torch.__file__).resolve().parent}/include/=",
     ]

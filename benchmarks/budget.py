@@ -1,10 +1,10 @@
-"""Where the time of a training step goes: FLOPs and bytes of every operator by count, milliseconds by the profiler.
+"""Divides the time of a training step among its parts: FLOPs and bytes of every operator by formula, milliseconds from the profiler.
 
     python -m benchmarks.budget [--width 64] [--batch 32] [--classes 100] [--csv FILE]
 
-ResNet18, 32 x 32 images, channels_last, Adam: backpropagation, block-wise and layer-wise training in the paper's setting. FLOPs count a
-multiply-add as two and are PyTorch's (torch.utils.flop_counter) except for the goodness head's, which are those of its plan; bytes are
-those of every operator's inputs and outputs once each, so what an operator reads twice or an allocator zeroes is above them.
+The network is ResNet18 for 32 x 32 images in channels_last with Adam; it is trained by backpropagation, block-wise and layer-wise in the setting of
+the paper. A multiply-add counts as two FLOPs. FLOPs come from torch.utils.flop_counter, except those of the goodness head, which come from its
+plan. Bytes are those of the inputs and outputs of every operator, once each; if an operator reads an input twice, the second time is not counted.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from benchmarks.step import PAPER, build
 from benchmarks.timing import print_environment, write_csv
 from fastff.ops.goodness import plan_for
 
-# {part of the step: words in the names of its operators}, the first match counts
+# {part of the step: words in the names of its operators}; the first match counts
 PARTS = {
     "convolution, backward": ("convolution_backward", "convolution_weight_gradient", "depthwise_backward"),
     "convolution, forward": ("convolution", "conv2d", "depthwise"),
@@ -36,7 +36,7 @@ def part_of(name):
 
 
 class Counter(TorchDispatchMode):
-    """Sums FLOPs and bytes of what runs under it by part; of one op of ours as one operator."""
+    """Dispatch mode that adds up the FLOPs and bytes of all operators, by part. An op of fastff counts as one operator."""
 
     def __init__(self):
         super().__init__()
@@ -63,14 +63,14 @@ class Counter(TorchDispatchMode):
 
 
 def head_flops(x, weight, grid_weight):
-    """Of the matrix products that the plan for this head does."""
+    """Return the FLOPs of the matrix products that the plan for this head does."""
     (b, c), p, k = x.shape[:2], x[0, 0].numel(), len(weight)
-    how = plan_for(x, weight, grid_weight, (0, 0), "auto")
-    return 2 * b * (3 * p * c * k if how.algorithm == "direct" else 2 * (p + k) * c * c)
+    plan = plan_for(x, weight, grid_weight, (0, 0), "auto")
+    return 2 * b * (3 * p * c * k if plan.algorithm == "direct" else 2 * (p + k) * c * c)
 
 
 def measure(trainer, images, target, repeats=5):
-    """{part: (FLOPs, bytes, milliseconds)} of one step."""
+    """Return {part: (FLOPs, bytes, milliseconds)} of one step."""
     for _ in range(3):
         trainer.step(images, target)
     with Counter() as counted:
@@ -85,7 +85,7 @@ def measure(trainer, images, target, repeats=5):
 
 
 def times(events):
-    """{part: milliseconds}: an operator's own time belongs to the outermost operator above it that PARTS names."""
+    """Return {part: milliseconds} of the profiler's events. The time of an operator counts for the outermost caller that is named in PARTS."""
     found = {}
 
     def visit(event, part):

@@ -17,13 +17,13 @@ from benchmarks.scale_model import (
     Machine,
     Tasks,
     balanced,
+    block_ranges,
     bytes_per_step,
     message_bytes,
     one_forward_one_backward,
     plan,
     predict,
     predictions,
-    runs_of,
 )
 from benchmarks.scale_processes import tcp_bytes_sent
 from fastff.parallel import link
@@ -94,7 +94,7 @@ def test_block_parallel_over_free_links(stages):
     placement = balanced([b.seconds for b in blocks], stages)
     slowest = max(
         sum(stages * (blocks[j].forward + blocks[j].backward) + blocks[j].update for j in own)
-        for own in runs_of(placement)
+        for own in block_ranges(placement)
     )
     assert predict(how, blocks, FREE, placement).seconds == pytest.approx(slowest, rel=0.02)
 
@@ -149,7 +149,7 @@ def test_message_is_the_links():
     """The size of what fastff.parallel.link sends for one tensor and its labels."""
     tensor, target = torch.zeros(7, 5, 3, 3), torch.zeros(7, dtype=torch.int64)
     block = Block(0.0, 0.0, 0.0, tensor.numel() * 4, 0.0)
-    assert message_bytes(block, 7) == link.HEADER + sum(link._aligned(link._form(t)) for t in (target, tensor))
+    assert message_bytes(block, 7) == link.HEADER + sum(link._aligned_bytes(link._layout(t)) for t in (target, tensor))
 
 
 def test_cores_are_shared():

@@ -1,25 +1,30 @@
-"""A whole training step as one CUDA graph: recorded once for each shape of the minibatch, then replayed with a single launch.
+"""Runs a whole training step as one CUDA graph, which is captured once for each shape of the minibatch and then replayed with a single launch.
 
-The first steps of a shape run as they are; then one is recorded. Later minibatches are copied into the tensors that the graph reads. What
-Python decides in a step (which blocks are trained, hooks, numbers that are no tensors) stays as it was at the recording; learning rates are
-tensors and follow their schedule. Never run on a GPU yet: `make gpu` compares it with ordinary steps.
+The first steps of a shape run as usual; then one is captured. Later minibatches are copied into the tensors that the graph reads. Everything that
+Python decides in a step (which blocks are trained, hooks, numbers that are not tensors) stays as it was at the capture. Learning rates are tensors
+and follow their schedule. This has never run on a GPU: `make gpu` compares it with ordinary steps.
 """
 
 import torch
 
-WARM_UP = 3  # ordinary steps before a recording: optimiser state, cuDNN's choices and Triton's compilations come into being in them
+WARM_UP = 3  # ordinary steps before a capture, which create optimizer state, choose cuDNN algorithms and compile Triton kernels
 
 
 class StepGraph:
-    """step(images, target) -> a tuple of tensors, through graphs. A `recorder` has run(function), its result as it is, and
-    record(function) -> (replay, its results): Cuda below, or a test's."""
+    """Callable that runs step(images, target) -> tuple of tensors through graphs.
+
+    Args:
+        step: the function to capture.
+        recorder: Cuda, or a substitute in tests. recorder.run(function) returns function(); recorder.record(function) captures it and
+            returns (replay, results), where replay() computes the results again in the same tensors.
+    """
 
     def __init__(self, step, recorder):
         self.step, self.recorder = step, recorder
         self.calls, self.graphs = {}, {}
 
     def __call__(self, images, target, *state):
-        """`state`: what else a recording depends on, such as the block in training."""
+        """Run one step. `state` is what the captured graph depends on beside the shape, such as the index of the trained block."""
         key = (tuple(images.shape), images.dtype, images.stride(), *state)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= WARM_UP:
@@ -28,24 +33,24 @@ class StepGraph:
             inputs = (images.clone(), target.clone())
             self.graphs[key] = inputs, *self.recorder.record(lambda: self.step(*inputs))
         inputs, replay, results = self.graphs[key]
-        for own, given in zip(inputs, (images, target), strict=True):
-            own.copy_(given, non_blocking=True)
+        for static, given in zip(inputs, (images, target), strict=True):
+            static.copy_(given, non_blocking=True)
         replay()
         return tuple(t.clone() for t in results)
 
 
 class Cuda:
-    """Runs and records on a stream of its own (torch.cuda.graph asks for one other than the default)."""
+    """Runs and captures functions on a side stream, since torch.cuda.graph cannot capture on the default stream."""
 
     def __init__(self, device):
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def run(self, function):
-        here = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(here)
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             results = function()
-        here.wait_stream(self.stream)
+        current.wait_stream(self.stream)
         return results
 
     def record(self, function):
@@ -62,7 +67,15 @@ class Cuda:
 
 
 def prepare(optimizers, device, amp):
-    """Make optimisers fit for recording: capturable, their learning rates tensors. Raises ValueError where that cannot be."""
+    """Prepare optimizers for a capture: set capturable=True and turn their learning rates into tensors.
+
+    Args:
+        optimizers: the torch.optim.Optimizers of the step.
+        device: torch.device of the network.
+        amp: dtype of autocast, or None.
+
+    Raises:
+        ValueError: the network is not on a GPU, `amp` is float16, or an optimizer has no option `capturable`."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a network on a CUDA device, got it on {device.type}")
     if amp == torch.float16:
