@@ -32,7 +32,7 @@ def _guarded(command):
     import typer
 
     from fastff.parallel.watch import RankFailed, speaks
-    from fastff.training.loop import Diverged
+    from fastff.training.fit import Diverged
 
     @functools.wraps(command)
     def run(*args, **options):
@@ -258,7 +258,7 @@ def make_app():
             experiment.writable_folder(out)
             say(repr(run.trainer.sff))
             if distributed is not None:
-                say(str(run.trainer.place))
+                say(str(run.trainer.engine.place))
             if run.finished:
                 say(f"all {run.settings['epochs']} epochs are done; --epochs can add more")
         history = run.fit(out, save_every)

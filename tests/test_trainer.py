@@ -142,7 +142,7 @@ def test_frozen_blocks(window):
         frozen = name.startswith(("conv1", "bn1", "layer1", "layer2.0"))
         if not name.startswith("fc") and not name.endswith("num_batches_tracked"):
             assert torch.equal(a, b) == frozen, name
-    assert set(trainer.scores(data[0][0])) == {"vote", *(f"block {i}" for i in range(9))}
+    assert set(trainer.engine.scores(data[0][0])) == {"vote", *(f"block {i}" for i in range(9))}
 
 
 def test_greedy_trains_one_block_after_the_other():
@@ -192,7 +192,7 @@ def test_readout_learns_on_detached_features(window):
     for name, value in without.state_dict().items():
         assert torch.equal(value, sff.state_dict()[name]) or name.startswith("model.fc"), name
     torch.testing.assert_close(sff.model.fc.weight, classifier.weight, rtol=1e-9, atol=1e-9)
-    assert "readout" in trainer.scores(data[0][0])
+    assert "readout" in trainer.engine.scores(data[0][0])
 
 
 def test_every_block_is_compiled():
@@ -243,8 +243,8 @@ def test_fp16_with_a_scale_for_each_block(window, parts):
     naive_training(wide, data, sgd, window)
     naive_training(naive, narrow, sgd, window, amp=torch.bfloat16)
     trainer = Trainer(half, sgd, window=window, amp="fp16", micro_batches=parts)
-    for index, _ in enumerate(trainer.scalers):
-        trainer.scalers[index] = torch.amp.GradScaler("cpu", init_scale=2.0 ** (5 + 3 * (index % 2)))
+    for index, _ in enumerate(trainer.engine.scalers):
+        trainer.engine.scalers[index] = torch.amp.GradScaler("cpu", init_scale=2.0 ** (5 + 3 * (index % 2)))
     train(trainer, narrow)
     error, allowed = ((vector(s) - vector(wide)).norm() for s in (half, naive))
     assert 0 < error <= allowed, f"{error:.3g} from the float64 weights, bfloat16 is {allowed:.3g}"
@@ -255,12 +255,12 @@ def test_fp16_step_that_overflows_is_skipped_for_that_block_alone():
     data = batches(sff, 1, dtype=torch.float32)
     trainer = Trainer(sff, sgd, window=1, amp="fp16")
     scales = [2.0**6, 2.0**40, 2.0**6, 2.0**6]
-    trainer.scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
+    trainer.engine.scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
     before = [[p.detach().clone() for p in sff.block_parameters(i)] for i in range(4)]
     train(trainer, data)
     kept = [all(map(torch.equal, before[i], sff.block_parameters(i))) for i in range(4)]
     assert kept == [False, True, False, False]
-    assert [s.get_scale() for s in trainer.scalers] == [2.0**6, 2.0**39, 2.0**6, 2.0**6]
+    assert [s.get_scale() for s in trainer.engine.scalers] == [2.0**6, 2.0**39, 2.0**6, 2.0**6]
 
 
 # --- cuts, memory, synchronisation
@@ -323,7 +323,7 @@ def test_activations_are_gone(model, window, parts):
 
         return run
 
-    trainer.forwards = [watched(i, block) for i, block in enumerate(trainer.forwards)]
+    trainer.engine.forwards = [watched(i, block) for i, block in enumerate(trainer.engine.forwards)]
     train(trainer, batches(sff, 1, size=4, dtype=torch.float32))
     assert len(seen) == parts * len(sff.blocks)
     assert len(made_in) > 2 * len(sff.blocks)
@@ -431,6 +431,15 @@ def test_fit_learns_and_evaluates():
     with torch.no_grad():
         right = sum(int((sff(x).argmax(1) == y).sum()) for x, y in loader)
     assert again["vote"] == pytest.approx(right / 64)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_readout_is_evaluated_in_16_bits(amp):
+    sff = made(dtype=torch.float32, readout=True)
+    data = batches(sff, 2, dtype=torch.float32)
+    trainer = Trainer(sff, sgd, amp=amp)
+    train(trainer, data)
+    assert 0 <= trainer.evaluate(data)["readout"] <= 1
 
 
 def test_same_seed_same_bits():

@@ -23,8 +23,9 @@ from fastff.parallel.link import Part
 from fastff.parallel.ranks import Distributed, Ranks
 from fastff.sff import SFF
 from fastff.training import optim
-from fastff.training.loop import Loop, loss_dtype
+from fastff.training.engine import Options, StepResult, loss_dtype
 from fastff.training.place import Place
+from fastff.training.session import Session
 
 UNIT = 64  # samples: gradients of ranks with different numbers of samples are weighted in this unit, so that usual numbers scale exactly
 
@@ -61,19 +62,25 @@ def _detached(values):
     return tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in values)
 
 
-class Trainer(Loop):
+class Trainer(Session):
     """Trains an SFF block by block.
 
-    Args beyond those of Loop (lr_schedule, micro_batches, amp, clip_grad_norm, compile, cuda_graph):
+    Args:
         sff: fastff.SFF.
-        optimizer: makes one optimiser for each block from its parameter groups; default AdamW, fused, 4e-3.
-        schedule: "all" trains every block in every minibatch (the paper's); "greedy" one block after the other, `epochs` of fit each.
+        optimizer: function that makes the optimiser of a block from its parameter groups; default AdamW, fused, 4e-3.
+        schedule: "all" trains every block in every minibatch (as in the paper); "greedy" one block after the other, for `epochs` of fit each.
         window: overrides sff.window.
-        frozen: the first blocks that are not trained and run in eval mode (transfer).
+        frozen: number of first blocks that are not trained and run in evaluation mode (transfer).
         train_frozen_heads: whether the heads of frozen blocks learn (they vote, so other classes or data need it).
         distributed: None; "data" (ranks share every minibatch), "block" (ranks share the blocks) or a fastff.Distributed, with one process
-            a device (torchrun). Ranks that share blocks need window=1. A minibatch given to step or by a loader is this rank's share, except
-            of a fastff Loader, which is shared out; ranks behind the first that shares a replica's blocks may give None.
+            for each device (torchrun). Ranks that share blocks need window=1. A minibatch given to step or by a loader is this rank's share,
+            except that a fastff Loader is shared out; of the ranks that share a replica's blocks all but the first may give None.
+        lr_schedule: "cosine" (with warm-up over the first 5 % of fit), "constant", or a function of progress in 0..1.
+        options: of fastff.training.engine.Options: micro_batches, amp, clip_grad_norm, compile, cuda_graph.
+
+    Attributes: engine (the LocalEngine), state, history, correct, names, optimizers (those of the blocks, then the classifier's).
+
+    Raises TypeError, ValueError.
     """
 
     def __init__(
@@ -86,6 +93,7 @@ class Trainer(Loop):
         frozen=0,
         train_frozen_heads=False,
         distributed=None,
+        lr_schedule="cosine",
         **options,
     ):
         if not isinstance(sff, SFF):
@@ -94,77 +102,86 @@ class Trainer(Loop):
             raise ValueError(f"schedule: expected 'all' or 'greedy', got {schedule!r}")
         if not isinstance(frozen, int) or not 0 <= frozen < len(sff.blocks):
             raise ValueError(f"frozen: expected 0 to {len(sff.blocks) - 1} blocks, got {frozen!r}")
-        self.sff, self.schedule, self.frozen = sff, schedule, frozen
-        self.window = sff.window if window is None else window
-        if not isinstance(self.window, int) or self.window < 1:
+        window = sff.window if window is None else window
+        if not isinstance(window, int) or window < 1:
             raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
-        if self.window > 1 and schedule == "greedy":
-            raise ValueError(
-                f"window: expected 1 with schedule='greedy', which trains one block alone, got {self.window}"
-            )
-        make = optimizer or optim.adamw(optim.LOCAL_LR)
-        ranks = self._ranks(Distributed.of(distributed), next(sff.parameters()).device, options)
+        if window > 1 and schedule == "greedy":
+            raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {window}")
+        options = Options(**options)
+        ranks = _ranks(Distributed.of(distributed), next(sff.parameters()).device, window, schedule, options)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
                 parameter.requires_grad_(False)
+        make = optimizer or optim.adamw(optim.LOCAL_LR)
+        super().__init__(LocalEngine(sff, make, options, ranks, schedule, window, frozen), options, lr_schedule)
+
+
+def _ranks(distributed, device, window, schedule, options):
+    """Return the Ranks that train together. Raises ValueError for what they cannot do."""
+    if distributed is None:
+        return Ranks()
+    if options.cuda_graph:
+        raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
+    if distributed.shard_optimizer and (options.clip_grad_norm or options.amp == "fp16"):
+        text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
+        raise ValueError(f"shard_optimizer: {text}")
+    ranks = Ranks(distributed, device)
+    if ranks.block_size > 1 and (window > 1 or schedule != "all"):
+        got = f"window {window}" if window > 1 else f"schedule {schedule!r}"
+        raise ValueError(f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {got}")
+    return ranks
+
+
+class LocalEngine:
+    """Block-local training of an SFF; the interface is fastff.training.engine.Engine.
+
+    Args: make makes the optimiser of a block from its parameter groups; the others are those of Trainer, checked.
+
+    Attributes beyond the interface: parameters (lists by block, then the classifier's), block_optimizers (optimiser or None by block),
+    classifier_optimizer (or None), forwards (blocks), opened, bodies (their parts for training, or None).
+    """
+
+    def __init__(self, sff, make, options, ranks, schedule, window, frozen):
+        self.sff, self.module, self.schedule, self.window, self.frozen = sff, sff, schedule, window, frozen
+        self.options, self.ranks, self.device = options, ranks, next(sff.parameters()).device
+        self.micro_batches, self.amp, self.compile = options.micro_batches, options.amp, options.compile
+        self.names = [block.name for block in sff.blocks]
+        self.phase, self.phases = 0, len(sff.blocks) - frozen if schedule == "greedy" else 1
         self.parameters = [[p for p in sff.block_parameters(i) if p.requires_grad] for i in range(len(sff.blocks))]
-        tail = sff.readout[0] if sff.readout else None
-        if tail is not None:
-            self.parameters.append([p for p in tail.parameters() if p.requires_grad])
+        if sff.readout:
+            self.parameters.append([p for p in sff.readout[0].parameters() if p.requires_grad])
         every = [optim.build(make, parameters) for parameters in self.parameters]
         self.block_optimizers = every[: len(sff.blocks)]
-        self.readout_optimizer = every[-1] if tail is not None else None
-        self.active = frozen  # the block in training, for the greedy schedule
-        names = [block.name for block in sff.blocks]
-        super().__init__(sff, names, [o for o in every if o is not None], ranks=ranks, **options)
-        self.forwards = [block.compiled(dynamic=False) if self.compile else block for block in sff.blocks]
-        self.opened = [None if body is None else self._compiled(body.forward) for body in sff.bodies]
+        self.classifier_optimizer = every[-1] if sff.readout else None
+        self.optimizers = [optimizer for optimizer in every if optimizer is not None]
+        self.optimizer_step = optim.Updates(options.clip_grad_norm)
+        self.scalers = [options.scaler(self.device) for _ in sff.blocks]
+        self.forwards = [block.compiled(dynamic=False) if options.compile else block for block in sff.blocks]
+        self.opened = [None if body is None else options.compiled(body.forward) for body in sff.bodies]
         tails = [sff.tail(index) for index in range(len(sff.blocks))]
-        self.bodies = [None if tail is None else self._compiled(tail.body) for tail in tails]
-        self.scalers = [self.make_scaler() for _ in sff.blocks]
+        self.bodies = [None if tail is None else options.compiled(tail.body) for tail in tails]
         self.place = Place(ranks, sff, self.parameters, every, self._apply, self._measure)
-        self.own, self.counted = self.place.own, self.place.counted().to(self.device)
-        mine = [every[index] for index in self.place.indices]
-        self.own_optimizers = [k for k, o in enumerate(self.optimizers) if any(o is m for m in mine)]
-
-    def _ranks(self, distributed, device, options):
-        """The processes that train together. Raises ValueError for what they cannot do."""
-        if distributed is None:
-            return Ranks()
-        if options.get("cuda_graph"):
-            raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
-        if distributed.shard_optimizer and (options.get("clip_grad_norm") or options.get("amp") == "fp16"):
-            text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
-            raise ValueError(f"shard_optimizer: {text}")
-        ranks = Ranks(distributed, device)
-        if ranks.block_size > 1 and (self.window > 1 or self.schedule != "all"):
-            got = f"window {self.window}" if self.window > 1 else f"schedule {self.schedule!r}"
-            raise ValueError(
-                f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {got}"
-            )
-        return ranks
+        self.own = self.place.own
 
     def _measure(self):
-        """Seconds of each block, on a copy."""
+        """Return the seconds of each block, measured on a copy."""
         sff = copy.deepcopy(self.sff)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
             target = torch.arange(16, device=self.device) % sff.num_classes
-            return placement.block_seconds(Trainer(sff, window=1), images, target)
+            return placement.block_seconds(Trainer(sff, window=1).engine, images, target)
 
-    def _compiled(self, module):
-        return torch.compile(module, dynamic=False) if self.compile else module
+    def autocast(self):
+        return self.options.autocast(self.device)
 
     @property
-    def phases(self):
-        """Times that fit goes through its epochs: once, or once a block."""
-        return len(self.sff.blocks) - self.frozen if self.schedule == "greedy" else 1
-
-    def start_phase(self, phase):
-        self.active = self.frozen + phase
+    def active(self):
+        """The block in training with the greedy schedule."""
+        return self.frozen + self.phase
 
     def train_mode(self):
+        """Put the network into training mode, the blocks that are not trained any more into evaluation mode."""
         self.sff.train()
         still = self.active if self.schedule == "greedy" else self.frozen
         for block in self.sff.blocks[:still]:
@@ -177,7 +194,7 @@ class Trainer(Loop):
         else:
             for i, part in enumerate(parts):
                 self._sliding_window(part, update=i + 1 == len(parts))
-        return self._losses, self._correct
+        return StepResult(self._losses, self._correct, self.samples)
 
     def split(self, images, target):
         """The minibatch as a list of Parts, losses and right answers set to zero."""
@@ -197,9 +214,6 @@ class Trainer(Loop):
         self._losses, self._correct = torch.zeros(2, len(self.sff.blocks), device=like.device, dtype=loss_dtype(like))
         self.weight = 1 if self.place.reduction is None else samples / UNIT
 
-    def recorded_state(self):
-        return self.active
-
     def _trained(self, index):
         return self.block_optimizers[index] is not None and (self.schedule == "all" or index == self.active)
 
@@ -210,7 +224,7 @@ class Trainer(Loop):
         for index in self.own[: self._last() + 1]:
             parts = self.train_block(index, parts)
         if self.place.has_last:
-            self._train_readout(parts)
+            self._train_classifier(parts)
 
     def train_block(self, index, parts):
         """Forward, goodness step and update of a block; parts (a list, overwritten, or an iterator) become the next block's."""
@@ -248,7 +262,7 @@ class Trainer(Loop):
                     self._finish(window.pop(0), update)
         while window:
             self._finish(window.pop(0), update)
-        self._train_readout([part], update)
+        self._train_classifier([part], update)
 
     def _visit(self, index, part, keep=False):
         """Forward and goodness step of a block. Returns its _Visit (None if it is not trained) and the next block's inputs."""
@@ -354,35 +368,27 @@ class Trainer(Loop):
             self._update(visit.index)
 
     def _update(self, index):
-        """The update of block `index` (of the readout behind the last), now or when all ranks' gradients are there."""
+        """Update block `index` (the classifier for the index after the last): now, or when the gradients of all ranks are there."""
         self.place.updated(index, self.weight)
 
     def _apply(self, index):
         if index == len(self.sff.blocks):
-            self.optimizer_step(self.readout_optimizer, None, self.parameters[index])
+            self.optimizer_step(self.classifier_optimizer, None, self.parameters[index])
         else:
             self.optimizer_step(self.block_optimizers[index], self.scalers[index], self.parameters[index])
 
     def settle(self, index=None):
-        """Finish the update of a block that waits for other ranks' gradients; of all blocks for None."""
+        """Finish the update of a block that waits for other ranks, or of all blocks if index is None."""
         self.place.settle(index)
 
-    def synchronize(self):
-        """Finish all updates, and bring the blocks of all ranks to every rank, batch norm's statistics averaged: before the weights are used
-        otherwise than by this trainer's steps. fit, evaluate and save do it. Call it on all ranks."""
-        self.place.synchronize()
-
-    def own_state(self, optimizer, saved):
-        return self.place.state_kept(optimizer, saved)
-
-    def _train_readout(self, parts, update=True):
-        if self.readout_optimizer is None or self.schedule == "greedy":
+    def _train_classifier(self, parts, update=True):
+        if self.classifier_optimizer is None or self.schedule == "greedy":
             return
-        tail = self.sff.readout[0]
+        classifier = self.sff.readout[0]
         self.settle(len(self.sff.blocks))
         for part in parts:
             with self.autocast():
-                logits = tail(*_detached(part.alive))[0]
+                logits = classifier(*_detached(part.alive))[0]
             loss = torch.nn.functional.cross_entropy(logits.to(self._losses.dtype), part.target)
             (loss * part.share * self.weight).backward()
         if update:
@@ -390,7 +396,7 @@ class Trainer(Loop):
 
     @torch.no_grad()
     def scores(self, images):
-        """{"vote": [B, K], "block 0": ..., "readout": ...}: what evaluate counts."""
+        """Return {"vote": [B, K], "block 0": ..., "readout": ...}."""
         goodness, alive = [], (images,)
         for block, head in zip(self.forwards, self.sff.heads, strict=True):
             with self.autocast():
@@ -399,5 +405,6 @@ class Trainer(Loop):
             alive = self.sff.next_input(alive, head)
         found = {"vote": self.sff.votes(goodness)} | {f"block {i}": g for i, g in enumerate(goodness)}
         if self.sff.readout:
-            found["readout"] = self.sff.readout[0](*alive)[0]
+            with self.autocast():
+                found["readout"] = self.sff.readout[0](*alive)[0]
         return found
