@@ -23,7 +23,7 @@ from training_oracle import (
     vector,
 )
 
-from fastff import SFF, Backprop, Trainer
+from fastff import SFF, Backprop, Trainer, reference
 
 # --- ten steps
 
@@ -50,6 +50,22 @@ def test_ten_steps_equal_naive_training(model, granularity, window, optimizer):
     assert float((vector(sff) - start).abs().max()) > 1e-2, "nothing was trained"
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-7, atol=1e-7)
     assert_same_training(sff, naive, 1e-7)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_the_reference_step_is_the_trainers(window):
+    """With its own goodness, loss and normalisation, in the paper's setting."""
+    sff = made(grid=0)
+    plain, data = copy.deepcopy(sff), batches(sff)
+    losses = train(Trainer(sff, sgd, window=window), data)
+    blocks = [lambda x, block=block: (block(x),) for block in plain.model.features]
+    heads = [lambda z, head=head: reference.goodness(z, head.weight) for head in plain.heads]
+    pairs = zip(plain.model.features, plain.heads, strict=True)
+    optimizers = [sgd(grouped([*block.parameters(), *head.parameters()])) for block, head in pairs]
+    plain.train()
+    expected = [reference.train_step(blocks, heads, optimizers, *batch, window) for batch in data]
+    torch.testing.assert_close(torch.tensor(losses), torch.stack(expected), rtol=1e-7, atol=1e-7, check_dtype=False)
+    assert_same_training(sff, plain, 1e-7)
 
 
 @pytest.mark.parametrize("window", [1, 2])
