@@ -24,6 +24,7 @@ from training_oracle import (
 )
 
 from fastff import SFF, Backprop, Trainer, reference
+from fastff.training import Diverged
 
 # --- ten steps
 
@@ -447,6 +448,42 @@ def test_fit_learns_and_evaluates():
     with torch.no_grad():
         right = sum(int((sff(x).argmax(1) == y).sum()) for x, y in loader)
     assert again["vote"] == pytest.approx(right / 64)
+
+
+class Reports:
+    """In place of the display and the writer of metrics."""
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self, trainer, epochs, batches):
+        self.calls.append(("start", trainer.names, epochs, batches))
+
+    def update(self, state, images_per_second):
+        assert images_per_second > 0
+        self.calls.append(("update", state.steps))
+
+    def epoch(self, history):
+        self.calls.append(("epoch", history[-1]["epoch"]))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+def test_fit_reports_to_what_it_is_given(tmp_path):
+    """Also after an error; a checkpoint is saved all the same, and nothing else written."""
+    sff = made()
+    trainer, data, reports = Trainer(sff, sgd), batches(sff, 3), Reports()
+    trainer.fit(data, 2, out=tmp_path, progress=reports)
+    first, second = ([("update", step) for step in steps] for steps in ((1, 2, 3), (4, 5, 6)))
+    start = ("start", trainer.names, 2, 3)
+    assert reports.calls == [start, *first, ("epoch", 1), *second, ("epoch", 2), ("close",)]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    data[0][0].fill_(float("nan"))
+    again = Reports()
+    with pytest.raises(Diverged):
+        trainer.fit(data, 3, progress=again)
+    assert again.calls == [("start", trainer.names, 3, 3), ("close",)]
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
