@@ -35,7 +35,7 @@ class Backprop(Session):
 
 
 class BackpropEngine:
-    """End-to-end training of an SFF's model; the interface is fastff.training.engine.Engine."""
+    """End-to-end training of an SFF's model; engine.py describes the interface."""
 
     names, phases, phase = ["backprop"], 1, 0
 

@@ -1,11 +1,21 @@
-"""Engines: what computes and applies one training step. Here is what all of them share.
+"""Engines compute and apply training steps: LocalEngine (trainer.py) and BackpropEngine (backprop.py). Here is what they share.
 
-`fit`, `evaluate`, `save` and `load` (fit.py, state.py) know nothing else of an engine than the interface `Engine`.
+The rest of the training code (session.py, fit.py, state.py, graph.py) uses this interface of an engine and nothing else:
+
+    run_step(images, target)    trains on a minibatch [B, ...], [B] on the device; returns StepResult and waits for no device
+    train_mode()                puts what is trained into training mode, the rest into evaluation mode
+    scores(images)              {name: [B, K]}, whose accuracies `evaluate` returns
+    sff, device                 the fastff.SFF that is trained, where it is
+    module                      whose state_dict a checkpoint holds
+    names, scalers              of the L losses: their names, and GradScaler or None
+    optimizers                  all of them, in the order of the checkpoint
+    place                       what this rank trains, and what it waits for (place.py)
+    phases, phase               passes of `epochs` in fit (1, or one per trained block if schedule="greedy"); the present one, from 0
 """
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -18,41 +28,6 @@ class StepResult(NamedTuple):
     losses: torch.Tensor
     correct: torch.Tensor
     samples: int
-
-
-class Engine(Protocol):
-    """Interface of an engine.
-
-    Attributes:
-        sff: fastff.SFF that is trained.
-        module: the module whose state_dict a checkpoint holds.
-        names: names of the L losses.
-        optimizers: all optimisers, in the order of the checkpoint.
-        scalers: for each loss a GradScaler, or None.
-        device: device of the network.
-        place: what this rank trains, and what it waits for (place.py).
-        phases: number of passes of `epochs` in fit: 1, or one per trained block if schedule="greedy".
-        phase: the pass that fit is in, from 0.
-    """
-
-    sff: Any
-    module: torch.nn.Module
-    names: list
-    optimizers: list
-    scalers: list
-    device: torch.device
-    place: Any
-    phases: int
-    phase: int
-
-    def run_step(self, images, target):
-        """Train on one minibatch, images [B, ...] and target [B] on the device. Returns StepResult; waits for no device."""
-
-    def train_mode(self):
-        """Put what is trained into training mode, and the rest into evaluation mode."""
-
-    def scores(self, images):
-        """Return {name: [B, K]}, the scores of which `evaluate` reports the accuracy."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ class _Epoch:
         epoch = state.position["epoch"]
         engine.phase = epoch // self.epochs
         engine.train_mode()
-        state.start_epoch()
+        if state.position["batch"] == 0:
+            state.totals, state.epoch_random = None, random_state()
         start, images_seen = time.perf_counter(), 0
         for images, target in _batches(self.loader, state, trainer.ranks):
             done = (epoch % self.epochs) * len(self.loader) + state.position["batch"]
@@ -114,7 +115,7 @@ class _Epoch:
         self.check_finite()
         seconds = time.perf_counter() - start
         losses, accuracies = means(trainer.ranks.sum(state.totals))
-        state.end_epoch()
+        state.position = {"epoch": epoch + 1, "batch": 0}
         row = {"epoch": epoch + 1, "step": state.steps, "seconds": seconds}
         row |= {f"train loss {name}": value for name, value in zip(engine.names, losses, strict=True)}
         return row | {f"train accuracy {name}": value for name, value in zip(engine.names, accuracies, strict=True)}

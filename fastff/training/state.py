@@ -29,11 +29,6 @@ class State:
     epoch_random: dict | None = None
     meta: dict | None = None
 
-    def start_epoch(self):
-        """Clear the totals and remember the random state, unless the epoch has begun already."""
-        if self.position["batch"] == 0:
-            self.totals, self.epoch_random = None, random_state()
-
     def add(self, result, counted):
         """Count a step. counted [L] is 1 for the losses that this rank computes, else 0."""
         # These sums are exact in float64: they are the same at any number of ranks and after any number of restarts.
@@ -44,9 +39,6 @@ class State:
         self.totals = now if self.totals is None else self.totals + now
         self.steps += 1
         self.position["batch"] += 1
-
-    def end_epoch(self):
-        self.position = {"epoch": self.position["epoch"] + 1, "batch": 0}
 
 
 def means(totals):

@@ -134,7 +134,7 @@ def _ranks(distributed, device, window, schedule, options):
 
 
 class LocalEngine:
-    """Block-local training of an SFF; the interface is fastff.training.engine.Engine.
+    """Block-local training of an SFF; engine.py describes the interface.
 
     Args: make makes the optimiser of a block from its parameter groups; the others are those of Trainer, checked.
 
@@ -170,7 +170,8 @@ class LocalEngine:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
             target = torch.arange(16, device=self.device) % sff.num_classes
-            return placement.block_seconds(Trainer(sff, window=1).engine, images, target)
+            engine = LocalEngine(sff, optim.adamw(), Options(), Ranks(), "all", 1, 0)
+            return placement.block_seconds(engine, images, target)
 
     def autocast(self):
         return self.options.autocast(self.device)
