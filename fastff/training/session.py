@@ -37,12 +37,12 @@ class Session:
 
     @property
     def position(self):
-        """{"epoch": epochs done, "batch": minibatches done in the next one}."""
+        """Dict of the number of epochs done ("epoch") and of minibatches done in the next one ("batch")."""
         return self.state.position
 
     @property
     def history(self):
-        """What fit returns: one dict per epoch."""
+        """List of one dict per epoch, which fit returns."""
         return self.state.history
 
     @property
