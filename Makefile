@@ -61,8 +61,9 @@ sanitize: install
 	cd build/sanitize && CFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" FASTFF_FORCE_BUILD=1 \
 	  $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(abspath $(PY)) -m pytest -q -p no:cacheprovider tests/test_goodness.py tests/test_layer_norm.py \
-	  tests/test_tail.py tests/test_convolution.py tests/test_depthwise.py tests/test_group_goodness.py tests/test_group_tail.py -k native
+	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} FASTFF_DRAWS=$${FASTFF_DRAWS:-1000} $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
+	  tests/test_goodness.py tests/test_layer_norm.py tests/test_tail.py tests/test_convolution.py tests/test_depthwise.py \
+	  tests/test_group_goodness.py tests/test_group_tail.py tests/test_drawn.py -k "native or drawn_calls"
 
 # 100,000 drawn calls of the compiled operators, and 2,500 for each of goodness's two property tests, whose tolerances are narrower. Half an hour.
 fuzz: install

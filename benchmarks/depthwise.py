@@ -11,7 +11,7 @@ import functools
 import torch
 
 from benchmarks import runner, tables
-from fastff.nn.convolution import Convolution
+from fastff.graph.fused import Convolution
 
 SHAPES = [  # (B, C, H, kernel, stride)
     (32, 96, 28, 5, 1), (32, 240, 14, 3, 1), (32, 16, 112, 3, 2), (32, 16, 32, 3, 2), (32, 72, 16, 3, 2), (32, 88, 8, 3, 1), (32, 96, 8, 5, 2),

@@ -84,33 +84,30 @@ def _rounds(least=5, seconds=2.0):
 
 
 def _sff_blocks(engine, images, target):
-    """LocalEngine.train_block with a clock: the message to the next rank leaves where `forward` ends."""
+    """LocalStep.train_block with a clock: the message to the next rank leaves where `forward` ends."""
     engine.train_mode()
     seconds = []
     for number in _rounds():
-        (part,), times, outputs = engine.split(images, target), [], []
+        (part,), times, outputs = engine.step.split(images, target), [], []
         clock = _Clock(engine.device)
         for index in range(len(engine.sff.blocks)):
-            visit, alive = engine._visit(index, part)
+            visit, alive = engine.step.visit(index, part)
             part = part._replace(alive=alive)
             forward = clock()
             if visit is not None:
-                seed = visit.seed()
+                visit.backward()
                 del visit
-                if seed is not None:
-                    seed.backward()
-                    del seed
             backward = clock()
             _Bucket(index, engine.parameters[index], 1.0, []).average()
             bucket = clock()
-            engine._update(index)
+            engine.place.updated(index, engine.step.weight)
             times.append((forward, backward, clock(), bucket))
             outputs.append(_size(alive))
         if number:
             seconds.append(times)
-    parts, memory = engine.split(images, target), []
+    parts, memory = engine.step.split(images, target), []
     for index in range(len(engine.sff.blocks)):
-        step = lambda index=index, parts=parts: engine.train_block(index, parts)  # noqa: E731
+        step = lambda index=index, parts=parts: engine.step.train_block(index, parts)  # noqa: E731
         memory.append(peak_memory(step, engine.device) * 2**20)
     weights = [_size(engine.parameters[index]) for index in range(len(outputs))]
     return _fastest(seconds, outputs, weights, memory)

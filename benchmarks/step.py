@@ -16,7 +16,7 @@ import fastff
 from benchmarks import networks, runner, tables
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile
-from fastff.trace import CutError
+from fastff.graph.trace import CutError
 from fastff.training import Backprop, Trainer
 
 PAPER = {"grid": 0, "window": 1}

@@ -119,9 +119,11 @@ def channels(v):
     return v[:, None, None]
 
 
-def tail(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu"):
-    """The end of a block: x = activation(h), h = batch_norm(y) + residual, with the batch's mean [C] and biased variance [C]."""
-    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+def tail(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu", statistics=None):
+    """The end of a block: x = activation(h), h = batch_norm(y) + residual, with the batch's mean [C] and biased variance [C].
+
+    statistics: (mean, var) where they are known already."""
+    mean, var = statistics or torch.var_mean(y, (0, 2, 3), correction=0)[::-1]
     h = (y - channels(mean)) * channels((var + eps).rsqrt())
     h = h if weight is None else h * channels(weight)
     h = h if bias is None else h + channels(bias)
@@ -129,12 +131,16 @@ def tail(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu"):
     return ACTIVATIONS[activation][0](h), h, mean, var
 
 
-def tail_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="relu"):
-    """From dL/dx: dL/dy, dL/dh (which is that of the residual), and the two sums that are dL/dweight and dL/dbias (Ioffe and Szegedy 2015)."""
+def tail_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="relu", added=None):
+    """From dL/dx: dL/dy, dL/dh (which is that of the residual), and the two sums that are dL/dweight and dL/dbias (Ioffe and Szegedy 2015).
+
+    added: dL/dh, dL/dweight and dL/dbias of another loss, to be added to those of this one."""
     grad_h = grad_x * ACTIVATIONS[activation][1](h)
     rstd = channels((var + eps).rsqrt())
     normal = (y - channels(mean)) * rstd
     grad_bias, grad_weight = grad_h.sum((0, 2, 3)), (grad_h * normal).sum((0, 2, 3))
+    if added is not None:
+        grad_h, grad_weight, grad_bias = grad_h + added[0], grad_weight + added[1], grad_bias + added[2]
     n = y.numel() / y.shape[1]
     grad_y = rstd * (grad_h - channels(grad_bias) / n - normal * channels(grad_weight) / n)
     return grad_y if weight is None else grad_y * channels(weight), grad_h, grad_weight, grad_bias

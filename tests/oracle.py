@@ -127,6 +127,55 @@ LAYOUTS = {
 }
 
 
+def _offset(values):
+    """Contiguous, from the fourth number of its memory on."""
+    big = torch.full((values.numel() + 7,), float("nan"), dtype=values.dtype)
+    part = big[3 : 3 + values.numel()].view(values.shape)
+    part.copy_(values)
+    return part, big
+
+
+def _one_element(values):
+    """One number for all, as the gradient of a sum is: changes the values."""
+    big = torch.full((5,), float("nan"), dtype=values.dtype)
+    big[2] = values.flatten()[0]
+    return big[2].expand(values.shape), big
+
+
+EVERY_LAYOUT = LAYOUTS | {"offset": _offset, "one element": _one_element}
+OVERLAPPING = {
+    "expanded",
+    "one element",
+}  # several elements in one place: the values change, and nothing may be written
+
+
+def layouts_of(dimensions):
+    """Names of the layouts that a tensor of so many dimensions may have."""
+    if dimensions == 0:
+        return ["contiguous", "offset", "one element"]
+    return sorted(
+        EVERY_LAYOUT.keys()
+        - ({"transposed", "batch inside", "channels of channels_last"} if dimensions == 1 else set())
+    )
+
+
+def _labels_within(target, count, start, step):
+    """`target` as every step-th of so many numbers, of which the others are no labels: read as one, they raise or lead out of memory."""
+    big = torch.full((count,), 2**40)
+    part = big[start : start + step * (len(target) - 1) + 1 : step]
+    part.copy_(target)
+    return part
+
+
+LABELS = {
+    "contiguous": lambda target: target.contiguous(),
+    "slice": lambda target: _labels_within(target, len(target) + 7, 3, 1),
+    "column": lambda target: _labels_within(target, 5 * len(target), 1, 5),
+    "every other": lambda target: _labels_within(target, 2 * len(target), 1, 2),
+    "expanded": lambda target: target[:1].clone().expand(len(target)),  # changes the values
+}
+
+
 def same_bits(a, b):
     """Equal, NaN for NaN."""
     return a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())

@@ -9,7 +9,7 @@ from torch import nn
 import fastff
 import fastff.functional as ff
 from fastff import SFF, Backprop, Trainer
-from fastff.cut import CutError
+from fastff.graph.trace import CutError
 from fastff.nn import FFBlock, FFConv2d, GoodnessHead
 from fastff.training import data, optim
 from fastff.training.fit import Diverged

@@ -118,6 +118,13 @@ def test_bad_input(change, text):
         torch.ops.fastff.depthwise(*(arguments | change).values())
 
 
+@pytest.mark.parametrize("grad", [torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 5).bfloat16()])
+def test_gradient_of_another_shape_or_type(grad):
+    """The compiled kernel would read past the end of it."""
+    with pytest.raises(ValueError, match=r"grad: expected \[2, 3, 5, 5\] of torch.float32 as y is, got"):
+        torch.ops.fastff.depthwise_backward(grad, torch.zeros(2, 3, 5, 5), torch.zeros(3, 1, 3, 3), 1, 1, True, "auto")
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_empty_batch(impl):
     y, sums = torch.ops.fastff.depthwise(torch.zeros(0, 3, 6, 6), torch.ones(3, 1, 3, 3), 1, 1, impl)

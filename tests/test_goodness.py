@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
+    LABELS,
     LAYOUTS,
     assert_as_exact,
     eager_goodness,
@@ -520,6 +521,20 @@ def test_labels_out_of_range_raise(impl, label):
     for call in (ff.goodness_step, ff.goodness_loss):
         with pytest.raises(ValueError, match=rf"target: expected labels in 0\.\.5, got {label}"):
             call(x, weight, None, target, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LABELS)
+def test_labels_of_any_stride(impl, layout):
+    """Labels may be a column of a matrix, or any other view. Around them lie numbers that are no labels."""
+    x, weight, grid_weight = torch.randn(6, 4, 3, 3), torch.randn(7, 4), torch.randn(7, 4, 2, 2)
+    target = torch.tensor([6] * 6) if layout == "expanded" else torch.tensor([3, 0, 6, 6, 1, 2])
+    laid = LABELS[layout](target)
+    assert torch.equal(laid, target)
+    for call in (ff.goodness_step, ff.tail_step):
+        for head in ({"weight": weight}, {"weight": weight, "grid_weight": grid_weight, "algorithm": "second_moment"}):
+            got, want = (call(x, bias=None, **head, target=t, reduction="none", impl=impl) for t in (laid, target))
+            assert all(a is b is None or same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_16_bit_activations_whose_squares_overflow():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import LAYOUTS, assert_as_exact, same_bits
+from oracle import LABELS, LAYOUTS, assert_as_exact, same_bits
 
 import fastff.functional as ff
 from fastff.ops.group_goodness import ROWS
@@ -192,6 +192,21 @@ def test_empty_batch(impl):
     assert g.shape == (0, 3)
     assert torch.autograd.grad(g.sum(), x)[0].shape == x.shape
     assert ff.normalize(x.detach(), "rms", impl=impl).shape == x.shape
+
+
+@pytest.mark.parametrize("impl", sorted({impl for _, impl in RUNS}))
+@pytest.mark.parametrize("layout", LABELS)
+def test_step_of_labels_of_any_stride(impl, layout):
+    """Labels may be a column of a matrix, or any other view. Around them lie numbers that are no labels."""
+    x, target = (
+        torch.randn(6, 7, 3, 3),
+        torch.tensor([6] * 6) if layout == "expanded" else torch.tensor([3, 0, 6, 6, 1, 2]),
+    )
+    laid = LABELS[layout](target)
+    assert torch.equal(laid, target)
+    for call in (ff.group_goodness_step, ff.group_tail_step):
+        got, want = (call(x, t, groups=7, reduction="none", impl=impl) for t in (laid, target))
+        assert all(a is b is None or same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_halves_of_nan_and_infinity():

@@ -220,7 +220,7 @@ NETS = {
 
 
 def tails_of(sff):
-    return [sff.tail(index) for index in range(len(sff.blocks))]
+    return [sff.local_blocks[index].epilogue for index in range(len(sff.blocks))]
 
 
 def trained(sff, batches, **options):
@@ -303,7 +303,7 @@ def test_mixed_dtypes_and_broadcasting_go_through_the_modules(monkeypatch):
     net(torch.zeros(2, 3, 8, 8))
     fused, plain = (SFF(copy.deepcopy(net), 5, input_shape=(3, 8, 8), window=1, fuse=fuse) for fuse in (True, False))
     plain.load_state_dict(fused.state_dict())
-    assert fused.tail(0) is not None
+    assert fused.local_blocks[0].epilogue is not None
     batches = [(torch.randn(4, 3, 8, 8), torch.arange(4))] * 2
     (_, state), (_, plain_state) = (trained(sff, batches) for sff in (fused, plain))
     for name, value in plain_state.items():

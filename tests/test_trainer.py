@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import eager_layer_norm, operators_run, peak_memory
+from oracle import LABELS, eager_layer_norm, operators_run, peak_memory
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from training_oracle import (
@@ -223,10 +223,10 @@ def test_every_block_is_compiled():
     alive = (batches(sff, 1)[0][0],)
     want = sff.goodness(alive[0])
     forwards = [block.compiled(backend=backend, dynamic=False) for block in sff.blocks]
-    for forward, head, goodness in zip(forwards, sff.heads, want, strict=True):
-        alive = forward(*alive)
-        torch.testing.assert_close(head(alive[0]), goodness)
-        alive = sff.next_input(alive, head)
+    for forward, block, goodness in zip(forwards, sff.local_blocks, want, strict=True):
+        main, *others = forward(*alive)
+        torch.testing.assert_close(block.head(main), goodness)
+        alive = (block.next_input(main), *others)
     assert len(compiled) == 17
 
 
@@ -272,7 +272,7 @@ def test_fp16_step_that_overflows_is_skipped_for_that_block_alone():
     data = batches(sff, 1, dtype=torch.float32)
     trainer = Trainer(sff, sgd, window=1, amp="fp16")
     scales = [2.0**6, 2.0**40, 2.0**6, 2.0**6]
-    trainer.engine.scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
+    trainer.engine.scalers[:] = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
     before = [[p.detach().clone() for p in sff.block_parameters(i)] for i in range(4)]
     train(trainer, data)
     kept = [all(map(torch.equal, before[i], sff.block_parameters(i))) for i in range(4)]
@@ -332,15 +332,16 @@ def test_activations_are_gone(model, window, parts):
         if not list(module.children()) and not isinstance(module, nn.Identity):
             module.register_forward_hook(remember)
 
-    def watched(index, block):
-        def run(*alive):
+    def watched(index, visit):
+        def run(*arguments, **options):
             seen.append((index, {i for i, storage in made_in if not storage.expired()}))
             current[0] = index
-            return block(*alive)
+            return visit(*arguments, **options)
 
         return run
 
-    trainer.engine.forwards = [watched(i, block) for i, block in enumerate(trainer.engine.forwards)]
+    for i, block in enumerate(sff.local_blocks):
+        block.visit = watched(i, block.visit)
     train(trainer, batches(sff, 1, size=4, dtype=torch.float32))
     assert len(seen) == parts * len(sff.blocks)
     assert len(made_in) > 2 * len(sff.blocks)
@@ -493,6 +494,31 @@ def test_readout_is_evaluated_in_16_bits(amp):
     trainer = Trainer(sff, sgd, amp=amp)
     train(trainer, data)
     assert 0 <= trainer.evaluate(data)["readout"] <= 1
+
+
+@pytest.mark.parametrize("layout", LABELS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain", {}),
+        ("plain", {"granularity": "layer", "grid": 2}),
+        ("resnet18", {"grid": 0}),
+        ("mobilenet_v3_small", {"bias": True}),
+    ],
+)
+def test_labels_of_any_stride(name, options, layout):
+    """A data set with several labels an image hands in a column of them: with or without a fused tail the step is that of a copy."""
+    results = []
+    for lay in (lambda target: target.clone(), LABELS[layout]):
+        sff = made(name, dtype=torch.float32, **options)
+        data = [
+            (images, target[:1].repeat(6) if layout == "expanded" else target)
+            for images, target in batches(sff, 2, dtype=torch.float32)
+        ]
+        losses = train(Trainer(sff), [(images, lay(target)) for images, target in data])
+        results.append((losses, vector(sff)))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_same_seed_same_bits():

@@ -255,12 +255,29 @@ BatchNorm::BatchNorm(const float* y, const float* residual, const float* weight,
       square += partial[group * 2 * C + C + c];
     }
     const double off = sum / (B * P), variance = square / (B * P) - off * off;
-    centre[c] = mean[c] = static_cast<float>(pivot[c] + off);
+    mean[c] = static_cast<float>(pivot[c] + off);
     var[c] = static_cast<float>(variance < 0 ? 0 : variance);  // NaN stays
-    rstds[c] = static_cast<float>(1 / std::sqrt((variance < 0 ? 0 : variance) + eps));
-    scale[c] = rstds[c] * (weight ? weight[c] : 1.0f);
-    shift[c] = bias ? bias[c] : 0.0f;
+    set_channel(c, mean[c], variance < 0 ? 0 : variance, eps, weight, bias);
   }
+  repeat_constants();
+}
+
+BatchNorm::BatchNorm(const float* y, const float* residual, const float* weight, const float* bias, float eps, int64_t B, int64_t C, int64_t P,
+                     bool rows, Activation activation, const float* mean, const float* var)
+    : y(y), residual(residual), B(B), C(C), P(P), repeat(rows ? positions_of_a_line(C, P) : 1), rows(rows), activation(activation), rstds(C),
+      centre(C), scale(C), shift(C) {
+  for (int64_t c = 0; c < C; ++c) set_channel(c, mean[c], var[c], eps, weight, bias);
+  repeat_constants();
+}
+
+void BatchNorm::set_channel(int64_t c, float mean, double var, float eps, const float* weight, const float* bias) {
+  centre[c] = mean;
+  rstds[c] = static_cast<float>(1 / std::sqrt(var + eps));
+  scale[c] = rstds[c] * (weight ? weight[c] : 1.0f);
+  shift[c] = bias ? bias[c] : 0.0f;
+}
+
+void BatchNorm::repeat_constants() {
   for (std::vector<float>* v : {&centre, &scale, &shift}) repeat_in_place(*v, repeat);
 }
 
@@ -304,5 +321,12 @@ void BatchNorm::parameter_gradients(const float* sums, float* grad_weight, float
   for (int64_t c = 0; c < C; ++c) {
     grad_bias[c] = sums[c];
     grad_weight[c] = sums[C + c] * rstds[c];
+  }
+}
+
+void BatchNorm::add_parameter_gradients(const float* grad_weight, const float* grad_bias, float* sums) const {
+  for (int64_t c = 0; c < C; ++c) {
+    sums[c] += grad_bias[c];
+    sums[C + c] += grad_weight[c] / rstds[c];
   }
 }

@@ -16,6 +16,10 @@ class BatchNorm {
   BatchNorm(const float* y, const float* residual, const float* weight, const float* bias, float eps, int64_t B, int64_t C, int64_t P, bool rows,
             Activation activation, float* mean, float* var);
 
+  // The same with statistics that are known: mean and var [C].
+  BatchNorm(const float* y, const float* residual, const float* weight, const float* bias, float eps, int64_t B, int64_t C, int64_t P, bool rows,
+            Activation activation, const float* mean, const float* var);
+
   // x of samples first .. first + n - 1.
   void forward(int64_t first, int64_t n, float* x) const;
 
@@ -28,7 +32,13 @@ class BatchNorm {
   // dL/dweight and dL/dbias [C] from the batch's sums.
   void parameter_gradients(const float* sums, float* grad_weight, float* grad_bias) const;
 
+  // Adds to the sums those behind another loss's parameter gradients.
+  void add_parameter_gradients(const float* grad_weight, const float* grad_bias, float* sums) const;
+
  private:
+  void set_channel(int64_t c, float mean, double var, float eps, const float* weight, const float* bias);
+  void repeat_constants();
+
   const float *y, *residual;
   int64_t B, C, P, repeat;  // rows: the vectors below stand `repeat` times behind each other, for so many positions to a line
   bool rows;

@@ -5,6 +5,7 @@ from torch import nn
 
 import fastff.functional as ff
 from fastff.ops.goodness import NORMALIZATIONS
+from fastff.ops.gradients import add_gradient
 
 
 class GoodnessHead(nn.Module):
@@ -136,10 +137,3 @@ class GoodnessHead(nn.Module):
         add_gradient(self.bias, step.grad_bias)
         add_gradient(self.grid_weight, step.grad_grid_weight)
         add_gradient(self.log_tau, grad_log_tau)
-
-
-def add_gradient(parameter, grad):
-    """Add grad to parameter.grad, where there is a parameter and it learns."""
-    if parameter is not None and grad is not None and parameter.requires_grad:
-        grad = grad.to(parameter.dtype)
-        parameter.grad = grad if parameter.grad is None else parameter.grad + grad

@@ -15,6 +15,7 @@ from fastff.kernels.composed import convolution as composed
 from fastff.kernels.composed.goodness import is_rows
 from fastff.kernels.native import convolution as native_convolution
 from fastff.ops import depthwise
+from fastff.ops import gradients as partial
 from fastff.ops.table import Implementation, always, choose, concerns, implement
 
 DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
@@ -134,6 +135,8 @@ def forward(x, weight, bias, stride, padding, groups, how):
 def gradients(grad, x, weight, stride, padding, groups, how, wanted):
     """(dL/dx, dL/dweight, dL/dbias), those that are wanted, else None."""
     need_x, need_weight, need_bias = wanted
+    if not any(wanted):
+        return None, None, None
     grad_x = grad_weight = grad_bias = None
     if how == KERNEL and groups > 1:
         grad_x, grad_weight = depthwise.gradients(grad, x, weight, stride, padding, need_x)
@@ -178,7 +181,9 @@ class _Convolve(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        found = gradients(grad, *ctx.saved_tensors, *ctx.options, (need_x, need_weight, need_bias and ctx.has_bias))
+        x, weight = ctx.saved_tensors
+        wanted = [partial.needs_input(x, need_x), *(partial.needs_parameters() and n for n in (need_weight, need_bias and ctx.has_bias))]
+        found = gradients(grad, x, weight, *ctx.options, wanted)
         return *found, None, None, None, None
 
 

@@ -107,6 +107,9 @@ def _forward_fake(x, weight, stride, padding, impl):
 
 def _backward(grad, x, weight, stride, padding, need_x, impl):
     check(x, weight, stride, padding)
+    expected = composed.out_shape(x, weight, stride, padding)
+    if list(grad.shape) != expected or grad.dtype != x.dtype:
+        raise ValueError(f"grad: expected {expected} of {x.dtype} as y is, got {list(grad.shape)} of {grad.dtype}")
     dx, dw = choose("depthwise", ROWS, impl, x).run.backward(grad, x, weight, stride, padding, need_x)
     if need_x and dx.stride() != empty_like(x).stride():
         dx = empty_like(x).copy_(dx)

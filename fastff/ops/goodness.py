@@ -140,10 +140,15 @@ def check_labels(target, num_classes):
             raise ValueError(f"target: expected labels in 0..{num_classes - 1}, got {low if low < 0 else high}")
 
 
-def _or_empty(tensors, like, dtypes):
-    return tuple(
-        like.new_empty(0) if t is None else t.to(like.dtype if d is None else d.dtype)
-        for t, d in zip(tensors, dtypes, strict=True)
+def _gradients(grads, x, *parameters):
+    """Of x and the parameters in their dtypes, laid out as _empty_head says; empty tensors for absent ones."""
+    grad_x, *grads = grads
+    return (
+        x.new_empty(0) if grad_x is None else composed.laid_as(x, grad_x.to(x.dtype)),
+        *(
+            x.new_empty(0) if grad is None else grad.to(parameter.dtype).contiguous()
+            for grad, parameter in zip(grads, parameters, strict=True)
+        ),
     )
 
 
@@ -151,7 +156,7 @@ def _goodness(x, weight, bias, grid_weight, padding, impl, algorithm):
     run = choose("goodness", ROWS, impl, x).run
     how = _planned(run, x, weight, padding, algorithm)
     g = run.goodness(x, weight, bias, grid_weight, tuple(padding), how, compute_dtype(x, weight, grid_weight))
-    return g.to(_result_dtype(x, weight, grid_weight))
+    return g.to(_result_dtype(x, weight, grid_weight)).contiguous()
 
 
 def _result_dtype(x, weight, grid_weight):
@@ -168,7 +173,7 @@ def _goodness_backward(d, x, weight, bias, grid_weight, padding, impl, algorithm
     how = _planned(run, x, weight, padding, algorithm)
     dtype = compute_dtype(x, weight, grid_weight)
     grads = run.goodness_backward(d, x, weight, bias, grid_weight, tuple(padding), how, dtype, need_x)
-    return _or_empty(grads, x, (None, weight, bias, grid_weight))
+    return _gradients(grads, x, weight, bias, grid_weight)
 
 
 def _empty_head(x, weight, bias, grid_weight, need_x):
@@ -220,7 +225,8 @@ def results_of(step, x, weight, bias, grid_weight, reduction):
     """What the op returns from what a row does: the loss reduced, gradients in their parameters' dtypes, empty tensors for absent ones."""
     losses, g, *grads, grad_tau, normalized = step
     loss = reference.reduced(losses, reduction)
-    grads = _or_empty(grads, x, (None, weight, bias, grid_weight))
+    grads = _gradients(grads, x, weight, bias, grid_weight)
+    normalized = x.new_empty(0) if normalized is None or not normalized.numel() else composed.laid_as(x, normalized)
     return loss, g.contiguous(), *grads, g.new_zeros(()) if grad_tau is None else grad_tau, normalized
 
 

@@ -10,7 +10,7 @@ import torch
 from fastff import reference
 from fastff.kernels import native, triton
 from fastff.kernels.composed import group_goodness as composed
-from fastff.kernels.composed.goodness import empty_like, is_rows
+from fastff.kernels.composed.goodness import empty_like, laid_as
 from fastff.kernels.composed.group_goodness import Goodness, Loss
 from fastff.kernels.native import group_goodness as native_group_goodness
 from fastff.ops.goodness import check_labels
@@ -44,12 +44,6 @@ _lib.define(
 
 def _dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def laid_as(x, y):
-    """y in the layout that x's results have."""
-    lies = is_rows(y) if is_rows(x) else y.is_contiguous()
-    return y if lies else empty_like(x).copy_(y)
 
 
 def _goodness(x, groups, power, mean, positions, impl):

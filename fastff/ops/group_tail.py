@@ -55,7 +55,7 @@ def _group_tail_step(
     return (
         reference.reduced(losses, reduction),
         g.contiguous(),
-        grads.y,
+        group_op.laid_as(y, grads.y),
         y.new_empty(0) if normalize == "none" else group_op.laid_as(y, normalized),
         *own_results(grads, y, bn_weight, bn_bias),
     )

@@ -89,7 +89,8 @@ def _backward(ctx, grad):
     if x.numel() == 0:
         return grad, None, None
     rows, back = _flat(x, is_rows(x))
-    grad_rows, _ = _flat(grad, is_rows(x))
+    # contiguous, as PyTorch makes them anyhow: of others its fake results have strides that the real ones do not
+    rows, grad_rows = rows.contiguous(), _flat(grad, is_rows(x))[0].contiguous()
     _, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], None, None, ctx.eps)
     out, _, _ = torch.ops.aten.native_layer_norm_backward(
         grad_rows, rows, rows.shape[1:], mean, rstd, None, None, [True, False, False]

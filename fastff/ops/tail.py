@@ -73,7 +73,7 @@ def _tail_step(
     return (
         loss,
         g,
-        grads.y,
+        composed_goodness.laid_as(y, grads.y),
         *rest,
         *own_results(grads, y, bn_weight, bn_bias),
     )
@@ -85,7 +85,8 @@ def own_results(grads, y, bn_weight, bn_bias):
         y.new_empty(0) if parameter is None else grad.to(parameter.dtype)
         for grad, parameter in ((grads.weight, bn_weight), (grads.bias, bn_bias))
     ]
-    return y.new_empty(0) if grads.residual is None else grads.residual, *parameters, grads.mean, grads.var
+    grad_residual = y.new_empty(0) if grads.residual is None else composed_goodness.laid_as(y, grads.residual)
+    return grad_residual, *parameters, grads.mean, grads.var
 
 
 def own_fake(y, bn_weight, bn_bias, residual, need_residual):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fastff.nn.convolution import quickened
+from fastff.graph.fused import Convolution
 from fastff.ops.convolution import convolve
 from fastff.swap_in import patterns
 
@@ -112,7 +112,7 @@ def _convolution(report, path, layer):
     if layer.kernel_size == (1, 1) and layer.groups == 1:
         return None  # PyTorch's own is as quick
     pattern = "depthwise convolution" if layer.groups == layer.in_channels > 1 else "convolution"
-    if quickened(layer) is None:
+    if Convolution.of(layer) is None:
         why = (
             "needs square filters, one stride, zero padding as numbers, no dilation, one group or one for each channel"
         )

@@ -17,7 +17,7 @@ from torch import nn
 
 import fastff.functional as ff
 from fastff.checks import FLOATS
-from fastff.nn.tail import hooked
+from fastff.graph.fused import hooked
 
 
 def goodness(layer, x):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastff import models
-from fastff.cut import GRANULARITIES
+from fastff.graph.cut import GRANULARITIES
 from fastff.parallel.ranks import BATCH_NORMS, leader_first
 from fastff.sff import SFF
 from fastff.training import data, optim

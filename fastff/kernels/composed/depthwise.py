@@ -26,9 +26,14 @@ def sums_of(y):
     return torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
 
 
+def out_shape(x, weight, stride, padding):
+    """Of y."""
+    return [*x.shape[:2], *((n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:])]
+
+
 def out_like(x, weight, stride, padding):
     """Uninitialised memory for y: dense, channels_last where x is."""
-    rows, columns = ((n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:])
+    rows, columns = out_shape(x, weight, stride, padding)[2:]
     if is_rows(x):
         return x.new_empty((x.shape[0], rows, columns, x.shape[1])).permute(0, 3, 1, 2)
     return x.new_empty((*x.shape[:2], rows, columns))

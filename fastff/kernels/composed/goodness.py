@@ -55,6 +55,12 @@ def empty_like(x, dtype=None):
     return x.new_empty(x.shape, dtype=dtype)
 
 
+def laid_as(x, y):
+    """y in the layout that x's results have, that of empty_like(x)."""
+    lies = is_rows(y) if is_rows(x) else y.is_contiguous()
+    return y if lies else empty_like(x, y.dtype).copy_(y)
+
+
 def matrices(x):
     """A dense x as [b, C, P]: a view, whichever of the two layouts it has."""
     if is_rows(x):

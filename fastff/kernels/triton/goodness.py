@@ -212,7 +212,7 @@ def _loss_arguments(loss):
             "scale": 1.0,
         }
     return {
-        "target": loss.target, "tau_factor": loss.learned_tau, "scale_factor": loss.grad_scale, "tau": loss.tau, "margin": loss.margin,
+        "target": loss.target.contiguous(), "tau_factor": loss.learned_tau, "scale_factor": loss.grad_scale, "tau": loss.tau, "margin": loss.margin,
         "smoothing": loss.label_smoothing, "scale": loss.scale,
     }  # fmt: skip
 

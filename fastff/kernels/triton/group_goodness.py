@@ -264,6 +264,8 @@ def groups_of(channels, groups, device):
 def _launch(x, how, by_position, *, good=False, loss=None, d=None, grad=None, norm="none", eps=0.0, y=None):
     """One launch of `positions` or `samples`: (g, losses), None where not asked for."""
     x = dense(x)
+    if loss is not None and loss.target is not None:
+        loss = loss._replace(target=loss.target.contiguous())
     B, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     rows = is_rows(x)
     BC, R = tiles(rows, C, P)

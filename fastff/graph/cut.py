@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastff.trace import (
+from fastff.graph.trace import (
     WEIGHT_FUNCTIONS,
     CutError,
     code,
@@ -53,11 +53,16 @@ class Block(nn.Module):
         self.name, self.output_shape, self.channel_dim = name, tuple(output_shape), channel_dim
         self._root = (root,)  # in a tuple, so as not to be a submodule
         self.graph_module = evaluate
-        self.train_graph_module = None if train is None else train  # only where it differs
+        self.train_graph_module = train  # only where it differs
 
     @property
     def modules_called(self):
         return list(dict.fromkeys(n.target for n in self.graph_module.graph.nodes if n.op == "call_module"))
+
+    @property
+    def training_module(self):
+        """The GraphModule that computes the block in training mode."""
+        return self.graph_module if self.train_graph_module is None else self.train_graph_module
 
     def forward(self, *alive):
         if self.train_graph_module is not None and self._root[0].training:
@@ -138,10 +143,6 @@ def _checked_paths(model, paths):
     if len(set(paths)) < len(paths):
         raise ValueError(f"granularity: expected each module path once, got {paths}")
     return paths
-
-
-# --- which modules to look into
-
 
 # --- where blocks end
 
