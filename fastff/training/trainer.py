@@ -178,14 +178,13 @@ class LocalEngine:
 
     @property
     def active(self):
-        """The block in training with the greedy schedule."""
+        """The first block in training, and the only one with the greedy schedule."""
         return self.frozen + self.phase
 
     def train_mode(self):
         """Put the network into training mode, the blocks that are not trained any more into evaluation mode."""
         self.sff.train()
-        still = self.active if self.schedule == "greedy" else self.frozen
-        for block in self.sff.blocks[:still]:
+        for block in self.sff.blocks[: self.active]:
             block.eval()
 
     def run_step(self, images, target):
