@@ -63,9 +63,6 @@ def adamw(groups):
     return torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.05)
 
 
-# --- the oracle
-
-
 def by_hand(sff):
     """[(function from the tensors alive to those after, its modules)] of the blocks, named by hand where they can be."""
     model = sff.model
@@ -105,16 +102,24 @@ def grouped(parameters):
     return [group for group in groups if group["params"]]
 
 
+def clip_before(parameters, clip):
+    """A hook that clips gradients before the optimiser's step."""
+
+    def hook(*_):
+        nn.utils.clip_grad_norm_(parameters, clip)
+
+    return hook
+
+
 def naive_training(sff, data, make, window=1, clip=None, frozen=0, amp=None):
     """Trains `sff` in place by fastff.reference.train_step, with blocks and heads in plain PyTorch. Returns the losses [steps][blocks]."""
     functions, modules = zip(*by_hand(sff), strict=True)
-    own = [list(module.parameters()) for module in modules]
     optimizers = []
-    for block, head in list(zip(own, sff.heads, strict=True))[frozen:]:
-        optimizers.append(make(grouped([*block, *head.parameters()])))
+    for module, head in list(zip(modules, sff.heads, strict=True))[frozen:]:
+        parameters = [*module.parameters(), *head.parameters()]
+        optimizers.append(make(grouped(parameters)))
         if clip is not None:
-            together = [*block, *head.parameters()]
-            optimizers[-1].register_step_pre_hook(lambda *_, p=together: nn.utils.clip_grad_norm_(p, clip) and None)
+            optimizers[-1].register_step_pre_hook(clip_before(parameters, clip))
     sff.train()
     for module in modules[:frozen]:
         module.eval()
