@@ -41,7 +41,7 @@ def measure_blocks(a, device):
     for kind, measure in (("sff", _sff_blocks), ("backprop", _backprop_blocks)):
         trainer = make(a, kind, minibatch(a, 1, device)[0])
         sizes = (max(1, a.batch // 4), a.batch)
-        found[kind] = Blocks(*((n, measure(trainer, *minibatch(a, n, device))) for n in sizes))
+        found[kind] = Blocks(*((n, measure(trainer.engine, *minibatch(a, n, device))) for n in sizes))
     return found
 
 
@@ -85,45 +85,45 @@ def _rounds(least=5, seconds=2.0):
         yield number
 
 
-def _sff_blocks(trainer, images, target):
-    """Measure the blocks of a Trainer. This is Trainer.train_block with a clock; a message to the next rank is sent at the end of `forward`."""
-    trainer.train_mode()
+def _sff_blocks(engine, images, target):
+    """Measure the blocks of an engine: LocalStep.train_block with a clock: the message to the next rank is sent at the end of `forward`."""
+    engine.train_mode()
     seconds = []
     for number in _rounds():
-        (part,), times, outputs = trainer.engine.split(images, target), [], []
-        clock = _Clock(trainer.device)
-        for index in range(len(trainer.sff.blocks)):
-            visit, alive = trainer.engine.visit(index, part)
+        (part,), times, outputs = engine.step.split(images, target), [], []
+        clock = _Clock(engine.device)
+        for index in range(len(engine.sff.blocks)):
+            visit, alive = engine.step.visit(index, part)
             part = part._replace(alive=alive)
             forward = clock()
             if visit is not None:
                 visit.backward()
                 del visit
             backward = clock()
-            _Bucket(index, trainer.parameters[index], 1.0, []).average()
+            _Bucket(index, engine.parameters[index], 1.0, []).average()
             bucket = clock()
-            trainer.place.updated(index, trainer.engine.weight)
+            engine.place.updated(index, engine.step.weight)
             times.append((forward, backward, clock(), bucket))
             outputs.append(_size(alive))
         if number:
             seconds.append(times)
-    parts, memory = trainer.engine.split(images, target), []
-    for index in range(len(trainer.sff.blocks)):
-        step = lambda index=index, parts=parts: trainer.engine.train_block(index, parts)  # noqa: E731
-        memory.append(peak_memory(step, trainer.device) * 2**20)
-    weights = [_size(trainer.parameters[index]) for index in range(len(outputs))]
+    parts, memory = engine.step.split(images, target), []
+    for index in range(len(engine.sff.blocks)):
+        step = lambda index=index, parts=parts: engine.step.train_block(index, parts)  # noqa: E731
+        memory.append(peak_memory(step, engine.device) * 2**20)
+    weights = [_size(engine.parameters[index]) for index in range(len(outputs))]
     return _fastest(seconds, outputs, weights, memory)
 
 
-def _backprop_blocks(trainer, images, target):
-    sff = trainer.sff
-    trainer.train_mode()
+def _backprop_blocks(engine, images, target):
+    sff = engine.sff
+    engine.train_mode()
     seconds = []
     for number in _rounds():
         inputs, results, times, kept = (images,), [], [], []
-        clock = _Clock(trainer.device)
+        clock = _Clock(engine.device)
         for index, block in enumerate(sff.blocks):
-            with _kept_bytes([*trainer.parameters, *inputs], kept):
+            with _kept_bytes([*engine.parameters, *inputs], kept):
                 outputs = block(*inputs)
                 loss = None
                 if index + 1 == len(sff.blocks):
@@ -146,9 +146,9 @@ def _backprop_blocks(trainer, images, target):
                 ]
                 torch.autograd.backward(*zip(*pairs, strict=True))
             times[index].append(clock())
-        trainer.optimizer.step()
+        engine.optimizer.step()
         update = clock()
-        trainer.optimizer.zero_grad()
+        engine.optimizer.zero_grad()
         weights = [_size(block.parameters()) for block in sff.blocks]
         weights[-1] += _size(sff.readout[0].parameters())
         for index, of_block in enumerate(times):
@@ -211,7 +211,7 @@ def single_process(a, kind, optimizer, images, target, micro_batches=1):
     trainer = make(a, kind, images, optimizer, micro_batches=micro_batches)
     trainer.train_mode()
     module = trainer.sff if kind == "sff" else trainer.sff.model
-    return Run(lambda: trainer.step(images, target), trainer.settle, lambda: list(module.parameters()))
+    return Run(lambda: trainer.step(images, target), trainer.engine.place.settle, lambda: list(module.parameters()))
 
 
 def with_barrier(run):
@@ -240,7 +240,7 @@ def distributed_run(a, plan, placement, optimizer, images, target):
         trainer.synchronize()
         return list(trainer.sff.parameters())
 
-    return Run(lambda: trainer.step(*share), trainer.settle, weights)
+    return Run(lambda: trainer.step(*share), trainer.engine.place.settle, weights)
 
 
 def data_parallel(a, plan, placement, optimizer, images, target):

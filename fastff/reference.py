@@ -1,4 +1,4 @@
-"""Every op of fastff in a few lines of plain PyTorch: the definition that all kernels are held against.
+"""Every op of fastff, and a training step, in a few lines of plain PyTorch: the definition that all kernels and the Trainer are tested against.
 
 Source: A. Krutsylo, "Scalable Forward-Forward Algorithm", arXiv 2501.03176 (2025); the spatial term and the second-moment
 algorithm are this project's. Shapes here are canonical: x [B, C, H, W] with P positions of the head's output, weight [K, C, k, k],
@@ -246,3 +246,55 @@ def normalized(x, how, groups=1, eps=1e-5):
             var, mean = torch.var_mean(part, dims, correction=0, keepdim=True)
             done.append((part - mean) / (var + eps).sqrt())
     return torch.cat(done, 1)
+
+
+def mean_loss(g, target):
+    """Scalar: margin cross-entropy with its defaults, averaged over the batch."""
+    return margin_cross_entropy(g, target).mean()
+
+
+def sample_norm(z):
+    """Layer normalisation over a sample that keeps the shape [B, C, H, W]."""
+    return normalized(z, "layer_norm")
+
+
+def train_step(blocks, heads, optimizers, images, target, window=1, loss=mean_loss, normalize=sample_norm):
+    """One step of block-local training on one minibatch: what fastff.Trainer computes, without its speed and its savings.
+
+    With z_l = block_l(x_{l-1}) and x_0 = images, block l has the loss L_l = loss(g_l, target) of its goodness g_l = head_l(z_l), and
+    x_l = normalize(z_l) is the next block's input. The weights of block l, w_l, and of its head, v_l, get the gradients
+
+        dL_l/dv_l    and    dL_l/dw_l + dL_{l+1}/dw_l + ... + dL_{l+window-1}/dw_l
+
+    so that with window 1 each block learns from its own loss alone and no gradient crosses from one block into another.
+
+    Args:
+        blocks: L functions of tensors [B, ...]; each returns a tuple (z, *others), where others go to the next block as they are (the
+            shortcut of a residual connection that a cut runs through). Images go to the first.
+        heads: L functions from z [B, C, H, W] to goodness [B, K], such as lambda z: goodness(z, W) with weights W [K, C, 1, 1].
+        optimizers: L, the l-th of all parameters of block l and head l.
+        images, target: [B, ...], and labels [B] (int64).
+        window: number of blocks that a loss trains, its own and those before; 1 in the paper.
+        loss: function of goodness [B, K] and target that returns a scalar.
+        normalize: function of z that returns a tensor of its shape.
+
+    Returns the losses [L] from before the update. Source: Krutsylo 2025; windows are this project's."""
+    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+    inputs, losses = (images,), []
+    for index, (block, head) in enumerate(zip(blocks, heads, strict=True)):
+        z, *others = block(*inputs)
+        losses.append(loss(head(z), target))
+        reached = [p for those in parameters[max(0, index - window + 1) : index + 1] for p in those]
+        grads = torch.autograd.grad(losses[index], reached, retain_graph=window > 1, allow_unused=True)
+        for p, grad in zip(reached, grads, strict=True):
+            if grad is not None:  # the heads of earlier blocks get none from this loss
+                p.grad = grad if p.grad is None else p.grad + grad
+        inputs = (normalize(z), *others)
+        if window == 1:  # nothing reaches back over this cut
+            inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
+    for (
+        optimizer
+    ) in optimizers:  # the Trainer updates and frees a block as soon as the last loss that reaches it has come
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack([loss.detach() for loss in losses])

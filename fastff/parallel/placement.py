@@ -30,19 +30,19 @@ def balanced(seconds, parts):
     return best[parts, count][1]
 
 
-def block_seconds(trainer, images, target, rounds=3):
-    """Seconds that each block takes in a step of `trainer` on this minibatch (forward, goodness step, backward, update), the fastest of `rounds`.
+def block_seconds(engine, images, target, rounds=3):
+    """Seconds that each block takes in a step of `engine` on this minibatch (forward, goodness step, backward, update), the fastest of `rounds`.
 
-    The steps change the parameters, so the trainer should be a copy."""
-    synchronize = torch.cuda.synchronize if trainer.device.type == "cuda" else lambda: None
-    trainer.train_mode()
+    The steps change the parameters, so the engine should be a copy."""
+    synchronize = torch.cuda.synchronize if engine.device.type == "cuda" else lambda: None
+    engine.train_mode()
     measured = []
     for number in range(rounds + 1):  # the first round creates the optimizers' state and is not counted
-        parts, seconds = trainer.engine.split(images, target), []
-        for index in range(len(trainer.sff.blocks)):
+        parts, seconds = engine.step.split(images, target), []
+        for index in range(len(engine.sff.blocks)):
             synchronize()
             start = time.perf_counter()
-            trainer.engine.train_block(index, parts)
+            engine.step.train_block(index, parts)
             synchronize()
             seconds.append(time.perf_counter() - start)
         if number:

@@ -15,8 +15,8 @@ from fastff.sff import SFF
 from fastff.training import data, optim
 from fastff.training.backprop import Backprop
 from fastff.training.checkpoint import CheckpointError, load
+from fastff.training.engine import AMP
 from fastff.training.environment import check_implementations
-from fastff.training.loop import AMP
 from fastff.training.trainer import Trainer
 
 MODELS = ("resnet18", "resnet34", "mobilenet_v3_small", "mobilenet_v3_large")
@@ -256,7 +256,7 @@ class Run(NamedTuple):
     @property
     def finished(self):
         """Whether all epochs have been trained."""
-        return self.trainer.position["epoch"] >= self.settings["epochs"] * self.trainer.phases
+        return self.trainer.position["epoch"] >= self.settings["epochs"] * self.trainer.engine.phases
 
 
 def start(s, device, start_from=None, distributed=None):

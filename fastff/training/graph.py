@@ -1,56 +1,55 @@
-"""Runs a whole training step as one CUDA graph, which is captured once for each shape of the minibatch and then replayed with a single launch.
+"""A whole training step as one CUDA graph: recorded once for each shape of the minibatch, then replayed with a single launch.
 
-The first steps of a shape run as usual; then one is captured. Later minibatches are copied into the tensors that the graph reads. Everything that
-Python decides in a step (which blocks are trained, hooks, numbers that are not tensors) stays as it was at the capture. Learning rates are tensors
-and follow their schedule. This has never run on a GPU: `make gpu` compares it with ordinary steps.
+The first steps of a shape run normally; then one is recorded. Later minibatches are copied into the tensors that the graph reads. What
+Python decides in a step (which blocks are trained, hooks, numbers that are not tensors) stays as it was in the recording; learning rates are
+tensors and follow their schedule. It has not run on a GPU yet: `make gpu` compares it with ordinary steps.
 """
 
 import torch
 
-WARM_UP = 3  # ordinary steps before a capture, which create optimizer state, choose cuDNN algorithms and compile Triton kernels
+from fastff.training.engine import StepResult
+
+WARM_UP = 3  # ordinary steps before a recording: they create the optimiser state, let cuDNN choose its algorithms and Triton compile
 
 
 class StepGraph:
-    """Callable that runs step(images, target) -> tuple of tensors through graphs.
+    """Replacement for engine.run_step that replays graphs.
 
-    Args:
-        step: the function to capture.
-        recorder: Cuda, or a substitute in tests. recorder.run(function) returns function(); recorder.record(function) captures it and
-            returns (replay, results), where replay() computes the results again in the same tensors.
-    """
+    A `recorder` (Cuda below, or a test's) has run(function), which returns its result, and record(function) -> (replay, its result)."""
 
-    def __init__(self, step, recorder):
-        self.step, self.recorder = step, recorder
+    def __init__(self, engine, recorder):
+        self.engine, self.recorder = engine, recorder
         self.calls, self.graphs = {}, {}
 
-    def __call__(self, images, target, *state):
-        """Run one step. `state` is what the captured graph depends on beside the shape, such as the index of the trained block."""
-        key = (tuple(images.shape), images.dtype, images.stride(), *state)
+    def __call__(self, images, target):
+        """Return the StepResult of a minibatch. A recording also depends on the engine's phase, which says what block is trained."""
+        key = (tuple(images.shape), images.dtype, images.stride(), self.engine.phase)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= WARM_UP:
-            return self.recorder.run(lambda: self.step(images, target))
+            return self.recorder.run(lambda: self.engine.run_step(images, target))
         if key not in self.graphs:
             inputs = (images.clone(), target.clone())
-            self.graphs[key] = inputs, *self.recorder.record(lambda: self.step(*inputs))
-        inputs, replay, results = self.graphs[key]
-        for static, given in zip(inputs, (images, target), strict=True):
-            static.copy_(given, non_blocking=True)
+            self.graphs[key] = inputs, *self.recorder.record(lambda: self.engine.run_step(*inputs))
+        inputs, replay, result = self.graphs[key]
+        for recorded, given in zip(inputs, (images, target), strict=True):
+            recorded.copy_(given, non_blocking=True)
         replay()
-        return tuple(t.clone() for t in results)
+        losses, correct, samples = result
+        return StepResult(losses.clone(), correct.clone(), samples)
 
 
 class Cuda:
-    """Runs and captures functions on a side stream, since torch.cuda.graph cannot capture on the default stream."""
+    """Runs and records on a separate stream (torch.cuda.graph needs one that is not the default)."""
 
     def __init__(self, device):
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def run(self, function):
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
+        here = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
             results = function()
-        current.wait_stream(self.stream)
+        here.wait_stream(self.stream)
         return results
 
     def record(self, function):
@@ -67,15 +66,7 @@ class Cuda:
 
 
 def prepare(optimizers, device, amp):
-    """Prepare optimizers for a capture: set capturable=True and turn their learning rates into tensors.
-
-    Args:
-        optimizers: the torch.optim.Optimizers of the step.
-        device: torch.device of the network.
-        amp: dtype of autocast, or None.
-
-    Raises:
-        ValueError: the network is not on a GPU, `amp` is float16, or an optimizer has no option `capturable`."""
+    """Prepare optimisers for recording: set capturable, make their learning rates tensors. Raises ValueError if that is impossible."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a network on a CUDA device, got it on {device.type}")
     if amp == torch.float16:

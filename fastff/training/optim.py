@@ -1,17 +1,15 @@
-"""Optimizers: parameter groups, an optimizer for each block, and learning-rate schedules as functions of progress."""
+"""Optimisers: parameter groups, one optimiser for each block, updates, and learning-rate schedules as functions of progress."""
 
 import math
 
 import torch
 
-# Default learning rates: for each kind of training the better one of 2e-3 and 4e-3 (docs/learning.md).
+# The better learning rate of 2e-3 and 4e-3 for each kind of training (docs/learning.md).
 LOCAL_LR, BACKPROP_LR = 4e-3, 2e-3
 
 
 def parameter_groups(parameters):
-    """Return one or two parameter groups: parameters with two or more dimensions, and the others (norms, biases, temperatures) without weight decay.
-
-    Repeated parameters and those that need no gradient are left out."""
+    """Return two groups: weights (two or more dimensions), and norms, biases and temperatures without weight decay."""
     parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2]}]
     groups.append({"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0})
@@ -19,15 +17,12 @@ def parameter_groups(parameters):
 
 
 def adamw(lr=LOCAL_LR, weight_decay=0.05):
-    """Return the default optimizer, fused AdamW, as a function of parameter groups."""
+    """Return a function that makes the default optimiser, fused AdamW, from parameter groups."""
     return lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def build(make, parameters):
-    """Return the optimizer make(groups) of these parameters, or None if none of them needs a gradient.
-
-    Raises:
-        TypeError: `make` returns something else than a torch.optim.Optimizer."""
+    """Return the optimiser that make(groups) makes for these parameters, or None if none of them is trained. Raises TypeError."""
     groups = parameter_groups(parameters)
     if not groups:
         return None
@@ -42,7 +37,7 @@ def build(make, parameters):
 
 
 def cosine(warmup=0.05):
-    """Return a schedule, the factor of the learning rate at progress t in [0, 1]: a linear rise for t < warmup, then half a cosine down to 0."""
+    """Return the factor of the learning rate as a function of progress t in [0, 1]: linear warm-up, then half a cosine to zero."""
 
     def factor(t):
         if t < warmup:
@@ -53,7 +48,7 @@ def cosine(warmup=0.05):
 
 
 def constant(t):
-    """Schedule of a constant learning rate."""
+    """Return 1: the learning rate does not change."""
     return 1.0
 
 
@@ -61,43 +56,62 @@ SCHEDULES = {"cosine": cosine(), "constant": constant}
 
 
 def set_progress(optimizers, schedule, t):
-    """Set the learning rate of every parameter group to its initial value times schedule(t)."""
+    """Set every learning rate to its base times schedule(t)."""
     factor = schedule(t)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             lr = group["base_lr"] * factor
-            if isinstance(group["lr"], torch.Tensor):  # a captured step reads it from this tensor (graph.py)
+            if isinstance(group["lr"], torch.Tensor):  # read by a recorded step (graph.py)
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
 
 
-class Stepper:
-    """Callable that does optimizer.step() and zero_grad() with less overhead. A training step calls it once for each block.
+class Updates:
+    """Updates by several optimisers: gradients unscaled and clipped, optimizer.step(), gradients freed."""
 
-    At every call, torch's Adam and AdamW with fused=True look up state, group tensors and check options. That takes 0.1 to 0.2 ms, and a block
-    takes 1 to 10 ms. This class calls the same fused kernel on lists of tensors that it keeps from the previous step. Whatever is not covered
-    (hooks, a patched step, missing gradients, amsgrad, other optimizers) goes through optimizer.step()."""
+    def __init__(self, clip_grad_norm=None):
+        self.clip_grad_norm, self.steppers = clip_grad_norm, {}
+
+    def __call__(self, optimizer, scaler, parameters):
+        """Update `parameters`, which are those of `optimizer`. scaler: a GradScaler or None."""
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        if scaler is None:
+            if optimizer not in self.steppers:
+                self.steppers[optimizer] = Stepper(optimizer)
+            self.steppers[optimizer]()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+
+class Stepper:
+    """optimizer.step() and zero_grad() for optimisers that are small and many: one for each block.
+
+    torch's Adam and AdamW with fused=True look up their state, group tensors and check options at every call, which takes 0.1 to 0.2 ms of
+    the 1 to 10 ms of a block. Here the same kernel is called with lists kept from the previous step. Everything but their plain use (hooks, a
+    patched step, missing gradients, amsgrad, other optimisers) goes through optimizer.step()."""
 
     def __init__(self, optimizer):
         self.optimizer, self.groups = optimizer, []
 
     def __call__(self):
-        if not (self._lists_are_valid() and self._call_kernels()):
+        if not (self._kept() and self._fast()):
             self.optimizer.step()
-            self._collect_lists()
-        if self.groups:
-            self._clear_gradients()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._keep()
+        self.optimizer.zero_grad(set_to_none=True) if not self.groups else self._clear()
 
-    def _clear_gradients(self):
+    def _clear(self):
         for _, params, *_ in self.groups:
             for p in params:
                 p.grad = None
 
-    def _collect_lists(self):
-        """Store the lists for the kernel if every parameter has its state and only supported options are used."""
+    def _keep(self):
+        """Collect the lists if every parameter has its state and nothing is unusual."""
         o, self.groups = self.optimizer, []
         plain = type(o) in (torch.optim.Adam, torch.optim.AdamW) and "step" not in vars(o)
         for group in o.param_groups if plain else ():
@@ -119,7 +133,7 @@ class Stepper:
             return
         self.groups = []
 
-    def _lists_are_valid(self):
+    def _kept(self):
         o = self.optimizer
         hooks = o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks or "step" in vars(o)
         return (
@@ -127,14 +141,13 @@ class Stepper:
             and not hooks
             and len(self.groups) == len(o.param_groups)
             and all(
-                group is stored and o.state[params[0]] is state[0]
-                for group, (stored, params, _, state, *_) in zip(o.param_groups, self.groups, strict=True)
+                group is kept[0] and o.state[kept[1][0]] is kept[3][0]
+                for group, kept in zip(o.param_groups, self.groups, strict=True)
             )
         )
 
     @torch.no_grad()
-    def _call_kernels(self):
-        """Update the parameters and return True, or change nothing and return False if a gradient is missing or a learning rate is a tensor."""
+    def _fast(self):
         grads = [[p.grad for p in params] for _, params, *_ in self.groups]
         if any(g is None for gs in grads for g in gs) or any(
             isinstance(group["lr"], torch.Tensor) for group, *_ in self.groups

@@ -12,23 +12,31 @@ from fastff.parallel import placement
 from fastff.parallel.ranks import Distributed, Ranks
 from fastff.sff import SFF
 from fastff.training import optim
-from fastff.training.loop import Loop
+from fastff.training.engine import Options, StepResult
 from fastff.training.place import Place
+from fastff.training.session import Session
 from fastff.training.step import LocalStep
 
-class Trainer(Loop):
+
+class Trainer(Session):
     """Trains an SFF block by block.
 
-    Args beyond those of Loop (lr_schedule, micro_batches, amp, clip_grad_norm, compile, cuda_graph):
+    Args:
         sff: fastff.SFF.
-        optimizer: makes one optimiser for each block from its parameter groups; default AdamW, fused, 4e-3.
-        schedule: "all" trains every block in every minibatch (the paper's); "greedy" one block after the other, `epochs` of fit each.
+        optimizer: function that makes the optimiser of a block from its parameter groups; default AdamW, fused, 4e-3.
+        schedule: "all" trains every block in every minibatch (as in the paper); "greedy" one block after the other, for `epochs` of fit each.
         window: overrides sff.window.
-        frozen: the first blocks that are not trained and run in eval mode (transfer).
+        frozen: number of first blocks that are not trained and run in evaluation mode (transfer).
         train_frozen_heads: whether the heads of frozen blocks learn (they vote, so other classes or data need it).
         distributed: None; "data" (ranks share every minibatch), "block" (ranks share the blocks) or a fastff.Distributed, with one process
-            a device (torchrun). Ranks that share blocks need window=1. A minibatch given to step or by a loader is this rank's share, except
-            of a fastff Loader, which is shared out; ranks behind the first that shares a replica's blocks may give None.
+            for each device (torchrun). Ranks that share blocks need window=1. A minibatch given to step or by a loader is this rank's share,
+            except that a fastff Loader is shared out; of the ranks that share a replica's blocks all but the first may give None.
+        lr_schedule: "cosine" (with warm-up over the first 5 % of fit), "constant", or a function of progress in 0..1.
+        options: of fastff.training.engine.Options: micro_batches, amp, clip_grad_norm, compile, cuda_graph.
+
+    Attributes: engine (the LocalEngine), state, history, correct, names, optimizers (those of the blocks, then the classifier's).
+
+    Raises TypeError, ValueError.
     """
 
     def __init__(
@@ -41,6 +49,7 @@ class Trainer(Loop):
         frozen=0,
         train_frozen_heads=False,
         distributed=None,
+        lr_schedule="cosine",
         **options,
     ):
         if not isinstance(sff, SFF):
@@ -49,125 +58,113 @@ class Trainer(Loop):
             raise ValueError(f"schedule: expected 'all' or 'greedy', got {schedule!r}")
         if not isinstance(frozen, int) or not 0 <= frozen < len(sff.blocks):
             raise ValueError(f"frozen: expected 0 to {len(sff.blocks) - 1} blocks, got {frozen!r}")
-        self.sff, self.schedule, self.frozen = sff, schedule, frozen
-        self.window = sff.window if window is None else window
-        if not isinstance(self.window, int) or self.window < 1:
+        window = sff.window if window is None else window
+        if not isinstance(window, int) or window < 1:
             raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
-        if self.window > 1 and schedule == "greedy":
-            raise ValueError(
-                f"window: expected 1 with schedule='greedy', which trains one block alone, got {self.window}"
-            )
-        make = optimizer or optim.adamw(optim.LOCAL_LR)
-        ranks = self._ranks(Distributed.of(distributed), next(sff.parameters()).device, options)
+        if window > 1 and schedule == "greedy":
+            raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {window}")
+        options = Options(**options)
+        ranks = _ranks(Distributed.of(distributed), next(sff.parameters()).device, window, schedule, options)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
                 parameter.requires_grad_(False)
+        make = optimizer or optim.adamw(optim.LOCAL_LR)
+        super().__init__(LocalEngine(sff, make, options, ranks, schedule, window, frozen), options, lr_schedule)
+
+
+def _ranks(distributed, device, window, schedule, options):
+    """Return the Ranks that train together. Raises ValueError for what they cannot do."""
+    if distributed is None:
+        return Ranks()
+    if options.cuda_graph:
+        raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
+    if distributed.shard_optimizer and (options.clip_grad_norm or options.amp == "fp16"):
+        text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
+        raise ValueError(f"shard_optimizer: {text}")
+    ranks = Ranks(distributed, device)
+    if ranks.block_size > 1 and (window > 1 or schedule != "all"):
+        got = f"window {window}" if window > 1 else f"schedule {schedule!r}"
+        raise ValueError(f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {got}")
+    return ranks
+
+
+class LocalEngine:
+    """Block-local training of an SFF; engine.py describes the interface.
+
+    Args: make makes the optimiser of a block from its parameter groups; the others are those of Trainer, checked.
+
+    Attributes beyond the interface: step (LocalStep), parameters (lists by block, then the classifier's), block_optimizers (optimiser or
+    None by block), classifier_optimizer (or None).
+    """
+
+    def __init__(self, sff, make, options, ranks, schedule, window, frozen):
+        self.sff, self.module, self.schedule, self.frozen = sff, sff, schedule, frozen
+        self.options, self.device = options, next(sff.parameters()).device
+        self.names = [block.name for block in sff.blocks]
+        self.phase, self.phases = 0, len(sff.blocks) - frozen if schedule == "greedy" else 1
         self.parameters = [[p for p in sff.block_parameters(i) if p.requires_grad] for i in range(len(sff.blocks))]
-        tail = sff.readout[0] if sff.readout else None
-        if tail is not None:
-            self.parameters.append([p for p in tail.parameters() if p.requires_grad])
+        classifier = sff.readout[0] if sff.readout else None
+        if classifier is not None:
+            self.parameters.append([p for p in classifier.parameters() if p.requires_grad])
         every = [optim.build(make, parameters) for parameters in self.parameters]
         self.block_optimizers = every[: len(sff.blocks)]
-        self.readout_optimizer = every[-1] if tail is not None else None
-        self.active = frozen  # the block in training, for the greedy schedule
-        names = [block.name for block in sff.blocks]
-        super().__init__(sff, names, [o for o in every if o is not None], ranks=ranks, **options)
-        if self.compile:
+        self.classifier_optimizer = None if classifier is None else every[-1]
+        self.optimizers = [optimizer for optimizer in every if optimizer is not None]
+        self.update = optim.Updates(options.clip_grad_norm)
+        self.scalers = [options.scaler(self.device) for _ in sff.blocks]
+        if options.compile:
             for block in sff.local_blocks:
                 block.compile_forward()
-        self.scalers = [self.make_scaler() for _ in sff.blocks]
-        self.place = Place(ranks, sff, self.parameters, every, self._apply, self._measure)
-        self.own, self.counted = self.place.own, self.place.counted().to(self.device)
-        mine = [every[index] for index in self.place.indices]
-        self.own_optimizers = [k for k, o in enumerate(self.optimizers) if any(o is m for m in mine)]
-        classifier = tail if self.readout_optimizer is not None and schedule == "all" else None
-        autocast = None if self.amp is None else self.autocast
-        blocks = sff.local_blocks
-        self.engine = LocalStep(blocks, self.window, self.micro_batches, autocast, self.scalers, self.place, classifier)
-        self._select()
-
-    def _ranks(self, distributed, device, options):
-        """The processes that train together. Raises ValueError for what they cannot do."""
-        if distributed is None:
-            return Ranks()
-        if options.get("cuda_graph"):
-            raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
-        if distributed.shard_optimizer and (options.get("clip_grad_norm") or options.get("amp") == "fp16"):
-            text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
-            raise ValueError(f"shard_optimizer: {text}")
-        ranks = Ranks(distributed, device)
-        if ranks.block_size > 1 and (self.window > 1 or self.schedule != "all"):
-            got = f"window {self.window}" if self.window > 1 else f"schedule {self.schedule!r}"
-            raise ValueError(
-                f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {got}"
-            )
-        return ranks
+        self.place = Place(ranks, sff, self.parameters, every, self._update, self._measure)
+        autocast = None if options.amp is None else self._autocast
+        taught = classifier if self.classifier_optimizer is not None and schedule == "all" else None
+        self.step = LocalStep(sff.local_blocks, window, options.micro_batches, autocast, self.scalers, self.place, taught)
 
     def _measure(self):
-        """Seconds of each block, on a copy."""
+        """Return the seconds of each block, measured on a copy."""
         sff = copy.deepcopy(self.sff)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
             target = torch.arange(16, device=self.device) % sff.num_classes
-            return placement.block_seconds(Trainer(sff, window=1), images, target)
+            engine = LocalEngine(sff, optim.adamw(), Options(), Ranks(), "all", 1, 0)
+            return placement.block_seconds(engine, images, target)
 
-    @property
-    def phases(self):
-        """Times that fit goes through its epochs: once, or once a block."""
-        return len(self.sff.blocks) - self.frozen if self.schedule == "greedy" else 1
+    def _autocast(self):
+        return self.options.autocast(self.device)
 
-    def start_phase(self, phase):
-        self.active = self.frozen + phase
-        self._select()
-
-    def _select(self):
-        """Tell the engine which blocks train."""
-        indices = range(self.frozen, len(self.sff.blocks)) if self.schedule == "all" else [self.active]
-        self.engine.trained = {i for i in indices if self.block_optimizers[i] is not None}
-        self.engine.last = indices[-1]
+    def _update(self, index):
+        """Update block `index`, or the classifier for the index after the last, whose gradients are complete."""
+        if index == len(self.sff.blocks):
+            self.update(self.classifier_optimizer, None, self.parameters[index])
+        else:
+            self.update(self.block_optimizers[index], self.scalers[index], self.parameters[index])
 
     def train_mode(self):
+        """Put the network into training mode, the blocks that are not trained any more into evaluation mode."""
         self.sff.train()
-        still = self.active if self.schedule == "greedy" else self.frozen
-        for block in self.sff.blocks[:still]:
+        for block in self.sff.blocks[: self.frozen + self.phase]:
             block.eval()
 
     def run_step(self, images, target):
-        losses, correct, self.samples = self.engine.run(images, target)
-        return losses, correct
-
-    def recorded_state(self):
-        return self.active
-
-    def _apply(self, index):
-        if index == len(self.sff.blocks):
-            self.optimizer_step(self.readout_optimizer, None, self.parameters[index])
-        else:
-            self.optimizer_step(self.block_optimizers[index], self.scalers[index], self.parameters[index])
-
-    def settle(self, index=None):
-        """Finish the update of a block that waits for other ranks' gradients; of all blocks for None."""
-        self.place.settle(index)
-
-    def synchronize(self):
-        """Finish all updates, and bring the blocks of all ranks to every rank, batch norm's statistics averaged: before the weights are used
-        otherwise than by this trainer's steps. fit, evaluate and save do it. Call it on all ranks."""
-        self.place.synchronize()
-
-    def own_state(self, optimizer, saved):
-        return self.place.state_kept(optimizer, saved)
+        """Train on one minibatch. Returns StepResult."""
+        last = self.frozen + self.phase if self.schedule == "greedy" else len(self.sff.blocks) - 1
+        first = last if self.schedule == "greedy" else self.frozen
+        self.step.last = last
+        self.step.trained = {i for i in range(first, last + 1) if self.block_optimizers[i] is not None}
+        return StepResult(*self.step.run(images, target))
 
     @torch.no_grad()
     def scores(self, images):
-        """{"vote": [B, K], "block 0": ..., "readout": ...}: what evaluate counts."""
+        """Return {"vote": [B, K], "block 0": ..., "readout": ...}."""
         goodness, alive = [], (images,)
         for block in self.sff.local_blocks:
-            with self.autocast():
+            with self._autocast():
                 main, *others = block.outputs(*alive)
             goodness.append(block.head(main))
             alive = (block.next_input(main), *others)
         found = {"vote": self.sff.votes(goodness)} | {f"block {i}": g for i, g in enumerate(goodness)}
         if self.sff.readout:
-            found["readout"] = self.sff.readout[0](*alive)[0]
+            with self._autocast():
+                found["readout"] = self.sff.readout[0](*alive)[0]
         return found
