@@ -14,7 +14,7 @@ what was expected and what it got; `called` is the name of x there.
 """
 
 import typing
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -29,7 +29,7 @@ ALGORITHMS = ("auto", "direct", "second_moment")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Pair = tuple[int, int]
-MaybeTensor = torch.Tensor | None
+MaybeTensor: TypeAlias = torch.Tensor | None
 
 
 def canonical_x(x, channel_dim=1, called="x"):
