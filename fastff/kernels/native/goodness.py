@@ -86,7 +86,9 @@ def _tensors(x, projection, loss):
 
 
 def _numbers(x, loss):
-    return (1.0, 0.0, 0.0, 1.0) if loss is None else (loss.tau, loss.margin, loss.label_smoothing, loss.scale(len(x)))
+    return (
+        (1.0, 0.0, 0.0, 1.0) if loss is None else (loss.tau, loss.margin, loss.label_smoothing, loss.scale(x.shape[0]))
+    )
 
 
 def _call(x, projection, plan, mode, loss=None, d=None, eps=0.0, need_grad_x=False, normalize=False):

@@ -43,7 +43,7 @@ def step(local):
     )
     g, losses, grad_y, normalized, *rest = torch.ops.fastff.group_tail_native(
         x.float(), residual, weight, bias, epilogue.eps, ACTIVATIONS.index(epilogue.activation),
-        epilogue.need_grad_residual and residual is not None, loss.target, scale, *groups, *_loss_numbers(loss, len(x)),
+        epilogue.need_grad_residual and residual is not None, loss.target, scale, *groups, *_loss_numbers(loss, x.shape[0]),
         NORMALIZATIONS.index(normalization.name), normalization.eps,
     )  # fmt: skip
     return StepResult(losses, g, grad_y, None, None, None, None, normalized, *rest)
@@ -57,6 +57,6 @@ def _loss_numbers(loss, batch):
 def _call(x, groups, mode, loss=NO_LOSS, d=None, normalization=NO_NORMALIZATION, need_grad_x=False):
     scale = None if loss.grad_scale is None else loss.grad_scale.float()
     return torch.ops.fastff.group_goodness_native(
-        x, loss.target, d, scale, mode, *groups, *_loss_numbers(loss, len(x)), NORMALIZATIONS.index(normalization.name), normalization.eps,
+        x, loss.target, d, scale, mode, *groups, *_loss_numbers(loss, x.shape[0]), NORMALIZATIONS.index(normalization.name), normalization.eps,
         need_grad_x,
     )  # fmt: skip
