@@ -6,7 +6,7 @@ A kernel with a wrong result prints no time.
 
     check          results of the kernels against float64 on the CPU, and steps as a CUDA graph against ordinary ones
     kernels, tails goodness_step and tail_step with layer normalization, bfloat16, channels_last: against PyTorch eager and compiled, against
-                   PyTorch's operators as fastff calls them ("composed"), and against the floor: the bytes that must move (x three times; y three
+                   the torch implementation, and against the floor: the bytes that must move (x three times; y three
                    times, the residual, dL/dy and the next input) at the measured copy bandwidth
     step           ResNet18 and MobileNetV3-large with bfloat16 autocast, against backpropagation eager, compiled and as a CUDA graph
     scale          with several GPUs, steps over 2, 4 and 8 of them against the predictions of benchmarks/scale.py
@@ -175,7 +175,7 @@ def kernels(device, rounds):
             return F.layer_norm(leaf.detach(), leaf.shape[1:])
 
         functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
-        for impl in ("triton", "composed"):
+        for impl in ("triton", "torch"):
             functions[impl] = lambda impl=impl, given=(x, weight, None, target): ff.goodness_step(*given, impl=impl)
         times = interleave(functions, rounds)
         floor = 3 * x.numel() * 2 / rate
@@ -204,7 +204,7 @@ def tails(device, rounds):
             return F.layer_norm(x.detach(), x.shape[1:])
 
         functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
-        for impl in ("triton", "composed"):
+        for impl in ("triton", "torch"):
             functions[impl] = lambda impl=impl, given=(y, weight, None, target), r=residual, bn=bn: ff.tail_step(
                 *given, bn_weight=bn, bn_bias=bn, residual=r, need_grad_residual=False, impl=impl
             )

@@ -9,7 +9,7 @@ import torch
 
 NAMES = ("cuda", "triton", "native", "torch", "reference")
 ALIASES = {"composed": "torch"}  # former names, still accepted
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, str, tuple, type(None)}  # types of arguments in eager mode
 
 
 def always(x):
@@ -82,7 +82,7 @@ def dispatched(x, *others):
     It must under torch.compile, torch.export and dispatch modes, on the meta device, and for subclasses of Tensor such as FakeTensor."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta:
         return True
-    return any(isinstance(v, torch.Tensor) and type(v) not in PLAIN for v in (x, *others))
+    return not PLAIN.issuperset(map(type, (x, *others)))
 
 
 def implement(lib, name, run, fake):
