@@ -26,8 +26,8 @@ struct EpilogueSamples {
 class Epilogue {
  public:
   // mean and var: results [C]. weight, bias: [C] or null. The batch's biased statistics, the same for any number of threads.
-  Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps, int64_t B, int64_t C, int64_t P,
-           bool channels_last, Activation activation, float* mean, float* var);
+  Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps, int64_t B,
+           int64_t C, int64_t P, bool channels_last, Activation activation, float* mean, float* var);
 
   // x of samples first .. first + n - 1.
   void forward(int64_t first, int64_t n, float* x) const;
