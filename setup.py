@@ -60,29 +60,31 @@ def with_extension():
             finally:
                 self.build_temp = build_temp
 
-    flags = [
-        "-O3",
-        "-g0",
-        "-Wno-psabi",  # the warning is about passing vectors between functions; those of gemm.h are inlined
+    # Error messages contain __FILE__; these options keep the folders of the build machine out of them.
+    folders = [ROOT, Path(torch.__file__).resolve().parent / "include"]
+    flags = ["-O3", "-g0", "-fvisibility=hidden", *(f"-ffile-prefix-map={folder}/=" for folder in folders)]
+    vectors = [
+        "-Wno-psabi",  # the warning is about passing vectors between functions; those of vec.h are inlined
         "-Wno-aggressive-loop-optimizations",  # a false warning: GCC assumes sizes that a loop in a transposition cannot have
         "-fopenmp-simd",  # enables the simd pragmas; threads come from torch's pool
         "-fno-trapping-math",  # GCC can vectorize the selects of the float16 conversion
         "-ffp-contract=fast",
-        "-fvisibility=hidden",
-        "-DPy_LIMITED_API=0x030A0000",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        # Error messages contain __FILE__; these options keep the folders of the build machine out of them.
-        f"-ffile-prefix-map={ROOT}/=",
-        f"-ffile-prefix-map={Path(torch.__file__).resolve().parent}/include/=",
     ]
-    extensions = [
-        CppExtension(
-            f"fastff._C_{level}",
-            sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
+
+    def extension(make, name, folder, compiled, arguments):
+        """The extension fastff.NAME of the sources in csrc/FOLDER; arguments: of each compiler, as torch.utils.cpp_extension takes them."""
+        define = [f"-DFASTFF_MODULE={name}", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        return make(
+            f"fastff.{name}",
+            sorted(str(path.relative_to(ROOT)) for ending in compiled for path in ROOT.glob(f"csrc/{folder}/*.{ending}")),
             depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
             py_limited_api=True,
-            extra_compile_args=[*flags, *instructions, f"-DFASTFF_MODULE=_C_{level}"],
+            extra_compile_args={compiler: [*given, *define] for compiler, given in arguments.items()},
         )
+
+    # An extension of csrc/cuda/*.cu would be one more, made by CUDAExtension where CUDA_HOME is set, with {"cxx": flags, "nvcc": [...]}.
+    extensions = [
+        extension(CppExtension, f"_C_{level}", "cpu", ["cpp"], {"cxx": [*flags, *vectors, *instructions]})
         for level, instructions in LEVELS.items()
     ]
     return {

@@ -89,7 +89,8 @@ void pack_dy(const Shape& s, const Tile& t, const float* dy, float* blocks) {
 
 // out[i, 0 .. lanes - 1] += sum over the tile's positions of dy[position, i] x[position, lane]; rows of out lie ldo apart.
 template <int M, int N>
-FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, const float* x, float* out, int64_t ldo, int64_t lanes) {
+FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, const float* x, float* out, int64_t ldo,
+                              int64_t lanes) {
   constexpr int64_t wide = N * kLanes;
   const int64_t width = padded_columns(s) * wide, height = padded_rows(s, t.rows) * width, step = s.stride * wide;
   Vector sum[M][N] = {};
@@ -125,7 +126,8 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
 
 // accumulate<rows, N> for 1 <= rows <= M.
 template <int M, int N>
-FASTFF_INLINE void accumulate_rows(int64_t rows, const Shape& s, const Tile& t, const float* dy, const float* x, float* out, int64_t ldo, int64_t lanes) {
+FASTFF_INLINE void accumulate_rows(int64_t rows, const Shape& s, const Tile& t, const float* dy, const float* x,
+                                   float* out, int64_t ldo, int64_t lanes) {
   if constexpr (M > 1) {
     if (rows < M) return accumulate_rows<M - 1, N>(rows, s, t, dy, x, out, ldo, lanes);
   }
@@ -157,7 +159,8 @@ void panel_of(const Shape& s, const Tile& t, const float* x, const float* blocks
 // x [B, C, H, W], grad [B, D, P, Q] float32 on the CPU, not empty -> dL/dweight [D, C, k, k], channels_last; other layouts are copied into it.
 Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel, int64_t stride, int64_t padding) {
   grad = with_layout(grad, true), x = with_layout(x, true);
-  const Shape s{x.size(0), x.size(2), x.size(3), x.size(1), grad.size(2), grad.size(3), grad.size(1), kernel, stride, padding};
+  const Shape s{x.size(0),    x.size(2),    x.size(3), x.size(1), grad.size(2),
+                grad.size(3), grad.size(1), kernel,    stride,    padding};
   const float *dy = floats(grad), *source = floats(x);
   Tensor grad_weight = empty_strided(x, {s.D, s.C, s.k, s.k}, {s.k * s.k * s.C, 1, s.k * s.C, s.C});
   float* const dw = writable(grad_weight);
@@ -172,7 +175,8 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
   std::vector<float> partial((groups - 1) * size, 0.0f);
   std::fill_n(dw, size, 0.0f);
   torch::stable::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> blocks(images * rows * s.Q * s.D), panel(images * padded_rows(s, rows) * padded_columns(s) * wide);
+    std::vector<float> blocks(images * rows * s.Q * s.D),
+        panel(images * padded_rows(s, rows) * padded_columns(s) * wide);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / shares, share = task % shares;
       float* const own = group ? partial.data() + (group - 1) * size : dw;
@@ -190,7 +194,8 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
     }
   });
   torch::stable::parallel_for(0, size, 1 << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t group = 1; group < groups; ++group) vec::add(dw + begin, partial.data() + (group - 1) * size + begin, end - begin);
+    for (int64_t group = 1; group < groups; ++group)
+      vec::add(dw + begin, partial.data() + (group - 1) * size + begin, end - begin);
   });
   return grad_weight;
 }

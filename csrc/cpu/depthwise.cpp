@@ -53,7 +53,8 @@ void fetch_next(const Correlation& f, const float* x, int64_t i) {
 
 // J outputs beside each other from taps u0 .. u1 - 1, v0 .. v1 - 1; x is where tap 0, 0 of the first would be.
 template <int J>
-FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w, int64_t u0, int64_t u1, int64_t v0, int64_t v1, float* y) {
+FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w, int64_t u0, int64_t u1, int64_t v0,
+                           int64_t v1, float* y) {
   Vector sum[J][kVectors] = {};
   for (int64_t u = u0; u < u1; ++u) {
     for (int64_t v = v0; v < v1; ++v) {
@@ -86,7 +87,8 @@ int64_t end_inside(int64_t before, int64_t size, int64_t taps, int64_t stride, i
 // the other way round reads and writes 64 bytes here and there (3 times as slow).
 void correlate_row(const Correlation& f, const float* x, const float* w, int64_t i, int64_t blocks, float* y) {
   const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride), u1 = std::min(f.K, f.in.H + f.above - i * f.stride);
-  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W), stop = end_inside(f.left, f.in.W, f.L, f.stride, f.out.W);
+  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W),
+                stop = end_inside(f.left, f.in.W, f.L, f.stride, f.out.W);
   const int64_t taps = f.K * f.L * kPanel;
   const float* base = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch;
   for (int64_t j = 0; j < f.out.W;) {
@@ -155,11 +157,15 @@ FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, i
 
 // dw [blocks, K, K, 16] += what row i of dy meets: U rows of taps at a time, single ones where the image ends.
 template <int K, int U>
-FASTFF_INLINE void taps_of_row(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, float* dw) {
-  const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride), u1 = std::min<int64_t>(K, f.in.H + f.above - i * f.stride);
-  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W), stop = end_inside(f.left, f.in.W, K, f.stride, f.out.W);
+FASTFF_INLINE void taps_of_row(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks,
+                               float* dw) {
+  const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride),
+                u1 = std::min<int64_t>(K, f.in.H + f.above - i * f.stride);
+  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W),
+                stop = end_inside(f.left, f.in.W, K, f.stride, f.out.W);
   for (int64_t half = 0; half < blocks * kPanel; half += kLanes) {
-    const float *g = dy + i * f.out.row + half, *corner = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch + half;
+    const float *g = dy + i * f.out.row + half,
+                *corner = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch + half;
     float* target = dw + half / kPanel * K * K * kPanel + half % kPanel;
     for (int64_t u = u0; u < u1;) {
       if (u + U <= u1) {
@@ -226,14 +232,16 @@ struct Images {
 };
 
 // Taps u = first_u + t s, v likewise, of filters [C, 1, k, k] as [blocks, K, L, 16]; flipped: in reverse order.
-std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, int64_t L, int64_t first_u, int64_t first_v, int64_t s, bool flipped) {
+std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, int64_t L, int64_t first_u,
+                        int64_t first_v, int64_t s, bool flipped) {
   const int64_t blocks = (C + kPanel - 1) / kPanel;
   std::vector<float> w(blocks * K * L * kPanel, 0.0f);
   for (int64_t c = 0; c < C; ++c) {
     for (int64_t u = 0; u < K; ++u) {
       for (int64_t v = 0; v < L; ++v) {
         const int64_t t = flipped ? (K - 1 - u) * L + (L - 1 - v) : u * L + v;
-        w[((c / kPanel) * K * L + t) * kPanel + c % kPanel] = weight[c * k * k + (first_u + u * s) * k + first_v + v * s];
+        w[((c / kPanel) * K * L + t) * kPanel + c % kPanel] =
+            weight[c * k * k + (first_u + u * s) * k + first_v + v * s];
       }
     }
   }
@@ -244,9 +252,11 @@ std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, in
 std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t stride, int64_t padding, bool need_sums) {
   x = dense(x), weight = torch::stable::contiguous(weight);
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
-  const int64_t P = (H + 2 * padding - k) / stride + 1, Q = (W + 2 * padding - k) / stride + 1, blocks = (C + kPanel - 1) / kPanel;
+  const int64_t P = (H + 2 * padding - k) / stride + 1, Q = (W + 2 * padding - k) / stride + 1,
+                blocks = (C + kPanel - 1) / kPanel;
   const Images in{C, H, W, is_channels_last(x)}, out{C, P, Q, in.channels_last};
-  Tensor y = in.channels_last ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}), sums = need_sums ? empty(x, {2, C}) : absent(x);
+  Tensor y = in.channels_last ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}),
+         sums = need_sums ? empty(x, {2, C}) : absent(x);
   const std::vector<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
   std::vector<float> partial(need_sums ? B * blocks * 2 * kPanel : 0, 0.0f);
   const int64_t tasks = in.tasks();
@@ -260,7 +270,9 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
       for (int64_t r = 0; r < P; ++r) {
         if (in.in_place(task)) fetch_next(f, from, r);
         correlate_row(f, from, w.data() + block * k * k * kPanel, r, in.blocks(task), to);
-        if (need_sums) add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task), partial.data() + (b * blocks + block) * 2 * kPanel);
+        if (need_sums)
+          add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task),
+                   partial.data() + (b * blocks + block) * 2 * kPanel);
       }
       out.store(result, writable(y), b, task);
     }
@@ -296,11 +308,13 @@ std::vector<Part> parts_of(const float* weight, int64_t C, int64_t k, int64_t st
 }
 
 // grad [B, C, P, Q] -> (dL/dx as x, or empty; dL/dweight [C, 1, k, k]).
-std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int64_t stride, int64_t padding, bool need_x) {
+std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int64_t stride,
+                                                     int64_t padding, bool need_x) {
   x = dense(x), weight = torch::stable::contiguous(weight);
   const bool channels_last = is_channels_last(x);
   grad = with_layout(grad, channels_last);
-  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2), P = grad.size(2), Q = grad.size(3);
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2), P = grad.size(2),
+                Q = grad.size(3);
   const int64_t blocks = (C + kPanel - 1) / kPanel, size = blocks * k * k * kPanel;
   const Images in{C, H, W, channels_last}, out{C, P, Q, channels_last};
   Tensor dx = need_x ? empty_like(x, channels_last) : absent(x), dw = empty(x, {C, 1, k, k});
@@ -325,7 +339,8 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
         float* to = in.target(writable(dx), b, task, result);
         for (const Part& part : parts) {
           const Plane whole = f.in;
-          const Plane some{(H - part.place_h + stride - 1) / stride, (W - part.place_w + stride - 1) / stride, whole.pitch * stride, whole.row * stride};
+          const Plane some{(H - part.place_h + stride - 1) / stride, (W - part.place_w + stride - 1) / stride,
+                           whole.pitch * stride, whole.row * stride};
           if (some.H <= 0 || some.W <= 0) continue;
           const Correlation c{f.out, some, part.K, part.L, 1, part.above, part.left};
           float* corner = to + part.place_h * whole.row + part.place_w * whole.pitch;
@@ -355,8 +370,11 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
-  m.def("depthwise_native(Tensor x, Tensor weight, int stride, int padding, bool need_sums) -> (Tensor y, Tensor sums)");
-  m.def("depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_x) -> (Tensor dx, Tensor dw)");
+  m.def(
+      "depthwise_native(Tensor x, Tensor weight, int stride, int padding, bool need_sums) -> (Tensor y, Tensor sums)");
+  m.def(
+      "depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_x) -> "
+      "(Tensor dx, Tensor dw)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {
   m.impl("depthwise_native", TORCH_BOX(&depthwise_native));

@@ -56,8 +56,8 @@ void with_activation(Activation activation, bool residual, const F& f) {
 }
 
 template <Activation A, bool Residual, bool ChannelsLast>
-FASTFF_INLINE void forward_line(const float* __restrict y, const float* __restrict residual, const float* __restrict m, const float* __restrict a,
-                                const float* __restrict b, float* __restrict x, int64_t n) {
+FASTFF_INLINE void forward_line(const float* __restrict y, const float* __restrict residual, const float* __restrict m,
+                                const float* __restrict a, const float* __restrict b, float* __restrict x, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const int64_t c = ChannelsLast ? i : 0;
@@ -74,15 +74,17 @@ FASTFF_INLINE void forward_samples(const EpilogueSamples& s, float* x) {
     if (s.channels_last) {
       forward_line<A, Residual, true>(s.y + at, s.residual_at(at), s.mean, s.scale, s.shift, x + at, s.length);
     } else {
-      forward_line<A, Residual, false>(s.y + at, s.residual_at(at), s.mean + c, s.scale + c, s.shift + c, x + at, s.length);
+      forward_line<A, Residual, false>(s.y + at, s.residual_at(at), s.mean + c, s.scale + c, s.shift + c, x + at,
+                                       s.length);
     }
   }
 }
 
 template <Activation A, bool Residual>
-FASTFF_INLINE void backward_positions(const float* __restrict y, const float* __restrict residual, const float* __restrict m,
-                                      const float* __restrict a, const float* __restrict b, float* __restrict grad, float* __restrict first,
-                                      float* __restrict second, int64_t n) {
+FASTFF_INLINE void backward_positions(const float* __restrict y, const float* __restrict residual,
+                                      const float* __restrict m, const float* __restrict a, const float* __restrict b,
+                                      float* __restrict grad, float* __restrict first, float* __restrict second,
+                                      int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const float off = y[i] - m[i];
@@ -97,10 +99,10 @@ FASTFF_INLINE void backward_positions(const float* __restrict y, const float* __
 
 // Adds to *first and *second in chunks.
 template <Activation A, bool Residual>
-FASTFF_INLINE void backward_channel(const float* __restrict y, const float* __restrict residual, float m, float a, float b, float* __restrict grad,
-                                    double* first, double* second, int64_t n) {
-  for (int64_t start = 0; start < n; start += kChunk) {
-    const int64_t end = std::min(start + kChunk, n);
+FASTFF_INLINE void backward_channel(const float* __restrict y, const float* __restrict residual, float m, float a,
+                                    float b, float* __restrict grad, double* first, double* second, int64_t n) {
+  for (int64_t start = 0; start < n; start += vec::kLongChunk) {
+    const int64_t end = std::min(start + vec::kLongChunk, n);
     float sum = 0, product = 0;
 #pragma omp simd reduction(+ : sum, product)
     for (int64_t i = start; i < end; ++i) {
@@ -117,33 +119,39 @@ FASTFF_INLINE void backward_channel(const float* __restrict y, const float* __re
   }
 }
 
-// own[i % n] += v[i]: adds up a vector that holds n elements several times, and clears it.
-void fold(float* v, int64_t size, int64_t n, double* own) {
-  for (int64_t i = 0; i < size; ++i) own[i % n] += v[i];
+// own[c] += the sum of v[c], v[C + c], ...: adds up a vector that holds C elements several times, and clears it.
+void fold(float* v, int64_t size, int64_t C, double* own) {
+  for (int64_t start = 0; start < size; start += C) {
+    for (int64_t c = 0; c < C; ++c) own[c] += v[start + c];
+  }
   std::fill_n(v, size, 0.0f);
 }
 
 // One sample. totals [2, C]; line: zeros, two lines long.
 template <Activation A, bool Residual>
 FASTFF_INLINE void backward_sample(const EpilogueSamples& s, float* grad, double* totals, float* line) {
-  const int64_t lines_of_chunk = std::max<int64_t>(1, kChunk * s.C / s.length);
-  for (int64_t i = 0; i < s.lines; ++i) {
-    const int64_t at = i * s.length, c = s.channel(i);
-    const float* residual = s.residual_at(at);
-    if (!s.channels_last) {
-      backward_channel<A, Residual>(s.y + at, residual, s.mean[c], s.scale[c], s.shift[c], grad + at, totals + c, totals + s.C + c, s.length);
-      continue;
+  for (int64_t c = 0; !s.channels_last && c < s.C; ++c) {
+    const int64_t at = c * s.length;
+    const float m = s.mean[c], a = s.scale[c], b = s.shift[c];
+    double *first = totals + c, *second = totals + s.C + c;
+    backward_channel<A, Residual>(s.y + at, s.residual_at(at), m, a, b, grad + at, first, second, s.length);
+  }
+  const int64_t chunk = std::max<int64_t>(1, kChunk * s.C / s.length);
+  for (int64_t start = 0; s.channels_last && start < s.lines; start += chunk) {
+    for (int64_t i = start; i < std::min(start + chunk, s.lines); ++i) {
+      const int64_t at = i * s.length;
+      const float *y = s.y + at, *residual = s.residual_at(at);
+      backward_positions<A, Residual>(y, residual, s.mean, s.scale, s.shift, grad + at, line, line + s.length,
+                                      s.length);
     }
-    backward_positions<A, Residual>(s.y + at, residual, s.mean, s.scale, s.shift, grad + at, line, line + s.length, s.length);
-    if ((i + 1) % lines_of_chunk == 0 || i + 1 == s.lines) {
-      fold(line, s.length, s.C, totals);
-      fold(line + s.length, s.length, s.C, totals + s.C);
-    }
+    fold(line, s.length, s.C, totals);
+    fold(line + s.length, s.length, s.C, totals + s.C);
   }
 }
 
 // sums[c] += y - pivot[c], squares[c] += its square, over n lines of C elements.
-void add_lines(const float* __restrict y, const float* __restrict pivot, float* __restrict sums, float* __restrict squares, int64_t n, int64_t C) {
+void add_lines(const float* __restrict y, const float* __restrict pivot, float* __restrict sums,
+               float* __restrict squares, int64_t n, int64_t C) {
   for (int64_t q = 0; q < n; ++q) {
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) {
@@ -167,15 +175,17 @@ void add_channel(const float* __restrict y, float pivot, float* sums, float* squ
 
 // grad_y = (grad_h - first - (y - mean) second) scale, constants as in forward_line.
 template <bool ChannelsLast>
-FASTFF_INLINE void finish_line(const float* __restrict y, const float* __restrict m, const float* __restrict a, const float* __restrict first,
-                               const float* __restrict second, const float* grad_h, float* grad_y, int64_t n) {
+FASTFF_INLINE void finish_line(const float* __restrict y, const float* __restrict m, const float* __restrict a,
+                               const float* __restrict first, const float* __restrict second, const float* grad_h,
+                               float* grad_y, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const int64_t c = ChannelsLast ? i : 0;
     grad_y[i] = (grad_h[i] - first[c] - (y[i] - m[c]) * second[c]) * a[c];
   }
 }
-void finish_samples(const EpilogueSamples& s, const float* first, const float* second, const float* grad_h, float* grad_y) {
+void finish_samples(const EpilogueSamples& s, const float* first, const float* second, const float* grad_h,
+                    float* grad_y) {
   for (int64_t i = 0; i < s.lines; ++i) {
     const int64_t at = i * s.length, c = s.channel(i);
     if (s.channels_last) {
@@ -235,7 +245,8 @@ void Epilogue::statistics(float* mean, float* var) const {
           if (channels_last) {
             add_lines(y + (b * P + start) * C, pivot.data(), sums.data(), sums.data() + width, n / repeat, width);
           } else {
-            for (int64_t c = 0; c < C; ++c) add_channel(y + (b * C + c) * P + start, pivot[c], &sums[c], &sums[C + c], n);
+            for (int64_t c = 0; c < C; ++c)
+              add_channel(y + (b * C + c) * P + start, pivot[c], &sums[c], &sums[C + c], n);
           }
           fold(sums.data(), width, C, own);
           fold(sums.data() + width, width, C, own + C);
@@ -264,7 +275,8 @@ void Epilogue::backward(int64_t first, int64_t n, float* grad, float* sums) cons
   std::vector<float> line(2 * C * repeat, 0.0f);
   std::vector<double> totals(2 * C, 0.0);
   with_activation(activation, residual, [&]<Activation A, bool Residual>() {
-    for (int64_t i = 0; i < n; ++i) backward_sample<A, Residual>(samples(first + i, 1), grad + i * C * P, totals.data(), line.data());
+    for (int64_t i = 0; i < n; ++i)
+      backward_sample<A, Residual>(samples(first + i, 1), grad + i * C * P, totals.data(), line.data());
   });
   for (int64_t c = 0; c < 2 * C; ++c) sums[c] += static_cast<float>(totals[c]);
 }
@@ -299,6 +311,13 @@ void Epilogue::add_parameter_gradients(const float* grad_weight, const float* gr
 
 EpilogueSamples Epilogue::samples(int64_t first, int64_t n) const {
   const int64_t at = first * C * P;
-  return {channels_last ? n * P / repeat : n * C, channels_last ? C * repeat : P, C, channels_last, y + at, residual ? residual + at : nullptr,
-          centre.data(), scale.data(), shift.data()};
+  return {channels_last ? n * P / repeat : n * C,
+          channels_last ? C * repeat : P,
+          C,
+          channels_last,
+          y + at,
+          residual ? residual + at : nullptr,
+          centre.data(),
+          scale.data(),
+          shift.data()};
 }

@@ -20,19 +20,21 @@ namespace eight = vec::eight;
 
 #ifdef __AVX512F__
 constexpr int kMR = 12, kDotMR = 6;
-constexpr int kNear = 3;  // rows of a found from one pointer: 12 pointers do not fit the registers, and 14 of 57 instructions of the loop read them back
+constexpr int kNear =
+    3;  // rows of a found from one pointer: 12 pointers do not fit the registers, and 14 of 57 instructions of the loop read them back
 #else
 constexpr int kMR = 6, kDotMR = 3, kNear = 6;
 #endif
 constexpr int64_t kKC = 256, kPanel = 2 * kLanes;
 constexpr int64_t kFarApart = 32;  // col_stride from which a transposed a is packed
-constexpr int64_t kWhole = 16;     // `upper` keeps columns from a multiple of this on: a vector of AVX-512, a panel of AVX2
-constexpr int64_t kDotKC = 2048;   // of k that dots sums in one vector of floats
+constexpr int64_t kWhole =
+    16;  // `upper` keeps columns from a multiple of this on: a vector of AVX-512, a panel of AVX2
+constexpr int64_t kDotKC = 2048;  // of k that dots sums in one vector of floats
 
 // Every loop over `sum` is unrolled and no lane of it is picked by a variable, or GCC keeps it in memory (42 % of the time at 10 classes).
 template <int MR, int NR>
-FASTFF_INLINE void multiply_block(int64_t K, const float* a, int64_t row_stride, int64_t col_stride, const float* b, int64_t ldb, float* c,
-                                  int64_t ldc, bool add, Lanes lanes) {
+FASTFF_INLINE void multiply_block(int64_t K, const float* a, int64_t row_stride, int64_t col_stride, const float* b,
+                                  int64_t ldb, float* c, int64_t ldc, bool add, Lanes lanes) {
   Vector sum[MR][NR] = {};
   const float* lefts[(MR + kNear - 1) / kNear];
 #pragma GCC unroll 4
@@ -40,7 +42,8 @@ FASTFF_INLINE void multiply_block(int64_t K, const float* a, int64_t row_stride,
   for (int64_t k = 0; k < K; ++k) {
     Vector right[NR];
 #pragma GCC unroll 2
-    for (int j = 0; j < NR; ++j) right[j] = j + 1 < NR ? read(b + k * ldb + j * kLanes) : read_some(b + k * ldb + j * kLanes, lanes);
+    for (int j = 0; j < NR; ++j)
+      right[j] = j + 1 < NR ? read(b + k * ldb + j * kLanes) : read_some(b + k * ldb + j * kLanes, lanes);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
       const float left = lefts[i / kNear][i % kNear * row_stride + k * col_stride];
@@ -90,10 +93,11 @@ FASTFF_INLINE void for_columns(int64_t from, int64_t N, const F& f) {
 }
 
 template <int NR>
-FASTFF_INLINE void multiply_rows(int64_t M, int64_t K, const float* a, int64_t row_stride, int64_t col_stride, const float* b, int64_t ldb, float* c,
-                                 int64_t ldc, bool add, Lanes lanes) {
+FASTFF_INLINE void multiply_rows(int64_t M, int64_t K, const float* a, int64_t row_stride, int64_t col_stride,
+                                 const float* b, int64_t ldb, float* c, int64_t ldc, bool add, Lanes lanes) {
   int64_t m = 0;
-  for (; m + kMR <= M; m += kMR) multiply_block<kMR, NR>(K, a + m * row_stride, row_stride, col_stride, b, ldb, c + m * ldc, ldc, add, lanes);
+  for (; m + kMR <= M; m += kMR)
+    multiply_block<kMR, NR>(K, a + m * row_stride, row_stride, col_stride, b, ldb, c + m * ldc, ldc, add, lanes);
   with_rows<kMR - 1>(M - m, [&]<int MR>() __attribute__((always_inline)) {
     multiply_block<MR, NR>(K, a + m * row_stride, row_stride, col_stride, b, ldb, c + m * ldc, ldc, add, lanes);
   });
@@ -102,8 +106,8 @@ FASTFF_INLINE void multiply_rows(int64_t M, int64_t K, const float* a, int64_t r
 // MR rows of a transposed a whose k lie col_stride > kFarApart apart, packed once and taken past all columns: read in place, every step of k
 // would be in another page (dL/dW of 1,000 classes and 512 channels took 3 times as long).
 template <int MR>
-FASTFF_INLINE void multiply_packed(int64_t N, int64_t K, const float* a, int64_t col_stride, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                   bool add, int64_t from) {
+FASTFF_INLINE void multiply_packed(int64_t N, int64_t K, const float* a, int64_t col_stride, const float* b,
+                                   int64_t ldb, float* c, int64_t ldc, bool add, int64_t from) {
   float packed[kKC * MR];
   for (int64_t k = 0; k < K; ++k) {
     for (int i = 0; i < MR; ++i) packed[k * MR + i] = a[k * col_stride + i];
@@ -113,8 +117,8 @@ FASTFF_INLINE void multiply_packed(int64_t N, int64_t K, const float* a, int64_t
   });
 }
 
-FASTFF_INLINE void multiply_transposed(int64_t M, int64_t N, int64_t K, const float* a, int64_t col_stride, const float* b, int64_t ldb, float* c,
-                                       int64_t ldc, bool add, bool upper) {
+FASTFF_INLINE void multiply_transposed(int64_t M, int64_t N, int64_t K, const float* a, int64_t col_stride,
+                                       const float* b, int64_t ldb, float* c, int64_t ldc, bool add, bool upper) {
   const auto from = [&](int64_t m) { return upper ? m / kWhole * kWhole : 0; };
   int64_t m = 0;
   for (; m + kMR <= M; m += kMR) multiply_packed<kMR>(N, K, a + m, col_stride, b, ldb, c + m * ldc, ldc, add, from(m));
@@ -123,10 +127,13 @@ FASTFF_INLINE void multiply_transposed(int64_t M, int64_t N, int64_t K, const fl
   });
 }
 
-FASTFF_INLINE float sum_of(eight::Vector v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+FASTFF_INLINE float sum_of(eight::Vector v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
 #ifdef __AVX512F__
 FASTFF_INLINE float sum_of(Vector v) {
-  return sum_of(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  return sum_of(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 
 // c[0 .. 3] = or += the sums of four vectors, together: one by one they take longer than the products of 64 of k.
@@ -148,7 +155,8 @@ FASTFF_INLINE void write_sums(const Vector* v, float* c, bool add) {
 #endif
 
 template <int MR, int NR>
-FASTFF_INLINE void dots_block(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+FASTFF_INLINE void dots_block(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                              int64_t ldc, bool add) {
   Vector sum[MR][NR] = {};
   int64_t k = 0;
   for (; kMasks ? k < K : k + kLanes <= K; k += kLanes) {
@@ -180,18 +188,20 @@ FASTFF_INLINE void dots_block(int64_t K, const float* a, int64_t lda, const floa
   }
 }
 
-FASTFF_INLINE void dots_part(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                             bool add, bool upper) {
+FASTFF_INLINE void dots_part(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb,
+                             float* c, int64_t ldc, bool add, bool upper) {
   for (int64_t n = 0; n < N; n += 4) {
     const int64_t width = std::min<int64_t>(4, N - n), reach = upper ? std::min(M, n + width) : M;
     int64_t m = 0;
     if (width < 4) {
       for (; m < reach; ++m) {
-        for (int64_t j = n; j < N; ++j) dots_block<1, 1>(K, a + m * lda, lda, b + j * ldb, ldb, c + m * ldc + j, ldc, add);
+        for (int64_t j = n; j < N; ++j)
+          dots_block<1, 1>(K, a + m * lda, lda, b + j * ldb, ldb, c + m * ldc + j, ldc, add);
       }
       return;
     }
-    for (; m + kDotMR <= reach; m += kDotMR) dots_block<kDotMR, 4>(K, a + m * lda, lda, b + n * ldb, ldb, c + m * ldc + n, ldc, add);
+    for (; m + kDotMR <= reach; m += kDotMR)
+      dots_block<kDotMR, 4>(K, a + m * lda, lda, b + n * ldb, ldb, c + m * ldc + n, ldc, add);
     with_rows<kDotMR - 1>(reach - m, [&]<int MR>() __attribute__((always_inline)) {
       dots_block<MR, 4>(K, a + m * lda, lda, b + n * ldb, ldb, c + m * ldc + n, ldc, add);
     });
@@ -200,8 +210,8 @@ FASTFF_INLINE void dots_part(int64_t M, int64_t N, int64_t K, const float* a, in
 
 }  // namespace
 
-void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t row_stride, int64_t col_stride, const float* b, int64_t ldb, float* c,
-              int64_t ldc, bool add, bool upper) {
+void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t row_stride, int64_t col_stride, const float* b,
+              int64_t ldb, float* c, int64_t ldc, bool add, bool upper) {
   if (!kMasks && N < kLanes) {  // no vector fits
     for (int64_t m = 0; m < M; ++m) {
       for (int64_t n = 0; n < N; ++n) {
@@ -226,8 +236,10 @@ void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t row_strid
   }
 }
 
-void dots(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool upper) {
-  for (int64_t k = 0; k < K; k += kDotKC) dots_part(M, N, std::min(kDotKC, K - k), a + k, lda, b + k, ldb, c, ldc, k > 0, upper);
+void dots(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+          int64_t ldc, bool upper) {
+  for (int64_t k = 0; k < K; k += kDotKC)
+    dots_part(M, N, std::min(kDotKC, K - k), a + k, lda, b + k, ldb, c, ldc, k > 0, upper);
 }
 
 void transpose(int64_t M, int64_t N, const float* a, int64_t lda, float* b, int64_t ldb) {
@@ -279,7 +291,8 @@ Panels::Panels(int64_t K, int64_t N, const float* source, int64_t row_stride, in
   }
 }
 
-void multiply(int64_t M, const float* a, int64_t row_stride, int64_t col_stride, const Panels& b, float* c, int64_t ldc, bool add) {
+void multiply(int64_t M, const float* a, int64_t row_stride, int64_t col_stride, const Panels& b, float* c, int64_t ldc,
+              bool add) {
   for (int64_t k = 0; k < b.K; k += kKC, add = true) {
     const int64_t part = std::min(kKC, b.K - k);
     for (int64_t n = 0; n < b.N; n += kPanel) {

@@ -12,10 +12,11 @@
 
 namespace gemm {
 
-void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t row_stride, int64_t col_stride, const float* b, int64_t ldb, float* c,
-              int64_t ldc, bool add = false, bool upper = false);
+void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t row_stride, int64_t col_stride, const float* b,
+              int64_t ldb, float* c, int64_t ldc, bool add = false, bool upper = false);
 
-void dots(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool upper = false);
+void dots(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+          int64_t ldc, bool upper = false);
 
 void transpose(int64_t M, int64_t N, const float* a, int64_t lda, float* b, int64_t ldb);
 
@@ -30,6 +31,7 @@ struct Panels {
   Panels(int64_t K, int64_t N, const float* source, int64_t row_stride, int64_t col_stride, int64_t padded_N);
 };
 
-void multiply(int64_t M, const float* a, int64_t row_stride, int64_t col_stride, const Panels& b, float* c, int64_t ldc, bool add = false);
+void multiply(int64_t M, const float* a, int64_t row_stride, int64_t col_stride, const Panels& b, float* c, int64_t ldc,
+              bool add = false);
 
 }  // namespace gemm

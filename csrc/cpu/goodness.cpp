@@ -21,7 +21,10 @@ class Task {
       : p(p), size(p.C * p.P), members(p.loss ? p.loss->samples() : 1), g(most * p.K), d(most * p.K) {
     const bool channels_first = is_channels_first(p, most);
     transposed = !p.channels_last && !p.second_moment && !channels_first;
-    if (p.weight) squares = p.second_moment ? second_moment(p, most) : channels_first ? direct_channels_first(p, most) : direct(p, most);
+    if (p.weight)
+      squares = p.second_moment  ? second_moment(p, most)
+                : channels_first ? direct_channels_first(p, most)
+                                 : direct(p, most);
     if (p.cells) grid.emplace(p, most, p.channels_last || transposed);
     if (p.normalization) normalize.emplace(*p.normalization, p.C, p.P, p.channels_last);
     if (p.epilogue || members > 1) x_copy.resize(most * size);
@@ -33,7 +36,8 @@ class Task {
   void run(int64_t first, int64_t n, const Sums& sums) {
     const float *const input = input_of(first, n), *x = input;
     if (transposed) {
-      for (int64_t i = 0; i < n; ++i) gemm::transpose(p.C, p.P, input + i * size, p.P, x_transposed.data() + i * size, p.C);
+      for (int64_t i = 0; i < n; ++i)
+        gemm::transpose(p.C, p.P, input + i * size, p.P, x_transposed.data() + i * size, p.C);
       x = x_transposed.data();
     }
     float* const grad_x = !grad_copy.empty() ? grad_copy.data() : p.grad_x ? p.grad_x + first * size : nullptr;
@@ -44,7 +48,8 @@ class Task {
     if (!p.loss && !p.d) return;
     if (p.d) std::copy_n(p.d + first * p.K, n * p.K, d.data());
     for (int64_t i = 0; p.loss && i < n; i += members) {
-      p.losses[first + i] = static_cast<float>((*p.loss)(first + i, p.K, g.data() + i * p.K, d.data() + i * p.K, p.grad_tau + first + i));
+      p.losses[first + i] =
+          static_cast<float>((*p.loss)(first + i, p.K, g.data() + i * p.K, d.data() + i * p.K, p.grad_tau + first + i));
     }
     if (grid) grid->gradients(n, d.data(), grad_x, sums);
     if (squares) squares->gradients(n, x, d.data(), grad_x, p.cells > 0, sums);
@@ -101,7 +106,8 @@ void run(Problem& p, const Sums& results) {
   const int64_t members = p.loss ? p.loss->samples() : 1, units = p.B / members;
   const int64_t wanted = std::max<int64_t>(p.cells ? 6 : 1, p.second_moment ? 1 : direct_samples(p));
   const int64_t step = members > 1 ? 1 : std::min(p.B, wanted), tasks = (units + step - 1) / step;
-  const int64_t weights = p.weight ? p.K * p.C : 0, head = weights + p.K + p.K * p.cells, size = head + (p.epilogue ? 2 * p.C : 0);
+  const int64_t weights = p.weight ? p.K * p.C : 0, head = weights + p.K + p.K * p.cells,
+                size = head + (p.epilogue ? 2 * p.C : 0);
   const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / size, 2, 16));
   const bool gradients = p.loss || p.d;
   std::vector<float> partial(gradients ? groups * size : 0, 0.0f);
@@ -119,7 +125,8 @@ void run(Problem& p, const Sums& results) {
     if (!target) return;
     torch::stable::parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
       std::copy_n(partial.data() + offset + begin, end - begin, target + begin);
-      for (int64_t group = 1; group < groups; ++group) vec::add(target + begin, partial.data() + group * size + offset + begin, end - begin);
+      for (int64_t group = 1; group < groups; ++group)
+        vec::add(target + begin, partial.data() + group * size + offset + begin, end - begin);
     });
   };
   collect(results.weight, 0, weights);
@@ -137,16 +144,19 @@ struct ParameterGradients {
   Sums sums(float* epilogue) const { return {writable(weight), writable(bias), writable(grid_weight), epilogue}; }
 
  private:
-  static Tensor of(const Tensor& x, const MaybeTensor& t) { return t ? empty(x, {t->sizes().begin(), t->sizes().end()}) : absent(x); }
+  static Tensor of(const Tensor& x, const MaybeTensor& t) {
+    return t ? empty(x, {t->sizes().begin(), t->sizes().end()}) : absent(x);
+  }
 };
 
 }  // namespace
 
 Problem::Problem(const Tensor& x, const spec::Projection& given, bool second_moment)
-    : B(x.size(0)), C(x.size(1)), H(x.size(2)), W(x.size(3)), P(H * W), K((given.weight ? *given.weight : *given.grid_weight).size(0)),
-      KP((K + kPadding - 1) / kPadding * kPadding), GH(given.grid_weight ? given.grid_weight->size(2) : 0),
-      GW(given.grid_weight ? given.grid_weight->size(3) : 0), cells(C * GH * GW), channels_last(is_channels_last(x)), second_moment(second_moment),
-      x(floats(x)), weight(floats(given.weight)), bias(floats(given.bias)), grid_weight(floats(given.grid_weight)) {
+    : B(x.size(0)), C(x.size(1)), H(x.size(2)), W(x.size(3)), P(H * W),
+      K((given.weight ? *given.weight : *given.grid_weight).size(0)), KP((K + kPadding - 1) / kPadding * kPadding),
+      GH(given.grid_weight ? given.grid_weight->size(2) : 0), GW(given.grid_weight ? given.grid_weight->size(3) : 0),
+      cells(C * GH * GW), channels_last(is_channels_last(x)), second_moment(second_moment), x(floats(x)),
+      weight(floats(given.weight)), bias(floats(given.bias)), grid_weight(floats(given.grid_weight)) {
   STD_TORCH_CHECK(!weight || given.weight->numel() == K * C, "the compiled library takes 1 x 1 heads only");
 }
 
@@ -163,9 +173,11 @@ void step(const StepCall& call) {
   spec::StepResult& result = call.result;
   Problem p(x, call.given.projection, call.given.second_moment);
   const ParameterGradients gradients(x, call.given.projection);
-  result.grad_weight = gradients.weight, result.grad_bias = gradients.bias, result.grad_grid_weight = gradients.grid_weight;
+  result.grad_weight = gradients.weight, result.grad_bias = gradients.bias,
+  result.grad_grid_weight = gradients.grid_weight;
   p.epilogue = call.epilogue, p.loss = &call.loss, p.grad_tau = call.grad_tau;
-  p.losses = writable(result.loss), p.g = writable(result.goodness), p.grad_x = writable(result.grad_x), p.normalized = writable(result.normalized);
+  p.losses = writable(result.loss), p.g = writable(result.goodness), p.grad_x = writable(result.grad_x),
+  p.normalized = writable(result.normalized);
   if (p.normalized) p.normalization = &call.given.normalization;
   run(p, gradients.sums(call.epilogue ? call.epilogue_sums : nullptr));
 }
@@ -193,7 +205,8 @@ std::vector<Tensor> forward(const Forward& given) {
 
 std::vector<Tensor> backward(const Backward& given) {
   Problem p(given.x, given.projection, given.second_moment);
-  const Tensor g = empty(given.x, {p.B, p.K}), grad_x = given.need_grad_x ? empty_like(given.x, p.channels_last) : absent(given.x);
+  const Tensor g = empty(given.x, {p.B, p.K}),
+               grad_x = given.need_grad_x ? empty_like(given.x, p.channels_last) : absent(given.x);
   const ParameterGradients gradients(given.x, given.projection);
   p.g = writable(g), p.d = floats(given.d), p.grad_x = writable(grad_x);
   run(p, gradients.sums(nullptr));
@@ -207,8 +220,10 @@ void projection_step(const StepCall& call) { goodness::step(call); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
   m.def(spec::schema<goodness::Forward>("goodness_forward_native", "Tensor").c_str());
-  m.def(spec::schema<goodness::Backward>("goodness_backward_native", "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid_weight)")
-            .c_str());
+  m.def(
+      spec::schema<goodness::Backward>("goodness_backward_native",
+                                       "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid_weight)")
+          .c_str());
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {
   m.impl("goodness_forward_native", &spec::boxed<goodness::Forward, goodness::forward>);

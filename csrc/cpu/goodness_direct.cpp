@@ -76,8 +76,8 @@ void multiply_by(int64_t rows, int64_t KP, float* a, const float* factor) {
 class Direct : public Squares {
  public:
   Direct(const Problem& p, int64_t most)
-      : p(p), tile(std::min(tile_of(p), most * p.P)), kept(tile == most * p.P), a(tile * p.KP), factors(most * p.KP, 0.0f), squares(most * p.KP),
-        sum(p.K) {}
+      : p(p), tile(std::min(tile_of(p), most * p.P)), kept(tile == most * p.P), a(tile * p.KP),
+        factors(most * p.KP, 0.0f), squares(most * p.KP), sum(p.K) {}
 
   bool keeps() const override { return kept; }
 
@@ -86,7 +86,8 @@ class Direct : public Squares {
     for (int64_t start = 0; start < n * p.P; start += tile) {
       const int64_t count = std::min(tile, n * p.P - start);
       outputs(x + start * p.C, count);
-      for_samples(start, count, [&](int64_t i, int64_t rows, float* ai) { add_squares(rows, p.KP, ai, squares.data() + i * p.KP); });
+      for_samples(start, count,
+                  [&](int64_t i, int64_t rows, float* ai) { add_squares(rows, p.KP, ai, squares.data() + i * p.KP); });
     }
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t k = 0; k < p.K; ++k) g[i * p.K + k] = static_cast<float>(squares[i * p.KP + k] / p.P);
@@ -98,7 +99,8 @@ class Direct : public Squares {
     for (int64_t start = 0; start < n * p.P; start += tile) {
       const int64_t count = std::min(tile, n * p.P - start);
       if (!kept) outputs(x + start * p.C, count);
-      for_samples(start, count, [&](int64_t i, int64_t rows, float* ai) { multiply_by(rows, p.KP, ai, factors.data() + i * p.KP); });
+      for_samples(start, count,
+                  [&](int64_t i, int64_t rows, float* ai) { multiply_by(rows, p.KP, ai, factors.data() + i * p.KP); });
       if (grad_x) gemm::multiply(count, a.data(), p.KP, 1, p.weight_panels, grad_x + start * p.C, p.C, add);
       gemm::multiply(p.K, p.C, count, a.data(), 1, p.KP, x + start * p.C, p.C, sums.weight, p.C, true);
       if (!p.bias) continue;
@@ -175,10 +177,13 @@ class DirectChannelsFirst : public Squares {
 int64_t direct_samples(const Problem& p) { return std::min(kPositions / p.P, (p.B + 3) / 4); }
 
 bool is_channels_first(const Problem& p, int64_t most) {
-  return !p.channels_last && !p.second_moment && p.weight && p.K <= kFewClasses && p.P >= 64 && tile_of(p) >= most * p.P;
+  return !p.channels_last && !p.second_moment && p.weight && p.K <= kFewClasses && p.P >= 64 &&
+         tile_of(p) >= most * p.P;
 }
 
 std::unique_ptr<Squares> direct(const Problem& p, int64_t most) { return std::make_unique<Direct>(p, most); }
-std::unique_ptr<Squares> direct_channels_first(const Problem& p, int64_t most) { return std::make_unique<DirectChannelsFirst>(p, most); }
+std::unique_ptr<Squares> direct_channels_first(const Problem& p, int64_t most) {
+  return std::make_unique<DirectChannelsFirst>(p, most);
+}
 
 }  // namespace goodness

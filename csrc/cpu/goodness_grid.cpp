@@ -6,7 +6,8 @@
 namespace goodness {
 
 Grid::Grid(const Problem& p, int64_t most, bool channels_last)
-    : p(p), channels_last(channels_last), means(most * p.cells), spread(most * p.cells), scores(most * p.KP), line(p.C) {}
+    : p(p), channels_last(channels_last), means(most * p.cells), spread(most * p.cells), scores(most * p.KP),
+      line(p.C) {}
 
 // Calls f(cell, first row, end, first column, end, 1 / positions of the cell).
 template <typename F>

@@ -19,10 +19,12 @@ void mirror(float* square, int64_t n) {
 
 class SecondMoment : public Squares {
  public:
-  SecondMoment(const Problem& p, int64_t most) : p(p), square(p.C * p.C), t(most * p.K * p.C), means(most * p.C), constant(p.C), sum(p.C) {}
+  SecondMoment(const Problem& p, int64_t most)
+      : p(p), square(p.C * p.C), t(most * p.K * p.C), means(most * p.C), constant(p.C), sum(p.C) {}
 
   void goodness(int64_t n, const float* x, float* g) override {
-    for (int64_t i = 0; i < n; ++i) goodness_of(x + i * p.C * p.P, g + i * p.K, t.data() + i * p.K * p.C, means.data() + i * p.C);
+    for (int64_t i = 0; i < n; ++i)
+      goodness_of(x + i * p.C * p.P, g + i * p.K, t.data() + i * p.K * p.C, means.data() + i * p.C);
   }
 
   void gradients(int64_t n, const float* x, const float* d, float* grad_x, bool add, const Sums& sums) override {
@@ -97,6 +99,8 @@ class SecondMoment : public Squares {
 
 }  // namespace
 
-std::unique_ptr<Squares> second_moment(const Problem& p, int64_t most) { return std::make_unique<SecondMoment>(p, most); }
+std::unique_ptr<Squares> second_moment(const Problem& p, int64_t most) {
+  return std::make_unique<SecondMoment>(p, most);
+}
 
 }  // namespace goodness

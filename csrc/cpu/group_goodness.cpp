@@ -78,10 +78,12 @@ template <typename T>
 class Task {
  public:
   explicit Task(const StepCall& call)
-      : call(call), size(call.given.x.numel() / call.given.x.size(0)), x(static_cast<const T*>(call.given.x.const_data_ptr())),
-        grad_x(writable<T>(call.result.grad_x)), normalized(writable<T>(call.result.normalized)), g_out(writable<A>(call.result.goodness)),
+      : call(call), size(call.given.x.numel() / call.given.x.size(0)),
+        x(static_cast<const T*>(call.given.x.const_data_ptr())), grad_x(writable<T>(call.result.grad_x)),
+        normalized(writable<T>(call.result.normalized)), g_out(writable<A>(call.result.goodness)),
         loss_out(writable<A>(call.result.loss)), goodness(call.given.x, call.given.groups),
-        normalize(call.given.normalization, call.given.x.size(1), call.given.x.size(2) * call.given.x.size(3), is_channels_last(call.given.x)),
+        normalize(call.given.normalization, call.given.x.size(1), call.given.x.size(2) * call.given.x.size(3),
+                  is_channels_last(call.given.x)),
         g(call.loss.samples() * goodness.count()), d(g.size()), made(call.epilogue ? call.loss.samples() * size : 0) {}
 
   void run(int64_t unit, float* epilogue_sums) {
@@ -122,12 +124,14 @@ class Task {
 
 template <typename T>
 void step(const StepCall& call) {
-  const int64_t C = call.given.x.size(1), units = call.loss.count(), shares = call.epilogue ? std::min<int64_t>(units, 16) : units;
+  const int64_t C = call.given.x.size(1), units = call.loss.count(),
+                shares = call.epilogue ? std::min<int64_t>(units, 16) : units;
   std::vector<float> sums(call.epilogue ? shares * 2 * C : 0);
   torch::stable::parallel_for(0, shares, call.epilogue ? 1 : grain(call.given.x), [&](int64_t begin, int64_t end) {
     Task<T> task(call);
     for (int64_t share = begin; share < end; ++share) {
-      for (int64_t unit = share * units / shares; unit < (share + 1) * units / shares; ++unit) task.run(unit, sums.data() + share * 2 * C);
+      for (int64_t unit = share * units / shares; unit < (share + 1) * units / shares; ++unit)
+        task.run(unit, sums.data() + share * 2 * C);
     }
   });
   for (size_t i = 0; i < sums.size(); ++i) call.epilogue_sums[i % (2 * C)] += sums[i];
@@ -166,7 +170,8 @@ std::vector<Tensor> backward(const Backward& given) {
     const A* d = static_cast<const A*>(given.d->const_data_ptr());
     for_samples<T>(x, given.groups, [&](int64_t b, Goodness<T>& goodness) {
       const std::vector<double> row(d + b * J, d + (b + 1) * J);
-      goodness.backward(static_cast<const T*>(x.const_data_ptr()) + b * size, row.data(), writable<T>(grad_x) + b * size);
+      goodness.backward(static_cast<const T*>(x.const_data_ptr()) + b * size, row.data(),
+                        writable<T>(grad_x) + b * size);
     });
   });
   return {grad_x};
@@ -175,7 +180,9 @@ std::vector<Tensor> backward(const Backward& given) {
 }  // namespace
 }  // namespace group_goodness
 
-int64_t count_of_groups(const Tensor& x, const spec::Groups& groups) { return groups.positions ? x.size(2) * x.size(3) : groups.count; }
+int64_t count_of_groups(const Tensor& x, const spec::Groups& groups) {
+  return groups.positions ? x.size(2) * x.size(3) : groups.count;
+}
 
 void groups_step(const StepCall& call) {
   with_type("step_native", call.given.x, [&]<typename T>(T*) { group_goodness::step<T>(call); });

@@ -15,10 +15,12 @@
 class Loss {
  public:
   Loss(const spec::Loss& given, int64_t B)
-      : name(given.name), half(B / 2), target(given.target ? static_cast<const int64_t*>(given.target->const_data_ptr()) : nullptr),
-        given_tau(given.tau), tau(given.tau * value_or_one(given.learned_tau)), margin(given.margin), label_smoothing(given.label_smoothing),
-        theta(given.theta), alpha(given.alpha), members(name == spec::LossName::symba || name == spec::LossName::swish_symba ? 2 : 1),
-        units(B / members), scale(value_or_one(given.grad_scale) / (given.reduction == spec::Reduction::mean ? units : 1)) {}
+      : name(given.name), half(B / 2),
+        target(given.target ? static_cast<const int64_t*>(given.target->const_data_ptr()) : nullptr),
+        given_tau(given.tau), tau(given.tau * value_or_one(given.learned_tau)), margin(given.margin),
+        label_smoothing(given.label_smoothing), theta(given.theta), alpha(given.alpha),
+        members(name == spec::LossName::symba || name == spec::LossName::swish_symba ? 2 : 1), units(B / members),
+        scale(value_or_one(given.grad_scale) / (given.reduction == spec::Reduction::mean ? units : 1)) {}
 
   // A loss is of a unit: one sample, or the pair of samples `unit` and `unit` + B / 2.
   int64_t count() const { return units; }

@@ -14,14 +14,14 @@
 // Sums run over chunks of 2048 in vector lanes, and over the chunks in float64. One thread owns a sample, so the number
 // of threads does not change a bit of the result.
 
+#include "normalization.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
-
-#include "normalization.h"
 
 constexpr int64_t kChunk = 2048;
 
@@ -124,7 +124,8 @@ std::vector<Tensor> normalize_native(const Normalize& given) {
     const int64_t size = x.numel() / x.size(0), grain = std::max<int64_t>(1, 32768 / size);
     torch::stable::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
       Normalizer<T> normalize(given.normalization, x.size(1), x.size(2) * x.size(3), is_channels_last(x));
-      for (int64_t at = begin * size; at < end * size; at += size) normalize(static_cast<const T*>(x.const_data_ptr()) + at, writable<T>(y) + at);
+      for (int64_t at = begin * size; at < end * size; at += size)
+        normalize(static_cast<const T*>(x.const_data_ptr()) + at, writable<T>(y) + at);
     });
   });
   return {y};

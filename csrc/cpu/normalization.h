@@ -15,7 +15,8 @@ class Normalizer {
  public:
   Normalizer(const spec::Normalization& given, int64_t C, int64_t P, bool channels_last)
       : name(given.name), eps(given.eps), size(C * P), sample(C, P, channels_last),
-        groups(is_of_positions() ? Partition::of_positions(C, P) : Partition::of_channels(C, P, name == Name::group_norm ? given.groups : 1)) {}
+        groups(is_of_positions() ? Partition::of_positions(C, P)
+                                 : Partition::of_channels(C, P, name == Name::group_norm ? given.groups : 1)) {}
 
   void operator()(const T* x, T* y) {
     if (name == Name::layer_norm) return layer_norm(x, y, size, eps);
@@ -26,7 +27,8 @@ class Normalizer {
     for (int64_t j = 0; centred && j < groups.count(); ++j) mean[j] /= groups.elements(j);
     sample.spread(groups, mean, centres);
     const A* centre = centres.data();
-    std::vector<double> factor = sample.sums(x, groups, [=](A v, int64_t i) { return (v - centre[i]) * (v - centre[i]); });
+    std::vector<double> factor =
+        sample.sums(x, groups, [=](A v, int64_t i) { return (v - centre[i]) * (v - centre[i]); });
     for (int64_t j = 0; j < groups.count(); ++j) {
       factor[j] = 1 / (length ? std::sqrt(factor[j]) + eps : std::sqrt(factor[j] / groups.elements(j) + eps));
     }
@@ -46,5 +48,7 @@ class Normalizer {
   Partition groups;
   std::vector<A> centres, factors;
 
-  bool is_of_positions() const { return name == Name::layer_norm_channels || name == Name::l2_channels || name == Name::rms_channels; }
+  bool is_of_positions() const {
+    return name == Name::layer_norm_channels || name == Name::l2_channels || name == Name::rms_channels;
+  }
 };

@@ -38,20 +38,25 @@ class Sample {
   using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
   Sample(int64_t C, int64_t P, bool channels_last)
-      : channels_last(channels_last), outer(channels_last ? P : C), inner(channels_last ? C : P), lanes(inner), index_sums(std::max(C, P)) {}
+      : channels_last(channels_last), outer(channels_last ? P : C), inner(channels_last ? C : P), lanes(inner),
+        index_sums(std::max(C, P)) {}
 
   // Of each group, the sum of f(value, index).
   template <typename F>
   FASTFF_INLINE std::vector<double> sums(const T* x, const Partition& groups, const F& f) {
     std::vector<double> totals(groups.count());
-    if (outer == 1 && groups.channels) {  // features: a group lies together, and single sums of its channels would cost more than all else
+    if (outer == 1 &&
+        groups
+            .channels) {  // features: a group lies together, and single sums of its channels would cost more than all else
       for (int64_t j = 0; j < groups.count(); ++j) {
-        totals[j] = row_sum(x + groups.bounds[j], groups.bounds[j + 1] - groups.bounds[j], [&](A v, int64_t i) { return f(v, groups.bounds[j] + i); });
+        totals[j] = row_sum(x + groups.bounds[j], groups.bounds[j + 1] - groups.bounds[j],
+                            [&](A v, int64_t i) { return f(v, groups.bounds[j] + i); });
       }
       return totals;
     }
     if (index_is_row(groups)) {
-      for (int64_t o = 0; o < outer; ++o) index_sums[o] = row_sum(x + o * inner, inner, [&](A v, int64_t) { return f(v, o); });
+      for (int64_t o = 0; o < outer; ++o)
+        index_sums[o] = row_sum(x + o * inner, inner, [&](A v, int64_t) { return f(v, o); });
     } else {
       column_sums(x, f);
     }

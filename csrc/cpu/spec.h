@@ -12,10 +12,10 @@
 
 namespace spec {
 
-enum class Activation : int64_t { none, relu, relu6, hardswish, silu, gelu };
-enum class LossName : int64_t { cross_entropy, softplus, swish, symba, swish_symba };
-enum class Reduction : int64_t { mean, sum, none };
-enum class NormalizationName : int64_t { none, layer_norm, group_norm, l2, rms, layer_norm_channels, l2_channels, rms_channels };
+enum class Activation { none, relu, relu6, hardswish, silu, gelu };
+enum class LossName { cross_entropy, softplus, swish, symba, swish_symba };
+enum class Reduction { mean, sum, none };
+enum class NormalizationName { none, layer_norm, group_norm, l2, rms, layer_norm_channels, l2_channels, rms_channels };
 
 // Takes the arguments of an operator off its stack, or without a stack writes down their schema.
 struct Reader {
@@ -24,9 +24,9 @@ struct Reader {
   MaybeTensor x;  // the first tensor
 
   template <typename T>
-  T next(const char* type, const std::string& name) {
+  T next(const char* type, const char* prefix, const char* name) {
     if (stack) return torch::stable::detail::to<T>(*stack++);
-    schema += (schema.empty() ? "" : ", ") + (type + (" " + name));
+    for (const char* text : {schema.empty() ? "" : ", ", type, " ", prefix, name}) schema += text;
     return T();
   }
 };
@@ -39,35 +39,37 @@ class Part {
  protected:
   Reader& in;  // read from while the fields are initialised
 
-  bool flag(const char* name) { return in.next<bool>("bool", prefix + name); }
-  int64_t integer(const char* name) { return in.next<int64_t>("int", prefix + name); }
-  double number(const char* name) { return in.next<double>("float", prefix + name); }
-  std::vector<int64_t> pair(const char* name) { return in.next<std::vector<int64_t>>("int[2]", prefix + name); }
+  bool flag(const char* name) { return in.next<bool>("bool", prefix, name); }
+  int64_t integer(const char* name) { return in.next<int64_t>("int", prefix, name); }
+  double number(const char* name) { return in.next<double>("float", prefix, name); }
+  std::vector<int64_t> pair(const char* name) { return in.next<std::vector<int64_t>>("int[2]", prefix, name); }
   template <typename Enum>
   Enum choice(const char* name) {
     return static_cast<Enum>(integer(name));
   }
   MaybeTensor tensor(const char* name) {
-    MaybeTensor t = in.next<MaybeTensor>("Tensor?", prefix + name);
-    return t ? torch::stable::contiguous(*t) : t;
+    MaybeTensor t = in.next<MaybeTensor>("Tensor?", prefix, name);
+    return t && !t->is_contiguous() ? torch::stable::contiguous(*t) : t;
   }
   MaybeTensor tensor_like_x(const char* name) {
-    MaybeTensor t = in.next<MaybeTensor>("Tensor?", prefix + name);
+    MaybeTensor t = in.next<MaybeTensor>("Tensor?", prefix, name);
     return t ? with_layout(*t, is_channels_last(*in.x)) : t;
   }
   Tensor input(const char* name) {
-    const Tensor x = in.next<Tensor>("Tensor", prefix + name);
-    if (in.stack) in.x = x.dim() == 4 ? dense(x) : torch::stable::contiguous(x);
-    return in.x.value_or(x);
+    const Tensor x = in.next<Tensor>("Tensor", prefix, name);
+    if (!in.stack) return x;
+    in.x = x.dim() == 4 ? dense(x) : torch::stable::contiguous(x);
+    return *in.x;
   }
 
  private:
-  std::string prefix;
+  const char* prefix;
 };
 
 struct Epilogue : Part {
   using Part::Part;
-  MaybeTensor weight = tensor("weight"), bias = tensor("bias");  // [C]
+  MaybeTensor weight = tensor("weight");  // [C]
+  MaybeTensor bias = tensor("bias");      // [C]
   double eps = number("eps");
   MaybeTensor residual = tensor_like_x("residual");
   bool need_grad_residual = flag("need_grad_residual");
@@ -128,7 +130,8 @@ struct Step : Part {
 
 // Results of a step, empty where absent. loss: [B], or [B / 2] of pairs, unreduced; grad_tau: one element, the sum over the batch.
 struct StepResult {
-  Tensor loss, goodness, grad_x, grad_weight, grad_bias, grad_grid_weight, grad_tau, normalized, grad_residual, grad_bn_weight, grad_bn_bias, mean, var;
+  Tensor loss, goodness, grad_x, grad_weight, grad_bias, grad_grid_weight, grad_tau, normalized, grad_residual,
+      grad_bn_weight, grad_bn_bias, mean, var;
 };
 
 // A boxed kernel that reads Arguments and calls function(const Arguments&) -> std::vector<Tensor>. An exception becomes an error of PyTorch's.

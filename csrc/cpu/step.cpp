@@ -23,13 +23,15 @@ void check(const spec::Step& step) {
     return;
   }
   const MaybeTensor& target = step.loss.target;
-  STD_TORCH_CHECK(target && target->numel() == B && target->scalar_type() == ScalarType::Long, "step_native: target must be [B] int64");
+  STD_TORCH_CHECK(target && target->numel() == B && target->scalar_type() == ScalarType::Long,
+                  "step_native: target must be [B] int64");
 }
 
 void check_labels(const spec::Step& step, int64_t classes) {
   if (step.loss.name != spec::LossName::cross_entropy) return;
   const int64_t* labels = static_cast<const int64_t*>(step.loss.target->const_data_ptr());
-  const bool inside = std::all_of(labels, labels + step.x.size(0), [=](int64_t label) { return label >= 0 && label < classes; });
+  const bool inside =
+      std::all_of(labels, labels + step.x.size(0), [=](int64_t label) { return label >= 0 && label < classes; });
   STD_TORCH_CHECK(inside, "step_native: target must be in 0 .. ", classes - 1);
 }
 
@@ -37,10 +39,12 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   check(given);
   const Tensor &x = given.x, none = absent(x);
   const int64_t B = x.size(0), C = x.size(1), P = x.size(2) * x.size(3);
-  const bool channels_last = is_channels_last(x), residual = given.has_epilogue && given.epilogue.residual && given.epilogue.need_grad_residual;
+  const bool channels_last = is_channels_last(x),
+             residual = given.has_epilogue && given.epilogue.residual && given.epilogue.need_grad_residual;
   const int32_t dtype = x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   const spec::Projection& head = given.projection;
-  const int64_t J = given.has_groups ? count_of_groups(x, given.groups) : (head.weight ? *head.weight : *head.grid_weight).size(0);
+  const int64_t J =
+      given.has_groups ? count_of_groups(x, given.groups) : (head.weight ? *head.weight : *head.grid_weight).size(0);
   check_labels(given, J);
 
   spec::StepResult r{none, none, none, none, none, none, none, none, none, none, none, none, none};
@@ -77,15 +81,17 @@ std::vector<Tensor> step_native(const spec::Step& given) {
       *writable(r.grad_tau) = static_cast<float>(total);
     }
   }
-  return {r.loss,       r.goodness,      r.grad_x,         r.grad_weight,  r.grad_bias, r.grad_grid_weight, r.grad_tau,
-          r.normalized, r.grad_residual, r.grad_bn_weight, r.grad_bn_bias, r.mean,      r.var};
+  return {r.loss,     r.goodness,   r.grad_x,        r.grad_weight,    r.grad_bias,    r.grad_grid_weight,
+          r.grad_tau, r.normalized, r.grad_residual, r.grad_bn_weight, r.grad_bn_bias, r.mean,
+          r.var};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
   const char* results =
-      "(Tensor loss, Tensor goodness, Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid_weight, Tensor grad_tau, "
+      "(Tensor loss, Tensor goodness, Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid_weight, "
+      "Tensor grad_tau, "
       "Tensor normalized, Tensor grad_residual, Tensor grad_bn_weight, Tensor grad_bn_bias, Tensor mean, Tensor var)";
   m.def(spec::schema<spec::Step>("step_native", results).c_str());
 }

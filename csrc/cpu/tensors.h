@@ -16,7 +16,8 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 inline const float* floats(const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "expected a float32 tensor, got ", torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "expected a float32 tensor, got ",
+                  torch::headeronly::toString(t.scalar_type()));
   return static_cast<const float*>(t.const_data_ptr());
 }
 inline const float* floats(const MaybeTensor& t) { return t ? floats(*t) : nullptr; }
@@ -34,7 +35,8 @@ void with_type(const char* op, const Tensor& x, const F& f) {
     case ScalarType::BFloat16: return f(static_cast<BFloat16Bits*>(nullptr));
     case ScalarType::Half: return f(static_cast<HalfBits*>(nullptr));
     default:
-      STD_TORCH_CHECK(false, op, ": x must be float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(x.scalar_type()));
+      STD_TORCH_CHECK(false, op, ": x must be float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(x.scalar_type()));
   }
 }
 
@@ -42,7 +44,10 @@ void with_type(const char* op, const Tensor& x, const F& f) {
 inline double value_or_one(const MaybeTensor& t) {
   double value = 1;
   if (t) {
-    with_type("a factor", *t, [&]<typename T>(T*) { value = load<std::conditional_t<std::is_same_v<T, double>, double, float>>(*static_cast<const T*>(t->const_data_ptr())); });
+    with_type("a factor", *t, [&]<typename T>(T*) {
+      value = load<std::conditional_t<std::is_same_v<T, double>, double, float>>(
+          *static_cast<const T*>(t->const_data_ptr()));
+    });
   }
   return value;
 }
@@ -55,8 +60,8 @@ inline Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes, 
   dtype = other_dtype.value_or(dtype);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type, x.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type,
+                                                  x.get_device_index(), &handle));
   return Tensor(handle);
 }
 

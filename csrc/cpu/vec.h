@@ -79,13 +79,14 @@ inline void add_constant(float* y, float constant, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += constant;
 }
 
-constexpr int64_t kChunk = 256;
+// Terms of a sum of floats in one lane, and of one in all lanes of a vector.
+constexpr int64_t kChunk = 256, kLongChunk = 16 * kChunk;
 
 // Sum of x * y, and sum of x.
 inline double dot(const float* __restrict x, const float* __restrict y, int64_t n) {
   double total = 0;
-  for (int64_t start = 0; start < n; start += kChunk) {
-    const int64_t end = std::min(start + kChunk, n);
+  for (int64_t start = 0; start < n; start += kLongChunk) {
+    const int64_t end = std::min(start + kLongChunk, n);
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = start; i < end; ++i) sum += x[i] * y[i];
@@ -95,8 +96,8 @@ inline double dot(const float* __restrict x, const float* __restrict y, int64_t 
 }
 inline double total_of(const float* __restrict x, int64_t n) {
   double total = 0;
-  for (int64_t start = 0; start < n; start += kChunk) {
-    const int64_t end = std::min(start + kChunk, n);
+  for (int64_t start = 0; start < n; start += kLongChunk) {
+    const int64_t end = std::min(start + kLongChunk, n);
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = start; i < end; ++i) sum += x[i];
