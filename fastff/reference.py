@@ -14,6 +14,8 @@ bias [K], grid_weight [K, C, G, G], target [B] (int64). Nothing is tiled, nothin
 import torch
 import torch.nn.functional as F
 
+from fastff.spec import PAIRED_LOSSES
+
 
 def columns(x, weight, padding=(0, 0)):
     """Im2col: [B, C, H, W] -> [B, C*k*k, P]. A k x k head is the 1 x 1 head on these columns."""
@@ -111,15 +113,15 @@ ACTIVATIONS = {
     "silu": (F.silu, lambda h: h.sigmoid() * (1 + h * (1 - h.sigmoid()))),
     "gelu": (F.gelu, lambda h: (1 + (h / 2**0.5).erf()) / 2 + h * (-h.square() / 2).exp() / (2 * torch.pi) ** 0.5),
 }
-"""name: (activation, its derivative)"""
+"""{name of spec.ACTIVATIONS: (the activation, its derivative)}"""
 
 
 def channels(v):
-    """A vector [C] against [B, C, H, W]."""
+    """Return a vector [C] as it broadcasts against [B, C, H, W]."""
     return v[:, None, None]
 
 
-def tail(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu"):
+def epilogue(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu"):
     """The end of a block: x = activation(h), h = batch_norm(y) + residual, with the batch's mean [C] and biased variance [C]."""
     var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
     h = (y - channels(mean)) * channels((var + eps).rsqrt())
@@ -129,7 +131,7 @@ def tail(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu"):
     return ACTIVATIONS[activation][0](h), h, mean, var
 
 
-def tail_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="relu"):
+def epilogue_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="relu"):
     """From dL/dx: dL/dy, dL/dh (which is that of the residual), and the two sums that are dL/dweight and dL/dbias (Ioffe and Szegedy 2015)."""
     grad_h = grad_x * ACTIVATIONS[activation][1](h)
     rstd = channels((var + eps).rsqrt())
@@ -196,13 +198,6 @@ def group_goodness_gradient(d, x, groups=1, power=2, mean=True, positions=False)
     return torch.cat(grads, 1)
 
 
-LOSSES = ("cross_entropy", "softplus", "swish", "symba", "swish_symba")
-PAIRED = ("symba", "swish_symba")
-NORMALIZATIONS = (
-    "none", "layer_norm", "group_norm", "l2", "rms", "layer_norm_channels", "l2_channels", "rms_channels"
-)  # fmt: skip
-
-
 def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0):
     """Losses of g [2n, J], first half of positive samples, second of negative, averaged over J: [2n], or [n] for losses of differences.
 
@@ -210,7 +205,7 @@ def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0):
     Trifecta, arXiv 2311.18130); f is softplus, or z sigmoid(z) for the "swish" variants."""
     f = F.silu if loss.startswith("swish") else F.softplus
     positive, negative = g.chunk(2)
-    if loss in PAIRED:
+    if loss in PAIRED_LOSSES:
         return f(-alpha * (positive - negative)).mean(1)
     return f(torch.cat([theta - positive, negative - theta])).mean(1)
 
@@ -218,10 +213,10 @@ def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0):
 def forward_forward_gradient(g, loss="softplus", theta=2.0, alpha=4.0, scale=1.0):
     """d = d(sum of scale * losses)/dg: a derivative of f at theta - g, g - theta or -alpha (g_positive - g_negative), with its sign."""
     positive, negative = g.chunk(2)
-    z = -alpha * (positive - negative) if loss in PAIRED else torch.cat([theta - positive, negative - theta])
+    z = -alpha * (positive - negative) if loss in PAIRED_LOSSES else torch.cat([theta - positive, negative - theta])
     s = z.sigmoid()
     slope = (s * (1 + z * (1 - s)) if loss.startswith("swish") else s) * scale / g.shape[1]
-    down, up = (alpha * slope, alpha * slope) if loss in PAIRED else slope.chunk(2)
+    down, up = (alpha * slope, alpha * slope) if loss in PAIRED_LOSSES else slope.chunk(2)
     return torch.cat([-down, up])
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from fastff import spec
 from fastff.ops import plan
 
 TRUNCATES = (
@@ -127,6 +128,23 @@ LAYOUTS = {
 }
 
 
+def _labels_within(target, count, start, step):
+    """`target` as every step-th of so many numbers, of which the others are no labels: read as one, they raise or lead out of memory."""
+    big = torch.full((count,), 2**40)
+    part = big[start : start + step * (len(target) - 1) + 1 : step]
+    part.copy_(target)
+    return part
+
+
+LABELS = {
+    "contiguous": lambda target: target.contiguous(),
+    "slice": lambda target: _labels_within(target, len(target) + 7, 3, 1),
+    "column": lambda target: _labels_within(target, 5 * len(target), 1, 5),
+    "every other": lambda target: _labels_within(target, 2 * len(target), 1, 2),
+    "expanded": lambda target: target[:1].clone().expand(len(target)),  # changes the values
+}
+
+
 def same_bits(a, b):
     """Equal, NaN for NaN."""
     return a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
@@ -149,6 +167,11 @@ def planned_for(budget):
 
 
 # --- images
+
+
+def op_arguments(step, impl="auto"):
+    """The arguments of torch.ops.fastff.step for a spec.Step."""
+    return step.x, *spec.flatten(step), step.need_grad_x, step.algorithm, impl
 
 
 def pixels(*shape, seed=0):

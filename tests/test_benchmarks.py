@@ -52,7 +52,7 @@ WRONG = [  # (case, owner and name of the function that goes wrong, how)
     *(("goodness", ff, "goodness_step", of_a_step(field)) for field in ("loss", "grad_x", "grad_weight")),
     *(
         ("tail", ff, "tail_step", of_a_step(field))
-        for field in ("loss", "normalized", "grad_y", "grad_residual", "grad_bn_weight", "grad_bn_bias", "grad_weight")
+        for field in ("loss", "normalized", "grad_x", "grad_residual", "grad_bn_weight", "grad_bn_bias", "grad_weight")
     ),
     ("tail", ff, "goodness_step", of_a_step("grad_x")),
     ("convolution", torch.ops.fastff, "convolution_weight_gradient", result),

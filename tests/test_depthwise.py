@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import LAYOUTS, assert_as_exact, same_bits
 
-from fastff.kernels.composed.depthwise import out_like
+from fastff.kernels.torch.depthwise import out_like
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLEMENTATIONS = ["triton"] if TRITON else ["composed", "reference"]
+IMPLEMENTATIONS = ["triton"] if TRITON else ["torch", "reference"]
 DTYPES = (
     (torch.float32, torch.bfloat16, torch.float16)
     if TRITON
@@ -57,9 +57,9 @@ def test_values_and_gradients(data, dtype, impl):
     y, sums, dx, dw = runs[0]
     assert y.stride() == out_like(x, weight, stride, padding).stride()
     exact = plain(x, weight, grad, stride, padding, torch.float64)
-    # the composed row is PyTorch in that dtype itself
+    # the torch row is PyTorch in that dtype itself
     rough = plain(
-        x, weight, grad, stride, padding, dtype if impl == "composed" else torch.promote_types(dtype, torch.float32)
+        x, weight, grad, stride, padding, dtype if impl == "torch" else torch.promote_types(dtype, torch.float32)
     )
     size = plain(x.abs(), weight.abs(), grad.abs(), stride, padding, torch.float64)
     assert_as_exact("y", y, exact[0], rough[0], size[0])
@@ -116,6 +116,13 @@ def test_bad_input(change, text):
     }
     with pytest.raises((ValueError, TypeError, RuntimeError), match=text):
         torch.ops.fastff.depthwise(*(arguments | change).values())
+
+
+@pytest.mark.parametrize("grad", [torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 5).bfloat16()])
+def test_gradient_of_another_shape_or_type(grad):
+    """The compiled kernel would read past the end of it."""
+    with pytest.raises(ValueError, match=r"grad: expected \[2, 3, 5, 5\] of torch.float32 as y is, got"):
+        torch.ops.fastff.depthwise_backward(grad, torch.zeros(2, 3, 5, 5), torch.zeros(3, 1, 3, 3), 1, 1, True, "auto")
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
+    LABELS,
     LAYOUTS,
     assert_as_exact,
     eager_goodness,
     eager_layer_norm,
     eager_loss,
     memory_events,
+    op_arguments,
     planned_for,
     same_bits,
 )
@@ -22,6 +24,7 @@ from torch import nn
 import fastff.functional as ff
 from fastff.nn import FFConv2d, GoodnessHead
 from fastff.ops.goodness import ROWS
+from fastff.spec import Loss, Normalization, Projection, Step
 
 # With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so).
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -402,9 +405,10 @@ def test_derivatives_of_the_loss():
 
 def test_goodness_step_cannot_be_differentiated_again():
     arguments = [torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 1, 1), None, None, torch.tensor([0, 4])]
-    loss, *_ = torch.ops.fastff.goodness_step(
-        *arguments, 1.0, None, 0.0, 0.0, "mean", None, "layer_norm", 1e-5, True, [0, 0], "auto", "auto"
+    step = Step(
+        arguments[0], None, Projection(*arguments[1:4]), Loss(target=arguments[4]), Normalization("layer_norm", 5)
     )
+    loss, *_ = torch.ops.fastff.step(*op_arguments(step))
     with pytest.raises(RuntimeError, match="does not require grad"):
         loss.backward()
     step = ff.goodness_step(*arguments[:3], arguments[4])
@@ -439,9 +443,11 @@ def test_opcheck():
             ("mean", "layer_norm", None),
             ("none", "none", torch.tensor(0.5)),
             ("sum", "layer_norm_channels", None),
+            ("mean", "group_norm", torch.tensor(0.5)),
         ):
-            options = (1.0, tau, 0.1, 0.1, reduction, None, normalize, 1e-5, tau is None)
-            torch.library.opcheck(ops.goodness_step.default, (*inputs, target, *options, *how))
+            loss = Loss("cross_entropy", target, 1.0, tau, 0.1, 0.1, reduction=reduction)
+            step = Step(inputs[0], None, Projection(*inputs[1:]), loss, Normalization(normalize, 6), tau is None)
+            torch.library.opcheck(ops.step.default, op_arguments(step))
         torch.library.opcheck(ops.layer_norm.default, (*learned(inputs[0]), 1e-5, "auto"))
 
 
@@ -520,6 +526,20 @@ def test_labels_out_of_range_raise(impl, label):
     for call in (ff.goodness_step, ff.goodness_loss):
         with pytest.raises(ValueError, match=rf"target: expected labels in 0\.\.5, got {label}"):
             call(x, weight, None, target, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LABELS)
+def test_labels_of_any_stride(impl, layout):
+    """Labels may be a column of a matrix, or any other view. Around them lie numbers that are no labels."""
+    x, weight, grid_weight = torch.randn(6, 4, 3, 3), torch.randn(7, 4), torch.randn(7, 4, 2, 2)
+    target = torch.tensor([6] * 6) if layout == "expanded" else torch.tensor([3, 0, 6, 6, 1, 2])
+    laid = LABELS[layout](target)
+    assert torch.equal(laid, target)
+    for call in (ff.goodness_step, ff.tail_step):
+        for head in ({"weight": weight}, {"weight": weight, "grid_weight": grid_weight, "algorithm": "second_moment"}):
+            got, want = (call(x, bias=None, **head, target=t, reduction="none", impl=impl) for t in (laid, target))
+            assert all(a is b is None or same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_16_bit_activations_whose_squares_overflow():

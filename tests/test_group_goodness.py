@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import LAYOUTS, assert_as_exact, same_bits
+from oracle import LABELS, LAYOUTS, assert_as_exact, op_arguments, same_bits
 
 import fastff.functional as ff
 from fastff.ops.group_goodness import ROWS
-from fastff.reference import LOSSES, NORMALIZATIONS
+from fastff.spec import LOSSES, NORMALIZATIONS, Groups, Loss, Normalization, Step
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) + (() if TRITON else (torch.float64,))
@@ -159,29 +159,16 @@ def test_alone_and_by_autograd(dtype, impl):
 
 
 @pytest.mark.skipif(TRITON, reason="of PyTorch's machinery, not of a kernel")
-@pytest.mark.parametrize("impl", ["auto", "composed"])
+@pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_opcheck_and_second_derivatives(impl):
     x = torch.randn(4, 6, 3, 2, dtype=torch.float64, requires_grad=True)
     for groups, power, positions in [(3, 2, False), (4, 1, False), (1, 2, True)]:
         how = (groups, power, True, positions, impl)
         torch.library.opcheck(torch.ops.fastff.group_goodness.default, (x, *how))
         assert torch.autograd.gradgradcheck(lambda x, how=how: torch.ops.fastff.group_goodness(x, *how).square(), (x,))
-    step = (
-        x.detach(),
-        3,
-        2,
-        True,
-        False,
-        "cross_entropy",
-        2.0,
-        torch.tensor([0, 2, 1, 0]),
-        1.0,
-        0.5,
-        0.1,
-        "mean",
-        None,
-    )
-    torch.library.opcheck(torch.ops.fastff.group_goodness_step.default, (*step, "group_norm", 1e-5, True, impl))
+    loss = Loss("cross_entropy", torch.tensor([0, 2, 1, 0]), margin=0.5, label_smoothing=0.1)
+    step = Step(x.detach(), None, Groups(3), loss, Normalization("group_norm", 3))
+    torch.library.opcheck(torch.ops.fastff.step.default, op_arguments(step, impl))
     torch.library.opcheck(torch.ops.fastff.normalize.default, (x, "l2_channels", 1, 1e-5, impl))
 
 
@@ -192,6 +179,21 @@ def test_empty_batch(impl):
     assert g.shape == (0, 3)
     assert torch.autograd.grad(g.sum(), x)[0].shape == x.shape
     assert ff.normalize(x.detach(), "rms", impl=impl).shape == x.shape
+
+
+@pytest.mark.parametrize("impl", sorted({impl for _, impl in RUNS}))
+@pytest.mark.parametrize("layout", LABELS)
+def test_step_of_labels_of_any_stride(impl, layout):
+    """Labels may be a column of a matrix, or any other view. Around them lie numbers that are no labels."""
+    x, target = (
+        torch.randn(6, 7, 3, 3),
+        torch.tensor([6] * 6) if layout == "expanded" else torch.tensor([3, 0, 6, 6, 1, 2]),
+    )
+    laid = LABELS[layout](target)
+    assert torch.equal(laid, target)
+    for call in (ff.group_goodness_step, ff.group_tail_step):
+        got, want = (call(x, t, groups=7, reduction="none", impl=impl) for t in (laid, target))
+        assert all(a is b is None or same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_halves_of_nan_and_infinity():

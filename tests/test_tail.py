@@ -8,15 +8,25 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import EAGER, KINKS, LAYOUTS, eager_goodness, eager_layer_norm, eager_loss, planned_for, same_bits
+from oracle import (
+    EAGER,
+    KINKS,
+    LAYOUTS,
+    eager_goodness,
+    eager_layer_norm,
+    eager_loss,
+    op_arguments,
+    planned_for,
+    same_bits,
+)
 from torch import nn
 from vision import import_torchvision
 
 import fastff
 import fastff.functional as ff
 from fastff import SFF, Trainer
-from fastff.kernels.composed.tail import ACTIVATIONS
-from fastff.ops.tail import ROWS
+from fastff.ops.goodness import ROWS
+from fastff.spec import ACTIVATIONS, Epilogue, Loss, Normalization, Projection, Step
 
 # With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so).
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -336,8 +346,6 @@ def test_opcheck(impl):
     torch.manual_seed(0)
     y, weight = torch.randn(3, 4, 5, 5), torch.randn(6, 4, 1, 1)
     for residual, bn in ((None, None), (torch.randn(3, 4, 5, 5), torch.rand(4))):
-        arguments = (
-            y, bn, bn, 1e-5, residual, True, "relu", weight, None, None, torch.tensor([0, 1, 2]), 1.0, None, 0.0, 0.0, "mean", None, "layer_norm",
-            1e-5, (0, 0), impl, "auto",
-        )  # fmt: skip
-        torch.library.opcheck(torch.ops.fastff.tail_step.default, arguments)
+        epilogue, loss = Epilogue(bn, bn, residual=residual), Loss(target=torch.tensor([0, 1, 2]))
+        step = Step(y, epilogue, Projection(weight), loss, Normalization("layer_norm", 6))
+        torch.library.opcheck(torch.ops.fastff.step.default, op_arguments(step, impl))

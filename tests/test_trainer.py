@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import eager_layer_norm, operators_run, peak_memory
+from oracle import LABELS, eager_layer_norm, operators_run, peak_memory
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from training_oracle import (
@@ -384,7 +384,7 @@ def test_nothing_in_a_step_waits_for_the_device(options, monkeypatch):
     trainer = Trainer(sff, functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, foreach=True), **options)
     train(trainer, data)
     assert operators_run(lambda: trainer.step(*data[0])) & WAITING == {"aten::_local_scalar_dense", "aten::item"}
-    monkeypatch.setattr("fastff.ops.goodness.check_labels", lambda target, classes: None)
+    monkeypatch.setattr("fastff.spec.check_labels", lambda target, classes: None)
     ran = operators_run(lambda: trainer.step(*data[0]))
     assert "aten::convolution_backward" in ran
     assert not ran & WAITING
@@ -431,6 +431,31 @@ def test_fit_learns_and_evaluates():
     with torch.no_grad():
         right = sum(int((sff(x).argmax(1) == y).sum()) for x, y in loader)
     assert again["vote"] == pytest.approx(right / 64)
+
+
+@pytest.mark.parametrize("layout", LABELS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain", {}),
+        ("plain", {"granularity": "layer", "grid": 2}),
+        ("resnet18", {"grid": 0}),
+        ("mobilenet_v3_small", {"bias": True}),
+    ],
+)
+def test_labels_of_any_stride(name, options, layout):
+    """A data set with several labels an image hands in a column of them: with or without a fused tail the step is that of a copy."""
+    results = []
+    for lay in (lambda target: target.clone(), LABELS[layout]):
+        sff = made(name, dtype=torch.float32, **options)
+        data = [
+            (images, target[:1].repeat(6) if layout == "expanded" else target)
+            for images, target in batches(sff, 2, dtype=torch.float32)
+        ]
+        losses = train(Trainer(sff), [(images, lay(target)) for images, target in data])
+        results.append((losses, vector(sff)))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_same_seed_same_bits():

@@ -460,7 +460,7 @@ class Task {
 
 Call::Call(const Tensor& x, const Head& given, Mode mode, bool need_x, bool normalize)
     : head(given), g(absent(x)), losses(g), dtau(g), grad_x(g), grad_weight(g), grad_bias(g), grad_grid(g), normalized(g) {
-  for (MaybeTensor* t : {&head.weight, &head.bias, &head.grid}) *t = packed(*t);
+  for (MaybeTensor* t : {&head.weight, &head.bias, &head.grid, &head.target, &head.tau_factor, &head.scale_factor}) *t = packed(*t);
   const Tensor& first = head.weight ? *head.weight : *head.grid;
   p.B = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.P = p.H * p.W, p.K = first.size(0), p.KP = padded(p.K);
   p.GH = head.grid ? head.grid->size(2) : 0, p.GW = head.grid ? head.grid->size(3) : 0, p.cells = p.C * p.GH * p.GW;

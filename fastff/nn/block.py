@@ -13,8 +13,9 @@ from fastff.nn.convolution import quickened
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
 from fastff.nn.tail import Tail, activation_name, hooked
-from fastff.ops.goodness import NORMALIZATIONS as FUSED
-from fastff.reference import NORMALIZATIONS
+from fastff.spec import NORMALIZATIONS
+
+FUSED = ("layer_norm", "layer_norm_channels", "none")
 
 
 class FFBlock(nn.Module):

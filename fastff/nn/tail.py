@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastff.nn.head import add_gradient
+from fastff.spec import Epilogue
 
 ACTIVATIONS = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu", nn.GELU: "gelu", nn.Identity: "none",
@@ -71,10 +72,9 @@ class Tail:
     def local_step(self, head, y, residual, target, normalize, grad_scale=None):
         """tail_step on the body's outputs: adds the gradients of batch norm and of the head, updates the running statistics."""
         norm = self.batch_norm
-        step = head.local_tail_step(
-            y, target, normalize, grad_scale=grad_scale, bn_weight=norm.weight, bn_bias=norm.bias, bn_eps=norm.eps, residual=residual,
-            need_grad_residual=residual is not None and residual.requires_grad, activation=self.activation,
-        )  # fmt: skip
+        need_grad_residual = residual is not None and residual.requires_grad
+        epilogue = Epilogue(norm.weight, norm.bias, norm.eps, residual, need_grad_residual, self.activation)
+        step = head.local_step(y, target, normalize, grad_scale=grad_scale, epilogue=epilogue)
         add_gradient(norm.weight, step.grad_bn_weight)
         add_gradient(norm.bias, step.grad_bn_bias)
         if norm.track_running_stats and norm.running_mean is not None:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastff.functional as ff
-from fastff.checks import FLOATS
 from fastff.nn.tail import hooked
+from fastff.spec import DTYPES
 
 
 def goodness(layer, x):
@@ -58,7 +58,7 @@ def unit(x):
 
 
 def _is_float(x):
-    return isinstance(x, torch.Tensor) and x.dtype in FLOATS and not torch.is_autocast_enabled(x.device.type)
+    return isinstance(x, torch.Tensor) and x.dtype in DTYPES and not torch.is_autocast_enabled(x.device.type)
 
 
 def _fits(x, weight):

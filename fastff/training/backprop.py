@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastff.ops.goodness import check_labels
+from fastff.spec import check_labels
 from fastff.sff import SFF
 from fastff.training import optim
 from fastff.training.loop import Loop, loss_dtype

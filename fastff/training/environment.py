@@ -79,9 +79,9 @@ def implementations():
                 why = row.can_run(x)
                 runs = "runs, auto takes it" if row is taken else "runs"
                 note = f"; {row.note}" if row.note else ""
-                passed = row.passed_over(x)
+                passed = row.skip_reason(x)
                 found.append(
-                    (op, row.name, device, why or (f"runs; auto passes it over: {passed}" if passed else runs) + note)
+                    (op, row.name, device, why or (f"runs; auto skips it: {passed}" if passed else runs) + note)
                 )
             if trouble:
                 found.append((op, "auto", device, trouble))

@@ -1,61 +1,66 @@
-"""Goodness of groups of channels by the compiled library, all four types on the CPU (csrc/cpu/group_goodness.cpp)."""
+"""Goodness of groups of channels by the compiled library, all four types on the CPU (csrc/cpu/group_goodness.cpp).
+
+With an epilogue the arithmetic is in float32; float64 goes through PyTorch's epilogue."""
 
 import torch
 
-from fastff.kernels.composed.group_goodness import Goodness
-from fastff.reference import LOSSES, NORMALIZATIONS  # in the order of the C++
+from fastff.kernels.torch import normalization as fallback
+from fastff.kernels.torch.epilogue import completed
+from fastff.spec import ACTIVATIONS, LOSSES, NORMALIZATIONS, PAIRED_LOSSES, Groups, Loss, Normalization, StepResult
 
 GOODNESS, STEP, BACKWARD, NORMALIZE = range(4)
 
 
-def _call(
-    x,
-    how,
-    mode,
-    target=None,
-    d=None,
-    grad_scale=None,
-    loss=0,
-    numbers=(0.0, 1.0, 0.0, 0.0, 1.0),
-    norm=0,
-    eps=0.0,
-    need_x=False,
-):
-    return torch.ops.fastff.group_goodness_native(
-        x, target, d, grad_scale, mode, *how, loss, *numbers, norm, eps, need_x
+def goodness(x, groups):
+    """Return g [B, K] or [B, P]."""
+    return _call(x, groups, GOODNESS)[0]
+
+
+def goodness_backward(d, x, groups):
+    """Return dL/dx from d = dL/dg."""
+    return _call(x, groups, BACKWARD, d=d.to(torch.promote_types(x.dtype, torch.float32)), need_grad_x=True)[2]
+
+
+def normalize(x, normalization):
+    """Return x normalized, or None for "none"."""
+    if normalization.name == "none":
+        return None
+    if normalization.name == "layer_norm":
+        if x.dtype == torch.float32:
+            return torch.ops.fastff.layer_norm_native(x, normalization.eps)
+        return fallback.normalize(x, normalization)
+    return _call(x, Groups(normalization.groups, 1), NORMALIZE, normalization=normalization)[3]
+
+
+def step(local):
+    """Return the StepResult of a Step, its losses not reduced."""
+    x, groups, epilogue, loss, normalization = local.x, local.goodness, local.epilogue, local.loss, local.normalization
+    other_groups = normalization.name == "group_norm" and normalization.groups != groups.count
+    if other_groups or (epilogue is not None and x.dtype == torch.float64):
+        return completed(local, step, normalize)
+    if epilogue is None:
+        found = _call(x, groups, STEP, loss, normalization=normalization, need_grad_x=local.need_grad_x)
+        g, losses, grad_x, normalized = found
+        return StepResult(losses, g, grad_x, normalized=normalized)
+    weight, bias, residual, scale = (
+        None if t is None else t.float() for t in (epilogue.weight, epilogue.bias, epilogue.residual, loss.grad_scale)
     )
+    g, losses, grad_y, normalized, *rest = torch.ops.fastff.group_tail_native(
+        x.float(), residual, weight, bias, epilogue.eps, ACTIVATIONS.index(epilogue.activation),
+        epilogue.need_grad_residual and residual is not None, loss.target, scale, *groups, *_loss_numbers(loss, len(x)),
+        NORMALIZATIONS.index(normalization.name), normalization.eps,
+    )  # fmt: skip
+    return StepResult(losses, g, grad_y, None, None, None, None, normalized, *rest)
 
 
-def goodness(x, how):
-    """g [B, K] or [B, P]."""
-    return _call(x, how, GOODNESS)[0]
+def _loss_numbers(loss, batch):
+    theta = loss.alpha if loss.name in PAIRED_LOSSES else loss.theta
+    return LOSSES.index(loss.name), theta, loss.tau, loss.margin, loss.label_smoothing, loss.scale(batch)
 
 
-def goodness_backward(d, x, how):
-    """dL/dx as x."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return _call(x, how, BACKWARD, d=d.to(wide), need_x=True)[2]
-
-
-def goodness_step(x, how, loss, normalize, eps, need_x):
-    """(g, losses, dL/dx or None, the normalised x or None)."""
-    numbers = (loss.theta, loss.tau, loss.margin, loss.label_smoothing, loss.scale)
+def _call(x, groups, mode, loss=Loss(), d=None, normalization=Normalization(), need_grad_x=False):
     scale = None if loss.grad_scale is None else loss.grad_scale.float()
-    return _call(
-        x,
-        how,
-        STEP,
-        loss.target,
-        None,
-        scale,
-        LOSSES.index(loss.name),
-        numbers,
-        NORMALIZATIONS.index(normalize),
-        eps,
-        need_x,
-    )
-
-
-def normalize(x, how, groups, eps):
-    """x normalised, as x."""
-    return _call(x, Goodness(groups, 1, True, False), NORMALIZE, norm=NORMALIZATIONS.index(how), eps=eps)[3]
+    return torch.ops.fastff.group_goodness_native(
+        x, loss.target, d, scale, mode, *groups, *_loss_numbers(loss, len(x)), NORMALIZATIONS.index(normalization.name), normalization.eps,
+        need_grad_x,
+    )  # fmt: skip

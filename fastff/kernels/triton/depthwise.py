@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastff.kernels.composed.depthwise import out_like
-from fastff.kernels.composed.goodness import dense, empty_like, is_rows
+from fastff.kernels.layout import dense, empty_like, is_channels_last
+from fastff.kernels.torch.depthwise import out_like
 from fastff.kernels.triton.epilogue import store_pair
 from fastff.kernels.triton.launch import constants, multiprocessors, on_device
 
@@ -128,7 +128,7 @@ def tiles(channels_last, C):
 def _config(x, weight, stride, padding, adjoint=False):
     """(Config, warps) for tiles of x."""
     k = weight.shape[2]
-    R, BC, warps = tiles(is_rows(x) and x.shape[1] > 1, x.shape[1])
+    R, BC, warps = tiles(is_channels_last(x) and x.shape[1] > 1, x.shape[1])
     return Config(stride, padding, k, adjoint, triton.next_power_of_2(k * k), R, BC), warps
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastff import spec
-from fastff.kernels.composed.goodness import dense, empty_like, is_rows
+from fastff.kernels.layout import dense, empty_like, is_channels_last
 from fastff.kernels.triton.launch import constants, multiprocessors, on_device, strides
 
 RELU, RELU6, HARDSWISH, SILU, GELU = (
@@ -235,7 +235,7 @@ class Launches:
     def _laid_out(self, tensor):
         """The tensor in the memory layout of y."""
         tensor = dense(tensor)
-        return tensor if is_rows(tensor) == is_rows(self.y) else empty_like(self.y).copy_(tensor)
+        return tensor if is_channels_last(tensor) == is_channels_last(self.y) else empty_like(self.y).copy_(tensor)
 
     def _tiles(self, kernel, *tensors):
         grid = -(-self.extent.positions // POSITIONS), self.blocks

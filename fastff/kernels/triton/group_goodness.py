@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 
 from fastff import reference, spec
-from fastff.kernels.composed.goodness import dense, empty_like, is_rows
+from fastff.kernels.layout import dense, empty_like, is_channels_last
 from fastff.kernels.triton import loss as losses
 from fastff.kernels.triton import normalization
 from fastff.kernels.triton.epilogue import step_in_parts
-from fastff.kernels.triton.layer_norm import layer_norm
 from fastff.kernels.triton.launch import constants, on_device, strides
+from fastff.kernels.triton.layer_norm import layer_norm
 from fastff.kernels.triton.loss import LossArguments, gradient_scale, losses_of, of_pairs, of_samples
 from fastff.kernels.triton.normalization import GROUP_NORM, NONE, factors
 
@@ -354,12 +354,20 @@ class _Launch:
         arguments = losses.NO_LOSS if loss is None else losses.arguments(loss, B, out)
         kernel = positions if by_position else samples
         kernel[units, parts](
-            self.source, grad_x, normalized, scratch, arguments, self.shape, normalize.eps, constants(config), num_warps=WARPS
+            self.source,
+            grad_x,
+            normalized,
+            scratch,
+            arguments,
+            self.shape,
+            normalize.eps,
+            constants(config),
+            num_warps=WARPS,
         )
         return g, None if out is None else out.sum(1) if by_position else out[:, 0]
 
     def _tile(self):
-        return tiles(is_rows(self.x), self.shape.C, self.shape.P)
+        return tiles(is_channels_last(self.x), self.shape.C, self.shape.P)
 
 
 def goodness(x, groups):

@@ -7,7 +7,7 @@ constant (`constants`), and each is specialised as an argument of its own would 
 import torch
 import triton.language as tl
 
-from fastff.kernels.composed.goodness import is_rows
+from fastff.kernels.layout import is_channels_last
 
 
 def multiprocessors(device):
@@ -22,7 +22,7 @@ def on_device(x):
 
 def strides(x):
     """Strides of samples, channels and positions of x [B, C, H, W], dense in either layout."""
-    return (x.stride(0), 1, x.shape[1]) if is_rows(x) else (x.stride(0), x.shape[2] * x.shape[3], 1)
+    return (x.stride(0), 1, x.shape[1]) if is_channels_last(x) else (x.stride(0), x.shape[2] * x.shape[3], 1)
 
 
 def constants(config):

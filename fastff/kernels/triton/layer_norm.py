@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastff.kernels.composed.goodness import dense, empty_like
+from fastff.kernels.layout import dense, empty_like
 from fastff.kernels.triton.launch import multiprocessors, on_device
 from fastff.kernels.triton.normalization import statistics
 

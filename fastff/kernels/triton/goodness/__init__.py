@@ -24,9 +24,9 @@ import torch
 import triton
 
 from fastff import spec
-from fastff.kernels.composed.goodness import dense, empty_like
+from fastff.kernels.layout import dense, empty_like
+from fastff.kernels.torch import goodness as torch_goodness
 from fastff.kernels.triton import blocks, epilogue, group_goodness, loss, normalization
-from fastff.kernels.triton import fallback as pytorch
 from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scratch, Shape
 from fastff.kernels.triton.goodness.direct import direct
 from fastff.kernels.triton.goodness.grid import Grid, GridTerm, grid_sizes
@@ -51,7 +51,15 @@ class Launch:
         self.source = epilogue.Source(self.x, None, None, *strides(self.x)) if around is None else around.source
         cells = grid_sizes(grid_weight, x)
         self.blocks = sizes or blocks.sizes(
-            x.device, plan.algorithm, B, C, H * W, len(weight), cells[0] * cells[1], x.element_size(), around is not None
+            x.device,
+            plan.algorithm,
+            B,
+            C,
+            H * W,
+            len(weight),
+            cells[0] * cells[1],
+            x.element_size(),
+            around is not None,
         )
         self.groups = -(-B // self.blocks.NS)
         self.positions, self.parts = self._parts()
@@ -81,7 +89,9 @@ class Launch:
         each = -(-tiles // min(tiles, wanted))
         return each * self.blocks.BP, -(-tiles // each)
 
-    def sweep(self, stages, arguments=loss.NO_LOSS, grad_x=None, normalized=None, cells=None, eps=0.0, g=None, **constant):
+    def sweep(
+        self, stages, arguments=loss.NO_LOSS, grad_x=None, normalized=None, cells=None, eps=0.0, g=None, **constant
+    ):
         """Launch these stages ("first", "head", "loss", "second") of the algorithm's kernel."""
         out = grad_x if grad_x is not None else normalized if normalized is not None else self.x
         result = Result(grad_x, normalized, self.channel_sums, *strides(out))
@@ -185,7 +195,7 @@ def fits_with_epilogue(y, plan):
 def goodness(x, projection, plan):
     """g [B, K] float32."""
     if not fits(x, projection):
-        return pytorch.goodness(x, projection, plan)
+        return torch_goodness.goodness(x, projection, plan)
     with on_device(x):
         launch = Launch(x, projection, plan)
         launch.first()
@@ -195,7 +205,7 @@ def goodness(x, projection, plan):
 def goodness_backward(d, x, projection, plan, need_grad_x):
     """Gradients of sum(d * g): (x or None, weight, bias, grid_weight)."""
     if not fits(x, projection):
-        return pytorch.goodness_backward(d, x, projection, plan, need_grad_x)
+        return torch_goodness.goodness_backward(d, x, projection, plan, need_grad_x)
     with on_device(x):
         launch = Launch(x, projection, plan)
         if launch.second_moment or launch.grid is not None:
@@ -221,7 +231,7 @@ def _step(step, plan):
     x, normalize = step.x, step.normalization
     with on_device(x):
         if not fits(x, step.goodness):
-            inner = pytorch.step(step._replace(normalization=spec.Normalization()), plan)
+            inner = torch_goodness.step(step._replace(normalization=spec.Normalization()), plan)
         else:
             fused = normalize if normalize.name in NORMALIZATIONS else spec.Normalization()
             inner = Launch(x, step.goodness, plan).step(step.loss, fused, empty_like(x) if step.need_grad_x else None)

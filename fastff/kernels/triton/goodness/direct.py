@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 
 from fastff.kernels.triton.epilogue import Source, load_tile, store_pair
-from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scratch, Shape, class_bias, class_weights, dot
+from fastff.kernels.triton.goodness.arguments import (
+    Config,
+    Head,
+    Result,
+    Scratch,
+    Shape,
+    class_bias,
+    class_weights,
+    dot,
+)
 from fastff.kernels.triton.goodness.grid import Grid, cell_sums, store_cell_sums
 from fastff.kernels.triton.goodness.sweep import Tile, loss_stage, store_gradient
 from fastff.kernels.triton.loss import LossArguments

@@ -10,56 +10,14 @@ Convolution    kernel sizes 3 and 5: a from PyTorch's convolution, its gradients
 Arithmetic is in float32 (float64 for float64): chunks of 16-bit tensors are widened as they are read.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-
-class Plan(NamedTuple):
-    """`algorithm` "direct" | "second_moment" | "convolution", samples per chunk, classes per tile. fastff/ops/plan.py chooses."""
-
-    algorithm: str
-    samples: int
-    classes: int
-
-
-class Loss(NamedTuple):
-    """Of a goodness_step: tau times learned_tau (or None) is the factor of goodness, scale times grad_scale (or None) that of all gradients."""
-
-    target: torch.Tensor
-    tau: float
-    learned_tau: torch.Tensor | None
-    margin: float
-    label_smoothing: float
-    scale: float
-    grad_scale: torch.Tensor | None
-
-
-def is_rows(x):
-    """Whether x [B, C, H, W] lies in memory as dense [B, H, W, C]."""
-    return x.permute(0, 2, 3, 1).is_contiguous()
-
-
-def dense(x):
-    """x itself where it is dense in either layout, else a contiguous copy."""
-    return x if is_rows(x) else x.contiguous()
-
-
-def empty_like(x, dtype=None):
-    """Uninitialised memory for a result of x's shape: dense, channels_last where x is."""
-    dtype = dtype or x.dtype
-    if is_rows(x):
-        b, c, h, w = x.shape
-        return x.new_empty((b, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-def matrices(x):
-    """A dense x as [b, C, P]: a view, whichever of the two layouts it has."""
-    if is_rows(x):
-        return x.permute(0, 2, 3, 1).flatten(1, 2).mT
-    return x.flatten(2)
+from fastff.kernels.layout import dense, empty_like, is_channels_last, matrices
+from fastff.kernels.torch.epilogue import completed
+from fastff.kernels.torch.loss import loss_gradient
+from fastff.kernels.torch.normalization import normalize
+from fastff.spec import StepResult
 
 
 class Direct:
@@ -130,7 +88,7 @@ def _write_product(x, a, b, add):
 
 def _write_rows(x, a, b, add):
     """The same for a product over all samples, a @ b [b*P, C]."""
-    if is_rows(x):
+    if is_channels_last(x):
         x.permute(0, 2, 3, 1).view(-1, x.shape[1]).addmm_(a, b, beta=int(add))
     else:
         rows = (a @ b).view(len(x), -1, x.shape[1]).mT
@@ -207,7 +165,7 @@ class Grid:
 
     def goodness(self, x):
         b, c, h, w = x.shape
-        if is_rows(x):
+        if is_channels_last(x):
             means = self.right.T @ x.permute(0, 2, 3, 1).view(b * h, w, c)
             means = (self.down.T @ means.view(b, h, -1)).view(b, -1, c).mT
         else:
@@ -224,7 +182,7 @@ class Grid:
             return
         b, c = grad_x.shape[:2]
         cells = (d @ self.cells).view(b, c, h, w)
-        if is_rows(grad_x):
+        if is_channels_last(grad_x):
             rows = (self.down @ cells.permute(0, 2, 3, 1).reshape(b, h, -1)).view(-1, w, c)
             torch.bmm(self.right.expand(len(rows), -1, -1), rows, out=grad_x.permute(0, 2, 3, 1).view(len(rows), -1, c))
         else:
@@ -243,24 +201,24 @@ ALGORITHMS = {"direct": Direct, "second_moment": SecondMoment, "convolution": Co
 
 
 class _Head:
-    """The head over chunks: parameters widened once, one gradient buffer for each."""
+    """The head over chunks of samples: parameters widened once, one gradient buffer for each."""
 
-    def __init__(self, x, weight, bias, grid_weight, padding, plan, dtype):
-        self.x, self.plan, self.dtype = x, plan, dtype
-        weight, bias, grid_weight = (None if p is None else p.to(dtype) for p in (weight, bias, grid_weight))
-        extra = {"padding": padding} if plan.algorithm == "convolution" else {}
+    def __init__(self, x, projection, plan):
+        self.x, self.plan, self.dtype = x, plan, projection.dtype(x)
+        parameters = [None if p is None else p.to(self.dtype) for p in projection[:3]]
+        weight, bias, grid_weight = parameters
+        extra = {"padding": projection.padding} if plan.algorithm == "convolution" else {}
         self.squares = None if weight is None else ALGORITHMS[plan.algorithm](weight, bias, plan, **extra)
         self.grid = None if grid_weight is None else Grid(grid_weight, x)
         self.grads = [
-            None if p is None else torch.zeros_like(p, memory_format=torch.contiguous_format)
-            for p in (weight, bias, grid_weight)
+            None if p is None else torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters
         ]
 
-    def chunks(self):
-        for start in range(0, len(self.x), self.plan.samples):
-            chunk = slice(start, start + self.plan.samples)
-            x = self.x[chunk].to(self.dtype)
-            yield chunk, dense(x)
+    def chunks(self, samples=None):
+        samples = samples or self.plan.samples
+        for start in range(0, len(self.x), samples):
+            chunk = slice(start, start + samples)
+            yield chunk, dense(self.x[chunk].to(self.dtype))
 
     def goodness(self, x):
         if self.squares is None:
@@ -269,7 +227,7 @@ class _Head:
         return g if self.grid is None else g.add_(self.grid.goodness(x))
 
     def gradients(self, d, x, grad_x):
-        """Adds to the parameters' gradients; overwrites grad_x, of x's shape and any dtype, where it is not None."""
+        """Add to the parameters' gradients; overwrite grad_x, of x's shape and any dtype, unless it is None."""
         grad_weight, grad_bias, grad_grid = self.grads
         wide = grad_x if grad_x is None or grad_x.dtype == self.dtype else empty_like(grad_x, self.dtype)
         if self.grid is not None:
@@ -280,60 +238,43 @@ class _Head:
             grad_x.copy_(wide)
 
 
-def goodness(x, weight, bias, grid_weight, padding, plan, dtype):
-    """g [B, K] in `dtype`."""
-    head = _Head(x, weight, bias, grid_weight, padding, plan, dtype)
+def goodness(x, projection, plan):
+    """Return g [B, K] in the dtype of the arithmetic."""
+    head = _Head(x, projection, plan)
     g = [head.goodness(chunk) for _, chunk in head.chunks()]
-    return _joined(g) if g else x.new_empty((0, len(weight if weight is not None else grid_weight)), dtype=dtype)
+    return _joined(g) if g else x.new_empty((0, projection.classes), dtype=head.dtype)
 
 
-def goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, need_x):
-    """Gradients of sum(d * g): (x or None, weight, bias, grid_weight), None where there is no such input."""
-    head = _Head(x, weight, bias, grid_weight, padding, plan, dtype)
-    grad_x = empty_like(x) if need_x else None
+def goodness_backward(d, x, projection, plan, need_grad_x):
+    """Return the gradients of sum(d * g) for x, weight, bias and grid_weight: None for absent ones, and for x unless it is needed."""
+    head = _Head(x, projection, plan)
+    grad_x = empty_like(x) if need_grad_x else None
     for part, chunk in head.chunks():
         head.goodness(chunk)
-        head.gradients(d[part].to(dtype), chunk, None if grad_x is None else grad_x[part])
+        head.gradients(d[part].to(head.dtype), chunk, None if grad_x is None else grad_x[part])
     return grad_x, *head.grads
 
 
-def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need_x, normalize, eps):
-    """One pass: per-sample losses [B], g [B, K], the four gradients, dL/dtau or None, and None: x is normalised by the layer_norm op."""
-    head = _Head(x, weight, bias, grid_weight, padding, plan, dtype)
-    grad_x = empty_like(x) if need_x else None
+def step(local, plan, normalize=normalize):
+    """Return the StepResult of a Step, its losses not reduced."""
+    return completed(local, lambda local: _step(local, plan), normalize)
+
+
+def _step(local, plan):
+    """Take each chunk through everything: goodness, loss, d, gradients."""
+    x, loss = local.x, local.loss
+    head, scale = _Head(x, local.goodness, plan), loss.scale(len(x))
+    grad_x = empty_like(x) if local.need_grad_x else None
     parts = []
-    for part, chunk in head.chunks():
+    for part, chunk in head.chunks(None if loss.name == "cross_entropy" else len(x)):
         g = head.goodness(chunk)
-        losses, d, dtau = loss_gradient(g, part, loss)
+        losses, d, grad_tau = loss_gradient(g, loss, scale, part)
         head.gradients(d, chunk, None if grad_x is None else grad_x[part])
-        parts.append((losses, g, dtau))
-    losses, g, dtau = zip(*parts, strict=True)
-    dtau = None if dtau[0] is None else torch.stack(dtau).sum()
-    return _joined(losses), _joined(g), grad_x, *head.grads, dtau, None
+        parts.append((losses, g, grad_tau))
+    losses, g, grad_tau = zip(*parts, strict=True)
+    grad_tau = None if grad_tau[0] is None else torch.stack(grad_tau).sum()
+    return StepResult(_joined(losses), _joined(g), grad_x, *head.grads, grad_tau)
 
 
 def _joined(chunks):
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-
-
-def loss_gradient(g, part, loss):
-    """Per-sample loss [b], d [b, K] and d(loss)/d(tau) (None for a number tau) of the samples `part`. Formulas: reference.goodness_gradient.
-
-    A label outside 0..K-1 makes its sample's loss NaN or infinite on a GPU, where nobody can look at labels without waiting for it."""
-    K, smoothing = g.shape[1], loss.label_smoothing
-    tau = loss.tau if loss.learned_tau is None else loss.tau * loss.learned_tau.to(g.dtype)
-    scale = loss.scale if loss.grad_scale is None else loss.scale * loss.grad_scale.to(g.dtype)
-    hit = loss.target[part, None] == torch.arange(K, device=g.device)
-    q = hit.to(g.dtype)
-    hits = q.sum(1) if g.is_cuda else 1
-    u = g if isinstance(tau, float) and tau == 1 else g * tau
-    if loss.margin:
-        u = torch.sub(u, q, alpha=loss.margin)
-    if smoothing:
-        q = q.mul_(1 - smoothing).add_(smoothing / K)
-    log_p = u.log_softmax(1)
-    losses = (log_p * q).sum(1).div_(-hits)
-    d = log_p.exp_().sub_(q).mul_(scale)
-    if isinstance(tau, torch.Tensor):
-        return losses, d * tau, (d * g).sum() * loss.tau
-    return losses, d if tau == 1 else d.mul_(tau), None

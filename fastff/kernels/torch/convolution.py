@@ -4,8 +4,8 @@ import torch
 
 
 def weight_gradient(grad, x, kernel, stride, padding):
-    """grad [B, D, P, Q], x [B, C, H, W] -> [D, C, k, k]."""
-    weight = x.new_empty((1,)).expand(grad.shape[1], x.shape[1], kernel, kernel)  # its shape is what counts
+    """Return dL/dweight [D, C, k, k] from grad [B, D, P, Q] and x [B, C, H, W]."""
+    weight = x.new_empty((1,)).expand(grad.shape[1], x.shape[1], kernel, kernel)  # only its shape is read
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]
