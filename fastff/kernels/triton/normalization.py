@@ -32,8 +32,9 @@ def statistics(sums, n, B, n_elements, shift, eps):
     """Mean and 1 / deviation of the samples n, from the sums of x - shift and of its square, sums [2, B]."""
     total = tl.load(sums + n, mask=n < B, other=0.0)
     square = tl.load(sums + B + n, mask=n < B, other=0.0)
-    mean, rstd = factors(total, square, n_elements, eps, LAYER_NORM)
-    return mean + shift, rstd
+    mean = total / n_elements
+    variance = tl.maximum(square / n_elements - mean * mean, 0.0)
+    return mean + shift, 1 / tl.sqrt(variance + eps)
 
 
 @triton.jit

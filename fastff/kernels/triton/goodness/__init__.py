@@ -24,7 +24,7 @@ import torch
 
 from fastff import spec
 from fastff.kernels.layout import dense, empty_like
-from fastff.kernels.torch import goodness as pytorch
+from fastff.kernels.torch import goodness as torch_goodness
 from fastff.kernels.triton import blocks, epilogue, group_goodness, loss, normalization
 from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scratch, Shape
 from fastff.kernels.triton.goodness.direct import direct
@@ -194,7 +194,7 @@ def fits_with_epilogue(y, plan):
 def goodness(x, projection, plan):
     """g [B, K] float32."""
     if not fits(x, projection):
-        return pytorch.goodness(x, projection, plan)
+        return torch_goodness.goodness(x, projection, plan)
     with on_device(x):
         launch = Launch(x, projection, plan)
         launch.first()
@@ -204,7 +204,7 @@ def goodness(x, projection, plan):
 def goodness_backward(d, x, projection, plan, need_grad_x):
     """Gradients of sum(d * g): (x or None, weight, bias, grid_weight)."""
     if not fits(x, projection):
-        return pytorch.goodness_backward(d, x, projection, plan, need_grad_x)
+        return torch_goodness.goodness_backward(d, x, projection, plan, need_grad_x)
     with on_device(x):
         launch = Launch(x, projection, plan)
         if launch.second_moment or launch.grid is not None:
@@ -230,7 +230,7 @@ def _step(step, plan):
     x, normalize = step.x, step.normalization
     with on_device(x):
         if not fits(x, step.goodness):
-            inner = pytorch.step(step._replace(normalization=spec.Normalization()), plan)
+            inner = torch_goodness.step(step._replace(normalization=spec.Normalization()), plan)
         else:
             fused = normalize if normalize.name in NORMALIZATIONS else spec.Normalization()
             inner = Launch(x, step.goodness, plan).step(step.loss, fused, empty_like(x) if step.need_grad_x else None)

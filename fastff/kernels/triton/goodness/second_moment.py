@@ -23,7 +23,8 @@ from fastff.kernels.triton.normalization import LAYER_NORM, NONE, statistics, st
 
 
 class Part(NamedTuple):
-    """A program's sample b and its part of the positions, start .. end - 1; channels [BC]; shift: a number near the sample's values, which the
+    """A program's sample b and its part of the positions, start .. end - 1; channels [BC] and whether they exist; offsets and mask of [BC, BC] in a
+    matrix [C, C]; shift: a number near the sample's values, which the
     sums for layer norm are relative to."""
 
     index: object
@@ -31,6 +32,9 @@ class Part(NamedTuple):
     start: object
     end: object
     c: object
+    has_c: object
+    square_at: object
+    square_mask: object
     shift: object
 
 
@@ -39,28 +43,24 @@ def part_of_program(source: Source, shape: Shape, positions, config: Config):
     """The Part of program (b, j): sample b, positions j positions .. (j + 1) positions - 1."""
     index = tl.program_id(1)
     b = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, config.BC)
+    has_c = c < shape.C
+    square_at, square_mask = c[:, None] * shape.C + c[None, :], has_c[:, None] & has_c[None, :]
     start = index * positions
     shift = tl.zeros([], tl.float32)
     if source.affine is None:
         shift = tl.load(source.x + b * source.sample_stride).to(tl.float32)
-    return Part(index, b, start, tl.minimum(start + positions, shape.P), tl.arange(0, config.BC), shift)
+    return Part(index, b, start, tl.minimum(start + positions, shape.P), c, has_c, square_at, square_mask, shift)
 
 
 @triton.jit
 def tile_of(part: Part, p0, source: Source, result: Result, C, BP: tl.constexpr):
-    """The Tile of the positions from p0 on, in a source that begins at the sample."""
+    """The Tile of the positions from p0 on, in a source and a result that begin at the sample."""
     c = part.c
     p = p0 + tl.arange(0, BP)
-    mask = (c < C)[:, None] & (p < part.end)[None, :]
+    mask = part.has_c[:, None] & (p < part.end)[None, :]
     source_at = c[:, None] * source.channel_stride + p[None, :] * source.position_stride
-    result_at = c[:, None] * result.channel_stride + p[None, :] * result.position_stride
-    return Tile(p, mask, source_at, part.b * result.sample_stride + result_at)
-
-
-@triton.jit
-def square_at(c, C):
-    """Offsets and mask of [BC, BC] in a matrix [C, C]."""
-    return c[:, None] * C + c[None, :], (c < C)[:, None] & (c < C)[None, :]
+    return Tile(p, mask, source_at, c[:, None] * result.channel_stride + p[None, :] * result.position_stride)
 
 
 @triton.jit
@@ -90,8 +90,7 @@ def first_sweep(
     S /= shape.P
     m /= shape.P
     own = part.index.to(tl.int64) * shape.B + b
-    at, mask = square_at(c, shape.C)
-    tl.store(scratch.second + own * shape.C * shape.C + at, S, mask=mask)
+    tl.store(scratch.second + own * shape.C * shape.C + part.square_at, S, mask=part.square_mask)
     if head.bias is not None:
         tl.store(scratch.mu + own * shape.C + c, m, mask=c < shape.C)
     sums = scratch.sums + part.index * 2 * shape.B + b
@@ -103,11 +102,10 @@ def first_sweep(
 
 
 @triton.jit
-def load_moments(head: Head, scratch: Scratch, b, shape: Shape, config: Config):
-    """(S, mu) of sample b."""
-    c = tl.arange(0, config.BC)
-    at, mask = square_at(c, shape.C)
-    S = tl.load(scratch.second + b * shape.C * shape.C + at, mask=mask, other=0.0)
+def load_moments(head: Head, scratch: Scratch, part: Part, shape: Shape, config: Config):
+    """(S, mu) of the program's sample."""
+    b, c = part.b, part.c
+    S = tl.load(scratch.second + b * shape.C * shape.C + part.square_at, mask=part.square_mask, other=0.0)
     m = tl.zeros([config.BC], tl.float32)
     if head.bias is not None:
         m = tl.load(scratch.mu + b * shape.C + c, mask=c < shape.C, other=0.0)
@@ -191,16 +189,23 @@ def second_moment(
     """Program (b, j): sample b, positions j positions .. (j + 1) positions - 1. FIRST sweeps for S and mu; HEAD computes g from them, with several
     parts in a launch of its own, after their sum."""
     part = part_of_program(source, shape, positions, config)
-    residual = source.residual
+    x, residual = source.x + part.b * source.sample_stride, source.residual
     if residual is not None:
         residual += part.b * source.sample_stride
-    x = source.x + part.b * source.sample_stride
     source = Source(x, residual, source.affine, source.sample_stride, source.channel_stride, source.position_stride)
+    grad_x, normalized = result.grad_x, result.normalized
+    if grad_x is not None:
+        grad_x += part.b * result.sample_stride
+    if normalized is not None:
+        normalized += part.b * result.sample_stride
+    result = Result(
+        grad_x, normalized, result.channel_sums, result.sample_stride, result.channel_stride, result.position_stride
+    )
     if config.FIRST:
         S, m = first_sweep(source, result, head, scratch, grid, part, shape, config)
     if config.HEAD:
         if not config.FIRST:
-            S, m = load_moments(head, scratch, part.b, shape, config)
+            S, m = load_moments(head, scratch, part, shape, config)
         store_goodness(S, m, head, scratch, part.b, shape, config)
     if config.LOSS is not None:
         loss_stage(scratch, loss, part.b + tl.arange(0, 1), shape, config)
