@@ -102,8 +102,7 @@ Window = Annotated[int | None, option("Blocks that a local loss trains: its own 
 Grid = Annotated[int | None, option("Cells on a side of the spatial term; 0 for none. Default: 4.")]
 
 Cut = Annotated[
-    str | None,
-    option("layer, block, stage, model, or module paths that end blocks, with commas. Default: block."),
+    str | None, option("layer, block, stage, model, or module paths that end blocks, with commas. Default: block.")
 ]
 Schedule = Annotated[
     str | None, option("all: every block in every minibatch; greedy: one after the other. Default: all.")
@@ -202,8 +201,7 @@ def train(
     resume: Annotated[Path | None, option("Go on with this run; only --epochs and --root can change.")] = None,
     block_ranks: Annotated[int, option("Of torchrun's processes, how many share the blocks of one network.")] = 1,
     batch_norm: Annotated[
-        str | None,
-        option("Over a process's share of a minibatch, local, or all of it, synchronized. Default: local."),
+        str | None, option("Over a process's share of a minibatch, local, or all of it, synchronized. Default: local.")
     ] = None,
     shard_optimizer: Annotated[
         bool, option("Split the optimiser's state over the processes.", "--shard-optimizer")
@@ -216,10 +214,7 @@ def train(
     distributed = None
     if parallel.world_size() > 1:
         distributed = parallel.Distributed(
-            block_ranks=block_ranks,
-            batch_norm=batch_norm or "local",
-            shard_optimizer=shard_optimizer,
-            timeout=timeout,
+            block_ranks=block_ranks, batch_norm=batch_norm or "local", shard_optimizer=shard_optimizer, timeout=timeout
         )
         parallel.start(where, timeout)
         if block_ranks > 1 and window is None:
@@ -313,12 +308,7 @@ def bench(
         benchmark.tune(where, say)
     on_gpu = torch.device(where).type == "cuda"
     shown = table(
-        "op",
-        "B, C, H = W, K",
-        "runs as",
-        ">faster than eager",
-        ">20 to 80 %",
-        *([">milliseconds"] if on_gpu else []),
+        "op", "B, C, H = W, K", "runs as", ">faster than eager", ">20 to 80 %", *([">milliseconds"] if on_gpu else [])
     )
     shown.title = f"{here.environment(where)['device']}, torch {torch.__version__}"
     for row in benchmark.run(where, rounds):

@@ -71,9 +71,12 @@ class SFF(nn.Module):
         self.num_classes, self.input_shape, self.granularity = num_classes, tuple(input_shape), granularity
         self.window, self.vote, self.normalize, self.goodness_name = window, vote, normalize, goodness
         like = next(model.parameters())
-        self.heads = nn.ModuleList(_head(block, num_classes, goodness, channel_dim, dict(head), like) for block in blocks)
+        self.heads = nn.ModuleList(
+            _head(block, num_classes, goodness, channel_dim, dict(head), like) for block in blocks
+        )
         self.local_blocks = tuple(
-            LocalBlock(block, head, normalize, fuse, open_modules=True) for block, head in zip(blocks, self.heads, strict=True)
+            LocalBlock(block, head, normalize, fuse, open_modules=True)
+            for block, head in zip(blocks, self.heads, strict=True)
         )
         for block in self.local_blocks:
             block.graph  # noqa: B018  traced here, while the model is as the user made it
@@ -181,7 +184,9 @@ def _aligned(rows):
     """Lines of a table: the first and third column to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (cell.rjust(w) if i in (0, 2) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        cells = (
+            cell.rjust(w) if i in (0, 2) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         yield "  ".join(cells).rstrip()
 
 

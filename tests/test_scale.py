@@ -178,10 +178,7 @@ def test_waiting_gradients_are_counted():
 
 
 def test_between_measured_batches():
-    small, large = (
-        [Block(1.0, 1.0, 1.0, 100.0, 9.0, 50.0)],
-        [Block(2.5, 8.0, 1.0, 400.0, 9.0, 150.0)],
-    )
+    small, large = ([Block(1.0, 1.0, 1.0, 100.0, 9.0, 50.0)], [Block(2.5, 8.0, 1.0, 400.0, 9.0, 150.0)])
     blocks = Blocks((8, small), (32, large))
     assert dataclasses.astuple(blocks.at(8)[0]) == pytest.approx((1.0, 2.0, 1.0, 100.0, 9.0, 50 + 2 / 3, 0.0), rel=0.02)
     assert dataclasses.astuple(blocks.at(32)[0]) == pytest.approx((2.5, 8.0, 1.0, 400.0, 9.0, 150.0, 0.0))

@@ -22,10 +22,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 INTERPRETED = {
     "goodness and gradients": ("test_goodness.py", "test_goodness_and_its_gradients"),
-    "goodness_step": (
-        "test_goodness.py",
-        "test_goodness_step_and_loss or empty_batch or not_a_number or labels",
-    ),
+    "goodness_step": ("test_goodness.py", "test_goodness_step_and_loss or empty_batch or not_a_number or labels"),
     "layer_norm": ("test_layer_norm.py", "triton"),
     "tail": ("test_tail.py", "test_tail_step"),
     "depthwise": ("test_depthwise.py", "values or empty"),

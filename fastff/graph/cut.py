@@ -144,6 +144,7 @@ def _checked_paths(model, paths):
         raise ValueError(f"granularity: expected each module path once, got {paths}")
     return paths
 
+
 # --- where blocks end
 
 

@@ -1,10 +1,9 @@
 """The end of a block, behind its last convolution or linear layer, as local training computes it.
 
-    BatchNormEpilogue    batch norm [+ residual] [+ activation], in one op with the goodness step
-    ReLUEpilogue         a ReLU behind a layer that does not need its own output: applied in place
+BatchNormEpilogue    batch norm [+ residual] [+ activation], in one op with the goodness step
+ReLUEpilogue         a ReLU behind a layer that does not need its own output: applied in place
 """
 
-import torch
 from torch import nn
 
 from fastff.graph import fused

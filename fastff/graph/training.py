@@ -124,9 +124,9 @@ def _activation(modules, node):
     module = _module(modules, node)
     if type(module) in ACTIVATIONS and activation_name(module) is not None:
         return activation_name(module), module
-    if node.op in ("call_function", "call_method") and node.target in FUNCTIONS and len(node.all_input_nodes) == 1:
-        if node.kwargs.get("approximate", "none") == "none":
-            return FUNCTIONS[node.target], getattr(F, FUNCTIONS[node.target])
+    called = node.op in ("call_function", "call_method") and node.target in FUNCTIONS
+    if called and len(node.all_input_nodes) == 1 and node.kwargs.get("approximate", "none") == "none":
+        return FUNCTIONS[node.target], getattr(F, FUNCTIONS[node.target])
     return None
 
 

@@ -102,11 +102,7 @@ def _stage(in_channels: int, channels: int, depth: int, stride: int, activation:
 
 
 def resnet18(
-    num_classes: int = 1000,
-    stem: str = "imagenet",
-    width: int = 64,
-    in_channels: int = 3,
-    activation: str = "relu",
+    num_classes: int = 1000, stem: str = "imagenet", width: int = 64, in_channels: int = 3, activation: str = "relu"
 ) -> ResNet:
     """ResNet-18: images [B, in_channels, H, W] of any floating dtype -> logits [B, num_classes].
 
@@ -126,11 +122,7 @@ def resnet18(
 
 
 def resnet34(
-    num_classes: int = 1000,
-    stem: str = "imagenet",
-    width: int = 64,
-    in_channels: int = 3,
-    activation: str = "relu",
+    num_classes: int = 1000, stem: str = "imagenet", width: int = 64, in_channels: int = 3, activation: str = "relu"
 ) -> ResNet:
     """ResNet-34. It differs from `resnet18` in the number of blocks in its stages: 3, 4, 6 and 3."""
     return ResNet((3, 4, 6, 3), num_classes, stem, width, in_channels, activation)

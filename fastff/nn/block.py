@@ -60,7 +60,9 @@ class LocalBlock(nn.Module):
     def compile_forward(self):
         """Run the module and its training graphs through torch.compile from now on."""
         module, graph = self.module, self.graph
-        self._compiled[module] = module.compiled(dynamic=False) if hasattr(module, "compiled") else torch.compile(module, dynamic=False)
+        self._compiled[module] = (
+            module.compiled(dynamic=False) if hasattr(module, "compiled") else torch.compile(module, dynamic=False)
+        )
         for form in graph.graph_modules() if graph is not None else ():
             self._compiled[form] = torch.compile(form, dynamic=False)
 
@@ -99,7 +101,11 @@ class LocalBlock(nn.Module):
             if epilogue.fits(y, residual):
                 return self._epilogue_visit(inputs, (y, residual, *others), target, grad_scale, convolution)
             with torch.enable_grad(), context():
-                outputs = self._run(graph.forward, *inputs) if convolution is not None else (epilogue.finish(y, residual), *others)
+                outputs = (
+                    self._run(graph.forward, *inputs)
+                    if convolution is not None
+                    else (epilogue.finish(y, residual), *others)
+                )
             return self._plain_visit(inputs, outputs, target, grad_scale)
         relu = isinstance(graph.ending, ReLUEpilogue)
         with torch.enable_grad(), context():

@@ -32,7 +32,9 @@ def _sum(old, new):
 
 def _without_images(step):
     """A step's result without its tensors of x's size, which are held elsewhere for as long as they are needed."""
-    return step._replace(**{name: None for name in ("grad_x", "grad_y", "grad_residual", "normalized") if name in step._fields})
+    return step._replace(
+        **{name: None for name in ("grad_x", "grad_y", "grad_residual", "normalized") if name in step._fields}
+    )
 
 
 class FinishedVisit:

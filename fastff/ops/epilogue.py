@@ -14,7 +14,7 @@ import torch
 
 from fastff import reference, spec
 from fastff.kernels import native
-from fastff.kernels.layout import as_result_of, empty_like, widened
+from fastff.kernels.layout import empty_like, widened
 from fastff.ops.table import Implementation, always, choose, concerns, implement
 
 
@@ -46,7 +46,9 @@ class Torch:
         return x if need_x else None, normalized, mean, var
 
     @staticmethod
-    def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False):
+    def backward(
+        y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False
+    ):
         inputs = _inputs(y, epilogue)
         x, h, *_ = reference.epilogue(*inputs, statistics=(mean, var))
         total = 0 if grad_x is None else widened(grad_x)
@@ -89,7 +91,9 @@ class Native:
         return x if need_x else None, None if normalization is None else normalized, *(statistics or found)
 
     @staticmethod
-    def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False):
+    def backward(
+        y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False
+    ):
         if grad_normalized is not None and normalization.name != "layer_norm":
             return Torch.backward(y, epilogue, mean, var, grad_x, grad_normalized, normalization, added)
         eps = 0.0 if normalization is None else normalization.eps
@@ -133,7 +137,9 @@ def kernel(y):
 def update_running_statistics(running_mean, running_var, mean, var, momentum, count):
     """Move running statistics [C] by `momentum` towards the batch's mean and variance, of which `var` is the biased one of `count` values."""
     tensors = (running_mean, running_var, mean, var)
-    if not native.reason() and all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+    if not native.reason() and all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    ):
         torch.ops.fastff.update_running_statistics_native(*tensors, momentum, count)
     else:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
@@ -147,7 +153,9 @@ def forward(y, epilogue, normalization=None, need_x=True, statistics=None):
 
 
 @torch.no_grad()
-def backward(y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False):
+def backward(
+    y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False
+):
     """The Gradients of `forward` from dL/dx or dL/dnormalized (or both), with those of another loss (`Added`) on top.
 
     overwrite: whether the results may take the memory of grad_x and of `added`."""
@@ -202,7 +210,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_x, *_):
     y, weight, bias, residual, mean, var = ctx.saved_tensors
     e = ctx.options._replace(weight=weight, bias=bias, residual=residual)
-    grad_y, grad_residual, grad_weight, grad_bias = torch.ops.fastff.epilogue_backward(grad_x, y, *e, mean, var, ctx.impl)
+    grad_y, grad_residual, grad_weight, grad_bias = torch.ops.fastff.epilogue_backward(
+        grad_x, y, *e, mean, var, ctx.impl
+    )
     return (
         grad_y, None if weight is None else grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None,
         grad_residual if _needs_residual(e) else None, None, None, None,

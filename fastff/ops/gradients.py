@@ -9,7 +9,10 @@ import contextlib
 
 import torch
 
-_skipped = {"parameters": False, "leaves": False}  # module-wide: autograd runs backward passes on a GPU in threads of its own
+_skipped = {
+    "parameters": False,
+    "leaves": False,
+}  # module-wide: autograd runs backward passes on a GPU in threads of its own
 
 
 @contextlib.contextmanager

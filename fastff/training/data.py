@@ -14,15 +14,7 @@ from torch import Tensor
 
 from fastff.arguments import whole_number
 from fastff.training.loader import Augment, Loader, generator
-from fastff.training.readers import (
-    DataError,
-    held_out,
-    optional,
-    read_cifar,
-    read_folder,
-    read_idx_pair,
-    read_image,
-)
+from fastff.training.readers import DataError, held_out, optional, read_cifar, read_folder, read_idx_pair, read_image
 
 __all__ = ["NAMES", "Augment", "DataError", "Dataset", "Loader", "balanced", "load", "read_image"]
 
@@ -91,10 +83,7 @@ class Source:
 # The hashes are those that the authors of the data sets or of the mirrors publish. They detect damaged files.
 SOURCES = {
     "mnist": Source(
-        urls=(
-            "https://ossci-datasets.s3.amazonaws.com/mnist/",
-            "https://storage.googleapis.com/cvdf-datasets/mnist/",
-        ),
+        urls=("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
         md5={
             "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
             "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",

@@ -83,12 +83,7 @@ def implementations():
                 note = f"; {row.note}" if row.note else ""
                 passed = row.skip_reason(x)
                 found.append(
-                    (
-                        op,
-                        row.name,
-                        device,
-                        reason or (f"runs; auto skips it: {passed}" if passed else runs) + note,
-                    )
+                    (op, row.name, device, reason or (f"runs; auto skips it: {passed}" if passed else runs) + note)
                 )
             if problem:
                 found.append((op, "auto", device, problem))

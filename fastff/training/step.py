@@ -55,7 +55,11 @@ class LocalStep:
     def split(self, images, target):
         """The minibatch as a list of Parts."""
         size = -(-len(images) // self.micro_batches)
-        cut = list(zip(images.split(size), (None,) * self.micro_batches if target is None else target.split(size), strict=False))
+        cut = list(
+            zip(
+                images.split(size), (None,) * self.micro_batches if target is None else target.split(size), strict=False
+            )
+        )
         self.begin(images, len(images), len(cut))
         return [Part((x,), y, len(x) / len(images), len(images)) for x, y in cut]
 

@@ -119,7 +119,9 @@ class LocalEngine:
         self.place = Place(ranks, sff, self.parameters, every, self._update, self._measure)
         autocast = None if options.amp is None else self._autocast
         taught = classifier if self.classifier_optimizer is not None and schedule == "all" else None
-        self.step = LocalStep(sff.local_blocks, window, options.micro_batches, autocast, self.scalers, self.place, taught)
+        self.step = LocalStep(
+            sff.local_blocks, window, options.micro_batches, autocast, self.scalers, self.place, taught
+        )
 
     def _measure(self):
         """Return the seconds of each block, measured on a copy."""
