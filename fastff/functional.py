@@ -129,6 +129,18 @@ def _as_given(result, x, channel_dim, weight=None):
     return result._replace(grad_x=grad_x, normalized=normalized, grad_weight=grad_weight)
 
 
+def epilogue(y, *, bn_weight=None, bn_bias=None, bn_eps=1e-5, residual=None, activation="relu", impl="auto"):
+    """Compute the end of a block in one pass each way: x = activation(batch_norm(y) + residual), with the statistics of this batch.
+
+    Arguments are those of `tail_step`. Returns (x, mean, var): x as y, mean and biased variance [C] in float32 (float64 for float64), for the
+    running ones. Differentiable once with respect to y, bn_weight, bn_bias and residual; only y and the residual are kept for that."""
+    made = Epilogue(
+        bn_weight, bn_bias, float(bn_eps), residual, residual is not None and residual.requires_grad, activation
+    )
+    made.check(y)
+    return torch.ops.fastff.epilogue(y, *made, impl)
+
+
 def layer_norm(x, eps=1e-5, *, over="sample", channel_dim=1, impl="auto"):
     """Normalize x to mean 0 and variance 1 without affine: `over` "sample" (all but the batch dimension) or "channels" (at each position).
 
