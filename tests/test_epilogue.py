@@ -91,7 +91,8 @@ def test_backward_through_normalization_with_another_loss_s_gradients(impl, name
     torch.testing.assert_close(x.double(), want.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(given.double(), normalized.detach(), rtol=1e-4, atol=1e-5)
     again, *_ = run.forward(t["y"], e, statistics=(mean, var))
-    assert same_bits(again, x)
+    torch.testing.assert_close(again, x, rtol=1e-6, atol=1e-6)
+    assert same_bits(again, run.forward(t["y"], e)[0])
     own = run.backward(t["y"], e, mean, var, t["grad"])
     kept = t["grad"].clone(), t["later"].clone(), own.residual.clone()
     added = op.Added(own.residual, own.weight, own.bias)
@@ -207,7 +208,7 @@ def test_a_block_s_training_graph_has_the_module_s_values_gradients_and_statisti
     got.backward(grad)
     want.backward(grad.double())
     for (name, p), q in zip(module.named_parameters(), plain.parameters(), strict=True):
-        scale = float(q.grad.abs().max()) + 1e-3
+        scale = float(q.grad.abs().max()) + 1  # gradients of biases in front of batch norm are zero but for roundings
         torch.testing.assert_close(
             p.grad.double(), q.grad, rtol=1e-3, atol=2e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
         )
