@@ -77,7 +77,9 @@ def with_extension():
         define = [f"-DFASTFF_MODULE={name}", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         return make(
             f"fastff.{name}",
-            sorted(str(path.relative_to(ROOT)) for ending in compiled for path in ROOT.glob(f"csrc/{folder}/*.{ending}")),
+            sorted(
+                str(path.relative_to(ROOT)) for ending in compiled for path in ROOT.glob(f"csrc/{folder}/*.{ending}")
+            ),
             depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
             py_limited_api=True,
             extra_compile_args={compiler: [*given, *define] for compiler, given in arguments.items()},

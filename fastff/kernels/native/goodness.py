@@ -48,7 +48,9 @@ def goodness_backward(d, x, projection, plan, need_grad_x):
     if not fits(x, projection, plan):
         return fallback.goodness_backward(d, x, projection, plan, need_grad_x)
     second_moment = plan.algorithm == "second_moment"
-    grads = torch.ops.fastff.goodness_backward_native(x.float(), *_cut(projection, x), second_moment, d.float(), need_grad_x)
+    grads = torch.ops.fastff.goodness_backward_native(
+        x.float(), *_cut(projection, x), second_moment, d.float(), need_grad_x
+    )
     grad_x, grad_weight, grad_bias, grad_grid = (t if t.numel() else None for t in grads)
     return grad_x, grad_weight, grad_bias, _whole(projection, grad_grid)
 

@@ -16,7 +16,9 @@ def goodness(x, groups):
 
 def goodness_backward(d, x, groups):
     """Return dL/dx from d = dL/dg."""
-    return torch.ops.fastff.group_goodness_backward_native(x, *groups, d.to(torch.promote_types(x.dtype, torch.float32)))
+    return torch.ops.fastff.group_goodness_backward_native(
+        x, *groups, d.to(torch.promote_types(x.dtype, torch.float32))
+    )
 
 
 def normalize(x, normalization):

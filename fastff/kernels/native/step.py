@@ -21,7 +21,9 @@ _PLACES = {
 def run(local, second_moment=False):
     """Return the StepResult of a Step, its losses not reduced."""
     wide = local.epilogue is not None or isinstance(local.goodness, Projection)
-    values = [t.float() if wide and isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in spec.flatten(local)]
+    values = [
+        t.float() if wide and isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in spec.flatten(local)
+    ]
     for place, names in _PLACES.items():
         values[place] = names.index(values[place])
     x = local.x.float() if wide else local.x
