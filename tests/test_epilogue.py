@@ -92,7 +92,6 @@ def test_backward_through_normalization_with_another_loss_s_gradients(impl, name
     torch.testing.assert_close(given.double(), normalized.detach(), rtol=1e-4, atol=1e-5)
     again, *_ = run.forward(t["y"], e, statistics=(mean, var))
     torch.testing.assert_close(again, x, rtol=1e-6, atol=1e-6)
-    assert same_bits(again, run.forward(t["y"], e)[0])
     own = run.backward(t["y"], e, mean, var, t["grad"])
     kept = t["grad"].clone(), t["later"].clone(), own.residual.clone()
     added = op.Added(own.residual, own.weight, own.bias)

@@ -102,7 +102,7 @@ def check(step):
 
 def drawn(shape=(6, 12, 7, 5), channels_last=False, seed=0):
     """(generator, x)"""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.manual_seed(seed)
     x = torch.randn(shape, generator=generator)
     return generator, x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
@@ -183,9 +183,7 @@ def test_reads_tensors_of_any_strides():
     weight = torch.randn(12, 10, generator=generator).T[:, :, None, None] / 3
     factors = torch.tensor([[2.0, 0.5], [1.0, 1.0]])
     epilogue = Epilogue(
-        factors.repeat(3, 2).flatten()[::1][:12],
-        torch.rand(24)[::2],
-        residual=torch.randn(6, 4, 5, 12).permute(0, 3, 1, 2),
+        factors.repeat(6, 1)[:, 0], torch.rand(24)[::2], residual=torch.randn(6, 4, 5, 12).permute(0, 3, 1, 2)
     )
     loss = Loss(target=columns[:, 1], learned_tau=factors[0, 1:], grad_scale=factors[:1, 0])
     for step in (
@@ -215,6 +213,7 @@ def test_leaves_out_what_is_not_asked_for():
 @pytest.mark.parametrize("head", ["projection", "groups"])
 def test_many_positions_do_not_add_up_errors(head):
     """Of sums over positions: those of values that are all alike lose digits in float32 once the sum is far greater than its terms."""
+    torch.manual_seed(0)
     x = torch.rand(2, 3, 2048, 1024) + 1
     x = x.contiguous(memory_format=torch.channels_last)
     goodness = (

@@ -3,10 +3,10 @@
 //
 //   dW[d, u, v, c] = sum_{b, i, j} dy[b, i, j, d] x[b, i s + u - p, j s + v - p, c]
 //
-// A tile is some rows of an image, or some images where they are small. Of x it is copied by panels of one or two vectors of channels with the zeros
-// around it, so that each of the k k taps is the same panel from another start; of dy by blocks of kRows. Registers hold kRows x one or two vectors of sums
-// over all positions of the tile: 6 x 2 x 8 with AVX2's 16 registers, 12 x 2 x 16 with AVX-512's 32. A panel stays in the L1 cache (small dW) or L2 cache for
-// all blocks and taps. Sums of groups of images are added in order: the number of threads changes no bit.
+// A tile is some rows of an image, or some images where they are small. x is copied in panels of one or two vectors of channels, with its zeros around
+// it, so that each of the k k taps is the same panel from another start; dy is copied in blocks of kRows. Registers hold kRows x 1 or 2 vectors
+// of sums over all positions of the tile: 6 x 2 x 8 with AVX2's 16 registers, 12 x 2 x 16 with AVX-512's 32. A panel stays in the L1 cache
+// (small dW) or L2 cache for all blocks and taps. Sums of groups of images are added in order: the number of threads changes no bit.
 
 #include <torch/csrc/stable/library.h>
 

@@ -2,13 +2,12 @@
 //
 //   y[b, i, j, c]  = sum_uv w[u, v, c] x[b, i s + u - p, j s + v - p, c]      sums[0, c], sums[1, c]: of y and of y^2, for batch norm
 //   dw[u, v, c]    = sum_bij dy[b, i, j, c] x[b, i s + u - p, j s + v - p, c]
-//   dx             s^2 correlations of dy, one for each place of x's rows and columns modulo s, by the taps that meet it, turned round
+//   dx             one correlation of dy for each residue (i mod s, j mod s) of the input position, with the flipped filter taps that reach it
 //
-// Tasks are 16 channels of an image, all of them together in channels_last: in place there, of contiguous images (and of what 16 leaves over) in a copy
-// [H W, 16] in cache. y in registers is 4 positions by 16 channels, dw nine or ten taps by a vector of 8 (16 with AVX-512); at the edges single positions,
-// with the taps that meet the image. Sums over images are made by groups of images in order: the number of threads changes no bit. How it came to
-// this: docs/cpu.md.
-
+// A task is 16 channels of an image. In channels_last the blocks of 16 are one task, which works in place; contiguous images, and the channels
+// that 16 leaves over, are copied to [H W, 16] in cache. Registers hold 4 positions by 16 channels of y, or nine or ten taps of dw by a vector
+// of 8 (16 with AVX-512). At the edges positions are taken one by one, with the taps that meet the image. Sums over images are made by groups of
+// images in order: the number of threads changes no bit. Measurements: docs/cpu.md.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -40,7 +39,7 @@ struct Correlation {
   int64_t K, L, stride, above, left;  // above, left: zeros before the first row and column
 };
 
-// Row i of an image, on its way into the cache while the row before it is worked on: 16 channels of many lie too far apart for the processor to foresee.
+// Prefetches row i of an image while the row before it is worked on: 16 channels of many are too far apart for the hardware prefetcher.
 void fetch(const Plane& plane, const float* image, int64_t i) {
   if (i < 0 || i >= plane.H) return;
   for (int64_t q = 0; q < plane.row; q += 64 / sizeof(float)) __builtin_prefetch(image + i * plane.row + q, 0, 2);

@@ -1,4 +1,4 @@
-// Small matrix products on operands that lie in the cache, for the operators that own whole samples. M, N, K, lda, ldb, ldc as in BLAS, all row-major.
+// Small matrix products on operands in the cache, for the operators that own whole samples. M, N, K, lda, ldb, ldc as in BLAS, row-major.
 //
 //   multiply   c[m, n] = or += sum_k a[m, k] b[k, n]      a with any row_stride and col_stride; b likewise row-major, or in Panels
 //   dots       c[m, n] = or += sum_k a[m, k] b[n, k]      contiguous k on both sides

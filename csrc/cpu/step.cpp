@@ -1,9 +1,9 @@
 // fastff::step_native: a whole local step on the CPU, [epilogue] -> goodness -> loss -> gradients -> next input, from the arguments of
 // fastff/spec.py. With an epilogue it makes three passes over the last convolution's output y:
 //
-//   statistics   mean and variance of each channel                                                reads y
-//   kernel       x = epilogue(y), goodness, loss, dL/dx, dL/dh and its two sums, next input      reads y and residual, writes dL/dh and the next input
-//   dL/dy        from the sums over the whole batch                                               reads y and dL/dh, writes dL/dy over dL/dh
+//   statistics   mean and variance of each channel                                reads y
+//   kernel       x = epilogue(y), g, loss, dL/dx, dL/dh with its two sums, next input   reads y and residual, writes dL/dh and next input
+//   dL/dy        from the sums over the whole batch                               reads y and dL/dh, writes dL/dy over dL/dh
 //
 // x, its gradient and all that lies between stay in the cache. A projection and an epilogue need float32; groups without an epilogue
 // take all four types.
