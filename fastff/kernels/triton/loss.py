@@ -3,7 +3,7 @@
 Formulas: fastff/reference.py. All arithmetic is in float32.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -16,20 +16,10 @@ CROSS_ENTROPY, SWISH, SYMBA, SWISH_SYMBA = (
 )
 
 
-class LossArguments(NamedTuple):
-    """target [B]; losses and grad_tau [B] are written; learned_tau and grad_scale: pointers to one number; scale: d(reduced loss) / d(one loss)."""
-
-    target: object
-    losses: object
-    grad_tau: object
-    learned_tau: object
-    grad_scale: object
-    tau: object
-    margin: object
-    label_smoothing: object
-    theta: object
-    alpha: object
-    scale: object
+LossArguments = namedtuple(
+    "LossArguments", "target losses grad_tau learned_tau grad_scale tau margin label_smoothing theta alpha scale"
+)
+"""target [B]; losses and grad_tau [B] are written; learned_tau and grad_scale: pointers to one number; scale: d(reduced loss) / d(one loss)."""
 
 
 def arguments(loss, batch, losses, grad_tau=None):
@@ -107,7 +97,7 @@ def cross_entropy(g, d, loss: LossArguments, n, B, K, NS: tl.constexpr, BK: tl.c
 def threshold(z, LOSS: tl.constexpr):
     """softplus(z), or z sigmoid(z) of the "swish" losses, and the derivative."""
     s = 1 / (1 + tl.exp(-z))
-    if (LOSS == SWISH) or (LOSS == SWISH_SYMBA):
+    if (LOSS == SWISH) or (LOSS == SWISH_SYMBA):  # noqa: SIM109
         return z * s, s * (1 + z * (1 - s))
     return tl.maximum(z, 0.0) + tl.log(1 + tl.exp(-tl.abs(z))), s
 

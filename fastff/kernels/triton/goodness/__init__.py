@@ -21,7 +21,6 @@ Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_
 """
 
 import torch
-import triton
 
 from fastff import spec
 from fastff.kernels.layout import dense, empty_like
