@@ -17,13 +17,20 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import tables
 from benchmarks.step import PAPER, build
 from benchmarks.timing import print_environment, write_csv
+from fastff import spec
 from fastff.ops.goodness import plan_for
 
 # {part of the step: words in the names of its operators}, the first match counts
 PARTS = {
     "convolution, backward": ("convolution_backward", "convolution_weight_gradient", "depthwise_backward"),
     "convolution, forward": ("convolution", "conv2d", "depthwise"),
-    "goodness head, layer norm, fused tail": ("goodness_step", "tail_step"),
+    "goodness head, layer norm, fused tail": (
+        "fastff::step",
+        "fastff.step",
+        "goodness_native",
+        "tail_native",
+        "step_native",
+    ),
     "batch norm": ("batch_norm",),
     "activation": ("relu", "threshold", "hardswish", "hardsigmoid", "clamp_min"),
     "optimiser": ("_fused_adam", "Optimizer", "foreach"),
@@ -50,10 +57,9 @@ class Counter(TorchDispatchMode):
         flops = 0
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        elif packet is torch.ops.fastff.goodness_step:
-            flops = head_flops(*args[:2], args[3])
-        elif packet is torch.ops.fastff.tail_step:
-            flops = head_flops(args[0], args[7], args[9])
+        elif packet is torch.ops.fastff.step:
+            projection = spec.unflatten(args[0], args[1:-3]).goodness
+            flops = head_flops(args[0], projection.weight, projection.grid_weight)
         elif packet is torch.ops.fastff.convolution_weight_gradient:
             flops = 2 * args[0].numel() * args[1].shape[1] * args[2] ** 2
         tensors = {t.data_ptr(): t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)}

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--out FOLDER] [--only check kernels tails step scale]      (make gpu)
 
 Checks come first: a kernel with a wrong result prints no time. Kernels: goodness_step and tail_step with layer normalisation, bfloat16,
-channels_last, against PyTorch eager and compiled, against the composed row, and against the floor: the bytes that must move (x three times; y
+channels_last, against PyTorch eager and compiled, against the torch row, and against the floor: the bytes that must move (x three times; y
 three times, the residual, dL/dy and the next input) at the measured copy bandwidth. Steps: ResNet18 and MobileNetV3-large under bfloat16
 autocast, against backpropagation eager, compiled and as a CUDA graph. Scale, where there are several GPUs: steps over 2, 4 and 8 of them
 against what benchmarks/scale.py predicts. CSV files carry the device's name.
@@ -170,7 +170,7 @@ def kernels(device, rounds):
             return F.layer_norm(leaf.detach(), leaf.shape[1:])
 
         functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
-        for impl in ("triton", "composed"):
+        for impl in ("triton", "torch"):
             functions[impl] = lambda impl=impl, given=(x, weight, None, target): ff.goodness_step(*given, impl=impl)
         times = interleave(functions, rounds)
         floor = 3 * x.numel() * 2 / rate
@@ -199,7 +199,7 @@ def tails(device, rounds):
             return F.layer_norm(x.detach(), x.shape[1:])
 
         functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
-        for impl in ("triton", "composed"):
+        for impl in ("triton", "torch"):
             functions[impl] = lambda impl=impl, given=(y, weight, None, target), r=residual, bn=bn: ff.tail_step(
                 *given, bn_weight=bn, bn_bias=bn, residual=r, need_grad_residual=False, impl=impl
             )

@@ -11,8 +11,8 @@ import argparse
 
 from benchmarks import tables
 from benchmarks.timing import print_environment, write_csv
-from fastff.kernels.composed.goodness import Plan
 from fastff.ops.plan import plan
+from fastff.spec import Plan
 
 BYTES, BF16, TF32, LAUNCH = 3.35e12, 989e12, 495e12, 4e-6
 MULTIPROCESSORS, L2 = 132, 50e6

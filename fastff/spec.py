@@ -14,7 +14,7 @@ what was expected and what it got; `called` is the name of x there.
 """
 
 import typing
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -29,7 +29,7 @@ ALGORITHMS = ("auto", "direct", "second_moment")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Pair = tuple[int, int]
-MaybeTensor = torch.Tensor | None
+MaybeTensor: TypeAlias = torch.Tensor | None
 
 
 def canonical_x(x, channel_dim=1, called="x"):
@@ -78,8 +78,8 @@ def check_target(target, x, called="x"):
         got = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
         raise TypeError(f"target: expected int64 class labels, got {got}")
     if target.shape != x.shape[:1]:
-        raise ValueError(f"target: expected [{len(x)}], one label per sample, got {list(target.shape)}")
-    if len(x) == 0:
+        raise ValueError(f"target: expected [{x.shape[0]}], one label per sample, got {list(target.shape)}")
+    if x.shape[0] == 0:
         expected = "at least one sample, since the loss of none is undefined"
         raise ValueError(f"{called}: expected {expected}, got an empty batch")
     if target.device != x.device:
@@ -88,7 +88,7 @@ def check_target(target, x, called="x"):
 
 def check_labels(target, num_classes):
     """Raise ValueError for labels out of range on a CPU. On a GPU the host would wait for them: there they make the loss NaN."""
-    if target.device.type == "cpu" and len(target):
+    if target.device.type == "cpu" and target.numel():
         low, high = (int(v) for v in target.aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(f"target: expected labels in 0..{num_classes - 1}, got {low if low < 0 else high}")
@@ -117,7 +117,7 @@ class Projection(NamedTuple):
     @property
     def classes(self):
         """K."""
-        return len(self.weight if self.weight is not None else self.grid_weight)
+        return (self.weight if self.weight is not None else self.grid_weight).shape[0]
 
     def dtype(self, x):
         """The dtype of the arithmetic on x: float64 if an argument is, else float32, also for 16-bit x, whose squares overflow."""
@@ -145,7 +145,7 @@ class Projection(NamedTuple):
                 raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
             if t is not None and t.device != x.device:
                 raise ValueError(f"{name}: expected on {x.device} as {called} is, got {t.device}")
-        if weight is not None and (weight.dim() not in (2, 4) or weight.shape[1] != channels or len(weight) == 0):
+        if weight is not None and (weight.dim() not in (2, 4) or weight.shape[1] != channels or weight.shape[0] == 0):
             expected = f"[K, {channels}] or [K, {channels}, k, k] with K >= 1 for {called} of {channels} channels"
             raise ValueError(f"weight: expected {expected}, got {list(weight.shape)}")
         if bias is not None and bias.shape != (self.classes,):
@@ -169,7 +169,7 @@ class Groups(NamedTuple):
     With `positions`, g [B, P] is over all channels at each position instead (count = 1).
     Sources: Hinton 2022 (arXiv 2212.13345), CwComp (arXiv 2312.12668), DeeperForward (ICLR 2025)."""
 
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count
     power: int = 2
     mean: bool = True
     positions: bool = False
@@ -243,7 +243,7 @@ class Loss(NamedTuple):
     def check(self, x, positions=False, called="x"):
         """Raise TypeError or ValueError unless this is a loss for the samples of x."""
         check_member("loss", self.name, LOSSES)
-        check_loss_options({name: getattr(self, name) for name in LOSS_OPTIONS})
+        self.check_numbers()
         scale, target = self.grad_scale, self.target
         if scale is not None and (not isinstance(scale, torch.Tensor) or scale.numel() != 1):
             got = list(scale.shape) if isinstance(scale, torch.Tensor) else type(scale).__name__
@@ -251,9 +251,9 @@ class Loss(NamedTuple):
         if self.name != "cross_entropy":
             if target is not None:
                 raise ValueError(f"target: expected None for {self.name}, whose batch is two halves, got a tensor")
-            if len(x) == 0 or len(x) % 2:
+            if x.shape[0] == 0 or x.shape[0] % 2:
                 expected = "positive samples and as many negative ones, an even batch"
-                raise ValueError(f"{called}: expected {expected}, got {len(x)}")
+                raise ValueError(f"{called}: expected {expected}, got {x.shape[0]}")
         elif positions:
             expected = "False for cross_entropy, which needs a column for each class"
             raise ValueError(f"positions: expected {expected}, got True")
@@ -263,6 +263,15 @@ class Loss(NamedTuple):
             check_target(target, x, called)
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {self.reduction!r}")
+
+    def check_numbers(self):
+        """Raise ValueError for a number out of range."""
+        if not 0 < self.tau < float("inf"):
+            raise ValueError(f"tau: expected a positive number, got {self.tau!r}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}")
+        if not abs(self.margin) < float("inf"):
+            raise ValueError(f"margin: expected a finite number, got {self.margin}")
 
 
 # What a head keeps of its loss: the rest comes with each step.
@@ -278,14 +287,9 @@ def check_loss_options(options):
     for name in options:
         if name not in LOSS_OPTIONS:
             raise TypeError(f"{name}: expected an option of the loss, one of {', '.join(LOSS_OPTIONS)}")
-    values = {name: Loss._field_defaults[name] for name in LOSS_OPTIONS} | options
-    if not 0 < values["tau"] < float("inf"):
-        raise ValueError(f"tau: expected a positive number, got {values['tau']!r}")
-    if not 0 <= values["label_smoothing"] < 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {values['label_smoothing']}")
-    if not abs(values["margin"]) < float("inf"):
-        raise ValueError(f"margin: expected a finite number, got {values['margin']}")
-    return values
+    made = Loss(**options)
+    made.check_numbers()
+    return {name: getattr(made, name) for name in LOSS_OPTIONS}
 
 
 class Epilogue(NamedTuple):

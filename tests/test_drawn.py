@@ -137,7 +137,16 @@ def tail(draw):
     )
     expected = (g, grad_y, grad_h if residual is not None else None)
     expected += (None if gamma is None else grad_gamma, None if beta is None else grad_beta, *grads)
-    names = ("goodness", "grad_y", "grad_residual", "grad_bn_weight", "grad_bn_bias", "grad_weight", "grad_bias", "grad_grid_weight")
+    names = (
+        "goodness",
+        "grad_y",
+        "grad_residual",
+        "grad_bn_weight",
+        "grad_bn_bias",
+        "grad_weight",
+        "grad_bias",
+        "grad_grid_weight",
+    )
     for name, exact in zip(names, expected, strict=True):
         got = getattr(step, name)
         assert (got is None) == (exact is None), name

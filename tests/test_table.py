@@ -68,7 +68,9 @@ def test_unknown_names(wrong):
 def test_environment_variable(monkeypatch):
     monkeypatch.setenv("FASTFF_IMPL", "reference")
     assert choose("op", ROWS, "auto", SINGLE).run == "slow"
-    assert choose("op", ROWS, "torch", SINGLE).run == choose("op", ROWS, "composed", SINGLE).run == "middle", "an argument goes before the environment"
+    assert choose("op", ROWS, "torch", SINGLE).run == choose("op", ROWS, "composed", SINGLE).run == "middle", (
+        "an argument goes before the environment"
+    )
     monkeypatch.setenv("FASTFF_IMPL", "quick")
     with pytest.raises(ValueError, match="FASTFF_IMPL: expected 'auto' or names"):
         choose("op", ROWS, "auto", SINGLE)

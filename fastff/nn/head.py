@@ -55,7 +55,11 @@ class Head(nn.Module):
 
         Returns spec.StepResult. Raises TypeError or ValueError that names the argument."""
         called, channel_dim = ("x", self.channel_dim) if epilogue is None else ("y", 1)
-        x4, goodness, loss = spec.canonical_x(x, channel_dim, called), self.goodness_spec(), self.loss_spec(target, grad_scale)
+        x4, goodness, loss = (
+            spec.canonical_x(x, channel_dim, called),
+            self.goodness_spec(),
+            self.loss_spec(target, grad_scale),
+        )
         if epilogue is not None:
             epilogue.check(x)
         goodness.check(x4, self.algorithm, called)

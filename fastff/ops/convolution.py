@@ -169,7 +169,9 @@ class _Convolve(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         need_grad_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        found = gradients(grad, *ctx.saved_tensors, *ctx.options, (need_grad_x, need_weight, need_bias and ctx.has_bias))
+        found = gradients(
+            grad, *ctx.saved_tensors, *ctx.options, (need_grad_x, need_weight, need_bias and ctx.has_bias)
+        )
         return *found, None, None, None, None
 
 

@@ -4,8 +4,8 @@
                                                     sums [2, C] of y and of its square, in float32 (float64 for float64)
     depthwise_backward(grad, x, weight, ..., need_grad_x) -> (dL/dx or an empty tensor, dL/dweight)
 
-The first convolution of a block never needs dL/dx. Rows: the Triton kernels (never timed on a GPU, so "auto" skips them), the compiled kernel, PyTorch's
-own, the reference. Formula: fastff/reference.py.
+The first convolution of a block never needs dL/dx. Rows: the Triton kernels (never timed on a GPU, so "auto" skips them), the compiled kernel,
+PyTorch's own, the reference. Formula: fastff/reference.py.
 """
 
 import torch

@@ -71,7 +71,7 @@ def planned(run, x, projection, algorithm):
     kernel = tuple(weight.shape[2:])
     P = (H + 2 * padding[0] - kernel[0] + 1) * (W + 2 * padding[1] - kernel[1] + 1)
     most, cost = getattr(run, "SECOND_MOMENT_CHANNELS", math.inf), getattr(run, "SECOND_MOMENT_COST", 1.0)
-    return plan(B, C, P, len(weight), kernel, algorithm, x.device.type, most, cost)
+    return plan(B, C, P, weight.shape[0], kernel, algorithm, x.device.type, most, cost)
 
 
 def _goodness(x, weight, bias, grid_weight, padding, impl, algorithm):

@@ -25,7 +25,9 @@ def _native_can_run(x):
 
 ROWS = [
     Implementation("triton", triton.reason, Lazy("fastff.kernels.triton.group_goodness")),
-    Implementation("native", _native_can_run, native_group_goodness, "float64 behind batch norm by PyTorch's operators"),
+    Implementation(
+        "native", _native_can_run, native_group_goodness, "float64 behind batch norm by PyTorch's operators"
+    ),
     Implementation("torch", always, torch_group_goodness),
     Implementation("reference", always, reference_kernels),
 ]

@@ -13,16 +13,15 @@ from fastff import reference, spec
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.ops import goodness, group_goodness
 from fastff.ops.table import choose, dispatched, implement
-from fastff.spec import Epilogue, Projection, StepResult
+from fastff.spec import Epilogue, Projection, Step, StepResult
 
 
 @torch.no_grad()
 def run(step, impl="auto"):
     """Return the StepResult of a Step: the loss reduced, every gradient of its input's dtype, results as x laid out as x, None for absent ones."""
-    values = spec.flatten(step)
-    if not dispatched(step.x, *values):
+    if not dispatched(step.x, *(step.epilogue or ()), *step.goodness, *step.loss):
         return _run(step, impl)
-    tensors = torch.ops.fastff.step(step.x, *values, step.need_grad_x, step.algorithm, impl)
+    tensors = torch.ops.fastff.step(step.x, *spec.flatten(step), step.need_grad_x, step.algorithm, impl)
     as_x, parameters = _as_x(step), _parameters(step)
     asked = {name for name, here in as_x.items() if here} | {name for name, p in parameters.items() if p is not None}
     asked |= {"loss", "goodness"} | ({"grad_tau"} if step.loss.learned_tau is not None else set())
@@ -48,40 +47,33 @@ def _parameters(step):
 
 
 def _run(step, impl):
-    step = _contiguous(step)
-    x, loss = step.x, step.loss
-    if isinstance(step.goodness, Projection):
-        classes, implementation = step.goodness.classes, choose("goodness", goodness.ROWS, impl, x).run
-    else:
-        classes, implementation = step.goodness.count, choose("group_goodness", group_goodness.ROWS, impl, x).run
+    x, loss, projected = step.x, _packed(step.loss), isinstance(step.goodness, Projection)
+    epilogue = step.epilogue and _packed(step.epilogue)
+    head = _packed(step.goodness) if projected else step.goodness
     if loss.target is not None:
-        spec.check_labels(loss.target, classes)
-    if isinstance(step.goodness, Projection):
-        result = implementation.step(step, goodness.planned(implementation, x, step.goodness, step.algorithm))
+        spec.check_labels(loss.target, head.classes if projected else head.count)
+    step = Step(x, epilogue, head, loss, *step[4:])
+    if projected:
+        row = choose("goodness", goodness.ROWS, impl, x).run
+        result = row.step(step, goodness.planned(row, x, head, step.algorithm))
     else:
-        result = implementation.step(step)
-    as_x = {
-        name: as_result_of(x, getattr(result, name)) if asked else None for name, asked in _as_x(step).items()
+        result = choose("group_goodness", group_goodness.ROWS, impl, x).run.step(step)
+    found = result._asdict()
+    found |= {name: as_result_of(x, found[name]) if asked else None for name, asked in _as_x(step).items()}
+    for name, parameter in _parameters(step).items():
+        found[name] = None if parameter is None else found[name].to(parameter.dtype).contiguous()
+    found |= {"loss": reference.reduced(result.loss, loss.reduction), "goodness": result.goodness.contiguous()}
+    return StepResult(**found)
+
+
+def _packed(part):
+    """Return a description whose parameters and labels are contiguous: kernels read them one number after another."""
+    strided = {
+        name: t.contiguous()
+        for name, t in zip(part._fields, part, strict=True)
+        if isinstance(t, torch.Tensor) and not t.is_contiguous() and name != "residual"
     }
-    gradients = {
-        name: None if p is None else getattr(result, name).to(p.dtype).contiguous() for name, p in _parameters(step).items()
-    }
-    reduced = reference.reduced(result.loss, loss.reduction)
-    return result._replace(loss=reduced, goodness=result.goodness.contiguous(), **as_x, **gradients)
-
-
-def _contiguous(step):
-    """Return the step with its parameters and labels packed: kernels read them one number after another."""
-
-    def packed(part, names):
-        given = {name: getattr(part, name) for name in names}
-        strided = {n: t.contiguous() for n, t in given.items() if t is not None and not t.is_contiguous()}
-        return part._replace(**strided) if strided else part
-
-    step = step._replace(loss=packed(step.loss, ("target", "learned_tau", "grad_scale")))
-    if isinstance(step.goodness, Projection):
-        step = step._replace(goodness=packed(step.goodness, ("weight", "bias", "grid_weight")))
-    return step if step.epilogue is None else step._replace(epilogue=packed(step.epilogue, ("weight", "bias")))
+    return part._replace(**strided) if strided else part
 
 
 def _fake(step):

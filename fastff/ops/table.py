@@ -9,7 +9,7 @@ import torch
 
 NAMES = ("cuda", "triton", "native", "torch", "reference")
 ALIASES = {"composed": "torch"}  # former names, still accepted
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, str, tuple, type(None)}  # types of arguments in eager mode
 
 
 def always(x):
@@ -51,11 +51,7 @@ def choose(op, rows, impl, x):
     source = "impl"
     if impl == "auto" and os.environ.get("FASTFF_IMPL", "auto") != "auto":
         impl, source = os.environ["FASTFF_IMPL"], "FASTFF_IMPL"
-    wanted = (
-        [row.name for row in rows if row.skip_reason(x) is None]
-        if impl == "auto"
-        else _names(impl)
-    )
+    wanted = [row.name for row in rows if row.skip_reason(x) is None] if impl == "auto" else _names(impl)
     for name in wanted:
         if name not in NAMES:
             raise ValueError(f"{source}: expected 'auto' or names out of {', '.join(NAMES)}, got {impl!r}")
@@ -85,7 +81,7 @@ def dispatched(x, *others):
     It must under torch.compile, torch.export and dispatch modes, on the meta device, and for subclasses of Tensor such as FakeTensor."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta:
         return True
-    return any(isinstance(v, torch.Tensor) and type(v) not in PLAIN for v in (x, *others))
+    return not PLAIN.issuperset(map(type, (x, *others)))
 
 
 def implement(lib, name, run, fake):

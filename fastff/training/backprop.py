@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastff.spec import check_labels
 from fastff.sff import SFF
+from fastff.spec import check_labels
 from fastff.training import optim
 from fastff.training.loop import Loop, loss_dtype
 

@@ -9,8 +9,9 @@ for many classes of many channels, whose time is that of large matrix products, 
 import torch
 
 from fastff.kernels import native
-from fastff.kernels.native.group_goodness import normalize
+from fastff.kernels.native import group_goodness
 from fastff.kernels.torch import goodness as fallback
+from fastff.kernels.torch import normalization as torch_normalization
 from fastff.kernels.torch.epilogue import completed
 from fastff.spec import ACTIVATIONS, StepResult
 
@@ -51,6 +52,15 @@ def goodness_backward(d, x, projection, plan, need_grad_x):
     return grad_x if need_grad_x else None, *_head_gradients(projection, grads)
 
 
+def normalize(x, normalization):
+    """Return x normalized, or None for "none"."""
+    if normalization.name != "layer_norm":
+        return group_goodness.normalize(x, normalization)
+    if x.dtype != torch.float32:  # PyTorch's is faster for 16-bit types
+        return torch_normalization.normalize(x, normalization)
+    return torch.ops.fastff.layer_norm_native(x, normalization.eps)
+
+
 def step(local, plan):
     """Return the StepResult of a Step, its losses not reduced."""
     x, projection, loss, normalization = local.x, local.goodness, local.loss, local.normalization
@@ -76,7 +86,9 @@ def _tensors(x, projection, loss):
 
 
 def _numbers(x, loss):
-    return (1.0, 0.0, 0.0, 1.0) if loss is None else (loss.tau, loss.margin, loss.label_smoothing, loss.scale(len(x)))
+    return (
+        (1.0, 0.0, 0.0, 1.0) if loss is None else (loss.tau, loss.margin, loss.label_smoothing, loss.scale(x.shape[0]))
+    )
 
 
 def _call(x, projection, plan, mode, loss=None, d=None, eps=0.0, need_grad_x=False, normalize=False):

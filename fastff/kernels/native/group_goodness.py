@@ -4,11 +4,11 @@ With an epilogue the arithmetic is in float32; float64 goes through PyTorch's ep
 
 import torch
 
-from fastff.kernels.torch import normalization as fallback
 from fastff.kernels.torch.epilogue import completed
 from fastff.spec import ACTIVATIONS, LOSSES, NORMALIZATIONS, PAIRED_LOSSES, Groups, Loss, Normalization, StepResult
 
 GOODNESS, STEP, BACKWARD, NORMALIZE = range(4)
+NO_LOSS, NO_NORMALIZATION = Loss(), Normalization()
 
 
 def goodness(x, groups):
@@ -25,10 +25,6 @@ def normalize(x, normalization):
     """Return x normalized, or None for "none"."""
     if normalization.name == "none":
         return None
-    if normalization.name == "layer_norm":
-        if x.dtype == torch.float32:
-            return torch.ops.fastff.layer_norm_native(x, normalization.eps)
-        return fallback.normalize(x, normalization)
     return _call(x, Groups(normalization.groups, 1), NORMALIZE, normalization=normalization)[3]
 
 
@@ -47,7 +43,7 @@ def step(local):
     )
     g, losses, grad_y, normalized, *rest = torch.ops.fastff.group_tail_native(
         x.float(), residual, weight, bias, epilogue.eps, ACTIVATIONS.index(epilogue.activation),
-        epilogue.need_grad_residual and residual is not None, loss.target, scale, *groups, *_loss_numbers(loss, len(x)),
+        epilogue.need_grad_residual and residual is not None, loss.target, scale, *groups, *_loss_numbers(loss, x.shape[0]),
         NORMALIZATIONS.index(normalization.name), normalization.eps,
     )  # fmt: skip
     return StepResult(losses, g, grad_y, None, None, None, None, normalized, *rest)
@@ -58,9 +54,9 @@ def _loss_numbers(loss, batch):
     return LOSSES.index(loss.name), theta, loss.tau, loss.margin, loss.label_smoothing, loss.scale(batch)
 
 
-def _call(x, groups, mode, loss=Loss(), d=None, normalization=Normalization(), need_grad_x=False):
+def _call(x, groups, mode, loss=NO_LOSS, d=None, normalization=NO_NORMALIZATION, need_grad_x=False):
     scale = None if loss.grad_scale is None else loss.grad_scale.float()
     return torch.ops.fastff.group_goodness_native(
-        x, loss.target, d, scale, mode, *groups, *_loss_numbers(loss, len(x)), NORMALIZATIONS.index(normalization.name), normalization.eps,
+        x, loss.target, d, scale, mode, *groups, *_loss_numbers(loss, x.shape[0]), NORMALIZATIONS.index(normalization.name), normalization.eps,
         need_grad_x,
     )  # fmt: skip

@@ -2,12 +2,10 @@
 
 from fastff import reference
 from fastff.kernels.layout import as_result_of, widened
+from fastff.kernels.torch import normalization as of_any_dtype
 from fastff.kernels.torch.epilogue import completed
 from fastff.kernels.torch.loss import loss_gradient
-from fastff.kernels.torch.normalization import normalize
 from fastff.spec import StepResult
-
-__all__ = ["goodness", "goodness_backward", "normalize", "step"]
 
 
 def goodness(x, groups):
@@ -18,6 +16,12 @@ def goodness(x, groups):
 def goodness_backward(d, x, groups):
     """Return dL/dx from d = dL/dg."""
     return as_result_of(x, reference.group_goodness_gradient(d, widened(x), *groups))
+
+
+def normalize(x, normalization):
+    """Return x normalized, or None for "none"."""
+    y = of_any_dtype.normalize(widened(x), normalization)
+    return y if y is None else as_result_of(x, y)
 
 
 def step(local):

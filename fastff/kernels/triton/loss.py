@@ -121,7 +121,7 @@ def of_pairs(positive, negative, alpha, LOSS: tl.constexpr):
 def forward_forward(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: tl.constexpr, BK: tl.constexpr):
     """The other losses: of the samples n [NS], the first half of which are positive, or of the pairs n and n + B / 2."""
     half = B // 2
-    PAIRED: tl.constexpr = (LOSS == SYMBA) or (LOSS == SWISH_SYMBA)
+    PAIRED: tl.constexpr = (LOSS == SYMBA) or (LOSS == SWISH_SYMBA)  # noqa: SIM109
     valid = n < (half if PAIRED else B)
     scale = gradient_scale(loss) / K
     total = tl.zeros([NS], tl.float32)

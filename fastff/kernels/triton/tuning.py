@@ -33,7 +33,7 @@ def tune(device, time, shapes=None, dtype=torch.bfloat16, B=512, report=lambda t
             start = blocks.table(algorithm, B, C, H * H, K, 0, x.element_size())
             seconds = {}
             for sizes in candidates(start):
-                step = functools.partial(_step, x, weight, Plan(algorithm, B, K), sizes, loss)
+                step = functools.partial(_step, x, weight, spec.Plan(algorithm, B, K), sizes, loss)
                 try:
                     seconds[sizes] = time(step)
                 except (
