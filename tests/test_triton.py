@@ -31,6 +31,7 @@ INTERPRETED = {
     "depthwise": ("test_depthwise.py", "values or empty"),
     "group_goodness": ("test_group_goodness.py", "step or alone"),
     "group_tail": ("test_group_tail.py", "triton"),
+    "step": ("triton_step.py", "test"),
     "trainer": ("triton_trainer.py", "test"),
     "tuning": ("triton_tuning.py", "test"),
 }

@@ -121,8 +121,8 @@ def of_pairs(positive, negative, alpha, LOSS: tl.constexpr):
 def forward_forward(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: tl.constexpr, BK: tl.constexpr):
     """The other losses: of the samples n [NS], the first half of which are positive, or of the pairs n and n + B / 2."""
     half = B // 2
-    PAIRED: tl.constexpr = (LOSS == SYMBA) or (LOSS == SWISH_SYMBA)  # noqa: SIM109
-    valid = n < (half if PAIRED else B)
+    BY_SAMPLE: tl.constexpr = (LOSS != SYMBA) and (LOSS != SWISH_SYMBA)
+    valid = n < (B if BY_SAMPLE else half)
     scale = gradient_scale(loss) / K
     total = tl.zeros([NS], tl.float32)
     for k0 in range(0, K, BK):
@@ -130,14 +130,14 @@ def forward_forward(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: 
         known = valid[:, None] & (k < K)[None, :]
         at = n[:, None] * K + k[None, :]
         gk = tl.load(g + at, mask=known, other=0.0)
-        if PAIRED:
+        if BY_SAMPLE:
+            value, dk = of_samples(gk, (n < half)[:, None], loss.theta, LOSS)
+            tl.store(d + at, dk * scale, mask=known)
+        else:
             partner = at + half * K
             value, dk = of_pairs(gk, tl.load(g + partner, mask=known, other=0.0), loss.alpha, LOSS)
             tl.store(d + partner, dk * scale, mask=known)
             tl.store(d + at, -dk * scale, mask=known)
-        else:
-            value, dk = of_samples(gk, (n < half)[:, None], loss.theta, LOSS)
-            tl.store(d + at, dk * scale, mask=known)
         total += tl.sum(tl.where(known, value, 0.0), 1)
     tl.store(loss.losses + n, total / K, mask=valid)
 

@@ -7,7 +7,6 @@ import torch
 
 from fastff import cache, spec
 from fastff.kernels.triton import blocks, goodness
-from fastff.spec import Plan
 
 SHAPES = [(C, H, K) for C, H in ((64, 32), (128, 16), (256, 8), (512, 4), (24, 56), (112, 14)) for K in (10, 100, 1000)]
 
