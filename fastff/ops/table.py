@@ -32,11 +32,12 @@ class Implementation(NamedTuple):
 class Lazy:
     """A module of kernels, imported when an attribute is first read."""
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, name, within=None):
+        self.name, self.within = name, within
 
     def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self.name), attribute)
+        module = importlib.import_module(self.name)
+        return getattr(getattr(module, self.within) if self.within else module, attribute)
 
 
 def choose(op, rows, impl, x):

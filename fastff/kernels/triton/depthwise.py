@@ -9,7 +9,7 @@ Sums and dL/dweight: one partial result a program, added in a fixed order. float
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -20,31 +20,12 @@ from fastff.kernels.torch.depthwise import out_like
 from fastff.kernels.triton.epilogue import store_pair
 from fastff.kernels.triton.launch import constants, multiprocessors, on_device
 
-
-class Image(NamedTuple):
-    """x [B, C, H, W] or another tensor of this form, by strides."""
-
-    x: object
-    B: object
-    C: object
-    H: object
-    W: object
-    sample_stride: object
-    channel_stride: object
-    row_stride: object
-    column_stride: object
+Image = namedtuple("Image", "x B C H W sample_stride channel_stride row_stride column_stride")
+"""x [B, C, H, W] or another tensor of this form, by strides."""
 
 
-class Config(NamedTuple):
-    """Constants: those of the convolution; whether it is the adjoint; k^2, padded; output positions and channels of a tile."""
-
-    STRIDE: object
-    PADDING: object
-    KERNEL: object
-    ADJOINT: object
-    TAPS: object
-    R: object
-    BC: object
+Config = namedtuple("Config", "STRIDE PADDING KERNEL ADJOINT TAPS R BC")
+"""Constants: those of the convolution; whether it is the adjoint; k^2, padded; output positions and channels of a tile."""
 
 
 @triton.jit

@@ -11,7 +11,7 @@ only channel_sums and finish run beside them.
 Formulas: fastff/reference.py. Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -28,33 +28,18 @@ RELU, RELU6, HARDSWISH, SILU, GELU = (
 POSITIONS = 64  # of a tile
 
 
-class Source(NamedTuple):
-    """What a tile of the head's input is made of: x itself (affine None), or activation((x - mean) scale + shift + residual).
+Source = namedtuple("Source", "x residual affine sample_stride channel_stride position_stride")
+"""What a tile of the head's input is made of: x itself (affine None), or activation((x - mean) scale + shift + residual).
 
-    affine [3, C] = mean, scale, shift; residual (or None) has the strides of x."""
-
-    x: object
-    residual: object
-    affine: object
-    sample_stride: object
-    channel_stride: object
-    position_stride: object
+affine [3, C] = mean, scale, shift; residual (or None) has the strides of x."""
 
 
-class Extent(NamedTuple):
-    """Positions of the whole batch, channels, and positions of a sample."""
-
-    positions: object
-    C: object
-    P: object
+Extent = namedtuple("Extent", "positions C P")
+"""Positions of the whole batch, channels, and positions of a sample."""
 
 
-class Tile(NamedTuple):
-    """Constants of the kernels here: the activation, positions and channels of a tile."""
-
-    ACTIVATION: object
-    R: object
-    BC: object
+Tile = namedtuple("Tile", "ACTIVATION R BC")
+"""Constants of the kernels here: the activation, positions and channels of a tile."""
 
 
 @triton.jit

@@ -1,7 +1,8 @@
-"""What every launch of a Triton kernel needs: the device, strides, and arguments bundled into NamedTuples.
+"""What every launch of a Triton kernel needs: the device, strides, and arguments bundled into named tuples.
 
-Triton (3.4 and later) takes NamedTuples as kernel arguments and hands them on to device functions: a field is a pointer, a number, None, or a
-constant (`constants`), and each is specialised as an argument of its own would be.
+Triton (3.4 and later) takes named tuples as kernel arguments and hands them on to device functions: a field is a pointer, a number, None, or a
+constant (`constants`), and each is specialised as an argument of its own would be. Subclasses of named tuples lose their names in it, and a
+constant that a device function returns is no longer one.
 """
 
 import torch
@@ -26,5 +27,5 @@ def strides(x):
 
 
 def constants(config):
-    """The NamedTuple with its fields as compile-time constants of a kernel."""
+    """The named tuple with its fields as compile-time constants of a kernel."""
     return type(config)(*(None if value is None else tl.constexpr(value) for value in config))

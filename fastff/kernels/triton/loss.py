@@ -3,7 +3,7 @@
 Formulas: fastff/reference.py. All arithmetic is in float32.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -16,20 +16,10 @@ CROSS_ENTROPY, SWISH, SYMBA, SWISH_SYMBA = (
 )
 
 
-class LossArguments(NamedTuple):
-    """target [B]; losses and grad_tau [B] are written; learned_tau and grad_scale: pointers to one number; scale: d(reduced loss) / d(one loss)."""
-
-    target: object
-    losses: object
-    grad_tau: object
-    learned_tau: object
-    grad_scale: object
-    tau: object
-    margin: object
-    label_smoothing: object
-    theta: object
-    alpha: object
-    scale: object
+LossArguments = namedtuple(
+    "LossArguments", "target losses grad_tau learned_tau grad_scale tau margin label_smoothing theta alpha scale"
+)
+"""target [B]; losses and grad_tau [B] are written; learned_tau and grad_scale: pointers to one number; scale: d(reduced loss) / d(one loss)."""
 
 
 def arguments(loss, batch, losses, grad_tau=None):
@@ -107,7 +97,7 @@ def cross_entropy(g, d, loss: LossArguments, n, B, K, NS: tl.constexpr, BK: tl.c
 def threshold(z, LOSS: tl.constexpr):
     """softplus(z), or z sigmoid(z) of the "swish" losses, and the derivative."""
     s = 1 / (1 + tl.exp(-z))
-    if (LOSS == SWISH) or (LOSS == SWISH_SYMBA):
+    if (LOSS == SWISH) or (LOSS == SWISH_SYMBA):  # noqa: SIM109
         return z * s, s * (1 + z * (1 - s))
     return tl.maximum(z, 0.0) + tl.log(1 + tl.exp(-tl.abs(z))), s
 
@@ -131,8 +121,8 @@ def of_pairs(positive, negative, alpha, LOSS: tl.constexpr):
 def forward_forward(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: tl.constexpr, BK: tl.constexpr):
     """The other losses: of the samples n [NS], the first half of which are positive, or of the pairs n and n + B / 2."""
     half = B // 2
-    PAIRED: tl.constexpr = (LOSS == SYMBA) or (LOSS == SWISH_SYMBA)
-    valid = n < (half if PAIRED else B)
+    BY_SAMPLE: tl.constexpr = (LOSS != SYMBA) and (LOSS != SWISH_SYMBA)
+    valid = n < (B if BY_SAMPLE else half)
     scale = gradient_scale(loss) / K
     total = tl.zeros([NS], tl.float32)
     for k0 in range(0, K, BK):
@@ -140,14 +130,14 @@ def forward_forward(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: 
         known = valid[:, None] & (k < K)[None, :]
         at = n[:, None] * K + k[None, :]
         gk = tl.load(g + at, mask=known, other=0.0)
-        if PAIRED:
+        if BY_SAMPLE:
+            value, dk = of_samples(gk, (n < half)[:, None], loss.theta, LOSS)
+            tl.store(d + at, dk * scale, mask=known)
+        else:
             partner = at + half * K
             value, dk = of_pairs(gk, tl.load(g + partner, mask=known, other=0.0), loss.alpha, LOSS)
             tl.store(d + partner, dk * scale, mask=known)
             tl.store(d + at, -dk * scale, mask=known)
-        else:
-            value, dk = of_samples(gk, (n < half)[:, None], loss.theta, LOSS)
-            tl.store(d + at, dk * scale, mask=known)
         total += tl.sum(tl.where(known, value, 0.0), 1)
     tl.store(loss.losses + n, total / K, mask=valid)
 

@@ -3,7 +3,7 @@
 A tile X is [BC, R] channels by rows; a row is one position of one sample, R = NS BP. There are masks at every edge, and offsets between samples
 have 64 bits."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -13,64 +13,28 @@ from fastff.kernels.triton import INTERPRETED as _interpreted
 INTERPRETED = tl.constexpr(_interpreted)
 
 
-class Result(NamedTuple):
-    """What the second sweep writes: grad_x (dL/dh with an epilogue) and the next input, of one layout; channel_sums [programs, 2, C] of dL/dh
-    and of dL/dh (y - mean). None where not wanted."""
-
-    grad_x: object
-    normalized: object
-    channel_sums: object
-    sample_stride: object
-    channel_stride: object
-    position_stride: object
+Result = namedtuple("Result", "grad_x normalized channel_sums sample_stride channel_stride position_stride")
+"""What the second sweep writes: grad_x (dL/dh with an epilogue) and the next input, of one layout; channel_sums [programs, 2, C] of dL/dh
+and of dL/dh (y - mean). None where not wanted."""
 
 
-class Head(NamedTuple):
-    """weight [K, C], bias [K] or None."""
-
-    weight: object
-    bias: object
+Head = namedtuple("Head", "weight bias")
+"""weight [K, C], bias [K] or None."""
 
 
-class Scratch(NamedTuple):
-    """g [parts, B, K], d = dL/dg [B, K], sums [parts, 2, B] of x and x^2; second [parts, B, C, C] = S and mu [parts, B, C] of second_moment."""
-
-    g: object
-    d: object
-    sums: object
-    second: object
-    mu: object
+Scratch = namedtuple("Scratch", "g d sums second mu")
+"""g [parts, B, K], d = dL/dg [B, K], sums [parts, 2, B] of x and x^2; second [parts, B, C, C] = S and mu [parts, B, C] of second_moment."""
 
 
-class Shape(NamedTuple):
-    """Samples, channels, positions, rows and columns of a sample, classes."""
-
-    B: object
-    C: object
-    P: object
-    H: object
-    W: object
-    K: object
+Shape = namedtuple("Shape", "B C P H W K")
+"""Samples, channels, positions, rows and columns of a sample, classes."""
 
 
-class Config(NamedTuple):
-    """Constants of a kernel. Its stages: FIRST sweep, HEAD (g from S and mu, of second_moment), LOSS (its number, or None), SECOND sweep; NORM and
-    ACTIVATION by number; input precision of the products with x, with float32 matrices and with cells; sizes of tiles (blocks.py)."""
-
-    FIRST: object
-    HEAD: object
-    LOSS: object
-    SECOND: object
-    NORM: object
-    ACTIVATION: object
-    PRECISION: object
-    HEAD_PRECISION: object
-    CELL_PRECISION: object
-    NS: object
-    BP: object
-    BC: object
-    BK: object
-    BG: object
+Config = namedtuple(
+    "Config", "FIRST HEAD LOSS SECOND NORM ACTIVATION PRECISION HEAD_PRECISION CELL_PRECISION NS BP BC BK BG"
+)
+"""Constants of a kernel. Its stages: FIRST sweep, HEAD (g from S and mu, of second_moment), LOSS (its number, or None), SECOND sweep; NORM and
+ACTIVATION by number; input precision of the products with x, with float32 matrices and with cells; sizes of tiles (blocks.py)."""
 
 
 @triton.jit

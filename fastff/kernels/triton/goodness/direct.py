@@ -1,6 +1,6 @@
 """The direct algorithm: a = W X by tiles, g = mean a^2; dL/dx = (2/P) W^T (d * a) with a computed again."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -21,19 +21,9 @@ from fastff.kernels.triton.goodness.sweep import Tile, loss_stage, store_gradien
 from fastff.kernels.triton.loss import LossArguments
 from fastff.kernels.triton.normalization import LAYER_NORM, NONE, statistics, store_normalized
 
-
-class Rows(NamedTuple):
-    """A program's part of the positions, start .. end - 1; first sample; sample of each row, and whether it exists; channels [BC]; shift: a number
-    near each row's values, which the sums for layer norm are relative to."""
-
-    part: object
-    start: object
-    end: object
-    first: object
-    sample: object
-    here: object
-    c: object
-    shift: object
+Rows = namedtuple("Rows", "part start end first sample here c shift")
+"""A program's part of the positions, start .. end - 1; first sample; sample of each row, and whether it exists; channels [BC]; shift: a number
+near each row's values, which the sums for layer norm are relative to."""
 
 
 @triton.jit

@@ -4,7 +4,7 @@ Cells have the edges of adaptive average pooling, [i H // GH, ceil((i + 1) H / G
 product of cell means [B, C GH GW] with the grid's weights is cuBLAS's.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -12,14 +12,8 @@ import triton.language as tl
 
 from fastff.kernels.triton.goodness.arguments import Config, Shape, dot
 
-
-class Grid(NamedTuple):
-    """means [parts, B, C, GH GW] (sums over cells, in fact) and cells [B, C, GH GW] = d V, or None; rows and columns of the grid."""
-
-    means: object
-    cells: object
-    GH: object
-    GW: object
+Grid = namedtuple("Grid", "means cells GH GW")
+"""means [parts, B, C, GH GW] (sums over cells, in fact) and cells [B, C, GH GW] = d V, or None; rows and columns of the grid."""
 
 
 @triton.jit

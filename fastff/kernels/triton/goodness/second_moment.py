@@ -1,6 +1,6 @@
 """The second-moment algorithm: S = X X^T / P, g = w^T S w + 2 beta (w . mu) + beta^2; dL/dx = (2/P)(M X + c), M = W^T diag(d) W."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -21,21 +21,10 @@ from fastff.kernels.triton.goodness.sweep import Tile, loss_stage, store_gradien
 from fastff.kernels.triton.loss import LossArguments
 from fastff.kernels.triton.normalization import LAYER_NORM, NONE, statistics, store_normalized
 
-
-class Part(NamedTuple):
-    """A program's sample b and its part of the positions, start .. end - 1; channels [BC] and whether they exist; offsets and mask of [BC, BC] in a
-    matrix [C, C]; shift: a number near the sample's values, which the
-    sums for layer norm are relative to."""
-
-    index: object
-    b: object
-    start: object
-    end: object
-    c: object
-    has_c: object
-    square_at: object
-    square_mask: object
-    shift: object
+Part = namedtuple("Part", "index b start end c has_c square_at square_mask shift")
+"""A program's sample b and its part of the positions, start .. end - 1; channels [BC] and whether they exist; offsets and mask of [BC, BC] in a
+matrix [C, C]; shift: a number near the sample's values, which the
+sums for layer norm are relative to."""
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """What both algorithms do with a tile of the second sweep, once they have its gradient, and with the loss between the sweeps."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -10,14 +10,8 @@ from fastff.kernels.triton.goodness.arguments import Config, Result, Scratch, Sh
 from fastff.kernels.triton.goodness.grid import Grid, spread_cells
 from fastff.kernels.triton.loss import LossArguments, losses_of
 
-
-class Tile(NamedTuple):
-    """Positions [R], mask [BC, R], and offsets [BC, R] in the source and in the result."""
-
-    p: object
-    mask: object
-    source_at: object
-    result_at: object
+Tile = namedtuple("Tile", "p mask source_at result_at")
+"""Positions [R], mask [BC, R], and offsets [BC, R] in the source and in the result."""
 
 
 @triton.jit
