@@ -28,8 +28,7 @@ run. Nothing that is passed in is written to.
 
 import torch
 
-from fastff import ops, spec
-from fastff.kernels.torch import loss as losses
+from fastff import ops, reference, spec
 from fastff.kernels.torch.normalization import layer_norm_channels
 from fastff.spec import Epilogue, Groups, Loss, Normalization, Projection, Step, StepResult
 
@@ -70,7 +69,7 @@ def loss_of(g, loss):
     loss.check(g, called="g")
     if loss.target is not None and not torch.compiler.is_compiling():
         spec.check_labels(loss.target, g.shape[1])
-    return losses.loss_of(g, loss)
+    return reference.reduced(reference.losses(g, loss), loss.reduction)
 
 
 def goodness_step(

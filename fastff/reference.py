@@ -45,9 +45,10 @@ def target_weights(target, num_classes, label_smoothing=0.0, dtype=torch.float64
 
 
 def margin_cross_entropy(g, target, tau=1.0, margin=0.0, label_smoothing=0.0):
-    """loss [B]: cross-entropy over tau * g with the target's entry lowered by the margin."""
-    u = tau * g - margin * target_weights(target, g.shape[1], dtype=g.dtype)
-    return u.logsumexp(1) - (target_weights(target, g.shape[1], label_smoothing, g.dtype) * u).sum(1)
+    """loss [B]: cross-entropy over tau * g with the target's entry lowered by the margin. NaN or infinite for a label out of range."""
+    hit = target_weights(target, g.shape[1], dtype=g.dtype)
+    u = tau * g - margin * hit
+    return (u.logsumexp(1) - (target_weights(target, g.shape[1], label_smoothing, g.dtype) * u).sum(1)) / hit.sum(1)
 
 
 def layer_norm(x, eps=1e-5):
@@ -226,6 +227,27 @@ def forward_forward_gradient(g, loss="softplus", theta=2.0, alpha=4.0, scale=1.0
     return torch.cat([-down, up])
 
 
+def losses(g, loss):
+    """Losses of g that a fastff.spec.Loss describes, not reduced: one for each sample, or for each pair."""
+    if loss.name == "cross_entropy":
+        return margin_cross_entropy(g, loss.target, temperature(g, loss), loss.margin, loss.label_smoothing)
+    return forward_forward_losses(g, loss.name, loss.theta, loss.alpha)
+
+
+def loss_gradient(g, loss, scale):
+    """d = d(sum of scale * grad_scale * losses)/dg, and the same with respect to learned_tau (None without one)."""
+    scale = scale if loss.grad_scale is None else scale * loss.grad_scale.to(g.dtype)
+    if loss.name != "cross_entropy":
+        return forward_forward_gradient(g, loss.name, loss.theta, loss.alpha, scale), None
+    d, grad_tau = goodness_gradient(g, loss.target, temperature(g, loss), loss.margin, loss.label_smoothing, scale)
+    return d, None if loss.learned_tau is None else grad_tau * loss.tau
+
+
+def temperature(g, loss):
+    """The factor of goodness in cross-entropy."""
+    return loss.tau if loss.learned_tau is None else loss.tau * loss.learned_tau.to(g.dtype)
+
+
 def normalized(x, how, groups=1, eps=1e-5):
     """x [B, C, H, W] brought to length or variance 1, without affine.
 
@@ -292,9 +314,7 @@ def train_step(blocks, heads, optimizers, images, target, window=1, loss=mean_lo
         inputs = (normalize(z), *others)
         if window == 1:  # nothing reaches back over this cut
             inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
-    for (
-        optimizer
-    ) in optimizers:  # the Trainer updates and frees a block as soon as the last loss that reaches it has come
+    for optimizer in optimizers:  # the Trainer updates and frees a block when the last loss that reaches it has come
         optimizer.step()
         optimizer.zero_grad()
     return torch.stack([loss.detach() for loss in losses])

@@ -305,6 +305,11 @@ class Epilogue(NamedTuple):
     need_grad_residual: bool = True
     activation: str = "relu"
 
+    @property
+    def wants_residual(self):
+        """Whether there is a residual whose gradient is wanted."""
+        return self.residual is not None and self.need_grad_residual
+
     def check(self, y):
         """Raise TypeError or ValueError unless this may follow y."""
         if not isinstance(y, torch.Tensor) or y.dim() != 4:
@@ -324,6 +329,20 @@ class Epilogue(NamedTuple):
         if y.numel() == y.shape[1]:
             expected = "more than one value per channel for batch statistics"
             raise ValueError(f"y: expected {expected}, got {list(y.shape)}")
+
+
+class EpilogueGradients(NamedTuple):
+    """Gradients of an Epilogue: of y, of the residual (that of h; None unless wanted), of weight and bias [C], which are there in any case."""
+
+    y: torch.Tensor
+    residual: MaybeTensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def of_parameters(self, epilogue):
+        """The gradients of weight and bias in their dtypes, None where the Epilogue has none."""
+        pairs = ((epilogue.weight, self.weight), (epilogue.bias, self.bias))
+        return tuple(None if parameter is None else grad.to(parameter.dtype) for parameter, grad in pairs)
 
 
 class Normalization(NamedTuple):
@@ -375,6 +394,13 @@ class StepResult(NamedTuple):
     grad_bn_bias: MaybeTensor = None
     mean: MaybeTensor = None
     var: MaybeTensor = None
+
+    def before_epilogue(self, gradients, mean, var):
+        """The result of a step with an epilogue, from that of the step behind it and the EpilogueGradients."""
+        return self._replace(
+            grad_x=gradients.y, grad_residual=gradients.residual, grad_bn_weight=gradients.weight, grad_bn_bias=gradients.bias,
+            mean=mean, var=var,
+        )  # fmt: skip
 
     @property
     def grad_y(self):

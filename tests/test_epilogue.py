@@ -94,7 +94,7 @@ def test_backward_through_normalization_with_another_loss_s_gradients(impl, name
     torch.testing.assert_close(again, x, rtol=1e-6, atol=1e-6)
     own = run.backward(t["y"], e, mean, var, t["grad"])
     kept = t["grad"].clone(), t["later"].clone(), own.residual.clone()
-    added = op.Added(own.residual, own.weight, own.bias)
+    added = spec.EpilogueGradients(None, own.residual, own.weight, own.bias)
     both = run.backward(t["y"], e, mean, var, None, t["later"], normalization, added, overwrite)
     apart = run.backward(t["y"], e, mean, var, t["grad"], t["later"], normalization)
     for found in (both, apart):
@@ -148,8 +148,10 @@ def test_threads_change_no_bit():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            x, normalized, mean, var = op.forward(t["y"], e, spec.Normalization("layer_norm"))
-            gradients = op.backward(t["y"], e, mean, var, t["grad"], t["later"], spec.Normalization("layer_norm"))
+            x, normalized, mean, var = op.implementation(t["y"]).forward(t["y"], e, spec.Normalization("layer_norm"))
+            gradients = op.implementation(t["y"]).backward(
+                t["y"], e, mean, var, t["grad"], t["later"], spec.Normalization("layer_norm")
+            )
             found.append((x, normalized, mean, var, *gradients))
     finally:
         torch.set_num_threads(before)

@@ -41,10 +41,10 @@ def test_step(name, activation):
 def test_epilogue_forward_and_backward(channels_last):
     y, residual, _, weight, bias = problem(channels_last)
     description = spec.Epilogue(weight, bias, residual=residual, activation="gelu")
-    x, mean, var = epilogue.epilogue_forward(y, description)
+    x, _, mean, var = epilogue.forward(y, description)
     grad_x = torch.randn_like(x)
     kept = grad_x.clone()
-    got = epilogue.epilogue_backward(y, description, mean, var, grad_x)
+    got = epilogue.backward(y, description, mean, var, grad_x)
     assert torch.equal(grad_x, kept)
     inputs = [t.double().requires_grad_() for t in (y, residual, weight, bias)]
     exact = F.gelu(F.batch_norm(inputs[0], None, None, *inputs[2:], training=True) + inputs[1])

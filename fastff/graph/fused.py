@@ -126,15 +126,7 @@ class _Epilogue(torch.autograd.Function):
         y, weight, bias, residual, mean, var = ctx.saved_tensors
         e = ctx.options._replace(weight=weight, bias=bias, residual=residual)
         found = ctx.kernel.backward(y, e, mean, var, grad_x)
-        return found.y, *_affine_gradients(found, weight, bias), found.residual, None, None
-
-
-def _affine_gradients(found, weight, bias):
-    """dL/dweight and dL/dbias of batch norm as autograd takes them."""
-    if not partial.needs_parameters():
-        return None, None
-    pairs = ((weight, found.weight), (bias, found.bias))
-    return tuple(None if parameter is None else grad.to(parameter.dtype) for parameter, grad in pairs)
+        return found.y, *found.of_parameters(e), found.residual, None, None
 
 
 class EpilogueConvolution(nn.Module):
@@ -180,4 +172,4 @@ class _EpilogueConvolution(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = gradients(grad, x, weight, *ctx.options, ctx.how, wanted)
         del x
         found = ctx.kernel.backward(y, e, mean, var, grad_x, overwrite=True)
-        return found.y, *_affine_gradients(found, norm_weight, norm_bias), grad_weight, grad_bias, None, None, None
+        return found.y, *found.of_parameters(e), grad_weight, grad_bias, None, None, None

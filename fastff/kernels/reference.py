@@ -4,7 +4,6 @@ import torch
 
 from fastff import reference
 from fastff.kernels.layout import as_result_of, widened
-from fastff.kernels.torch.loss import loss_gradient
 from fastff.spec import Groups, StepResult
 
 
@@ -50,7 +49,10 @@ def step(local, plan=None):
         out, h, mean, var = reference.epilogue(y, weight, bias, epilogue.eps, residual, epilogue.activation)
         x = as_result_of(x, out)
     g = goodness(x, head, plan)
-    losses, d, grad_tau = loss_gradient(g, local.loss, local.loss.scale(len(g)))
+    losses, (d, grad_tau) = (
+        reference.losses(g, local.loss),
+        reference.loss_gradient(g, local.loss, local.loss.scale(len(g))),
+    )
     grads = goodness_backward(d, x, head, plan)
     grad_x, *grads = (grads, None, None, None) if isinstance(head, Groups) else grads
     result = StepResult(losses, g, grad_x, *grads, grad_tau, normalize(x, local.normalization))

@@ -7,8 +7,9 @@ at the last convolution's output, and a later loss's gradient goes back through 
 
 import torch
 
-from fastff.ops import epilogue as epilogue_op
+from fastff.ops.epilogue import implementation
 from fastff.ops.gradients import Seed, inputs_only, parameters_only
+from fastff.spec import EpilogueGradients
 
 
 def detached(values):
@@ -135,9 +136,10 @@ class EpilogueVisit(Visit):
 
     def _epilogue_backward(self, grad, added=None):
         y, step = self.outputs[0].detach(), self.step
-        return epilogue_op.backward(
-            y, self.epilogue, step.mean, step.var, None, grad, self.normalization, added, overwrite=True
-        )
+        with torch.no_grad():
+            return implementation(y).backward(
+                y, self.epilogue, step.mean, step.var, None, grad, self.normalization, added, overwrite=True
+            )
 
     def _to_outputs(self, grads):
         main, *others = grads
@@ -151,7 +153,7 @@ class EpilogueVisit(Visit):
         grad_y, grad_residual, *others = self.grads
         grad_weight, grad_bias = step.grad_bn_weight, step.grad_bn_bias
         if later is not None and self.adds_early:
-            added = epilogue_op.Added(grad_residual, grad_weight, grad_bias)
+            added = EpilogueGradients(None, grad_residual, grad_weight, grad_bias)
             grad_y, grad_residual, grad_weight, grad_bias = self._epilogue_backward(later, added)
         elif later is not None:
             found = self._epilogue_backward(later)

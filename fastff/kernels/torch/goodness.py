@@ -13,9 +13,9 @@ Arithmetic is in float32 (float64 for float64): chunks of 16-bit tensors are wid
 import torch
 import torch.nn.functional as F
 
+from fastff import reference
 from fastff.kernels.layout import dense, empty_like, is_channels_last, matrices
 from fastff.kernels.torch.epilogue import completed
-from fastff.kernels.torch.loss import loss_gradient
 from fastff.kernels.torch.normalization import normalize
 from fastff.spec import StepResult
 
@@ -268,7 +268,8 @@ def _step(local, plan):
     parts = []
     for part, chunk in head.chunks(None if loss.name == "cross_entropy" else len(x)):
         g = head.goodness(chunk)
-        losses, d, grad_tau = loss_gradient(g, loss, scale, part)
+        of_part = loss if loss.target is None else loss._replace(target=loss.target[part])
+        losses, (d, grad_tau) = reference.losses(g, of_part), reference.loss_gradient(g, of_part, scale)
         head.gradients(d, chunk, None if grad_x is None else grad_x[part])
         parts.append((losses, g, grad_tau))
     losses, g, grad_tau = zip(*parts, strict=True)

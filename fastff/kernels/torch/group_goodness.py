@@ -4,7 +4,6 @@ from fastff import reference
 from fastff.kernels.layout import as_result_of, widened
 from fastff.kernels.torch import normalization as of_any_dtype
 from fastff.kernels.torch.epilogue import completed
-from fastff.kernels.torch.loss import loss_gradient
 from fastff.spec import StepResult
 
 
@@ -31,5 +30,5 @@ def step(local):
 
 def _step(local):
     g = goodness(local.x, local.goodness)
-    losses, d, _ = loss_gradient(g, local.loss, local.loss.scale(len(g)))
+    losses, (d, _) = reference.losses(g, local.loss), reference.loss_gradient(g, local.loss, local.loss.scale(len(g)))
     return StepResult(losses, g, goodness_backward(d, local.x, local.goodness) if local.need_grad_x else None)

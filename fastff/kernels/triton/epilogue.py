@@ -19,7 +19,10 @@ import triton.language as tl
 
 from fastff import spec
 from fastff.kernels.layout import dense, empty_like, is_channels_last
+from fastff.kernels.torch import epilogue as torch_epilogue
+from fastff.kernels.torch.normalization import normalize
 from fastff.kernels.triton.launch import constants, multiprocessors, on_device, strides
+from fastff.spec import EpilogueGradients
 
 RELU, RELU6, HARDSWISH, SILU, GELU = (
     tl.constexpr(spec.ACTIVATIONS.index(name)) for name in ("relu", "relu6", "hardswish", "silu", "gelu")
@@ -252,31 +255,29 @@ class Launches:
 
     def finish(self, grad_h, sums):
         """The same from grad_h (overwritten) and the sums [2, C] of grad_h and of grad_h (y - mean)."""
-        keep = self.epilogue.residual is not None and self.epilogue.need_grad_residual
+        keep = self.epilogue.wants_residual
         grad_y = empty_like(self.y) if keep else grad_h
         means = torch.stack([sums[0], sums[1] * self.rstd * self.rstd]) / self.extent.positions
         self._tiles(finish, grad_h, grad_y, means)
-        return grad_y, grad_h if keep else None, sums[1] * self.rstd, sums[0]
-
-    def result(self, inner, gradients):
-        """The StepResult of a step with this epilogue, from that of the step on x and what `backward` or `finish` returned."""
-        grad_y, grad_residual, grad_weight, grad_bias = gradients
-        return inner._replace(
-            grad_x=grad_y, grad_residual=grad_residual, grad_bn_weight=grad_weight, grad_bn_bias=grad_bias, mean=self.mean, var=self.var
-        )  # fmt: skip
+        return EpilogueGradients(grad_y, grad_h if keep else None, sums[1] * self.rstd, sums[0])
 
 
-def epilogue_forward(y, epilogue):
-    """(x as y, mean [C], var [C]) of a spec.Epilogue, with the mean and the biased variance of this batch."""
+def forward(y, epilogue, normalization=None, need_x=True, statistics=None):
+    """x as y, the normalized x or None, mean [C] and biased variance [C] of this batch; `statistics` (mean, var) where they are known already."""
     with on_device(y):
-        launches = Launches(y, epilogue)
-        return launches.forward(), launches.mean, launches.var
+        launches = Launches(y, epilogue, *(statistics or ()))
+        x = launches.forward()
+        return x, None if normalization is None else normalize(x, normalization), launches.mean, launches.var
 
 
-def epilogue_backward(y, epilogue, mean, var, grad_x):
-    """(grad_y, grad_residual or None, grad_weight [C], grad_bias [C]) from the gradient of x; mean and var as `epilogue_forward` returned them."""
+def backward(
+    y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False
+):
+    """spec.EpilogueGradients from the gradient of x. That of the normalized x and `added` gradients go through PyTorch's operators."""
+    if grad_normalized is not None or added is not None:
+        return torch_epilogue.backward(y, epilogue, mean, var, grad_x, grad_normalized, normalization, added)
     with on_device(y):
-        return Launches(y, epilogue, mean, var).backward(grad_x)
+        return Launches(y, epilogue, mean, var).backward(grad_x, overwrite)
 
 
 def step_in_parts(step, run):
@@ -284,4 +285,4 @@ def step_in_parts(step, run):
     with on_device(step.x):
         launches = Launches(step.x, step.epilogue)
         inner = run(step._replace(x=launches.forward(), epilogue=None, need_grad_x=True))
-        return launches.result(inner, launches.backward(inner.grad_x, overwrite=True))
+        return inner.before_epilogue(launches.backward(inner.grad_x, overwrite=True), launches.mean, launches.var)
