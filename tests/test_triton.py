@@ -27,7 +27,7 @@ INTERPRETED = {
     "tail": ("test_tail.py", "test_tail_step"),
     "depthwise": ("test_depthwise.py", "values or empty"),
     "group_goodness": ("test_group_goodness.py", "step or alone"),
-    "group_tail": ("test_group_tail.py", "triton"),
+    "group_tail": ("test_group_tail.py", "test_step and triton and (none or l2 or rms)"),
     "step": ("triton_step.py", "test"),
     "trainer": ("triton_trainer.py", "test"),
     "tuning": ("triton_tuning.py", "test"),
@@ -260,7 +260,7 @@ def test_group_goodness_fits_the_chip(channels_last, arch, dtype):
     for C, P, K, loss in [(64, 1024, 10, 0), (960, 49, 100, 0), (128, 256, 1, 1), (500, 1, 1, 4)]:
         BC, R = module.tiles(channels_last, C, P)
         fixed = dict.fromkeys(["learned_tau", "grad_tau"]) | {
-            "POWER": 2, "MEAN": True, "GOODNESS": True, "LOSS": loss, "MEMBERS": 1 + (loss == 4), "BC": BC, "R": R,
+            "POWER": 2, "MEAN": True, "TERMS": 1, "GOODNESS": True, "LOSS": loss, "MEMBERS": 1 + (loss == 4), "BC": BC, "R": R,
             "KP": triton.next_power_of_2(K), "GP": triton.next_power_of_2(-(-C // K)), "channel_stride" if channels_last else "position_stride": 1,
         }  # fmt: skip
         group_norm, layer_norm = (spec.NORMALIZATIONS.index(name) for name in ("group_norm", "layer_norm_channels"))

@@ -25,9 +25,10 @@ from fastff.kernels.triton.epilogue import step_in_parts
 from fastff.kernels.triton.launch import constants, on_device, strides
 from fastff.kernels.triton.layer_norm import layer_norm
 from fastff.kernels.triton.loss import LossArguments, gradient_scale, losses_of, of_pairs, of_samples
-from fastff.kernels.triton.normalization import GROUP_NORM, LAYER_NORM, LAYER_NORM_CHANNELS, NONE, factors
+from fastff.kernels.triton.normalization import GROUP_NORM, NONE, factors
 
 WARPS = 8
+SUM, SUM_OF_SQUARES, OWN_SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # sums of an element's x, x^2, term
 
 
 @triton.jit
@@ -51,20 +52,16 @@ Input = namedtuple("Input", "x sample_stride channel_stride position_stride")
 
 
 Scratch = namedtuple("Scratch", "g d sums factors starts group_of")
-"""g and d [B, K or P]; sums [B, 3, C] by channel, of x - shift, its square and terms; factors [B, 2, K]: mean and factor of the normalisation
-by group; first channel of each group [K + 1]; group of each channel [C]."""
-
-
-Sums = namedtuple("Sums", "total square good shift")
-"""Of each position over the channels: x - shift, its square, goodness; the shift."""
+"""g and d [B, K or P]; sums [B, 3, C] by channel; factors [B, 2, K]: mean and factor of the normalisation by group; first channel of each group
+[K + 1]; group of each channel [C]."""
 
 
 Shape = namedtuple("Shape", "B C P K")
 """Samples, channels, positions, groups."""
 
 
-Config = namedtuple("Config", "POWER MEAN GOODNESS LOSS MEMBERS NORM BC R KP GP")
-"""Constants: the goodness (POWER, MEAN), whether it is wanted, the number of the loss (or None), samples of a
+Config = namedtuple("Config", "POWER MEAN TERMS GOODNESS LOSS MEMBERS NORM BC R KP GP")
+"""Constants: the goodness (POWER, MEAN, and which of the sums it is), whether it is wanted, the number of the loss (or None), samples of a
 program, the number of the normalisation, channels and positions of a tile, padded number and size of groups."""
 
 
@@ -95,61 +92,40 @@ def elements(group, known, scratch: Scratch, P):
 
 
 @triton.jit
-def shift_at(at, mask, NORM: tl.constexpr):
-    """Numbers near the values that are normalised together: x at `at`, or 0 where the mean is not subtracted. Sums relative to them keep the
-    variance of data far from zero."""
-    if (NORM == LAYER_NORM) or (NORM == GROUP_NORM) or (NORM == LAYER_NORM_CHANNELS):  # noqa: SIM109
-        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, 0.0, 0.0)
-
-
-@triton.jit
-def group_shift(source: Input, scratch: Scratch, b, group, known, NORM: tl.constexpr):
-    """The shift of groups of channels: x at the first position of their first channel ("group_norm"), or of the sample."""
-    first = group * 0
-    if NORM == GROUP_NORM:
-        first = tl.load(scratch.starts + group, mask=known, other=0)
-    return shift_at(source.x + b * source.sample_stride + first * source.channel_stride, known, NORM)
-
-
-@triton.jit
 def sum_channels(source: Input, scratch: Scratch, b, shape: Shape, config: Config):
-    """Write the sums by channel of sample b: tiles are added up, and each channel's row of their sum once."""
+    """Write the sums by channel of sample b."""
     for c0 in range(0, shape.C, config.BC):
         c = c0 + tl.arange(0, config.BC)
-        group = tl.load(scratch.group_of + c, mask=c < shape.C, other=0)
-        shift = group_shift(source, scratch, b, group, c < shape.C, config.NORM)
-        total = tl.zeros([config.BC, config.R], tl.float32)
-        square = tl.zeros([config.BC, config.R], tl.float32)
-        terms = tl.zeros([config.BC, config.R], tl.float32)
+        total = tl.zeros([config.BC], tl.float32)
+        square = tl.zeros([config.BC], tl.float32)
+        terms = tl.zeros([config.BC], tl.float32)
         for p0 in range(0, shape.P, config.R):
-            v, _, mask = load(source, b, c, p0 + tl.arange(0, config.R), shape)
+            v, _, _ = load(source, b, c, p0 + tl.arange(0, config.R), shape)
             if config.NORM != NONE:
-                off = tl.where(mask, v - shift[:, None], 0.0)
-                total += off
-                square += off * off
-            if config.GOODNESS:
-                terms += term(v, config.POWER)
+                total += tl.sum(v, 1)
+                square += tl.sum(v * v, 1)
+            if config.TERMS == OWN_SUM:
+                terms += tl.sum(term(v, config.POWER), 1)
         sums = scratch.sums + b * 3 * shape.C + c
         if config.NORM != NONE:
-            tl.store(sums, tl.sum(total, 1), mask=c < shape.C)
-            tl.store(sums + shape.C, tl.sum(square, 1), mask=c < shape.C)
-        if config.GOODNESS:
-            tl.store(sums + 2 * shape.C, tl.sum(terms, 1), mask=c < shape.C)
+            tl.store(sums, total, mask=c < shape.C)
+            tl.store(sums + shape.C, square, mask=c < shape.C)
+        if config.TERMS == OWN_SUM:
+            tl.store(sums + 2 * shape.C, terms, mask=c < shape.C)
 
 
 @triton.jit
 def store_goodness(scratch: Scratch, b, shape: Shape, config: Config):
     """g of sample b from its sums."""
     k = tl.arange(0, config.KP)
-    good = by_group(scratch.sums + (b * 3 + 2) * shape.C, scratch, shape.K, config.KP, config.GP)
+    good = by_group(scratch.sums + (b * 3 + config.TERMS) * shape.C, scratch, shape.K, config.KP, config.GP)
     if config.MEAN:
         good /= elements(k, k < shape.K, scratch, shape.P)
     tl.store(scratch.g + b * shape.K + k, good, mask=k < shape.K)
 
 
 @triton.jit
-def store_factors(source: Input, scratch: Scratch, b, shape: Shape, eps, config: Config):
+def store_factors(scratch: Scratch, b, shape: Shape, eps, config: Config):
     """Mean and factor of the normalisation of sample b, by group (the same for all of them unless it is "group_norm")."""
     k = tl.arange(0, config.KP)
     sums = scratch.sums + b * 3 * shape.C
@@ -163,7 +139,6 @@ def store_factors(source: Input, scratch: Scratch, b, shape: Shape, eps, config:
         n = shape.C * shape.P * 1.0
     mean, factor = factors(total, square, n, eps, config.NORM)
     own = scratch.factors + b * 2 * shape.K + k
-    mean += group_shift(source, scratch, b, k, k < shape.K, config.NORM)
     tl.store(own, mean, mask=k < shape.K)
     tl.store(own + shape.K, factor, mask=k < shape.K)
 
@@ -205,13 +180,13 @@ def samples(
     if config.GOODNESS:
         for m in tl.static_range(config.MEMBERS):
             store_goodness(scratch, unit + m * half, shape, config)
-    if config.NORM != NONE:
-        for m in tl.static_range(config.MEMBERS):
-            store_factors(source, scratch, unit + m * half, shape, eps, config)
     if config.LOSS is not None:
         tl.debug_barrier()
         n = unit + tl.arange(0, 1)
         losses_of(scratch.g, scratch.d, loss, n, shape.B, shape.K, config.LOSS, 1, config.KP)
+    if config.NORM != NONE:
+        for m in tl.static_range(config.MEMBERS):
+            store_factors(scratch, unit + m * half, shape, eps, config)
     if (grad_x is not None) or (config.NORM != NONE):
         tl.debug_barrier()
         for m in tl.static_range(config.MEMBERS):
@@ -220,36 +195,36 @@ def samples(
 
 @triton.jit
 def sum_positions(source: Input, b, p, shape: Shape, config: Config):
-    """Sums over the channels of positions p [R] of sample b: of x - shift and of its square, goodness, and the shift."""
-    shift = shift_at(source.x + b * source.sample_stride + p * source.position_stride, p < shape.P, config.NORM)
-    total = tl.zeros([config.BC, config.R], tl.float32)
-    square = tl.zeros([config.BC, config.R], tl.float32)
-    terms = tl.zeros([config.BC, config.R], tl.float32)
+    """Sums over the channels of positions p [R] of sample b: of x, of x^2, and goodness."""
+    total = tl.zeros([config.R], tl.float32)
+    square = tl.zeros([config.R], tl.float32)
+    terms = tl.zeros([config.R], tl.float32)
     if config.GOODNESS or (config.NORM != NONE):
         for c0 in range(0, shape.C, config.BC):
-            v, _, mask = load(source, b, c0 + tl.arange(0, config.BC), p, shape)
+            v, _, _ = load(source, b, c0 + tl.arange(0, config.BC), p, shape)
             if config.NORM != NONE:
-                off = tl.where(mask, v - shift[None, :], 0.0)
-                total += off
-                square += off * off
-            if config.GOODNESS:
-                terms += term(v, config.POWER)
-    good = tl.sum(terms, 0)
+                total += tl.sum(v, 0)
+                square += tl.sum(v * v, 0)
+            if config.TERMS == OWN_SUM:
+                terms += tl.sum(term(v, config.POWER), 0)
+    if config.TERMS == SUM:
+        terms = total
+    elif config.TERMS == SUM_OF_SQUARES:
+        terms = square
     if config.MEAN:
-        good /= shape.C
-    return Sums(tl.sum(total, 0), tl.sum(square, 0), good, shift)
+        terms /= shape.C
+    return total, square, terms
 
 
 @triton.jit
 def store_positions(
-    source: Input, grad_x, normalized, sums: Sums, dp, b, p, shape: Shape, eps, config: Config
+    source: Input, grad_x, normalized, total, square, dp, b, p, shape: Shape, eps, config: Config
 ):  # fmt: skip
     """The second sweep over positions p of sample b, whose goodness has the gradient dp."""
     if config.MEAN:
         dp /= shape.C
     if config.NORM != NONE:
-        mean, factor = factors(sums.total, sums.square, shape.C * 1.0, eps, config.NORM)
-        mean += sums.shift
+        mean, factor = factors(total, square, shape.C * 1.0, eps, config.NORM)
     for c0 in range(0, shape.C, config.BC):
         v, at, mask = load(source, b, c0 + tl.arange(0, config.BC), p, shape)
         if grad_x is not None:
@@ -270,31 +245,31 @@ def positions(
     partner = unit + shape.B // 2
     p = part * config.R + tl.arange(0, config.R)
     inside = p < shape.P
-    sums = sum_positions(source, unit, p, shape, config)
+    total, square, good = sum_positions(source, unit, p, shape, config)
     if config.MEMBERS == 2:
-        sums_2 = sum_positions(source, partner, p, shape, config)
+        total_2, square_2, good_2 = sum_positions(source, partner, p, shape, config)
     if config.GOODNESS:
-        tl.store(scratch.g + unit * shape.P + p, sums.good, mask=inside)
+        tl.store(scratch.g + unit * shape.P + p, good, mask=inside)
         if config.MEMBERS == 2:
-            tl.store(scratch.g + partner * shape.P + p, sums_2.good, mask=inside)
+            tl.store(scratch.g + partner * shape.P + p, good_2, mask=inside)
     if config.LOSS is not None:
         if config.MEMBERS == 2:
-            value, dp_2 = of_pairs(sums.good, sums_2.good, loss.alpha, config.LOSS)
+            value, dp_2 = of_pairs(good, good_2, loss.alpha, config.LOSS)
             dp_2 *= gradient_scale(loss) / shape.P
             dp = -dp_2
         else:
-            value, dp = of_samples(sums.good, unit < shape.B // 2, loss.theta, config.LOSS)
+            value, dp = of_samples(good, unit < shape.B // 2, loss.theta, config.LOSS)
             dp *= gradient_scale(loss) / shape.P
         own = loss.losses + unit * tl.num_programs(1) + part
         tl.store(own, tl.sum(tl.where(inside, value, 0.0), 0) / shape.P)
     elif grad_x is not None:
         dp = tl.load(scratch.d + unit * shape.P + p, mask=inside, other=0.0)
     else:
-        dp = sums.good
+        dp = good
     if (grad_x is not None) or (config.NORM != NONE):
-        store_positions(source, grad_x, normalized, sums, dp, unit, p, shape, eps, config)
+        store_positions(source, grad_x, normalized, total, square, dp, unit, p, shape, eps, config)
         if config.MEMBERS == 2:
-            store_positions(source, grad_x, normalized, sums_2, dp_2, partner, p, shape, eps, config)
+            store_positions(source, grad_x, normalized, total_2, square_2, dp_2, partner, p, shape, eps, config)
 
 
 def tiles(channels_last, C, P):
@@ -335,8 +310,9 @@ class _Launch:
         paired = loss is not None and loss.name in spec.PAIRED_LOSSES
         units, parts = B // 2 if paired else B, -(-P // self._tile()[1]) if by_position else 1
         starts, group_of, largest = groups_of(C, K, self.x.device)
+        terms = self.groups.power - 1 if norm and self.groups.power <= 2 else 2
         config = Config(
-            self.groups.power, self.groups.mean, bool(wanted), None if loss is None else losses.constant(loss),
+            self.groups.power, self.groups.mean, terms if wanted else None, bool(wanted), None if loss is None else losses.constant(loss),
             1 + paired, norm, *self._tile(), triton.next_power_of_2(K), triton.next_power_of_2(largest),
         )  # fmt: skip
         columns = P if self.groups.positions else K
