@@ -48,22 +48,28 @@ class Loss {
 
   template <typename T>
   double cross_entropy(int64_t hit, int64_t K, const T* g, T* d, double* grad_tau) const {
-    const auto logit = [&](int64_t k) { return tau * g[k] - (k == hit ? margin : 0); };
-    double top = -std::numeric_limits<double>::infinity(), sum = 0, total = 0;
+    const double t = tau, m = margin, smooth = label_smoothing / K, factor = scale;
+    const auto logit = [&](int64_t k) { return t * g[k] - (k == hit ? m : 0); };
+    double top = -std::numeric_limits<double>::infinity(), sum = 0, total = 0, product = 0;
     for (int64_t k = 0; k < K; ++k) {
       const double u = logit(k);
       top = u > top || u != u ? u : top;
-      sum += u;
     }
     for (int64_t k = 0; k < K; ++k) d[k] = exponential(static_cast<T>(logit(k) - top));
-    for (int64_t k = 0; k < K; ++k) total += d[k];
+#pragma omp simd reduction(+ : sum, total)
     for (int64_t k = 0; k < K; ++k) {
-      const double wanted = (k == hit ? 1 - label_smoothing : 0) + label_smoothing / K;
-      const double dk = scale * (d[k] / total - wanted);
-      *grad_tau += given_tau * dk * g[k];
-      d[k] = static_cast<T>(tau * dk);
+      sum += logit(k);
+      total += d[k];
     }
-    return top + std::log(total) - (1 - label_smoothing) * logit(hit) - label_smoothing / K * sum;
+    const double over = factor / total;
+#pragma omp simd reduction(+ : product)
+    for (int64_t k = 0; k < K; ++k) {
+      const double dk = over * d[k] - factor * ((k == hit ? 1 - label_smoothing : 0) + smooth);
+      product += dk * g[k];
+      d[k] = static_cast<T>(t * dk);
+    }
+    *grad_tau = given_tau * product;
+    return top + std::log(total) - (1 - label_smoothing) * logit(hit) - smooth * sum;
   }
 
   // The value of softplus or swish at z, and its derivative.

@@ -50,9 +50,11 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   spec::StepResult r{none, none, none, none, none, none, none, none, none, none, none, none, none};
   const Loss loss(given.loss, B);
   std::vector<double> grad_tau(loss.count());
-  r.loss = empty(x, {loss.count()}, dtype), r.goodness = empty(x, {B, J}, dtype);
+  // Large tensors first: small ones behind them keep the C library from giving their memory back after every step.
+  const Tensor grad_y = residual ? empty_like(x, channels_last) : none;
   if (given.need_grad_x || given.has_epilogue) r.grad_x = empty_like(x, channels_last);
   if (given.normalization.name != spec::NormalizationName::none) r.normalized = empty_like(x, channels_last);
+  r.loss = empty(x, {loss.count()}, dtype), r.goodness = empty(x, {B, J}, dtype);
 
   std::optional<Epilogue> epilogue;
   std::vector<float> sums(2 * C);
@@ -66,7 +68,7 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   given.has_projection ? projection_step(call) : groups_step(call);
   if (epilogue) {
     const Tensor grad_h = r.grad_x;
-    if (residual) r.grad_residual = grad_h, r.grad_x = empty_like(x, channels_last);
+    if (residual) r.grad_residual = grad_h, r.grad_x = grad_y;
     epilogue->finish(writable(grad_h), sums.data(), writable(r.grad_x));
     epilogue->parameter_gradients(sums.data(), writable(r.grad_bn_weight), writable(r.grad_bn_bias));
     if (!given.need_grad_x) r.grad_x = none;
