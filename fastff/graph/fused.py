@@ -20,8 +20,7 @@ from fastff.ops.gradients import add_gradient
 
 def hooked(modules):
     """Whether one of the modules has a hook, which would not run where the module is not called."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for module in modules for name in hooks)
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def uses_batch_statistics(norm):
@@ -33,7 +32,6 @@ def uses_batch_statistics(norm):
     )  # fmt: skip
 
 
-@torch.no_grad()
 def update_statistics(norm, mean, var, count):
     """Update the running statistics of a batch norm module from the batch's mean and biased variance [C] of `count` values."""
     running_mean, running_var = norm.running_mean, norm.running_var

@@ -5,6 +5,8 @@ block.local_step(x, target)  -> normalised detached output (the next block's inp
                                 adds this block's gradients to .grad; step your optimiser after it
 """
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -78,7 +80,7 @@ class LocalBlock(nn.Module):
         """What is passed on to the next block, from an output of the module."""
         if self.normalize is None:
             return output
-        if self.normalize in ("layer_norm", "layer_norm_channels"):
+        if self.normalize in ("layer_norm", "layer_norm_channels"):  # by the op whose backward pass is fast
             over = "sample" if self.normalize == "layer_norm" else "channels"
             return ff.layer_norm(output, over=over, channel_dim=self.head.channel_dim)
         return ff.normalize(output, self.normalize, self.head.groups, channel_dim=self.head.channel_dim)
@@ -88,31 +90,32 @@ class LocalBlock(nn.Module):
 
         grad_scale: 0-dimensional tensor that multiplies the gradients, or None. autocast: a function that makes a context for the forward
         pass, or None. single: whether a block of one convolution may train without an autograd graph (then nothing can reach back into it)."""
-        graph, context = self.graph, autocast or torch.enable_grad
-        if graph is None or not graph.ready():
+        form, ending, context = self.module, None, autocast or contextlib.nullcontext
+        graph = self.graph
+        if graph is not None and graph.ready():
+            ending = self._ending(graph)
+            form = graph.forward if ending is None else graph.body
+        epilogue = isinstance(ending, BatchNormEpilogue)
+        convolution = graph.convolution if epilogue and single and autocast is None and not self._compiled else None
+        with torch.set_grad_enabled(convolution is None), context():
+            outputs = self._run(form, *inputs)
+        if epilogue and ending.fits(*outputs[:2]):
+            return self._epilogue_visit(inputs, outputs, target, grad_scale, ending, convolution)
+        if epilogue:
+            y, residual, *others = outputs
             with torch.enable_grad(), context():
-                outputs = self._run(self.module, *inputs)
-            return self._plain_visit(inputs, outputs, target, grad_scale)
+                whole = convolution is not None  # then nothing was recorded
+                outputs = self._run(graph.forward, *inputs) if whole else (ending.finish(y, residual), *others)
+        elif ending is not None:
+            outputs = (outputs[0], *outputs[2:])
+        return self._plain_visit(inputs, outputs, target, grad_scale, relu=ending is not None and not epilogue)
+
+    def _ending(self, graph):
+        """The end of the block that its training graph leaves to the step, in its present mode, or None."""
         epilogue = self.epilogue
         if epilogue is not None and epilogue.ready():
-            convolution = graph.convolution if single and autocast is None and not self._compiled else None
-            with torch.set_grad_enabled(convolution is None), context() if convolution is None else torch.no_grad():
-                y, residual, *others = self._run(graph.body, *inputs)
-            if epilogue.fits(y, residual):
-                return self._epilogue_visit(inputs, (y, residual, *others), target, grad_scale, convolution)
-            with torch.enable_grad(), context():
-                outputs = (
-                    self._run(graph.forward, *inputs)
-                    if convolution is not None
-                    else (epilogue.finish(y, residual), *others)
-                )
-            return self._plain_visit(inputs, outputs, target, grad_scale)
-        relu = isinstance(graph.ending, ReLUEpilogue)
-        with torch.enable_grad(), context():
-            y, *others = self._run(graph.body if relu else graph.forward, *inputs)
-        if relu:
-            del others[0]
-        return self._plain_visit(inputs, (y, *others), target, grad_scale, relu)
+            return epilogue
+        return graph.ending if isinstance(graph.ending, ReLUEpilogue) else None
 
     def _plain_visit(self, inputs, outputs, target, grad_scale, relu=False):
         main, needed = outputs[0].detach(), outputs[0].requires_grad
@@ -122,9 +125,8 @@ class LocalBlock(nn.Module):
         following = main if step.normalized is None else step.normalized
         return Visit(inputs, outputs, step, (following, *detached(outputs[1:])), self.next_input, relu)
 
-    def _epilogue_visit(self, inputs, outputs, target, grad_scale, convolution):
+    def _epilogue_visit(self, inputs, outputs, target, grad_scale, epilogue, convolution):
         y, residual, *others = outputs
-        epilogue = self.epilogue
         description = epilogue.description(y, residual)
         normalization = spec.Normalization(self.normalize, self.head.groups)
         step = self.head.local_step(y.detach(), target, self.normalize, grad_scale=grad_scale, epilogue=description)
