@@ -242,10 +242,7 @@ def test_print_shows_the_cut():
     assert "layer4.1" in lines[10]
     assert "64 x 4 x 4" in lines[10]
     assert lines[10].endswith("batch norm + residual + relu")
-    assert (
-        "window=2 (tails are fused with window=1), vote=softmax, grid=4, normalize=layer_norm, read-out kept"
-        in lines[11]
-    )
+    assert "window=2, vote=softmax, grid=4, normalize=layer_norm, read-out kept" in lines[11]
     assert "tails" not in repr(SFF(OWN["resnet18"](), 10, window=1))
 
 

@@ -31,12 +31,13 @@ class LocalStep:
         place: fastff.training.place.Place, which holds this rank's blocks and is told when the gradients of a block are complete.
         classifier: trained on the last block's detached output, or None.
 
-    `trained` (a set of block indices) and `last` (the last block that runs) may change between minibatches."""
+    `trained` (a set of block indices), `last` (the last block that runs) and `frozen` (the first blocks, of which only the heads may train)
+    may change between minibatches."""
 
     def __init__(self, blocks, window, micro_batches, autocast, scalers, place, classifier=None):
         self.blocks, self.window, self.micro_batches = blocks, window, micro_batches
         self.autocast, self.scalers, self.place, self.classifier = autocast, scalers, place, classifier
-        self.trained, self.last = set(range(len(blocks))), len(blocks) - 1
+        self.trained, self.last, self.frozen = set(range(len(blocks))), len(blocks) - 1, 0
 
     def run(self, images, target):
         """(losses [L], right answers [L], samples) of a minibatch; None for both tensors on ranks that get theirs from another."""
@@ -100,7 +101,7 @@ class LocalStep:
         window = []
         for index in range(self.last + 1):
             self.place.settle(index)
-            if index in self.trained and index - 1 in self.trained:
+            if index in self.trained and index > self.frozen:
                 part = part._replace(alive=tuple(map(_requiring_grad, part.alive)))
             visit, following = self.visit(index, part)
             part = part._replace(alive=following)

@@ -151,8 +151,8 @@ class LocalEngine:
     def run_step(self, images, target):
         """Train on one minibatch. Returns StepResult."""
         last = self.frozen + self.phase if self.schedule == "greedy" else len(self.sff.blocks) - 1
-        first = last if self.schedule == "greedy" else self.frozen
-        self.step.last = last
+        first = last if self.schedule == "greedy" else 0  # of frozen blocks the heads may train
+        self.step.frozen, self.step.last = self.frozen, last
         self.step.trained = {i for i in range(first, last + 1) if self.block_optimizers[i] is not None}
         return StepResult(*self.step.run(images, target))
 
