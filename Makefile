@@ -73,6 +73,7 @@ fuzz: install
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp
 	$(PY) -m mypy fastff
 
 # The site, into build/docs: a link that leads nowhere is an error. The versions in requirements-docs.txt need Python 3.11 or later.

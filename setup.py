@@ -1,13 +1,12 @@
-"""Builds the compiled library from csrc/cpu where torch can be imported; otherwise installs pure Python and says so.
+"""Builds the compiled library from csrc/cpu if torch can be imported. Otherwise it installs fastff without the library and prints the reason.
 
-One extension for each instruction set, fastff._C_baseline, _C_avx2 and _C_avx512, of which one is loaded (fastff/kernels/native): a wheel built
-anywhere runs anywhere.
+There is one extension for each instruction set, fastff._C_baseline, _C_avx2 and _C_avx512. fastff/kernels/native loads the one that fits the
+processor, so a wheel does not depend on the processor of the machine that built it.
 
-They use the stable libtorch ABI and Python's limited API, so one wheel serves Python >= 3.10, torch >= 2.10.
-torch is not a build requirement: an isolated build would download gigabytes of it. To build them:
+The extensions use the stable libtorch ABI and Python's limited API, so one wheel serves Python >= 3.10 and torch >= 2.10. torch is not a build
+requirement, because an isolated build would download gigabytes of it. This command builds the extensions:
     pip install --no-build-isolation .
-FASTFF_FORCE_BUILD=1 makes missing extensions an error, FASTFF_NO_BUILD=1 leaves them out. A GPU is never looked for:
-build machines have none.
+With FASTFF_FORCE_BUILD=1 it is an error if they cannot be built; FASTFF_NO_BUILD=1 leaves them out. The build needs no GPU.
 """
 
 import os
@@ -22,6 +21,8 @@ LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64") and sys.platform != "win32":
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS |= {"avx2": avx2, "avx512": [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"]}
+if os.environ.get("FASTFF_LEVELS"):  # some of them only, for a quick build
+    LEVELS = {level: LEVELS[level] for level in os.environ["FASTFF_LEVELS"].split(",")}
 
 
 def without_extension(why):
@@ -51,37 +52,41 @@ def with_extension():
                 self.distribution.ext_modules = []
 
         def build_extension(self, extension):
-            # object files of one level must not be taken for those of another
-            kept, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
+            # Each level has its own folder, since the object files of all levels have the same names.
+            build_temp, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
             os.makedirs(self.build_temp, exist_ok=True)
             try:
                 super().build_extension(extension)
             finally:
-                self.build_temp = kept
+                self.build_temp = build_temp
 
-    flags = [
-        "-O3",
-        "-g0",
-        "-Wno-psabi",  # vectors of gemm.h are passed between inlined functions only
-        "-Wno-aggressive-loop-optimizations",  # of a loop after transposing whole blocks, for sizes it cannot have
-        "-fopenmp-simd",  # the pragmas only: threads come from torch's own pool
-        "-fno-trapping-math",  # lets GCC turn the selects of the float16 conversion into vector code
+    # Error messages contain __FILE__; these options keep the folders of the build machine out of them.
+    folders = [ROOT, Path(torch.__file__).resolve().parent / "include"]
+    flags = ["-O3", "-g0", "-fvisibility=hidden", *(f"-ffile-prefix-map={folder}/=" for folder in folders)]
+    vectors = [
+        "-Wno-psabi",  # the warning is about passing vectors between functions; those of vec.h are inlined
+        "-Wno-aggressive-loop-optimizations",  # a false warning: GCC assumes sizes that a loop in a transposition cannot have
+        "-fopenmp-simd",  # enables the simd pragmas; threads come from torch's pool
+        "-fno-trapping-math",  # GCC can vectorize the selects of the float16 conversion
         "-ffp-contract=fast",
-        "-fvisibility=hidden",
-        "-DPy_LIMITED_API=0x030A0000",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        # error texts carry __FILE__: keep this machine's folders out of them
-        f"-ffile-prefix-map={ROOT}/=",
-        f"-ffile-prefix-map={Path(torch.__file__).resolve().parent}/include/=",
     ]
-    extensions = [
-        CppExtension(
-            f"fastff._C_{level}",
-            sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
+
+    def extension(make, name, folder, compiled, arguments):
+        """The extension fastff.NAME of the sources in csrc/FOLDER; arguments: of each compiler, as torch.utils.cpp_extension takes them."""
+        define = [f"-DFASTFF_MODULE={name}", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        return make(
+            f"fastff.{name}",
+            sorted(
+                str(path.relative_to(ROOT)) for ending in compiled for path in ROOT.glob(f"csrc/{folder}/*.{ending}")
+            ),
             depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
             py_limited_api=True,
-            extra_compile_args=[*flags, *instructions, f"-DFASTFF_MODULE=_C_{level}"],
+            extra_compile_args={compiler: [*given, *define] for compiler, given in arguments.items()},
         )
+
+    # An extension of csrc/cuda/*.cu would be one more, made by CUDAExtension where CUDA_HOME is set, with {"cxx": flags, "nvcc": [...]}.
+    extensions = [
+        extension(CppExtension, f"_C_{level}", "cpu", ["cpp"], {"cxx": [*flags, *vectors, *instructions]})
         for level, instructions in LEVELS.items()
     ]
     return {

@@ -1,10 +1,10 @@
-"""Where the time of a training step goes: FLOPs and bytes of every operator by count, milliseconds by the profiler.
+"""Divides the time of a training step among its parts: FLOPs and bytes of every operator by formula, milliseconds from the profiler.
 
     python -m benchmarks.budget [--width 64] [--batch 32] [--classes 100] [--csv FILE]
 
-ResNet18, 32 x 32 images, channels_last, Adam: backpropagation, block-wise and layer-wise training in the paper's setting. FLOPs count a
-multiply-add as two and are PyTorch's (torch.utils.flop_counter) except for the goodness head's, which are those of its plan; bytes are
-those of every operator's inputs and outputs once each, so what an operator reads twice or an allocator zeroes is above them.
+The network is ResNet18 for 32 x 32 images in channels_last with Adam; it is trained by backpropagation, block-wise and layer-wise in the setting of
+the paper. A multiply-add counts as two FLOPs. FLOPs come from torch.utils.flop_counter, except those of the goodness head, which come from its
+plan. Bytes are those of the inputs and outputs of every operator, once each; if an operator reads an input twice, the second time is not counted.
 """
 
 import argparse
@@ -17,13 +17,20 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import tables
 from benchmarks.step import PAPER, build
 from benchmarks.timing import print_environment, write_csv
+from fastff import spec
 from fastff.ops.goodness import plan_for
 
-# {part of the step: words in the names of its operators}, the first match counts
+# {part of the step: words in the names of its operators}; the first match counts
 PARTS = {
     "convolution, backward": ("convolution_backward", "convolution_weight_gradient", "depthwise_backward"),
     "convolution, forward": ("convolution", "conv2d", "depthwise"),
-    "goodness head, layer norm, fused tail": ("goodness_step", "tail_step"),
+    "goodness head, layer norm, fused tail": (
+        "fastff::step",
+        "fastff.step",
+        "goodness_native",
+        "tail_native",
+        "step_native",
+    ),
     "batch norm": ("batch_norm",),
     "activation": ("relu", "threshold", "hardswish", "hardsigmoid", "clamp_min"),
     "optimiser": ("_fused_adam", "Optimizer", "foreach"),
@@ -36,7 +43,7 @@ def part_of(name):
 
 
 class Counter(TorchDispatchMode):
-    """Sums FLOPs and bytes of what runs under it by part; of one op of ours as one operator."""
+    """Dispatch mode that adds up the FLOPs and bytes of all operators, by part. An op of fastff counts as one operator."""
 
     def __init__(self):
         super().__init__()
@@ -50,10 +57,9 @@ class Counter(TorchDispatchMode):
         flops = 0
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        elif packet is torch.ops.fastff.goodness_step:
-            flops = head_flops(*args[:2], args[3])
-        elif packet is torch.ops.fastff.tail_step:
-            flops = head_flops(args[0], args[7], args[9])
+        elif packet is torch.ops.fastff.step:
+            projection = spec.unflatten(args[0], args[1:-3]).goodness
+            flops = head_flops(args[0], projection.weight, projection.grid_weight)
         elif packet is torch.ops.fastff.convolution_weight_gradient:
             flops = 2 * args[0].numel() * args[1].shape[1] * args[2] ** 2
         tensors = {t.data_ptr(): t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)}
@@ -63,14 +69,14 @@ class Counter(TorchDispatchMode):
 
 
 def head_flops(x, weight, grid_weight):
-    """Of the matrix products that the plan for this head does."""
+    """Return the FLOPs of the matrix products that the plan for this head does."""
     (b, c), p, k = x.shape[:2], x[0, 0].numel(), len(weight)
-    how = plan_for(x, weight, grid_weight, (0, 0), "auto")
-    return 2 * b * (3 * p * c * k if how.algorithm == "direct" else 2 * (p + k) * c * c)
+    plan = plan_for(x, weight, grid_weight, (0, 0), "auto")
+    return 2 * b * (3 * p * c * k if plan.algorithm == "direct" else 2 * (p + k) * c * c)
 
 
 def measure(trainer, images, target, repeats=5):
-    """{part: (FLOPs, bytes, milliseconds)} of one step."""
+    """Return {part: (FLOPs, bytes, milliseconds)} of one step."""
     for _ in range(3):
         trainer.step(images, target)
     with Counter() as counted:
@@ -85,7 +91,7 @@ def measure(trainer, images, target, repeats=5):
 
 
 def times(events):
-    """{part: milliseconds}: an operator's own time belongs to the outermost operator above it that PARTS names."""
+    """Return {part: milliseconds} of the profiler's events. The time of an operator counts for the outermost caller that is named in PARTS."""
     found = {}
 
     def visit(event, part):

@@ -1,8 +1,9 @@
-"""The gradient of a convolution's weight, the one gradient that layer-wise training computes: fastff's kernel against oneDNN's.
+"""Weight gradient of a convolution, the only gradient of convolutions in layer-wise training: fastff's kernel against oneDNN's.
 
     python -m benchmarks.convolution [--csv FILE] [--rounds N] [--quick]
 
-channels_last, float32. The forward pass's rate stands beside them: the same multiply-adds. Counted are x, dL/dy and dL/dW once each.
+All tensors are float32 in channels_last. The rate of the forward pass is given for comparison, since it does the same multiply-adds. The bytes are
+those of x, dL/dy and dL/dW, once each.
 """
 
 import torch
@@ -59,8 +60,7 @@ def table():
 
 
 def main():
-    a = runner.arguments(__doc__, rounds=15).parse_args()
-    runner.run(cases(a), a)
+    runner.main(__doc__, cases, rounds=15)
 
 
 if __name__ == "__main__":

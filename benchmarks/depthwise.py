@@ -1,17 +1,19 @@
-"""Depthwise convolution: forward and gradients, fastff's rows against PyTorch's own.
+"""Depthwise convolution, forward and gradients: fastff against PyTorch.
 
     python -m benchmarks.depthwise [--csv FILE] [--rounds N] [--quick]
 
-Times of fastff are those of the row that "auto" takes, PyTorch's forward pass included where that is the quicker one. Counted are x and y of the
-forward pass, x and dL/dy of the backward pass, dL/dx where it is wanted, the filters, and a multiply-add for each of their taps in each direction.
+The times of fastff are those of the implementation that "auto" chooses; its forward pass is PyTorch's if that is faster. The bytes are those of x and
+y in the forward pass, x and dL/dy in the backward pass, dL/dx if it is computed, and the filters. The FLOPs are a multiply-add for each filter tap
+in each direction.
 """
 
 import functools
+import itertools
 
 import torch
 
 from benchmarks import runner, tables
-from fastff.nn.convolution import Convolution
+from fastff.graph.fused import Convolution
 
 SHAPES = [  # (B, C, H, kernel, stride)
     (32, 96, 28, 5, 1), (32, 240, 14, 3, 1), (32, 16, 112, 3, 2), (32, 16, 32, 3, 2), (32, 72, 16, 3, 2), (32, 88, 8, 3, 1), (32, 96, 8, 5, 2),
@@ -21,7 +23,7 @@ GRADIENTS = ("weight", "x and weight")
 
 
 def step(module, weight, x, grad):
-    """(output, gradients of x where it needs one and of the weight)."""
+    """Return (output, gradient of x if it requires one, gradient of the weight)."""
     y = module(x)
     return y.detach(), *torch.autograd.grad(y, [t for t in (x, weight) if t.requires_grad], grad)
 
@@ -51,10 +53,8 @@ def case(shape, layout, gradients, a):
 
 
 def cases(a):
-    for shape in runner.chosen(SHAPES, a):
-        for layout in runner.LAYOUTS:
-            for gradients in GRADIENTS:
-                yield case(shape, layout, gradients, a)
+    for values in itertools.product(runner.chosen(SHAPES, a), runner.LAYOUTS, GRADIENTS):
+        yield case(*values, a)
 
 
 def table():
@@ -68,8 +68,7 @@ def table():
 
 
 def main():
-    a = runner.arguments(__doc__, rounds=15).parse_args()
-    runner.run(cases(a), a)
+    runner.main(__doc__, cases, rounds=15)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The goodness head alone: loss and all gradients, fastff against eager PyTorch, with counted work and measured memory.
+"""Goodness head: loss and all gradients, fastff against eager PyTorch, with counted work and measured memory.
 
     python -m benchmarks.goodness [--csv FILE] [--rounds N] [--quick] [--compile]
 
-eager: 1 x 1 convolution, square, mean, cross-entropy, backward. Both produce loss, dL/dx and dL/dW in float32; layer normalisation is left
-out on both sides. Counted are x, dL/dx, W and dL/dW once each, and the matrix products of the algorithm that needs fewer: three of P C K a
-sample (direct), or two of P C^2 and two of K C^2 (second moment). --compile adds torch.compile of the eager code.
+The eager code is a 1 x 1 convolution, a square, a mean, cross-entropy and backward. Both contenders return loss, dL/dx and dL/dW in float32, without
+layer normalization. The bytes are those of x, dL/dx, W and dL/dW, once each. The FLOPs are those of the matrix products of the algorithm that needs
+fewer: three of P C K a sample (direct), or two of P C^2 and two of K C^2 (second moment). --compile adds torch.compile of the eager code.
 """
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ SHAPES = [  # (B, C, H, K)
 
 
 def eager(x, weight, target):
-    """Loss and gradients as code without fastff computes them."""
+    """Return loss, dL/dx and dL/dW from plain PyTorch code."""
     goodness = F.conv2d(x, weight[:, :, None, None]).square().mean((2, 3))
     loss = F.cross_entropy(goodness, target)
     return loss, *torch.autograd.grad(loss, (x, weight))
@@ -36,7 +37,7 @@ def fast(x, weight, target):
 
 
 def products(B, C, H, K):
-    """GFLOP of the matrix products that cannot be avoided."""
+    """Return the GFLOP of the matrix products of the algorithm that needs fewer of them."""
     P = H * H
     return 2 * B * min(3 * P * C * K, 2 * P * C * C + 2 * K * C * C) / 1e9
 
@@ -60,9 +61,8 @@ def case(shape, layout, a):
 
 
 def cases(a):
-    for shape in runner.chosen(SHAPES, a):
-        for layout in runner.LAYOUTS:
-            yield case(shape, layout, a)
+    for values in itertools.product(runner.chosen(SHAPES, a), runner.LAYOUTS):
+        yield case(*values, a)
 
 
 def table():
@@ -74,8 +74,7 @@ def table():
 
 
 def main():
-    a = runner.arguments(__doc__).parse_args()
-    runner.run(cases(a), a)
+    runner.main(__doc__, cases)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Everything that needs a GPU in one run of a few minutes: are the Triton kernels right there, how fast are they, how fast is a step.
+"""Everything that needs a GPU, in one run of a few minutes: it checks the Triton kernels, and times kernels and training steps.
 
     python -m benchmarks.gpu [--out FOLDER] [--only check kernels tails step scale]      (make gpu)
 
-Checks come first: a kernel with a wrong result prints no time. Kernels: goodness_step and tail_step with layer normalisation, bfloat16,
-channels_last, against PyTorch eager and compiled, against the composed row, and against the floor: the bytes that must move (x three times; y
-three times, the residual, dL/dy and the next input) at the measured copy bandwidth. Steps: ResNet18 and MobileNetV3-large under bfloat16
-autocast, against backpropagation eager, compiled and as a CUDA graph. Scale, where there are several GPUs: steps over 2, 4 and 8 of them
-against what benchmarks/scale.py predicts. CSV files carry the device's name.
+A kernel with a wrong result prints no time.
+
+    check          results of the kernels against float64 on the CPU, and steps as a CUDA graph against ordinary ones
+    kernels, tails goodness_step and tail_step with layer normalization, bfloat16, channels_last: against PyTorch eager and compiled, against
+                   the torch implementation, and against the floor: the bytes that must move (x three times; y three
+                   times, the residual, dL/dy and the next input) at the measured copy bandwidth
+    step           ResNet18 and MobileNetV3-large with bfloat16 autocast, against backpropagation eager, compiled and as a CUDA graph
+    scale          with several GPUs, steps over 2, 4 and 8 of them against the predictions of benchmarks/scale.py
+
+The names of the CSV files contain the name of the GPU.
 """
 
 import argparse
@@ -39,7 +44,7 @@ def problem(B, C, H, K, dtype, device, channels_last=True):
 
 
 def check(device):
-    """Relative errors of every output against float64 on the CPU; stops at the first that is too large."""
+    """Compare every output of goodness_step with float64 on the CPU. Exits at the first error that is too large."""
     for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 3e-3)):
         for shape in CHECKED:
             for grid in (0, 4):
@@ -69,7 +74,7 @@ def check(device):
 
 
 def check_tail(device):
-    """The same of tail_step: fused and, for many channels, in parts."""
+    """Compare every output of tail_step with float64 on the CPU. Exits at the first error that is too large."""
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)):
         for shape in CHECKED:
             for activation, with_residual in (("relu", True), ("hardswish", False), ("silu", True)):
@@ -97,7 +102,7 @@ def check_tail(device):
                 for name, a, b, twice in zip(want._fields, pair[0], want, pair[1], strict=True):
                     if a is None:
                         continue
-                    # the norm, not the greatest: rounding moves single elements across an activation's kink
+                    # the norm and not the maximum, since rounding moves single elements across the kink of an activation
                     error = float((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-6))
                     if not error < most or not torch.equal(a, twice):
                         what = (
@@ -110,7 +115,7 @@ def check_tail(device):
 
 
 def check_graph(device):
-    """Steps replayed from a CUDA graph leave the weights that ordinary steps leave."""
+    """Check that steps replayed from a CUDA graph give the same weights as ordinary steps."""
     batches = [(torch.randn(16, 3, 32, 32, device=device), torch.randint(10, (16,), device=device)) for _ in range(6)]
     weights = []
     for recorded in (False, True):
@@ -129,7 +134,7 @@ def check_graph(device):
 
 
 def check_step(device):
-    """A training step makes the host wait nowhere: PyTorch raises where it would."""
+    """Check that a training step never makes the host wait for the GPU: PyTorch raises an error if it does."""
     torch.manual_seed(0)
     net = fastff.models.resnet18(10, stem="cifar", width=16).to(device, memory_format=torch.channels_last)
     images, target = torch.randn(32, 3, 32, 32, device=device), torch.randint(10, (32,), device=device)
@@ -148,7 +153,7 @@ def check_step(device):
 
 
 def bandwidth(device, megabytes=512):
-    """Bytes a second of a device-to-device copy, read and write counted."""
+    """Return the bytes per second of a copy on the GPU. Bytes read and written both count."""
     a = torch.empty(megabytes * 2**18, device=device)
     b = torch.empty_like(a)
     times = interleave({"copy": lambda: b.copy_(a)}, 20)["copy"]
@@ -170,7 +175,7 @@ def kernels(device, rounds):
             return F.layer_norm(leaf.detach(), leaf.shape[1:])
 
         functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
-        for impl in ("triton", "composed"):
+        for impl in ("triton", "torch"):
             functions[impl] = lambda impl=impl, given=(x, weight, None, target): ff.goodness_step(*given, impl=impl)
         times = interleave(functions, rounds)
         floor = 3 * x.numel() * 2 / rate
@@ -199,7 +204,7 @@ def tails(device, rounds):
             return F.layer_norm(x.detach(), x.shape[1:])
 
         functions = {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
-        for impl in ("triton", "composed"):
+        for impl in ("triton", "torch"):
             functions[impl] = lambda impl=impl, given=(y, weight, None, target), r=residual, bn=bn: ff.tail_step(
                 *given, bn_weight=bn, bn_bias=bn, residual=r, need_grad_residual=False, impl=impl
             )
@@ -242,7 +247,7 @@ def steps(device, rounds):
             )
             trainer = kind(sff, adam, amp="bf16", **options)
             functions[name] = functools.partial(trainer.step, images, target)
-            for _ in range(5):  # a CUDA graph is recorded in the fourth
+            for _ in range(5):  # a CUDA graph is captured in the fourth step
                 functions[name]()
             memory[name] = peak_memory(functions[name], device)
         times = interleave(functions, rounds)
@@ -264,7 +269,7 @@ def steps(device, rounds):
 
 
 def scales(device, rounds):
-    """ResNet18 over all GPUs in float32, 256 images each: measured against the model; wrong weights stop it."""
+    """Compare steps of ResNet18 on all GPUs, 256 float32 images on each, with the model of scale. Exits if weights are wrong."""
     given = {"model": "resnet18", "width": 64, "batch": 256, "classes": 100, "size": 32, "granularity": "block"}
     a = argparse.Namespace(**given, rounds=rounds, device="cuda", processes=torch.cuda.device_count())
     rows, link = scale.compare(a, device)

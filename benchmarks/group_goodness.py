@@ -1,17 +1,17 @@
-"""The step of a layer whose goodness has no weights: ff.group_goodness_step against the expressions of the papers, differentiated by autograd.
+"""Step of a layer whose goodness has no weights: ff.group_goodness_step against the formulas of the papers, differentiated by autograd.
 
     python -m benchmarks.group_goodness [--csv FILE] [--rounds N] [--quick] [--compile]
 
-Both produce loss, dL/dx and the next layer's input from one tensor of activations, float32; of "hinton", "symba" and "scff" its first half are
-positive samples and its second half negative ones:
+Both contenders return loss, dL/dx and the next layer's input from one float32 tensor of activations. For "hinton", "symba" and "scff" the first half
+of the batch are positive samples and the second half are negative ones:
 
-    hinton         mean of squares of a sample, softplus around a threshold, divided by the length (arXiv 2212.13345)
+    hinton         mean of squares of a sample, softplus around a threshold, l2 normalization (arXiv 2212.13345)
     symba          mean of squares of a sample, softplus of the difference of both halves, layer norm (arXiv 2303.08418)
     scff           mean of squares at each position, softplus around a threshold, layer norm (SCFF)
     cwcomp         mean of squares of a group of channels for each class, cross-entropy, layer norm (arXiv 2312.12668)
     deeperforward  mean of a group of channels for each class, cross-entropy, group norm (ICLR 2025)
 
-Counted are x, dL/dx and the next input once each. --compile adds torch.compile of the eager code.
+The bytes are those of x, dL/dx and the next input, once each. --compile adds torch.compile of the eager code.
 """
 
 import functools
@@ -23,7 +23,7 @@ import fastff.functional as ff
 from benchmarks import runner, tables
 
 THETA, ALPHA = 2.0, 4.0
-SHAPES = [  # (family, B, C, H, K): K classes, H = 1 stands for features [B, C]
+SHAPES = [  # (family, B, C, H, K): K classes; H = 1 means features [B, C]
     ("hinton", 128, 1000, 1, 1), ("hinton", 64, 64, 32, 1), ("hinton", 64, 128, 16, 1), ("hinton", 64, 256, 8, 1),
     ("symba", 128, 1000, 1, 1), ("symba", 64, 64, 32, 1), ("symba", 64, 128, 16, 1), ("symba", 64, 256, 8, 1),
     ("scff", 64, 64, 32, 1), ("scff", 64, 128, 16, 1), ("scff", 64, 256, 8, 1),
@@ -32,28 +32,28 @@ SHAPES = [  # (family, B, C, H, K): K classes, H = 1 stands for features [B, C]
 ]  # fmt: skip
 
 
-def around_threshold(g):
+def softplus_around_threshold(g):
     positive, negative = g.chunk(2)
     return F.softplus(torch.cat([THETA - positive, negative - THETA])).mean()
 
 
-def of_a_sample(x):
+def sample_dims(x):
     return tuple(range(1, x.dim()))
 
 
 def hinton(x, target, K):
-    loss = around_threshold(x.pow(2).mean(of_a_sample(x)))
+    loss = softplus_around_threshold(x.pow(2).mean(sample_dims(x)))
     y = x.detach()
-    return loss, y / (torch.linalg.vector_norm(y, dim=of_a_sample(y), keepdim=True) + 1e-5)
+    return loss, y / (torch.linalg.vector_norm(y, dim=sample_dims(y), keepdim=True) + 1e-5)
 
 
 def symba(x, target, K):
-    positive, negative = x.pow(2).mean(of_a_sample(x)).chunk(2)
+    positive, negative = x.pow(2).mean(sample_dims(x)).chunk(2)
     return F.softplus(-ALPHA * (positive - negative)).mean(), F.layer_norm(x.detach(), x.shape[1:])
 
 
 def scff(x, target, K):
-    return around_threshold(x.pow(2).mean(1)), F.layer_norm(x.detach(), x.shape[1:])
+    return softplus_around_threshold(x.pow(2).mean(1)), F.layer_norm(x.detach(), x.shape[1:])
 
 
 def cwcomp(x, target, K):
@@ -66,7 +66,7 @@ def deeperforward(x, target, K):
     return F.cross_entropy(g, target), F.group_norm(x.detach(), K)
 
 
-FAMILIES = {  # name: (the expressions, the same as options of group_goodness_step)
+FAMILIES = {  # name: (function in plain PyTorch, options of group_goodness_step that compute the same)
     "hinton": (hinton, {"loss": "softplus", "theta": THETA, "normalize": "l2"}),
     "symba": (symba, {"loss": "symba", "alpha": ALPHA}),
     "scff": (scff, {"loss": "softplus", "theta": THETA, "positions": True}),
@@ -76,15 +76,15 @@ FAMILIES = {  # name: (the expressions, the same as options of group_goodness_st
 
 
 def case(family, B, C, H, K, layout, a):
-    expressions, options = FAMILIES[family]
+    formula, options = FAMILIES[family]
     torch.manual_seed(0)
     x = torch.randn(B, C) if H == 1 else torch.randn(B, C, H, H).contiguous(memory_format=runner.LAYOUTS[layout])
     x = x.relu_().requires_grad_()
     target = torch.randint(0, K, (B,)) if K > 1 else None
 
     def eager(x):
-        loss, following = expressions(x, target, K)
-        return loss.detach(), *torch.autograd.grad(loss, x), following
+        loss, next_input = formula(x, target, K)
+        return loss.detach(), *torch.autograd.grad(loss, x), next_input
 
     def fast(x):
         step = ff.group_goodness_step(x, target, K, **options)
@@ -115,8 +115,7 @@ def table():
 
 
 def main():
-    a = runner.arguments(__doc__, rounds=15).parse_args()
-    runner.run(cases(a), a)
+    runner.main(__doc__, cases, rounds=15)
 
 
 if __name__ == "__main__":

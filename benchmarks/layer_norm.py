@@ -1,14 +1,15 @@
-"""Layer normalisation of a block's output, forward, as the next block's input: ff.layer_norm against F.layer_norm.
+"""Layer normalization, forward, of a block's output for the next block: ff.layer_norm against F.layer_norm.
 
     python -m benchmarks.layer_norm [--csv FILE] [--rounds N] [--quick] [--compile]
 
-Over a sample: F.layer_norm(x, x.shape[1:]), which copies channels_last tensors. Over the channels at each position: F.layer_norm of x with its
-channels last; there ff.layer_norm runs the same operator, and "normalize" is ff.normalize(x, "layer_norm_channels"), which has a kernel. The
-shapes are outputs of ResNet18's stages at 32 x 32 and 224 x 224 and of MobileNetV3-large's at 224 x 224. Counted are x and the result once each.
---compile adds torch.compile of the eager code.
+Over a sample, the base is F.layer_norm(x, x.shape[1:]), which copies channels_last tensors. Over the channels at each position, it is F.layer_norm of
+the permuted x; ff.layer_norm runs the same operator then, and "normalize" is ff.normalize(x, "layer_norm_channels"), which has a kernel. The shapes
+are those of the stages of ResNet18 at 32 x 32 and 224 x 224 pixels and of MobileNetV3-large at 224 x 224. The bytes are those of x and the result,
+once each. --compile adds torch.compile of the eager code.
 """
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +49,8 @@ def case(shape, layout, over, a):
 
 
 def cases(a):
-    for shape in runner.chosen(SHAPES, a):
-        for layout in runner.LAYOUTS:
-            for over in OVER:
-                yield case(shape, layout, over, a)
+    for values in itertools.product(runner.chosen(SHAPES, a), runner.LAYOUTS, OVER):
+        yield case(*values, a)
 
 
 def table():
@@ -64,8 +63,7 @@ def table():
 
 
 def main():
-    a = runner.arguments(__doc__, rounds=15).parse_args()
-    runner.run(cases(a), a)
+    runner.main(__doc__, cases, rounds=15)
 
 
 if __name__ == "__main__":

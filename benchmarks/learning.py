@@ -1,10 +1,10 @@
-"""What block-local training learns: CIFAR-10 (5,000 images), ResNet18 of width 16 and 32, 16 epochs, beside backpropagation.
+"""Accuracy of block-local training and backpropagation: CIFAR-10 (5,000 images), ResNet18 of width 16 and 32, 16 epochs, and other tasks.
 
-    python -m benchmarks.learning --root FOLDER                 every experiment that results/learning.csv has no result of
-    python -m benchmarks.learning --root FOLDER --only NAME...  these
-    python -m benchmarks.learning --report                      docs/learning.md's table and curves from the CSV, without training
+    python -m benchmarks.learning --root FOLDER                 every experiment that is not in results/learning.csv
+    python -m benchmarks.learning --root FOLDER --only NAME...  these experiments
 
-One thread and one seed; seconds are processor time of the whole run so far, evaluation left out. A few hours in all on one core.
+All runs use one thread and one seed. Seconds are the processor time of training so far, without evaluation. All experiments together take a few hours
+on one core. benchmarks/learning_report.py makes tables and curves of the results.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import fastff
-from benchmarks.environment import environment
+from benchmarks.timing import environment
 from fastff.training import Backprop, Trainer, data, optim
 
 RESULTS = Path(__file__).parent / "results" / "learning.csv"
@@ -94,21 +94,21 @@ SFF_KEYS = (
 
 @torch.no_grad()
 def votes(sff, loader):
-    """Accuracy of several ways to vote, and of each block."""
+    """Return {name: test accuracy} of several ways to combine the blocks, and of each block alone."""
     sff.eval()
     counts, total = {}, 0
     for images, target in loader:
         logits = torch.stack([head.logits(g) for g, head in zip(sff.goodness(images), sff.heads, strict=True)])
         probabilities = logits.softmax(2)
         half = len(logits) // 2
-        ways = {
+        combinations = {
             "softmax": probabilities.mean(0),
             "log-softmax": logits.log_softmax(2).mean(0),
             "goodness": logits.mean(0),
             "last half": probabilities[half:].mean(0),
             "last": logits[-1],
         } | {f"block {i}": g for i, g in enumerate(logits)}
-        for name, scores in ways.items():
+        for name, scores in combinations.items():
             counts[name] = counts.get(name, 0) + (scores.argmax(1) == target).sum().item()
         total += len(target)
     sff.train()
@@ -116,7 +116,7 @@ def votes(sff, loader):
 
 
 def run(name, options, root):
-    """Train one experiment; yields a row an epoch."""
+    """Train one experiment and yield a row of the CSV after each epoch."""
     o = BASE | options
     d = data.load(o["dataset"], root=root, subset=o["images"], test_subset=2000)
     torch.manual_seed(0)

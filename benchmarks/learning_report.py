@@ -1,7 +1,8 @@
-"""Tables and curves of benchmarks/learning.py, from results/learning.csv.
+"""Makes the tables and curves of benchmarks/learning.py from results/learning.csv.
 
-A task is a data set, a number of its images and a network; the runs of a task differ in how they train. A run's time to backpropagation's accuracy
-is the processor time after the first epoch in which the blocks' vote is at least what backpropagation ends with on the same task.
+A task is a data set, a number of its images and a network. The runs of a task differ in the training. The "time to backpropagation's accuracy" of a
+run is the processor time up to the end of the first epoch in which the vote of its blocks reaches the final accuracy of backpropagation on the same
+task.
 """
 
 import re
@@ -26,13 +27,13 @@ LABELS = {
     "grid-w2-lr4-wd20": "the defaults with weight decay 0.2",
 }
 KINDS = {"backprop": "backpropagation", "block": "block-wise", "stage": "stage-wise", "layer": "layer-wise"}
-SHOWN = ("backprop", "paper", "grid-w2-lr4", "stage-w2-lr4", "layer-w2-lr4")  # in the curves
+SHOWN = ("backprop", "paper", "grid-w2-lr4", "stage-w2-lr4", "layer-w2-lr4")  # runs in the curves
 COMMAND = "python -m benchmarks.learning --root FOLDER"
 README_TASK = ("cifar10", "resnet18", "16", "5000")
 
 
 def runs():
-    """{experiment: its rows by epoch}; of one that was run again the last run."""
+    """Return {experiment: rows, one for each epoch}. If an experiment was run again, only its last run is returned."""
     found = {}
     for row in tables.read("learning"):
         if row["epoch"] == "1":
@@ -42,20 +43,20 @@ def runs():
 
 
 def by_task():
-    """{(dataset, model, width, images): {experiment: rows}}; a width only of networks that have one."""
+    """Return {(dataset, model, width, images): {experiment: rows}}."""
     found = {}
     for name, rows in runs().items():
         found.setdefault(tuple(rows[-1][key] for key in ("dataset", "model", "width", "images")), {})[name] = rows
     return found
 
 
-def described(task):
+def task_title(task):
     dataset, model, width, images = task
     return f"{dataset}, {int(images):,} images, {model}" + (f" of width {width}" if model.startswith("resnet") else "")
 
 
 def what(name):
-    """The experiment's name without its task: "grid-w2-lr4-32" is "grid-w2-lr4"."""
+    """Return the name of an experiment without its task: "grid-w2-lr4" for "grid-w2-lr4-32"."""
     return re.sub(r"-(32|500|1000|all)$", "", name)
 
 
@@ -64,7 +65,7 @@ def kind(name):
 
 
 def shown(experiments):
-    """Those of a task that stand for a way to train, others of a table of their own left out."""
+    """Return the experiments of a task that appear in the curves and in the tables of all tasks."""
     return {name: rows for name, rows in experiments.items() if what(name) in SHOWN or what(name) not in LABELS}
 
 
@@ -77,17 +78,17 @@ def seconds(rows):
 
 
 def base_of(experiments):
-    """The rows of the task's backpropagation, the better one of several; None without."""
+    """Return the rows of the task's backpropagation, the most accurate one of several, or None if there is none."""
     return max((rows for name, rows in experiments.items() if kind(name) == "backprop"), key=accuracy, default=None)
 
 
 def reached(rows, wanted):
-    """Seconds at the first epoch with this accuracy."""
+    """Return the seconds up to the end of the first epoch with at least this accuracy, or None."""
     return next((float(row["seconds"]) for row in rows if float(row["vote"]) >= wanted), None)
 
 
 def to_base(rows, base):
-    """Seconds to the accuracy of the task's backpropagation, or None."""
+    """Return the seconds to the accuracy of the task's backpropagation, or None if it is not reached."""
     return None if base is None else reached(rows, accuracy(base))
 
 
@@ -106,7 +107,7 @@ def _body(experiments):
 
 
 def table(task=README_TASK):
-    """Everything of one task."""
+    """Return the table of all runs of one task."""
     experiments = by_task().get(task)
     if not experiments:
         return tables.missing(COMMAND)
@@ -115,27 +116,35 @@ def table(task=README_TASK):
 
 
 def every_table():
-    """Everything of all tasks, a heading for each."""
+    """Return the tables of all tasks, with a heading for each."""
     text = []
     for task, experiments in by_task().items():
         epochs = next(iter(experiments.values()))[-1]["epoch"]
-        text.append(f"### {described(task)}, {epochs} epochs\n\n{table(task)}")
+        text.append(f"### {task_title(task)}, {epochs} epochs\n\n{table(task)}")
     return "\n\n".join(text) or tables.missing(COMMAND)
 
 
-def _named(name):
+def _kind_label(name):
     return KINDS[kind(name)] + (", paper's setting" if what(name) == "paper" else "")
 
 
 def time_to_accuracy():
-    """One table of all tasks: accuracy, and the time to backpropagation's in units of backpropagation's own."""
+    """Return one table of all tasks: accuracies, and times to backpropagation's accuracy in units of backpropagation's time."""
     body = []
     for task, experiments in by_task().items():
         base = base_of(experiments)
         for name, rows in shown(experiments).items():
-            time, own = to_base(rows, base), to_base(base, base)
-            cells = (described(task), rows[-1]["epoch"], _named(name), f"{accuracy(rows):.1%}", f"{seconds(rows):,.0f}")
-            body.append((*cells, *(("not reached", "") if time is None else (f"{time:,.0f}", f"{time / own:.2f} x"))))
+            time, base_time = to_base(rows, base), to_base(base, base)
+            cells = (
+                task_title(task),
+                rows[-1]["epoch"],
+                _kind_label(name),
+                f"{accuracy(rows):.1%}",
+                f"{seconds(rows):,.0f}",
+            )
+            body.append(
+                (*cells, *(("not reached", "") if time is None else (f"{time:,.0f}", f"{time / base_time:.2f} x")))
+            )
     if not body:
         return tables.missing(COMMAND)
     header = (
@@ -151,19 +160,21 @@ def time_to_accuracy():
 
 
 def losses():
-    """The runs that take longer to backpropagation's accuracy than backpropagation, or never come to it; worst first."""
+    """Return the table of runs that reach backpropagation's accuracy later than backpropagation, or never; the worst are first."""
     found = []
     for task, experiments in by_task().items():
         base = base_of(experiments)
         for name, rows in shown(experiments).items():
-            time, own = to_base(rows, base), to_base(base, base)
-            if base is None or kind(name) == "backprop" or (time is not None and time <= own):
+            time, base_time = to_base(rows, base), to_base(base, base)
+            if base is None or kind(name) == "backprop" or (time is not None and time <= base_time):
                 continue
-            cells = (described(task), _named(name), f"{accuracy(rows):.1%}, {accuracy(base):.1%}")
+            cells = (task_title(task), _kind_label(name), f"{accuracy(rows):.1%}, {accuracy(base):.1%}")
             if time is None:
-                found.append(((True, accuracy(base) - accuracy(rows)), (*cells, f"not reached, {own:,.0f}", "")))
+                found.append(((True, accuracy(base) - accuracy(rows)), (*cells, f"not reached, {base_time:,.0f}", "")))
             else:
-                found.append(((False, time / own), (*cells, f"{time:,.0f}, {own:,.0f}", f"{time / own:.2f} x")))
+                found.append(
+                    ((False, time / base_time), (*cells, f"{time:,.0f}, {base_time:,.0f}", f"{time / base_time:.2f} x"))
+                )
     if not tables.read("learning"):
         return tables.missing(COMMAND)
     header = ("task", "training", "accuracy, backpropagation's", "seconds to it, backpropagation's", "against it")
@@ -171,7 +182,7 @@ def losses():
 
 
 def drawn():
-    """{name of the picture: (task, its runs)}: of every task with two runs or more."""
+    """Return {name of a picture: (task, experiments)} for every task with at least two runs."""
     found = {}
     for task, experiments in by_task().items():
         if len(some := shown(experiments)) > 1:
@@ -180,13 +191,13 @@ def drawn():
 
 
 def pictures():
-    """Markdown of all curves."""
-    lines = [f"![{described(task)}]({name})" for name, (task, _) in drawn().items()]
+    """Return Markdown that shows all curves."""
+    lines = [f"![{task_title(task)}]({name})" for name, (task, _) in drawn().items()]
     return "\n".join(lines) or tables.missing(COMMAND)
 
 
 def curves(folder):
-    """FOLDER/learning-TASK.png: test accuracy over epochs and over seconds, for each task."""
+    """Draw test accuracy over epochs and over seconds for each task, into FOLDER/learning-TASK.png."""
     for picture, (task, experiments) in drawn().items():
         figure, (axes,) = plots.figure(1, 2, sharey=True)
         blocks = "9 blocks" if task[1] == "resnet18" else "blocks"
@@ -202,5 +213,5 @@ def curves(folder):
             axis.set_xlabel(x)
         axes[0].set_ylabel("test accuracy (%)")
         axes[0].legend(frameon=False, loc="lower right")
-        figure.suptitle(described(task))
+        figure.suptitle(task_title(task))
         plots.save(figure, f"{folder}/{picture}")

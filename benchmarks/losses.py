@@ -1,7 +1,7 @@
-"""Where fastff loses: every row of results/*.csv in which it takes longer, or more memory, than what it is compared with.
+"""Makes a table of where fastff loses: every row of results/*.csv in which it takes more time or memory than what it is compared with.
 
-Read are the files in long form (benchmarks/runner.py) and results/swap-in.csv. A row counts from half a per cent on. Beside the base of its case
-a contender is held against torch.compile, where that was measured, by medians.
+The files are those that benchmarks/runner.py writes and results/swap-in.csv. A loss is listed if it is at least half a per cent. A contender is
+compared with the base of its case and, by medians, with torch.compile if that was measured.
 """
 
 from benchmarks import tables
@@ -14,7 +14,7 @@ OTHERS = (
     "forward",
     "by parts",
     "backprop",
-)  # whose rows are not what fastff runs; the last with what follows it
+)  # contenders that are not fastff; "backprop" also stands for its variants, such as "backprop, compiled"
 LEAST = 1.005
 
 
@@ -43,7 +43,7 @@ def table():
 
 
 def _cell(ratio):
-    """Only what is lost: a ratio of 1 or less is empty."""
+    """Format a ratio; it is empty if nothing is lost."""
     return f"{ratio:.2f} x" if ratio is not None and ratio >= LEAST else ""
 
 

@@ -1,4 +1,4 @@
-"""The networks that whole steps are measured on, by name: fastff's own and, where it is installed, torchvision's as they are."""
+"""Builds the networks that whole steps are measured on: those of fastff and, if it is installed, unchanged ones of torchvision."""
 
 from functools import cache
 
@@ -9,20 +9,24 @@ from fastff import models
 OWN = ("resnet18", "mobilenet_v3_small", "mobilenet_v3_large")
 TORCHVISION = {
     "densenet121": {},
-    # nothing drawn: a step in float64 must do the same as one in float32
+    # no stochastic depth, since a step in float64 must compute the same as one in float32
     "efficientnet_b0": {"stochastic_depth_prob": 0.0},
 }
 NAMES = (*OWN, *TORCHVISION)
-WIDE = ("resnet18",)  # those with a width
+WIDE = ("resnet18",)  # networks with a width
 
 
 def build(name, classes, width=None, size=32):
-    """The network with its own classifier, for 3-channel images of size x size.
+    """Return the network with its classifier, for images [B, 3, size, size].
 
     Args:
         name: one of NAMES.
-        width: channels of the first stage, of networks in WIDE only; None is the usual.
-        size: fastff's networks have the stem for small images up to 96 and ImageNet's above; torchvision's have theirs at any size.
+        classes: number of outputs.
+        width: channels of the first stage, for networks in WIDE; None is the default of the network.
+        size: height and width of the images. fastff's networks have the stem for small images up to 96 pixels.
+
+    Raises:
+        ValueError: `name` is unknown, or `width` is given for a network without one.
     """
     if name not in NAMES:
         raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -36,10 +40,10 @@ def build(name, classes, width=None, size=32):
 
 @cache
 def torchvision():
-    """The torchvision module, beside a CPU-only torch too; ImportError says what to do where it is not installed.
+    """Import and return torchvision, which also works with a CPU-only torch. Raises ImportError, which says how to install it.
 
-    torchvision's wheel was built against another torch than a CPU build, so its compiled operators may not load; its Python code then fails on
-    registering fake kernels for operators nobody defined. They are defined here, by name only: classifiers need none of them.
+    The wheel of torchvision is built for a torch with CUDA, so its compiled operators may not load with another one. Its Python code then fails
+    when it registers fake kernels for operators that are not defined. They are defined here, by name only; classifiers use none of them.
     """
     library = torch.library.Library("torchvision", "FRAGMENT")
     names = ["nms", "qnms"]
@@ -55,5 +59,5 @@ def torchvision():
             f"{', '.join(TORCHVISION)} are torchvision's, which cannot be imported here ({error}): "
             "pip install --no-deps torchvision, of the version in requirements-nodeps.txt"
         ) from error
-    module.operators_defined_by_name = library  # a Library that is collected takes its definitions along
+    module.operators_defined_by_name = library  # keeps the Library alive, since its definitions vanish with it
     return module

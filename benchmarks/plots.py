@@ -1,4 +1,4 @@
-"""What the plots of the documentation have in common: colours, axes without a frame, one resolution."""
+"""Helpers for the plots of the documentation: colours, axes without a frame, one resolution."""
 
 from pathlib import Path
 
@@ -6,22 +6,22 @@ COLOURS = {"backprop": "#555555", "block": "#0072B2", "stage": "#D55E00", "layer
 
 
 def figure(rows=1, columns=1, size=(5.5, 4.2), **options):
-    """(figure, axes [rows][columns]) with `size` inches a panel; nothing is shown."""
+    """Return (figure, axes [rows][columns]). Each panel has `size` inches; no window opens."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     inches = (size[0] * columns, size[1] * rows)
-    made, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, layout="constrained", **options)
+    result, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, layout="constrained", **options)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    return made, axes
+    return result, axes
 
 
 def logarithmic(axis, ticks):
-    """Both axes in logarithms, with plain numbers: x at `ticks`, y at 1, 2 and 5 of each decade."""
+    """Make both axes logarithmic with plain numbers: x has the given ticks, y has ticks at 1, 2 and 5 in each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_xscale("log")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.report
 
-A table stands between the lines `<!-- table NAME -->` and `<!-- end -->` and is replaced whole, so that no figure is typed by hand. The function that
-makes it lives beside the benchmark that writes its CSV.
+A table is the text between the lines `<!-- table NAME -->` and `<!-- end -->`. It is replaced as a whole, so that no number is typed by hand. The
+function that makes a table is in the module of the benchmark that writes its CSV file.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from benchmarks import scaling, tables
 
 
 def of(module, function="table", *args):
-    """The function of benchmarks/MODULE.py with these arguments, imported when it is called."""
+    """Return a function that imports benchmarks/MODULE.py when it is called, and calls one of its functions with these arguments."""
     return lambda *more: getattr(importlib.import_module(f"benchmarks.{module}"), function)(*args, *more)
 
 
@@ -46,7 +46,7 @@ MARKED = re.compile(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def fill(path):
-    """Replace the tables in one file."""
+    """Replace the tables in the file `path`. Raises SystemExit if it names an unknown table."""
 
     def replaced(match):
         if match[1] not in TABLES:

@@ -1,10 +1,10 @@
-"""Peak resident memory of a training step, as the system counts it, beside what the allocator gave out.
+"""Peak resident memory of a training step as the operating system counts it, and the memory that PyTorch allocates in it.
 
     python -m benchmarks.resident [--width 64] [--batch 32] [--classes 100] [--csv FILE]
 
-Each variant has a process of its own: one step on two images makes the optimiser's state and loads all code, free memory is given back, the
-system's peak is set back (/proc/self/clear_refs), three steps run; what the peak lies above the start is what a step needs, oneDNN's scratch
-memory included. Linux only.
+Each variant runs in a new process. A step on two images creates the optimizer's state and loads all code. Then free memory is returned to the system,
+the peak counter is reset (/proc/self/clear_refs), and three steps run. The difference between peak and start is what a step needs, including the
+scratch memory of oneDNN. This works on Linux only.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def kilobytes(field):
 
 
 def measure(a, variant):
-    """{allocated_mib, resident_mib} of a step of this variant, in this process."""
+    """Measure a step of this variant in this process and return a row with resident_mib and allocated_mib."""
     torch.manual_seed(1)
     images = torch.randn(a.batch, 3, a.size, a.size).contiguous(memory_format=torch.channels_last)
     target = torch.randint(0, a.classes, (a.batch,))

@@ -1,18 +1,18 @@
-"""What goodness_step with layer normalisation should take on a GPU: bytes, FLOPs and launches of the Triton kernels against the chip's rates.
+"""Predicts the time of goodness_step with layer normalization on a GPU, from bytes, FLOPs and launches of the Triton kernels.
 
     python -m benchmarks.roofline [--csv FILE]
 
-Rates are NVIDIA's for an H100 SXM: 3.35 TB/s, 989 TFLOP/s in bfloat16, 495 in TF32. A kernel's time is the greater of its bytes and its FLOPs
-at these rates; a launch that is not hidden costs 4 us. The floor reads x once and writes the gradient and the next input once. Predictions,
-not measurements: they say what bounds a kernel, and are what a measured time is to be held against.
+The rates are NVIDIA's for an H100 SXM: 3.35 TB/s, 989 TFLOP/s in bfloat16, 495 in TF32. The time of a kernel is the larger of the times of its bytes
+and its FLOPs at these rates; a launch that is not hidden costs 4 us. The floor reads x once and writes the gradient and the next input once. These
+are predictions, not measurements. They say what bounds a kernel, and a measured time can be compared with them.
 """
 
 import argparse
 
 from benchmarks import tables
 from benchmarks.timing import print_environment, write_csv
-from fastff.kernels.composed.goodness import Plan
 from fastff.ops.plan import plan
+from fastff.spec import Plan
 
 BYTES, BF16, TF32, LAUNCH = 3.35e12, 989e12, 495e12, 4e-6
 MULTIPROCESSORS, L2 = 132, 50e6
@@ -23,9 +23,9 @@ SHAPES = [(*shape, K) for shape in CIFAR for K in (10, 100, 1000)] + [(*shape, 1
 
 
 def sweeps(B, C, P, K, how: Plan):
-    """(bytes, bfloat16 FLOPs, TF32 FLOPs) of the launch of both sweeps."""
+    """Return (bytes, bfloat16 FLOPs, TF32 FLOPs) of the launch that reads x twice: for the goodness, and for its gradient."""
     x, head = 2 * B * C * P, 4 * K * C
-    # programs of a wave hold their samples in L2 between the sweeps; the weight is read from L2 by each, its bytes from memory once
+    # Samples stay in L2 between the two sweeps if those of all running programs fit. The weight is read from memory once.
     again = 0 if MULTIPROCESSORS * 2 * C * P * 2 < L2 else x
     moved = 3 * x + again + head + 3 * 4 * B * K
     if how.algorithm == "direct":
@@ -34,7 +34,7 @@ def sweeps(B, C, P, K, how: Plan):
 
 
 def head(B, C, P, K, how: Plan):
-    """The same of the launch for dL/dW, with the partial sums and their addition."""
+    """Return (bytes, bfloat16 FLOPs, TF32 FLOPs) of the launch for dL/dW, with the partial sums and their addition."""
     tile = 32 if C <= 128 else 16
     parts = max(1, 2 * MULTIPROCESSORS // -(-K // tile))
     partial = 2 * 4 * parts * K * C
@@ -44,7 +44,7 @@ def head(B, C, P, K, how: Plan):
 
 
 def seconds(moved, bf16, tf32):
-    """(time of a kernel, what bounds it)."""
+    """Return (time of a kernel, "memory" or "products": what bounds it)."""
     by = {"memory": moved / BYTES, "products": bf16 / BF16 + tf32 / TF32}
     bound = max(by, key=by.get)
     return by[bound], bound

@@ -1,8 +1,8 @@
-"""The one way in which these benchmarks measure: results first, then interleaved timings, then rows in long form.
+"""Runs a benchmark: it checks results, then times all contenders in turn, then writes one row for each contender.
 
-A Case has contenders that compute the same; one of them is the base of all ratios. Each contender's results are held against float64 before
-anything is timed: one that errs by more than four times the base ends the run, and no number of the case is printed. Times are taken in turns,
-so that a ratio is of one moment of the machine, and given as medians with 20 % and 80 % quantiles.
+The contenders of a Case compute the same; the first of them is the base of all ratios. Before anything is timed, the results of each contender are
+compared with float64. If an error is more than four times the error of the base, the run ends, and no number of the case is printed. In each round
+all contenders run once, so that the times of a ratio were taken at nearly the same moment. Results are medians with 20 % and 80 % quantiles.
 """
 
 import argparse
@@ -20,17 +20,17 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 class Case(NamedTuple):
-    """What is measured.
+    """One comparison.
 
     Fields:
-        columns: what tells it from the other cases, as columns of the CSV.
+        columns: {column of the CSV: value} that distinguishes the case from the others.
         contenders: {name: function without arguments that returns a sequence of tensors}, the base first.
-        exact: the results in float64, or a function that returns them; None where `check` says whether results are right.
-        check: called instead of the comparison; raises WrongResult.
-        mbytes, gflop: that must be moved and computed, by formula; None where unknown.
-        memory: whether to measure what each contender allocates at its peak.
-        note: more columns, known once it has run.
-        unchecked: names of contenders that compute something else, whose time stands beside the others'.
+        exact: the results in float64, or a function that returns them; None if `check` is given.
+        check: function that is called instead of the comparison with float64; it raises WrongResult.
+        mbytes, gflop: MB that must be moved and GFLOP that must be computed, by formula; None if unknown.
+        memory: whether to measure the peak memory of each contender.
+        note: more columns, whose values are known only after the check.
+        unchecked: names of contenders that compute something else and are only timed.
     """
 
     columns: dict[str, Any]
@@ -45,15 +45,16 @@ class Case(NamedTuple):
 
     @property
     def name(self):
+        """The columns as text."""
         return ", ".join(f"{key} {value}" for key, value in self.columns.items())
 
 
 class WrongResult(SystemExit):
-    """A contender computes something else: the message says what, by how much, and what was allowed."""
+    """Ends the run because a result is wrong. The message says which one, how large its error is, and what was allowed."""
 
 
 def check(case):
-    """Raises WrongResult unless every contender is as near to float64 as a few times the base is."""
+    """Raises WrongResult unless the error of every contender against float64 is at most four times that of the base, plus 1e-6."""
     if case.check is not None:
         return case.check()
     exact = case.exact() if callable(case.exact) else case.exact
@@ -79,19 +80,19 @@ def _error(got, exact):
 
 
 def wide(*tensors):
-    """The same leaves in float64, for exact results."""
+    """Return detached copies of the tensors in float64, with the same requires_grad. None stays None."""
     return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
 
 
 def compiled(function):
-    """torch.compile of it for one case. What was compiled before is forgotten: past eight shapes of a function PyTorch runs it as it is."""
+    """Return torch.compile(function) for one case. Earlier compilations are discarded, since PyTorch stops compiling after eight shapes."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
 
 @functools.cache
 def copy_bandwidth():
-    """MB/s of a copy far larger than the caches, read and write counted, with torch's threads."""
+    """Return the MB/s of a copy that is much larger than the caches, with torch's threads. Bytes read and written both count."""
     source = torch.ones(2**25)
     target = torch.empty_like(source)
     seconds = quantile(interleave({"copy": lambda: target.copy_(source)}, 7)["copy"], 0.5)
@@ -99,7 +100,7 @@ def copy_bandwidth():
 
 
 def measure(case, rounds):
-    """Rows of the CSV, one a contender. Checks first."""
+    """Check a case, measure it, and return the rows of the CSV, one for each contender."""
     check(case)
     memory = {name: peak_memory(function) for name, function in case.contenders.items()} if case.memory else {}
     times = interleave(case.contenders, rounds)
@@ -117,7 +118,7 @@ def measure(case, rounds):
 
 
 def show(rows):
-    """One line a case: how many times as fast as the base each contender is; times, rates, peak memory; what the bytes take at a copy's rate."""
+    """Print one line for a case: speed-ups over the base, times, rates, peak memory, and the time of a copy of as many bytes (floor)."""
     first, others = rows[0], rows[1:]
     line = "  ".join(f"{key} {first[key]}" for key in list(first)[: list(first).index("contender")])
     for row in others:
@@ -133,29 +134,35 @@ def _cost(row):
 
 
 def arguments(description, rounds=9):
-    """The parser that all share: --csv, --rounds, --quick (what make bench runs), --compile (torch.compile as a contender)."""
+    """Return the argparse parser that the benchmarks share: --csv, --rounds, --quick (used by make bench) and --compile."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", help="write the rows to this file")
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--quick", action="store_true", help="a selection, for make bench")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too, where a benchmark has it")
+    parser.add_argument("--quick", action="store_true", help="measure every third shape only")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, in benchmarks that have it")
     return parser
 
 
 def chosen(shapes, a):
-    """All shapes; every third for --quick."""
+    """Return all shapes, or every third for --quick."""
     return shapes[::3] if a.quick else shapes
 
 
 def run(cases, a):
-    """Measure and print every case, one line each; returns the rows, written to a.csv if given. `cases` may make them as they are asked for."""
+    """Measure every case, print a line for each, write all rows to a.csv if given, and return them. `cases` may be a generator."""
     print_environment()
     rows = []
     for case in cases:
         found = measure(case, a.rounds)
-        del case  # its tensors, before those of the next are made
+        del case  # frees its tensors before those of the next case are created
         show(found)
         rows += found
     if a.csv:
         write_csv(a.csv, rows)
     return rows
+
+
+def main(description, cases, rounds=9):
+    """Parse the command line of a benchmark and run cases(arguments)."""
+    a = arguments(description, rounds).parse_args()
+    run(cases(a), a)

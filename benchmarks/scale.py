@@ -1,12 +1,12 @@
-"""How far training scales: a model of the time of a step on 1 to 1,024 devices, and what it says against what 1, 2 and 4 processes do.
+"""Scaling to many devices: a model predicts the time of a step on 1 to 1,024 devices, and is compared with steps of 1, 2 and 4 processes.
 
     python -m benchmarks.scale [--model resnet18] [--width 64] [--batch 32] [--granularity block] [--faster 1 100]
         [--link GBIT_PER_S MICROSECONDS] [--global-batch N] [--csv FILE]
     python -m benchmarks.scale --measure [--csv FILE]
 
---measure runs both kinds with torchrun on this machine, checks the weights that come out, and compares seconds and sent bytes.
+--measure runs SFF and backpropagation with torchrun on this machine, checks the weights, and compares times and sent bytes with the model.
 
-The model: benchmarks/scale_model.py. What is measured: benchmarks/scale_processes.py.
+benchmarks/scale_model.py is the model, benchmarks/scale_processes.py makes the measurements.
 """
 
 import argparse
@@ -24,34 +24,35 @@ from fastff.bench import quantile
 
 
 def compare(a, device):
-    """(rows of measured and predicted steps of 1, 2, 4, ... processes, what measure_link found)."""
+    """Measure and predict steps of 1, 2, 4, ... processes. Returns (rows, result of measure_link)."""
     measured = measure_blocks(a, device)
     cores = os.cpu_count() if device.type == "cpu" else math.inf
     link, rows = None, []
     for processes in (n for n in (1, 2, 4, 8) if n <= a.processes):
         plans = planned(processes, a.batch)
-        blocks = [measured[how.kind].at(how.images) for how in plans]
-        placements = [how.placement(of) for how, of in zip(plans, blocks, strict=True)]
+        blocks = [measured[plan.kind].at(plan.images) for plan in plans]
+        placements = [plan.placement(its_blocks) for plan, its_blocks in zip(plans, blocks, strict=True)]
         result = launch(a, processes, list(zip(plans, placements, strict=True)))
         link = link or result.get("link")
         others = max(result["others"])
         if others > 0.1:
-            print(f"{processes} processes: others computed beside them, on {others:.1f} cores", file=sys.stderr)
+            print(f"{processes} processes: other programs used {others:.1f} cores at the same time", file=sys.stderr)
         slower, seconds, sent = {}, iter(result["seconds"]), result["bytes"][len(measured) :]
         for kind in measured:
-            here = next(seconds)
+            times = next(seconds)
             predicted = sum(block.seconds for block in measured[kind].at(a.batch)) * max(1, processes / cores)
-            slower[kind] = quantile(here, 0.5) / predicted
-            rows.append(_row(a, processes, kind, "none", 1, 1, here, predicted))
-        for how, of, placement, here, by_rank in zip(plans, blocks, placements, seconds, sent, strict=True):
-            speed = link["all-reduce" if how.stages == 1 else "send"]
-            machine = Machine(speed["bandwidth"], speed["latency"], "ring", cores)  # gloo has rings
-            found = predict(how, of, machine, placement)
-            slowed = predict(how, measured[how.kind].at(how.images, 1 / slower[how.kind]), machine, placement).seconds
-            split = "data" if how.stages == 1 else "blocks" if how.data == 1 else "2-D"
-            by_most = max(by_rank) if device.type == "cpu" else math.nan  # past TCP nothing is counted
+            slower[kind] = quantile(times, 0.5) / predicted
+            rows.append(_row(a, processes, kind, "none", 1, 1, times, predicted))
+        for plan, its_blocks, placement, times, by_rank in zip(plans, blocks, placements, seconds, sent, strict=True):
+            speed = link["all-reduce" if plan.stages == 1 else "send"]
+            machine = Machine(speed["bandwidth"], speed["latency"], "ring", cores)  # gloo uses rings
+            found = predict(plan, its_blocks, machine, placement)
+            slowed_blocks = measured[plan.kind].at(plan.images, 1 / slower[plan.kind])
+            slowed = predict(plan, slowed_blocks, machine, placement).seconds
+            split = "data" if plan.stages == 1 else "blocks" if plan.data == 1 else "2-D"
+            most_sent = max(by_rank) if device.type == "cpu" else math.nan  # only bytes sent by TCP are counted
             rows.append(_row(
-                a, processes, how.kind, split, how.data, how.stages, here, found.seconds, slowed, by_most, found.sent_bytes
+                a, processes, plan.kind, split, plan.data, plan.stages, times, found.seconds, slowed, most_sent, found.sent_bytes
             ))  # fmt: skip
     return rows, link
 
@@ -70,7 +71,7 @@ def _row(a, processes, kind, split, data, stages, seconds, predicted, slowed=Non
 
 
 def label(row):
-    """What a row of `compare` measured, in words."""
+    """Return what a row of `compare` measured, in words."""
     kind = {"sff": "SFF", "backprop": "backpropagation"}[row["kind"]]
     if row["split"] == "none":
         return kind if int(row["processes"]) == 1 else f"{kind}, no communication"
@@ -100,22 +101,22 @@ def _network(a):
 
 
 def model(a, device):
-    """Rows of the model: every link, speed of the devices, number of devices and method."""
+    """Return the rows of the model for every link, speed of the devices, number of devices and method."""
     measured, rows = measure_blocks(a, device), []
     links = {f"{gbit:g} Gbit/s, {us:g} us": Machine(gbit * 1e9 / 8, us * 1e-6) for gbit, us in a.link} or LINKS
     for faster in a.faster:
-        one = {}
+        one_device = {}  # {kind: images per second of one device}
         for name, machine in links.items():
             machine = dataclasses.replace(machine, all_reduce=a.all_reduce)
             for devices in (2**n for n in range(11)):
                 images = a.global_batch / devices if a.global_batch else a.batch
-                for method, (how, found) in predictions(measured, machine, devices, images, faster).items():
+                for method, (plan, found) in predictions(measured, machine, devices, images, faster).items():
                     rate = devices * images / found.seconds
                     rows.append({
                         "model": a.model, "width": a.width, "granularity": a.granularity, "batch": images, "global_batch": a.global_batch or "",
-                        "faster": faster, "link": name, "all_reduce": a.all_reduce, "devices": devices, "method": method, "data": how.data,
-                        "stages": how.stages, "parts": how.parts, "milliseconds": found.seconds * 1e3, "images_per_second": rate,
-                        "efficiency": rate / devices / one.setdefault(how.kind, rate),
+                        "faster": faster, "link": name, "all_reduce": a.all_reduce, "devices": devices, "method": method, "data": plan.data,
+                        "stages": plan.stages, "parts": plan.parts, "milliseconds": found.seconds * 1e3, "images_per_second": rate,
+                        "efficiency": rate / devices / one_device.setdefault(plan.kind, rate),
                         "mbytes_sent": found.sent_bytes / 1e6, "memory_mib": found.memory_bytes / 2**20,
                     })  # fmt: skip
     return rows

@@ -1,18 +1,19 @@
-"""The model of scale: how long a step takes on 1 to 1,024 devices, what it sends and what it keeps (benchmarks/scale.py prints it).
+"""Model of scaling: predicts the time of a step on 1 to 1,024 devices, the bytes that it sends and its memory (benchmarks/scale.py prints them).
 
-Given: seconds, gradient bytes and activation bytes of every block, measured on this machine with one thread, and the speed of a link. A step is
-written down as tasks of the devices and of their links, each with what it waits for, and a simulation finds when they end:
+The inputs are the seconds, gradient bytes and activation bytes of every block, measured on this machine with one thread, and the speed of a link. A
+step is a set of tasks of the devices and of their links. Each task waits for others, and a simulation computes when all of them end:
 
-    SFF, data-parallel     a block's all-reduce runs beside the next blocks; the block's next forward pass waits for it, and for no other
-    SFF, block-parallel    receive, compute, send each output before the last block's backward, at most two messages ahead; no flush
-    backpropagation, DDP   buckets of 25 MB (the first of 1 MB) are reduced beside the rest of the backward pass; the update waits for all
-    backpropagation, 1F1B  1, 2 or 4 micro-batches for each stage, whichever is fastest, one forward and one backward in turn, a flush at the end
-                           of every step
-    2-D                    replicas of block-parallel or 1F1B devices: of all splits of the devices the fastest
+    SFF, data-parallel     the all-reduce of a block overlaps with the next blocks; only the next forward pass of this block waits for it
+    SFF, block-parallel    a rank receives, computes, and sends the output before the backward pass of its last block; it may be two messages
+                           ahead of the next rank; the pipeline is never flushed
+    backpropagation, DDP   buckets of 25 MB (the first of 1 MB) are reduced during the backward pass; the update waits for all of them
+    backpropagation, 1F1B  1, 2 or 4 micro-batches for each stage, whichever is fastest; forward and backward passes alternate, and the pipeline is
+                           flushed at the end of every step
+    2-D                    replicas of block-parallel or 1F1B devices; the fastest of all splits of the devices
 
-A step is of the same images for all of them: the batch of a device times the devices (or --global-batch). SFF passes it on in minibatches of a
-device's batch. Left out: other traffic on a link, jitter between devices (all are alike), the input pipeline, links of several speeds in one
-machine, kernels that take longer beside communication.
+A step has the same images for all methods: the batch of a device times the number of devices (or --global-batch). SFF sends them in minibatches of a
+device's batch. The model leaves out other traffic on a link, different speeds of devices, the input pipeline, links of several speeds in one machine,
+and kernels that slow down during communication.
 """
 
 import collections
@@ -26,17 +27,22 @@ from typing import NamedTuple
 from fastff.parallel.link import ALIGN, HEADER, IN_FLIGHT
 from fastff.parallel.placement import balanced
 
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes: torch's DistributedDataParallel
-ADAM_STATES = 2  # of a parameter's size
-MICRO_BATCHES = 1, 2, 4  # of 1F1B, for each stage
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes of the buckets of torch's DistributedDataParallel
+ADAM_STATES = 2  # tensors of optimizer state for each parameter
+MICRO_BATCHES = 1, 2, 4  # for each stage of 1F1B
 ROOT = Path(__file__).parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One block on one minibatch: seconds of its forward pass (SFF: with the goodness step), backward pass and update; bytes of its output, of its
-    gradients, and of what training it holds (SFF: its peak above parameters; backpropagation: what its backward pass keeps); SFF: seconds of
-    copying its gradients together for an all-reduce and of averaging them after it."""
+    """Measurements of one block on one minibatch.
+
+    Fields:
+        forward, backward, update: seconds of the forward pass (for SFF with the goodness step), the backward pass and the update.
+        activation_bytes, gradient_bytes: bytes of its output and of its gradients.
+        memory_bytes: for SFF the peak above the parameters, for backpropagation what is kept for the backward pass.
+        bucket: for SFF the seconds that it takes to copy the gradients into one bucket and to average them after the all-reduce.
+    """
 
     forward: float
     backward: float
@@ -48,14 +54,21 @@ class Block:
 
     @property
     def seconds(self):
+        """Seconds of the block in a step."""
         return self.forward + self.backward + self.update
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices, each with one link of `bandwidth` bytes/s and `latency` seconds a message. all_reduce: "ring" takes 2 (R - 1) messages one after
-    the other, "tree" 2 log2 R (halving and doubling, or NCCL's trees); both send 2 (R - 1) / R of the bytes. cores: on one machine, where all
-    devices and their links take turns on them; a transfer is then work for a core too."""
+    """Devices with one link each.
+
+    Fields:
+        bandwidth: bytes per second of a link.
+        latency: seconds of a message without data.
+        all_reduce: "ring" needs 2 (R - 1) messages one after the other for R ranks, "tree" needs 2 log2 R (recursive halving and doubling, or
+            NCCL's trees). Both send 2 (R - 1) / R of the bytes.
+        cores: number of cores that all devices and links share, if they are processes of one machine. A transfer takes time of a core then.
+    """
 
     bandwidth: float
     latency: float
@@ -63,9 +76,11 @@ class Machine:
     cores: float = math.inf
 
     def send_seconds(self, size):
+        """Seconds of a message of `size` bytes."""
         return self.latency + size / self.bandwidth
 
     def reduce_seconds(self, size, ranks):
+        """Seconds of an all-reduce of `size` bytes."""
         steps = 2 * (ranks - 1) if self.all_reduce == "ring" else 2 * math.ceil(math.log2(ranks))
         return steps * self.latency + 2 * (ranks - 1) / ranks * size / self.bandwidth
 
@@ -78,7 +93,7 @@ LINKS = {
 
 
 class Blocks:
-    """Blocks measured on minibatches of two sizes; at(images) is the line through both, with a part that does not grow with the images."""
+    """Blocks of a network, measured on minibatches of two sizes. `at` interpolates: a constant part and a part proportional to the size."""
 
     def __init__(self, small, large):
         (self.few, self.small), (self.many, self.large) = small, large
@@ -87,7 +102,7 @@ class Blocks:
         return len(self.large)
 
     def at(self, images, faster=1.0):
-        """[Block] for minibatches of so many images, on devices `faster` times as fast."""
+        """Return [Block] for minibatches of `images` images, on devices that are `faster` times as fast."""
 
         def line(a, b):
             fixed = min(max(0.0, (a * self.many - b * self.few) / (self.many - self.few)), b)
@@ -100,35 +115,35 @@ class Blocks:
         return found
 
 
-# --- simulation
-
-
 class Tasks:
-    """Tasks by key: each takes a resource (a device, a link) for some seconds once others have ended. A resource serves in the order in which
-    tasks become ready; those of a device come in the order of its program."""
+    """Tasks to simulate. Each has a key, and occupies a resource (a device or a link) for some seconds after other tasks have ended.
+
+    A link serves tasks in the order in which they become ready, a device in the order in which they were added."""
 
     def __init__(self):
         self.tasks, self.last = {}, {}
 
     def compute(self, rank, key, seconds=0.0, after=()):
+        """Add a task of the device `rank`, which starts after its previous task and those with the keys `after`."""
         before = [self.last[rank]] if rank in self.last else []
         self.tasks[key] = (("device", rank), seconds, [*before, *after])
         self.last[rank] = key
 
     def transfer(self, rank, key, seconds, after):
+        """Add a task of the link of device `rank`."""
         self.tasks[key] = (("link", rank), seconds, after)
 
     def run(self, cores=math.inf):
-        """{key: second it ends}. With more tasks at a time than cores, all go at cores / tasks of their speed."""
+        """Simulate and return {key: second at which the task ends}. If more tasks run than there are cores, all slow down to cores / tasks."""
         ahead, following = {}, collections.defaultdict(list)
         for key, (_, _, after) in self.tasks.items():
-            needed = {k for k in after if k in self.tasks}  # what comes before the first step has ended
+            needed = {k for k in after if k in self.tasks}  # tasks of steps before the first do not exist
             ahead[key] = len(needed)
             for k in needed:
                 following[k].append(key)
         ends, running, busy, queues = {}, [], set(), collections.defaultdict(collections.deque)
         number = itertools.count()
-        now = work = 0.0  # work: seconds that a task running all the time would have done
+        now = work = 0.0  # work: seconds of computation that a task running from the start would have done
 
         def start(resource):
             if queues[resource] and resource not in busy:
@@ -161,41 +176,51 @@ class Tasks:
         return ends
 
 
-def runs_of(placement):
-    """[range of blocks of each rank]."""
+def block_ranges(placement):
+    """Return [range of the blocks' indices] of each rank."""
     ends = [sum(placement[: i + 1]) for i in range(len(placement))]
     return [range(end - n, end) for end, n in zip(ends, placement, strict=True)]
 
 
 def message_bytes(block, images):
-    """Of a message of fastff.parallel.link: header, labels and activations, aligned."""
+    """Return the bytes of a message of fastff.parallel.link: header, labels and activations, aligned."""
     return HEADER + sum(math.ceil(size / ALIGN) * ALIGN for size in (8 * images, block.activation_bytes))
 
 
 def bucket_bytes(block):
-    """Of a block's gradients in fastff.parallel.reduce, with the number of samples at their end."""
+    """Return the bytes of a bucket of fastff.parallel.reduce: the gradients of a block and the number of samples."""
     return block.gradient_bytes + 4
 
 
 def sff_tasks(blocks, machine, images, data, placement, parts, steps):
-    """Of one replica: the others do the same at the same time. Block times are those of one of the `parts` of a minibatch."""
-    tasks, own = Tasks(), runs_of(placement)
+    """Return the Tasks of one replica in SFF training; the other replicas do the same at the same time.
+
+    Args:
+        blocks: [Block] for one of the `parts` of a minibatch.
+        machine: Machine.
+        images: number of images in a part.
+        data: number of replicas.
+        placement: number of blocks of each rank.
+        parts: number of parts (micro-batches) of a minibatch.
+        steps: number of steps to simulate.
+    """
+    tasks, ranges = Tasks(), block_ranges(placement)
     for step in range(steps):
-        for rank, mine in enumerate(own):
-            for j in mine:
+        for rank, indices in enumerate(ranges):
+            for j in indices:
                 if data > 1:
                     tasks.compute(
                         rank, ("update", j, step - 1), blocks[j].update if step else 0.0, [("reduced", j, step - 1)]
                     )
                 for part in range(parts):
                     n = step * parts + part
-                    if rank > 0 and j == mine.start:
+                    if rank > 0 and j == indices.start:
                         tasks.compute(rank, ("received", rank, n), after=[("sent", rank - 1, n)])
                     tasks.compute(rank, ("forward", j, n), blocks[j].forward)
-                    if rank + 1 < len(own) and j + 1 == mine.stop:
+                    if rank + 1 < len(ranges) and j + 1 == indices.stop:
                         tasks.compute(rank, ("send", rank, n), after=[("sent", rank, n - IN_FLIGHT)])
                         seconds = machine.send_seconds(message_bytes(blocks[j], images))
-                        # the next rank is ready for a message once it has taken the one before
+                        # the next rank can receive a message after it has taken the previous one
                         tasks.transfer(
                             rank, ("sent", rank, n), seconds, [("send", rank, n), ("received", rank + 1, n - 1)]
                         )
@@ -211,7 +236,7 @@ def sff_tasks(blocks, machine, images, data, placement, parts, steps):
 
 
 def one_forward_one_backward(stage, stages, count):
-    """[("F" or "B", micro-batch)]: the order in which a stage works (Narayanan et al. 2021, PipeDream-flush)."""
+    """Return [("F" or "B", micro-batch)], the order of the passes of a stage (Narayanan et al. 2021, PipeDream-flush)."""
     first = min(count, stages - 1 - stage)
     order = [("F", i) for i in range(first)]
     for i in range(count - first):
@@ -220,39 +245,41 @@ def one_forward_one_backward(stage, stages, count):
 
 
 def backprop_tasks(blocks, machine, data, placement, micro_batches, steps):
-    """Backpropagation of one replica in 1F1B; with one stage and one micro-batch DDP. Gradients are reduced beside the last backward pass."""
-    tasks, own = Tasks(), runs_of(placement)
+    """Return the Tasks of one replica in backpropagation with 1F1B, or with DDP for one stage and one micro-batch.
+
+    Gradients are reduced during the last backward pass. The arguments are those of `sff_tasks`."""
+    tasks, ranges = Tasks(), block_ranges(placement)
     for step in range(steps):
-        for rank, mine in enumerate(own):
-            for kind, n in one_forward_one_backward(rank, len(own), micro_batches):
+        for rank, indices in enumerate(ranges):
+            for kind, n in one_forward_one_backward(rank, len(ranges), micro_batches):
                 forward = kind == "F"
                 to, neighbour = (rank + 1, rank - 1) if forward else (rank - 1, rank + 1)
                 arrived = [(f"{kind} sent", neighbour, step, n)]
                 if forward or n + 1 < micro_batches or data == 1:
-                    seconds = sum(blocks[j].forward if forward else blocks[j].backward for j in mine)
+                    seconds = sum(blocks[j].forward if forward else blocks[j].backward for j in indices)
                     tasks.compute(rank, (kind, rank, step, n), seconds, arrived)
                 else:
-                    reduced = _buckets(tasks, blocks, machine, data, rank, mine, step, arrived)
+                    reduced = _buckets(tasks, blocks, machine, data, rank, indices, step, arrived)
                     tasks.compute(rank, (kind, rank, step, n))
-                if 0 <= to < len(own):
-                    size = blocks[mine.stop - 1 if forward else mine.start - 1].activation_bytes
+                if 0 <= to < len(ranges):
+                    size = blocks[indices.stop - 1 if forward else indices.start - 1].activation_bytes
                     tasks.transfer(
                         rank, (f"{kind} sent", rank, step, n), machine.send_seconds(size), [(kind, rank, step, n)]
                     )
             tasks.compute(
-                rank, ("update", rank, step), sum(blocks[j].update for j in mine), reduced if data > 1 else []
+                rank, ("update", rank, step), sum(blocks[j].update for j in indices), reduced if data > 1 else []
             )
             tasks.compute(rank, ("end", rank, step))
     return tasks
 
 
-def _buckets(tasks, blocks, machine, data, rank, mine, step, arrived):
-    """The last backward pass block by block, and the all-reduces of its buckets, which end with any byte of a gradient; returns their keys."""
+def _buckets(tasks, blocks, machine, data, rank, indices, step, arrived):
+    """Add the last backward pass, block by block, and the all-reduces of its buckets. Returns the keys of the all-reduces."""
     waiting, limit, keys = 0.0, FIRST_BUCKET, []
-    for j in reversed(mine):
+    for j in reversed(indices):
         tasks.compute(rank, ("backward", j, step), blocks[j].backward, arrived)
         waiting += blocks[j].gradient_bytes
-        while waiting > 0 and (waiting >= limit or j == mine.start):
+        while waiting > 0 and (waiting >= limit or j == indices.start):
             size = min(waiting, limit)
             keys.append(("reduced", rank, step, len(keys)))
             tasks.transfer(rank, keys[-1], machine.reduce_seconds(size, data), [("backward", j, step)])
@@ -261,7 +288,14 @@ def _buckets(tasks, blocks, machine, data, rank, mine, step, arrived):
 
 
 class Plan(NamedTuple):
-    """How `kind` ("sff", "backprop") is spread: data x stages devices; parts (micro-batches) of a replica's step; images of one."""
+    """Distribution of training over data x stages devices.
+
+    Fields:
+        kind: "sff" or "backprop".
+        data, stages: number of replicas, and of devices that share the blocks of one.
+        parts: number of micro-batches in a step of a replica.
+        images: number of images in a micro-batch.
+    """
 
     kind: str
     data: int
@@ -270,16 +304,18 @@ class Plan(NamedTuple):
     images: float
 
     def placement(self, blocks):
+        """Return the number of blocks of each stage that balances their times."""
         return balanced([b.seconds if self.kind == "sff" else b.forward + b.backward for b in blocks], self.stages)
 
     def tasks(self, blocks, machine, placement, steps):
+        """Return the Tasks of `steps` steps."""
         if self.kind == "sff":
             return sff_tasks(blocks, machine, self.images, self.data, placement, self.parts, steps)
         return backprop_tasks(blocks, machine, self.data, placement, self.parts, steps)
 
 
 def plan(kind, data, stages, images, each=MICRO_BATCHES[-1]):
-    """The Plan for a replica's step of `images`, backpropagation's in `each` micro-batches for each stage."""
+    """Return the Plan for steps with `images` images a replica. Backpropagation has `each` micro-batches for each stage."""
     if stages == 1:
         return Plan(kind, data, 1, 1, images)
     parts = min(stages if kind == "sff" else each * stages, max(1, int(images)))
@@ -287,20 +323,22 @@ def plan(kind, data, stages, images, each=MICRO_BATCHES[-1]):
 
 
 class Prediction(NamedTuple):
-    seconds: float  # a step, when the pipeline is full
-    sent_bytes: float  # by the device that sends most
-    memory_bytes: float  # of the device that needs most
+    """What the model says about a step: its seconds when the pipeline is full, and the largest numbers of bytes of any device."""
+
+    seconds: float
+    sent_bytes: float
+    memory_bytes: float
     placement: list
 
 
 def predict(plan, blocks, machine, placement=None):
-    """What a step takes. `blocks` are for plan.images."""
+    """Return the Prediction for a step. `blocks` is a list of Block for minibatches of plan.images images."""
     placement = placement or plan.placement(blocks)
     steps = 4 * plan.stages + 8 if plan.kind == "sff" else 4
     tasks = plan.tasks(blocks, machine, placement, steps)
     ends = tasks.run(machine.cores / plan.data)
     first, last = ([ends["end", rank, step] for step in range(steps)] for rank in (0, plan.stages - 1))
-    last = [end for end in last if end <= first[-1]]  # while all are at work
+    last = [end for end in last if end <= first[-1]]  # while all devices are working
     half = len(last) // 2
     seconds = (last[-1] - last[half - 1]) / (len(last) - half)
     sent = max(bytes_per_step(plan, blocks, placement))
@@ -308,50 +346,54 @@ def predict(plan, blocks, machine, placement=None):
 
 
 def bytes_per_step(plan, blocks, placement=None):
-    """[bytes that a device of each stage sends in a step]: its share of the all-reduces in a ring, and its messages."""
+    """Return [bytes that a device of each stage sends in a step]: its share of the ring all-reduces, and its messages."""
     ring, found = 2 * (plan.data - 1) / plan.data, []
     placement = placement or plan.placement(blocks)
-    for rank, mine in enumerate(runs_of(placement)):
+    for rank, indices in enumerate(block_ranges(placement)):
         last = rank + 1 == len(placement)
         if plan.kind == "sff":
-            size = ring * sum(bucket_bytes(blocks[j]) for j in mine)
-            size += 0 if last else plan.parts * message_bytes(blocks[mine.stop - 1], plan.images)
+            size = ring * sum(bucket_bytes(blocks[j]) for j in indices)
+            size += 0 if last else plan.parts * message_bytes(blocks[indices.stop - 1], plan.images)
         else:
-            size = ring * sum(blocks[j].gradient_bytes for j in mine)
-            size += 0 if last else plan.parts * blocks[mine.stop - 1].activation_bytes
-            size += 0 if rank == 0 else plan.parts * blocks[mine.start - 1].activation_bytes
+            size = ring * sum(blocks[j].gradient_bytes for j in indices)
+            size += 0 if last else plan.parts * blocks[indices.stop - 1].activation_bytes
+            size += 0 if rank == 0 else plan.parts * blocks[indices.start - 1].activation_bytes
         found.append(size)
     return found
 
 
 def memory_bytes(plan, blocks, placement, tasks, ends):
-    """[bytes of a device of each stage at its peak]: parameters and Adam's state; then
+    """Return [peak memory in bytes of a device of each stage]: parameters, the state of Adam, and
 
-    SFF               the block that takes most, gradients that wait for their all-reduce (by the simulation), the other parts' tensors between
-                      blocks, and messages: two on their way out, one coming
-    backpropagation   all gradients, what all blocks keep for the backward pass of each micro-batch in flight, at most one for each stage
+    SFF               the largest block, gradients that wait for their all-reduce (from the simulation), the activations of the other
+                      micro-batches, and messages: two that are sent, one that is received
+    backpropagation   all gradients, and what all blocks keep for the backward passes of the micro-batches in flight, at most one for each stage
     """
     found = []
-    for rank, mine in enumerate(runs_of(placement)):
-        weights = sum(blocks[j].gradient_bytes for j in mine)
+    for rank, indices in enumerate(block_ranges(placement)):
+        weights = sum(blocks[j].gradient_bytes for j in indices)
         size = (1 + ADAM_STATES) * weights
         if plan.kind == "backprop":
-            kept = sum(blocks[j].memory_bytes for j in mine) + (blocks[mine.start - 1].activation_bytes if rank else 0)
+            kept = sum(blocks[j].memory_bytes for j in indices) + (
+                blocks[indices.start - 1].activation_bytes if rank else 0
+            )
             found.append(size + weights + min(plan.parts, plan.stages - rank) * kept)
             continue
-        size += max(blocks[j].memory_bytes for j in mine) + _waiting_gradients(mine, blocks, tasks, ends, plan.parts)
-        size += (plan.parts - 1) * max(blocks[j].activation_bytes for j in mine)
-        size += IN_FLIGHT * blocks[mine.stop - 1].activation_bytes if rank + 1 < plan.stages else 0
-        size += blocks[mine.start - 1].activation_bytes if rank > 0 else 0
+        size += max(blocks[j].memory_bytes for j in indices) + _waiting_gradients(
+            indices, blocks, tasks, ends, plan.parts
+        )
+        size += (plan.parts - 1) * max(blocks[j].activation_bytes for j in indices)
+        size += IN_FLIGHT * blocks[indices.stop - 1].activation_bytes if rank + 1 < plan.stages else 0
+        size += blocks[indices.start - 1].activation_bytes if rank > 0 else 0
         found.append(size)
     return found
 
 
-def _waiting_gradients(mine, blocks, tasks, ends, parts):
-    """The most bytes of gradients at a time that are complete and not yet reduced."""
+def _waiting_gradients(indices, blocks, tasks, ends, parts):
+    """Return the largest number of bytes of gradients that wait for their all-reduce at the same time."""
     changes = []
     for kind, j, step, *_ in tasks.tasks:
-        if kind == "reduced" and j in mine:
+        if kind == "reduced" and j in indices:
             size = blocks[j].gradient_bytes
             changes += [(ends["backward", j, (step + 1) * parts - 1], size), (ends["reduced", j, step], -size)]
     now = most = 0.0
@@ -361,7 +403,7 @@ def _waiting_gradients(mine, blocks, tasks, ends, parts):
     return most
 
 
-METHODS = {  # {name: (kind, which splits of `devices` into data x stages)}
+METHODS = {  # {name: (kind, function that says whether a split of `devices` into data x stages is allowed)}
     "SFF, data": ("sff", lambda devices, stages: stages == 1),
     "SFF, blocks": ("sff", lambda devices, stages: stages == devices),
     "SFF, 2-D": ("sff", lambda devices, stages: True),
@@ -372,16 +414,16 @@ METHODS = {  # {name: (kind, which splits of `devices` into data x stages)}
 
 
 def predictions(measured, machine, devices, images, faster=1.0):
-    """{method: (Plan, Prediction)} for `images` a device; a method without a split of so many devices is left out."""
+    """Return {method: (Plan, Prediction)} for `images` images a device. A method that cannot use so many devices is left out."""
     found = {}
     for kind, blocks in measured.items():
         splits = [(devices // n, n) for n in range(1, min(len(blocks), devices) + 1) if devices % n == 0]
         for data, stages in splits:
             for each in MICRO_BATCHES if kind == "backprop" and stages > 1 else (1,):
-                how = plan(kind, data, stages, images * stages, each)
-                result = how, predict(how, blocks.at(how.images, faster), machine)
-                for name, (of, fits) in METHODS.items():
+                candidate = plan(kind, data, stages, images * stages, each)
+                result = candidate, predict(candidate, blocks.at(candidate.images, faster), machine)
+                for name, (its_kind, allowed) in METHODS.items():
                     best = name not in found or result[1].seconds < found[name][1].seconds
-                    if of == kind and fits(devices, stages) and best:
+                    if its_kind == kind and allowed(devices, stages) and best:
                         found[name] = result
     return {name: found[name] for name in METHODS if name in found}

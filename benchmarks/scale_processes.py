@@ -1,6 +1,7 @@
-"""What the model of scale is given and held against: seconds and bytes of blocks, and steps of 1, 2 and 4 processes of this machine.
+"""Measurements for the model of scaling: its inputs (seconds and bytes of blocks), and steps of 1, 2 and 4 processes to compare it with.
 
-Weights are checked first: those of ranks that share blocks to the last bit, of ranks that share minibatches to rounding.
+The weights after a few steps are checked first. If ranks share blocks, they must equal those of one process to the last bit; if ranks share
+minibatches, they may differ by rounding errors.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.scale_model import ROOT, Block, Blocks, Plan, plan, runs_of
+from benchmarks.scale_model import ROOT, Block, Blocks, Plan, block_ranges, plan
 from benchmarks.step import ADAM, PAPER, build
 from fastff import Distributed, parallel
 from fastff.bench import quantile
@@ -31,33 +32,34 @@ from fastff.parallel.reduce import _Bucket
 from fastff.training import Backprop, Trainer, optim
 from fastff.training.memory import peak_memory
 
-# --- measurement of blocks
-
 
 def measure_blocks(a, device):
-    """{"sff": Blocks, "backprop": Blocks} of this network, each of its times the fastest; backpropagation's classifier is in its last block."""
+    """Measure the blocks of a network and return {"sff": Blocks, "backprop": Blocks}.
+
+    Each time is the fastest of several. The last block of backpropagation contains the classifier."""
     found = {}
     for kind, measure in (("sff", _sff_blocks), ("backprop", _backprop_blocks)):
         trainer = make(a, kind, minibatch(a, 1, device)[0])
         sizes = (max(1, a.batch // 4), a.batch)
-        found[kind] = Blocks(*((n, measure(trainer, *minibatch(a, n, device))) for n in sizes))
+        found[kind] = Blocks(*((n, measure(trainer.engine, *minibatch(a, n, device))) for n in sizes))
     return found
 
 
 def minibatch(a, images, device):
+    """Return images [images, 3, a.size, a.size] in channels_last, and labels."""
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(images, 3, a.size, a.size, generator=draw).contiguous(memory_format=torch.channels_last)
     return x.to(device), torch.randint(a.classes, (images,), generator=draw).to(device)
 
 
 def make(a, kind, like, optimizer=ADAM, **options):
-    """A trainer of this network, channels_last, for images on this device and of this type."""
+    """Return a trainer of the network that `a` describes, in channels_last, with the device and dtype of the images `like`."""
     sff = build(a, kind, True, a.granularity, **(PAPER if kind == "sff" else {})).sff.to(like.device, like.dtype)
     return (Trainer if kind == "sff" else Backprop)(sff, optimizer, **options)
 
 
 class _Clock:
-    """Seconds since the last call."""
+    """Callable that returns the seconds since its last call."""
 
     def __init__(self, device):
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -66,8 +68,8 @@ class _Clock:
     def __call__(self):
         self.wait()
         now = time.perf_counter()
-        passed, self.then = now - getattr(self, "then", now), now
-        return passed
+        elapsed, self.last = now - getattr(self, "last", now), now
+        return elapsed
 
 
 def _size(values):
@@ -75,7 +77,7 @@ def _size(values):
 
 
 def _rounds(least=5, seconds=2.0):
-    """Numbers of the rounds of a measurement, of which the first does not count: it makes the optimisers' state."""
+    """Yield the numbers of the rounds of a measurement. Round 0 does not count, since it creates the optimizers' state."""
     start = time.perf_counter()
     for number in itertools.count():
         if number > least and time.perf_counter() - start > seconds:
@@ -83,48 +85,45 @@ def _rounds(least=5, seconds=2.0):
         yield number
 
 
-def _sff_blocks(trainer, images, target):
-    """Trainer.train_block with a clock: the message to the next rank leaves where `forward` ends."""
-    trainer.train_mode()
+def _sff_blocks(engine, images, target):
+    """Measure the blocks of an engine: LocalStep.train_block with a clock: the message to the next rank is sent at the end of `forward`."""
+    engine.train_mode()
     seconds = []
     for number in _rounds():
-        (part,), times, outputs = trainer.split(images, target), [], []
-        clock = _Clock(trainer.device)
-        for index in range(len(trainer.sff.blocks)):
-            visit, alive = trainer._visit(index, part)
+        (part,), times, outputs = engine.step.split(images, target), [], []
+        clock = _Clock(engine.device)
+        for index in range(len(engine.sff.blocks)):
+            visit, alive = engine.step.visit(index, part)
             part = part._replace(alive=alive)
             forward = clock()
             if visit is not None:
-                seed = visit.seed()
+                visit.backward()
                 del visit
-                if seed is not None:
-                    seed.backward()
-                    del seed
             backward = clock()
-            _Bucket(index, trainer.parameters[index], 1.0, []).average()
+            _Bucket(index, engine.parameters[index], 1.0, []).average()
             bucket = clock()
-            trainer._update(index)
+            engine.place.updated(index, engine.step.weight)
             times.append((forward, backward, clock(), bucket))
             outputs.append(_size(alive))
         if number:
             seconds.append(times)
-    parts, memory = trainer.split(images, target), []
-    for index in range(len(trainer.sff.blocks)):
-        step = lambda index=index, parts=parts: trainer.train_block(index, parts)  # noqa: E731
-        memory.append(peak_memory(step, trainer.device) * 2**20)
-    weights = [_size(trainer.parameters[index]) for index in range(len(outputs))]
+    parts, memory = engine.step.split(images, target), []
+    for index in range(len(engine.sff.blocks)):
+        step = lambda index=index, parts=parts: engine.step.train_block(index, parts)  # noqa: E731
+        memory.append(peak_memory(step, engine.device) * 2**20)
+    weights = [_size(engine.parameters[index]) for index in range(len(outputs))]
     return _fastest(seconds, outputs, weights, memory)
 
 
-def _backprop_blocks(trainer, images, target):
-    sff = trainer.sff
-    trainer.train_mode()
+def _backprop_blocks(engine, images, target):
+    sff = engine.sff
+    engine.train_mode()
     seconds = []
     for number in _rounds():
         inputs, results, times, kept = (images,), [], [], []
-        clock = _Clock(trainer.device)
+        clock = _Clock(engine.device)
         for index, block in enumerate(sff.blocks):
-            with _kept_bytes([*trainer.parameters, *inputs], kept):
+            with _kept_bytes([*engine.parameters, *inputs], kept):
                 outputs = block(*inputs)
                 loss = None
                 if index + 1 == len(sff.blocks):
@@ -147,9 +146,9 @@ def _backprop_blocks(trainer, images, target):
                 ]
                 torch.autograd.backward(*zip(*pairs, strict=True))
             times[index].append(clock())
-        trainer.optimizer.step()
+        engine.optimizer.step()
         update = clock()
-        trainer.optimizer.zero_grad()
+        engine.optimizer.zero_grad()
         weights = [_size(block.parameters()) for block in sff.blocks]
         weights[-1] += _size(sff.readout[0].parameters())
         for index, of_block in enumerate(times):
@@ -160,7 +159,7 @@ def _backprop_blocks(trainer, images, target):
 
 
 def _fastest(seconds, *others):
-    """[Block] from rounds of [(forward, backward, update, bucket or nothing) of each block]."""
+    """Return [Block] with the fastest times. `seconds` holds, for each round, the (forward, backward, update[, bucket]) of each block."""
     found = []
     for times, *rest in zip(zip(*seconds, strict=True), *others, strict=True):
         forward, backward, update, *bucket = (min(values) for values in zip(*times, strict=True))
@@ -170,12 +169,12 @@ def _fastest(seconds, *others):
 
 @contextlib.contextmanager
 def _kept_bytes(others, found):
-    """Appends the bytes that the backward pass of what runs inside keeps, beside these tensors."""
-    own, kept = {t.untyped_storage().data_ptr() for t in others if isinstance(t, torch.Tensor)}, {}
+    """Context manager that appends to `found` the bytes that are kept for the backward pass of what runs in it, without the tensors `others`."""
+    excluded, kept = {t.untyped_storage().data_ptr() for t in others if isinstance(t, torch.Tensor)}, {}
 
     def note(t):
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in excluded:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 
@@ -184,11 +183,8 @@ def _kept_bytes(others, found):
     found.append(sum(kept.values()))
 
 
-# --- what processes do
-
-
 def tcp_bytes_sent():
-    """Bytes that the other ends of this process's TCP connections have acknowledged (Linux: tcpi_bytes_acked of struct tcp_info)."""
+    """Return the bytes that were sent on this process's TCP connections and acknowledged (Linux: tcpi_bytes_acked of struct tcp_info)."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -197,29 +193,29 @@ def tcp_bytes_sent():
             with socket.socket(fileno=os.dup(int(name))) as s:
                 if s.family in (socket.AF_INET, socket.AF_INET6) and s.type == socket.SOCK_STREAM:
                     total += struct.unpack_from("Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 120)[0]
-        except OSError:  # closed meanwhile
+        except OSError:  # the file was closed in the meantime
             continue
     return total
 
 
 class Run(NamedTuple):
-    """A network in training over all processes: step(), settle() for what waits over its end, weights() -> [tensor] on rank 0."""
+    """Training over all processes: step() does one step, settle() finishes updates that still wait, weights() returns [tensor] on rank 0."""
 
     step: object
     settle: object
     weights: object
 
 
-def alone(a, kind, optimizer, images, target, micro_batches=1):
-    """In this process, whatever the others do."""
+def single_process(a, kind, optimizer, images, target, micro_batches=1):
+    """Return the Run that trains in this process only."""
     trainer = make(a, kind, images, optimizer, micro_batches=micro_batches)
     trainer.train_mode()
     module = trainer.sff if kind == "sff" else trainer.sff.model
-    return Run(lambda: trainer.step(images, target), trainer.settle, lambda: list(module.parameters()))
+    return Run(lambda: trainer.step(images, target), trainer.engine.place.settle, lambda: list(module.parameters()))
 
 
-def in_step(run):
-    """The same with all processes waiting for each other after every step."""
+def with_barrier(run):
+    """Return a Run whose processes wait for each other after every step."""
 
     def step():
         run.step()
@@ -228,15 +224,15 @@ def in_step(run):
     return run._replace(step=step)
 
 
-def spread(a, plan, placement, optimizer, images, target):
-    """As planned over all processes; images and target are those of all."""
+def distributed_run(a, plan, placement, optimizer, images, target):
+    """Return the Run of a Plan over all processes. `images` and `target` are those of all processes together."""
     if plan.kind == "backprop":
         start = data_parallel if plan.stages == 1 else pipeline
         return start(a, plan, placement, optimizer, images, target)
     given = Distributed(block_ranks=plan.stages, placement=placement if plan.stages > 1 else None)
     trainer = make(a, "sff", images, optimizer, distributed=given, micro_batches=plan.parts)
     trainer.train_mode()
-    trainer.fitting = True  # updates may wait over the end of a step, as in fit
+    trainer.fitting = True  # as in fit, updates may be finished after the end of a step
     ranks = trainer.ranks
     share = [t.chunk(ranks.data_size)[ranks.data_rank] if ranks.feeds else None for t in (images, target)]
 
@@ -244,11 +240,11 @@ def spread(a, plan, placement, optimizer, images, target):
         trainer.synchronize()
         return list(trainer.sff.parameters())
 
-    return Run(lambda: trainer.step(*share), trainer.settle, weights)
+    return Run(lambda: trainer.step(*share), trainer.engine.place.settle, weights)
 
 
 def data_parallel(a, plan, placement, optimizer, images, target):
-    """torch's DistributedDataParallel with its defaults, but for batch norm's statistics, which SFF does not send every step either."""
+    """Return the Run of torch's DistributedDataParallel. It does not broadcast the statistics of batch norm in every step, as SFF does not."""
     sff = make(a, "backprop", images).sff
     module = nn.parallel.DistributedDataParallel(sff.model, broadcast_buffers=False, gradient_as_bucket_view=True)
     update = optim.build(optimizer, sff.model.parameters())
@@ -263,25 +259,29 @@ def data_parallel(a, plan, placement, optimizer, images, target):
 
 
 class _Layout(torch.autograd.Function):
-    """A tensor in one memory format, its gradient in the other: blocks run channels_last, and gloo sends contiguous tensors."""
+    """Converts a tensor to one memory format and its gradient to another: blocks use channels_last, and gloo sends contiguous tensors."""
 
     @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.back = back
-        return x.contiguous(memory_format=there if x.dim() == 4 else torch.contiguous_format).view_as(x)
+    def forward(ctx, x, memory_format, grad_format):
+        ctx.grad_format = grad_format
+        return x.contiguous(memory_format=memory_format if x.dim() == 4 else torch.contiguous_format).view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.contiguous(memory_format=ctx.back if grad.dim() == 4 else torch.contiguous_format), None, None
+        return (
+            grad.contiguous(memory_format=ctx.grad_format if grad.dim() == 4 else torch.contiguous_format),
+            None,
+            None,
+        )
 
 
 class Stage(nn.Module):
-    """The blocks of a stage; the last ends in the classifier."""
+    """The blocks of a pipeline stage, with the classifier in the last stage."""
 
-    def __init__(self, sff, mine):
+    def __init__(self, sff, indices):
         super().__init__()
-        self.blocks = nn.ModuleList(sff.blocks[j] for j in mine)
-        self.readout = sff.readout[0] if mine.stop == len(sff.blocks) else None
+        self.blocks = nn.ModuleList(sff.blocks[j] for j in indices)
+        self.readout = sff.readout[0] if indices.stop == len(sff.blocks) else None
 
     def forward(self, *alive):
         alive = tuple(_Layout.apply(t, torch.channels_last, torch.contiguous_format) for t in alive)
@@ -294,13 +294,13 @@ class Stage(nn.Module):
 
 
 def pipeline(a, plan, placement, optimizer, images, target):
-    """torch.distributed.pipelining's 1F1B."""
+    """Return the Run of 1F1B from torch.distributed.pipelining."""
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
     sff, rank = make(a, "backprop", images).sff, dist.get_rank()
     sff.train()
-    own = runs_of(placement)
-    module = Stage(sff, own[rank])
+    ranges = block_ranges(placement)
+    module = Stage(sff, ranges[rank])
     stage = PipelineStage(module, rank, plan.stages, images.device)
     schedule = Schedule1F1B(stage, plan.parts, loss_fn=F.cross_entropy)
     update = optim.build(optimizer, module.parameters())
@@ -317,30 +317,33 @@ def pipeline(a, plan, placement, optimizer, images, target):
         dist.gather_object([p.detach().cpu() for p in module.parameters()], parts)
         if rank > 0:
             return None
-        stages = [list(Stage(sff, mine).parameters()) for mine in own]
-        found = {p: w for mine, sent in zip(stages, parts, strict=True) for p, w in zip(mine, sent, strict=True)}
+        stages = [list(Stage(sff, indices).parameters()) for indices in ranges]
+        found = {p: w for stage, sent in zip(stages, parts, strict=True) for p, w in zip(stage, sent, strict=True)}
         return [found[p] for p in sff.model.parameters()]
 
     return Run(step, lambda: None, weights)
 
 
 def check(a, plan, placement, device):
-    """How far the weights are from those of one process after three steps, in units of what these changed; None on ranks but the first.
+    """Train three steps with this Plan and in one process, and compare the weights.
 
-    One process sees the same micro-batches, each normalised by itself. Sums over ranks are checked in float64, where only a wrong one shows."""
+    The single process gets the same micro-batches, each with its own batch-norm statistics. Sums over ranks are checked in float64, where rounding
+    errors are small.
+
+    Returns: on rank 0, the norm of the difference relative to the norm of the update; None on the other ranks."""
     torch.backends.cudnn.deterministic = True
     sgd = lambda groups: torch.optim.SGD(groups, lr=1e-2)  # noqa: E731
     size = plan.data * plan.stages
     images, target = minibatch(a, a.batch * size, device)
     images = images.double() if plan.data > 1 else images
-    run = spread(a, plan, placement, sgd, images, target)
+    run = distributed_run(a, plan, placement, sgd, images, target)
     for _ in range(3):
         run.step()
     run.settle()
     weights = run.weights()
     if dist.get_rank() > 0:
         return None
-    one = alone(a, plan.kind, sgd, images, target, plan.data * plan.parts)
+    one = single_process(a, plan.kind, sgd, images, target, plan.data * plan.parts)
     before = [p.detach().clone() for p in one.weights()]
     for _ in range(3):
         one.step()
@@ -350,12 +353,12 @@ def check(a, plan, placement, device):
 
 
 def measure_link(device, rounds=9):
-    """Of two processes: {"latency": seconds, "bandwidth": bytes/s} of all-reduces, and of messages from one to the other."""
+    """Measure the link between two processes. Returns {"all-reduce" and "send": {"latency": seconds, "bandwidth": bytes/s}}."""
 
     def all_reduce(t):
         dist.all_reduce(t)
 
-    def send(t):  # there and back
+    def send(t):  # to the other process and back
         for source in range(2):
             (dist.send if dist.get_rank() == source else dist.recv)(t, 1 - dist.get_rank())
 
@@ -369,7 +372,9 @@ def measure_link(device, rounds=9):
                 clock = _Clock(device)
                 function(t)
                 times.append(clock())
-            seconds.append(min(times) / 2)  # an all-reduce of two is two messages of half the size, a ping two of all
+            seconds.append(
+                min(times) / 2
+            )  # an all-reduce sends two messages of half the size; send() sends two of the whole
         few, many = seconds
         size = large / 2 if name == "all-reduce" else large
         found[name] = {"latency": few, "bandwidth": size / max(many - few, 1e-9)}
@@ -377,53 +382,63 @@ def measure_link(device, rounds=9):
 
 
 class Round(NamedTuple):
-    """A few steps of a Run: what other processes computed meanwhile (cores), seconds a step of the slowest rank, [bytes sent a step by each rank]."""
+    """Measurement of a few steps of a Run.
+
+    Fields:
+        others: number of cores that other programs used at the same time.
+        seconds: time of a step on the slowest rank.
+        sent: bytes that each rank sent in a step.
+    """
 
     others: float
     seconds: float
     sent: list
 
 
-def _computed():
-    """Seconds that the cores of this machine, and this process, have computed so far (Linux; niced processes give way and do not count)."""
+def _cpu_seconds():
+    """Return the CPU seconds of this machine and of this process so far (Linux). Processes with low priority are not counted."""
     user, _, system, *_ = map(int, Path("/proc/stat").read_text().split()[1:8])
-    own = os.times()
-    return (user + system) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+    process = os.times()
+    return (user + system) / os.sysconf("SC_CLK_TCK"), process.user + process.system
 
 
 def time_run(run, device, warm=2, steps=4):
-    """A Round, the same on all ranks."""
+    """Run `warm` and then `steps` steps, and return the Round of the latter, the same on all ranks."""
     dist.barrier()
-    sent, (all_before, own_before), stamps, clock = tcp_bytes_sent(), _computed(), [], _Clock(device)
-    began = clock.then
+    sent, (machine_before, process_before), stamps, clock = tcp_bytes_sent(), _cpu_seconds(), [], _Clock(device)
+    began = clock.last
     for step in range(warm + steps):
         run.step()
         if step + 1 in (warm, warm + steps):
             clock()
-            stamps.append(clock.then)
+            stamps.append(clock.last)
     run.settle()
     dist.barrier()
     clock()
-    (every, own), sent = _computed(), (tcp_bytes_sent() - sent) / (warm + steps)
+    (machine, process), sent = _cpu_seconds(), (tcp_bytes_sent() - sent) / (warm + steps)
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (stamps, sent, every - all_before, own - own_before, clock.then - began))
+    dist.all_gather_object(
+        found, (stamps, sent, machine - machine_before, process - process_before, clock.last - began)
+    )
     first, last = (max(stamps[i] for stamps, *_ in found) for i in range(2))
-    others = (found[0][2] - sum(own for *_, own, _ in found)) / found[0][4]
+    others = (found[0][2] - sum(process for *_, process, _ in found)) / found[0][4]
     return Round(others, (last - first) / steps, [sent for _, sent, *_ in found])
 
 
 def time_runs(runs, device, rounds, quiet=0.1):
-    """[[Round] of each Run], interleaved: `rounds` in which the machine was left to them, else of twice as many those most left alone."""
+    """Measure Runs in turn and return [[Round] of each Run].
+
+    A Round counts if other programs used less than `quiet` cores. If fewer than `rounds` of 2 * rounds count, the quietest ones are returned."""
     found = [[] for _ in runs]
     for _ in range(2 * rounds):
-        for run, own in zip(runs, found, strict=True):
-            if sum(r.others < quiet for r in own) < rounds:
-                own.append(time_run(run, device))
-    return [sorted(own)[:rounds] for own in found]
+        for run, measured in zip(runs, found, strict=True):
+            if sum(r.others < quiet for r in measured) < rounds:
+                measured.append(time_run(run, device))
+    return [sorted(measured)[:rounds] for measured in found]
 
 
 def worker(path):
-    """One process of several: reads what to measure from the file, rank 0 writes what came out into it."""
+    """Main function of each process: it reads what to measure from the file `path`, and rank 0 writes the results into it."""
     torch.set_num_threads(1)
     given = json.loads(Path(path).read_text())
     a, plans = argparse.Namespace(**given["a"]), [(Plan(*p), placement) for p, placement in given["plans"]]
@@ -435,8 +450,11 @@ def worker(path):
     if size == 2:
         result["link"] = measure_link(device)
     images, target = minibatch(a, a.batch * size, device)
-    runs = [in_step(alone(a, kind, ADAM, images[: a.batch], target[: a.batch])) for kind in ("sff", "backprop")]
-    runs += [spread(a, plan, placement, ADAM, images, target) for plan, placement in plans]
+    runs = [
+        with_barrier(single_process(a, kind, ADAM, images[: a.batch], target[: a.batch]))
+        for kind in ("sff", "backprop")
+    ]
+    runs += [distributed_run(a, plan, placement, ADAM, images, target) for plan, placement in plans]
     found = time_runs(runs, device, a.rounds)
     result["seconds"] = [[r.seconds for r in rounds] for rounds in found]
     result["others"] = [quantile([r.others for r in rounds], 0.5) for rounds in found]
@@ -449,7 +467,7 @@ def worker(path):
 
 
 def launch(a, processes, plans):
-    """What `worker` measures in so many processes."""
+    """Start processes that run `worker`, and return its results. Raises SystemExit if they fail or weights are wrong."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.json"
         path.write_text(json.dumps({"a": vars(a), "plans": plans}))
@@ -460,16 +478,16 @@ def launch(a, processes, plans):
         if done.returncode:
             raise SystemExit(f"{processes} processes failed:\n{done.stderr[-4000:]}")
         result = json.loads(path.read_text())
-    for (spread_so, _), off in zip(plans, result["off"], strict=True):
-        if not off <= (1e-6 if spread_so.data > 1 else 0):
+    for (checked, _), off in zip(plans, result["off"], strict=True):
+        if not off <= (1e-6 if checked.data > 1 else 0):
             raise SystemExit(
-                f"wrong result: after three steps of {spread_so} weights are off by {off:.1e} of their change"
+                f"wrong result: after three steps of {checked} weights are off by {off:.1e} of their change"
             )
     return result
 
 
 def planned(processes, batch):
-    """The Plans that so many processes run."""
+    """Return the Plans that are measured with so many processes."""
     shapes = [("sff", processes, 1), ("sff", 1, processes), ("backprop", processes, 1), ("backprop", 1, processes)]
     if processes % 2 == 0 and processes > 2:
         shapes.insert(2, ("sff", processes // 2, 2))

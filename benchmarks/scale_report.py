@@ -1,10 +1,10 @@
-"""Tables and plot of benchmarks/scale.py, from results/scale.csv and results/scale-measured.csv."""
+"""Makes the tables and the plot of benchmarks/scale.py from results/scale.csv and results/scale-measured.csv."""
 
 from benchmarks import plots, tables
 
 
 def table(devices=(8, 1024)):
-    """Of results/scale.csv, the rows of some numbers of devices."""
+    """Return the table of results/scale.csv for these numbers of devices."""
     rows = tables.read("scale")
     if not rows:
         return tables.missing("python -m benchmarks.scale --csv benchmarks/results/scale.csv")
@@ -32,7 +32,7 @@ def table(devices=(8, 1024)):
 
 
 def measured():
-    """Of results/scale-measured.csv."""
+    """Return the tables of results/scale-measured.csv, one for each batch size."""
     from benchmarks.scale import label
 
     rows = tables.read("scale-measured")
@@ -55,23 +55,23 @@ def measured():
     )
     text = []
     for batch in dict.fromkeys(row["batch"] for row in rows):
-        own = [row for row in rows if row["batch"] == batch]
+        of_batch = [row for row in rows if row["batch"] == batch]
         body = [
             (
                 r["processes"], label(r), number(r["milliseconds"]), f"{number(r['milliseconds_20'])} to {number(r['milliseconds_80'])}",
                 number(r["predicted"]), percent(r["error"]), number(r["slowed"]), percent(r["slowed_error"]),
                 number(r["mbytes"], 3), number(r["predicted_mbytes"], 3), percent(r["bytes_error"], 2),
             )
-            for r in own
+            for r in of_batch
         ]  # fmt: skip
-        r = own[0]
+        r = of_batch[0]
         title = f"{r['model']}, width {r['width']}, {r['size']} x {r['size']}, {r['classes']} classes, {batch} images a process:\n\n"
         text.append(title + tables.table(header, body))
     return "\n\n".join(text) + tables.measured_on(rows[0])
 
 
 def plot(folder):
-    """FOLDER/scale.png: efficiency over the number of devices, a panel for each link and each speed of the devices but one core's."""
+    """Draw the efficiency over the number of devices into FOLDER/scale.png, with a panel for each link and speed (except that of one core)."""
     rows = [row for row in tables.read("scale") if float(row["faster"]) != 1]
     if not rows:
         return
@@ -81,11 +81,11 @@ def plot(folder):
     for faster, line in zip(speeds, axes, strict=True):
         for link, axis in zip(links, line, strict=True):
             for method in dict.fromkeys(row["method"] for row in rows):
-                own = [r for r in rows if (r["faster"], r["link"], r["method"]) == (faster, link, method)]
+                points = [r for r in rows if (r["faster"], r["link"], r["method"]) == (faster, link, method)]
                 kind, split = method.split(", ")
                 colour = plots.COLOURS["block" if kind == "SFF" else "backprop"]
                 label = method.replace("backprop", "backpropagation").replace("2-D", "best of all splits")
-                x, y = ([float(r[key]) for r in own] for key in ("devices", "efficiency"))
+                x, y = ([float(r[key]) for r in points] for key in ("devices", "efficiency"))
                 axis.plot(x, [100 * v for v in y], styles[split], color=colour, linewidth=2, label=label)
             axis.set_title(f"{link}\ndevices {float(faster):g} x one core (assumed)", fontsize=9)
             axis.set_xscale("log", base=2)

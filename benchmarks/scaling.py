@@ -1,14 +1,14 @@
-"""How time and peak memory of one step grow along one axis: backpropagation, block-wise and layer-wise training in the paper's setting.
+"""Growth of time and peak memory of a step along one axis: backpropagation, block-wise and layer-wise training in the setting of the paper.
 
     python -m benchmarks.scaling --axis classes|batch|depth|width|size [--quick] [--csv FILE] [--rounds N]
 
-    classes, batch, width, size   ResNet18, width 64, batch 32, 32 x 32 images, 100 classes, but for what grows
-    depth                         a plain network: N residual blocks of 32 channels at 16 x 16, batch 32, 10 classes; blocks are all alike, so that
-                                  the largest one is as large in any of them
+    classes, batch, width, size   ResNet18 with width 64, batch 32, 32 x 32 images and 100 classes, except for the axis
+    depth                         a plain network of N residual blocks with 32 channels at 16 x 16, batch 32, 10 classes; all blocks are alike, so
+                                  that the largest block has the same size in all networks
 
-Results first, as in benchmarks/step.py: what the block-wise trainer changes at one point, against float64. Then all steps, of all points, are
-timed in turns in one run: a ratio is to backpropagation at the same point, "growth" to the same step at one point of the axis, both round by round.
-Memory is what a step allocates above parameters and optimiser state. All networks are in memory at once, 2 GB along the widest axis.
+First the weights of the block-wise trainer at one point are compared with float64, as in benchmarks/step.py. Then the steps of all points are timed
+in turn in one run. "ratio" is to backpropagation at the same point, "growth" is to the same kind of training at the first point. Memory is what a
+step allocates above parameters and optimizer state. All networks are in memory at once, 2 GB for the largest axis.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CONTENDERS = {
 LABELS = {"backprop": "backpropagation", "block": "block-wise", "layer": "layer-wise"}
 RESNET = {"model": "resnet18", "width": 64, "batch": 32, "size": 32, "classes": 100, "depth": None}
 PLAIN = {"model": "plain", "width": 32, "batch": 32, "size": 16, "classes": 10, "depth": 16}
-AXES = {  # name: (what does not grow, points, points of --quick); growth is from the first of --quick
+AXES = {  # name: (fixed settings, points, points of --quick); growth is relative to the first point of --quick
     "classes": (RESNET, (2, 10, 100, 1000, 10000), (10, 1000, 10000)),
     "batch": (RESNET, (8, 16, 32, 64, 128), (8, 32)),
     "depth": (PLAIN, (4, 8, 16, 32, 64), (4, 16, 64)),
@@ -44,7 +44,7 @@ WORDS = {
     "width": "channels of the first stage",
     "size": "pixels an image side",
 }
-NOTES = {  # in the title of a plot's first panel
+NOTES = {  # added to the title of the first panel of a plot
     "classes": ": flat where the second moment serves",
     "depth": ": of blocks, that of the largest",
 }
@@ -62,7 +62,7 @@ class Residual(nn.Module):
 
 
 class Plain(nn.Module):
-    """A stem, `depth` residual blocks of one resolution, the global average and a classifier."""
+    """Plain network: a stem, `depth` residual blocks of one resolution, the global average and a classifier."""
 
     def __init__(self, depth, channels, classes):
         super().__init__()
@@ -75,7 +75,7 @@ class Plain(nn.Module):
 
 
 def build(point, kind, impl="auto", **options):
-    """A trainer of the network at this point, channels_last."""
+    """Return a trainer of the network at `point`, in channels_last."""
     if point.model != "plain":
         return step.build(point, kind, True, impl=impl, **options)
     torch.manual_seed(0)
@@ -84,28 +84,30 @@ def build(point, kind, impl="auto", **options):
 
 
 def points(axis, quick=False):
-    """{value: Namespace of the network and the minibatch}."""
+    """Return {value on the axis: Namespace that describes network and minibatch}."""
     fixed, every, few = AXES[axis]
     narrow = {"width": 32} if quick and axis != "depth" else {}
     return {value: argparse.Namespace(**fixed | narrow | {axis: value}) for value in (few if quick else every)}
 
 
-def measure(axis, of, rounds, quick=False):
-    """Rows in long form, one a point and contender. Checks first."""
+def measure(axis, settings, rounds, quick=False):
+    """Check one point, time the steps of all points, and return a row for each point and contender."""
     first = AXES[axis][2][0]
-    images, target = step.minibatch(of[first])
+    images, target = step.minibatch(settings[first])
     few = max(2, len(images) // 4) if quick else len(images)
-    make = functools.partial(build, of[first], "sff", **step.PAPER)
+    make = functools.partial(build, settings[first], "sff", **step.PAPER)
     step.check(make, images[:few], target[:few], f"block, {axis} {first}")
     steps = {}
-    for value, point in of.items():
+    for value, point in settings.items():
         images, target = step.minibatch(point)
         for name, (kind, options) in CONTENDERS.items():
             steps[value, name] = functools.partial(build(point, kind, **options).step, images, target)
     times = interleave(steps, rounds)
     rows = []
     for (value, name), one in steps.items():
-        rows.append({"axis": axis} | vars(of[value]) | {"contender": name, "base": "backprop", "grown_from": first})
+        rows.append(
+            {"axis": axis} | vars(settings[value]) | {"contender": name, "base": "backprop", "grown_from": first}
+        )
         for what, base in (("ratio", (value, "backprop")), ("growth", (first, name))):
             found = ratios(times, (value, name), base)
             rows[-1] |= dict(zip((what, f"{what}_20", f"{what}_80"), found, strict=True))
@@ -126,7 +128,7 @@ def show(axis, rows):
 
 
 def title(axis, row):
-    """What does not grow."""
+    """Return the settings that are fixed along the axis, as text."""
     parts = {
         "model": "a plain network" if row["model"] == "plain" else row["model"],
         "depth": f"{row['depth']} residual blocks",
@@ -139,7 +141,7 @@ def title(axis, row):
 
 
 def table(axis):
-    """Markdown of results/scaling-AXIS.csv with its plot: times (and what they grew to), against backpropagation, memory."""
+    """Return the plot and the table of results/scaling-AXIS.csv: times with their growth, ratios to backpropagation, memory."""
     rows = tables.read(f"scaling-{axis}")
     if not rows:
         return tables.missing(f"python -m benchmarks.scaling --axis {axis} --csv benchmarks/results/scaling-{axis}.csv")
@@ -161,7 +163,7 @@ def table(axis):
 
 
 def plot(folder):
-    """FOLDER/scaling-AXIS.png of each axis that was measured: time and memory over it, memory first where that is what matters."""
+    """Draw time and memory over each measured axis, into FOLDER/scaling-AXIS.png. For the depth, memory comes first."""
     for axis in AXES:
         rows = tables.read(f"scaling-{axis}")
         if not rows:
@@ -190,9 +192,9 @@ def main():
     parser.add_argument("--axis", required=True, choices=AXES)
     a = parser.parse_args()
     print_environment()
-    of = points(a.axis, a.quick)
-    print(f"{title(a.axis, vars(next(iter(of.values()))))}, along {a.axis}")
-    rows = measure(a.axis, of, a.rounds, a.quick)
+    settings = points(a.axis, a.quick)
+    print(f"{title(a.axis, vars(next(iter(settings.values()))))}, along {a.axis}")
+    rows = measure(a.axis, settings, a.rounds, a.quick)
     show(a.axis, rows)
     if a.csv:
         write_csv(a.csv, rows)

@@ -1,11 +1,11 @@
-"""The whole training step: block-local training against backpropagation and its memory-saving variants, time and peak memory.
+"""Whole training steps: time and peak memory of block-local training, backpropagation and its memory-saving variants.
 
     python -m benchmarks.step [--model resnet18] [--width 64] [--batch 32] [--classes 100] [--size 32] [--only NAME...] [--no-compile] [--csv FILE]
 
-Results first: what three steps change, layer-, block- and stage-wise, against float64. Then each contender in the layout (contiguous
-or channels_last) that a short measurement finds faster for it, all interleaved in one run; ratios are to the faster of eager and compiled
-backpropagation, as a short measurement finds it too, round by round. Memory is what a step allocates above parameters and optimiser state.
-"layer", "block" and "stage" are the paper's setting (grid=0, window=1). Where the time goes: benchmarks/budget.py.
+First the weights after three steps of layer-, block- and stage-wise training are compared with float64. Then all contenders are timed in turn, each
+in the memory format (contiguous or channels_last) that a short measurement finds faster for it. The base of the ratios is eager or compiled
+backpropagation, whichever a short measurement finds faster. Memory is what a step allocates above parameters and optimizer state. "layer", "block"
+and "stage" are the setting of the paper (grid=0, window=1). benchmarks/budget.py says where the time goes.
 """
 
 import functools
@@ -16,7 +16,7 @@ import fastff
 from benchmarks import networks, runner, tables
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile
-from fastff.trace import CutError
+from fastff.graph.trace import CutError
 from fastff.training import Backprop, Trainer
 
 PAPER = {"grid": 0, "window": 1}
@@ -25,7 +25,7 @@ CHECKED = ("layer", "block", "stage")
 
 
 def build(a, kind, channels_last, granularity="block", impl="auto", **options):
-    """A trainer of the network that a.model, a.width, a.size and a.classes name: kind "sff" or "backprop"."""
+    """Return a trainer of the network that a.model, a.width, a.size and a.classes describe. `kind` is "sff" or "backprop"."""
     torch.manual_seed(0)
     width = a.width if a.model in networks.WIDE else None
     net = networks.build(a.model, a.classes, width, a.size)
@@ -33,7 +33,7 @@ def build(a, kind, channels_last, granularity="block", impl="auto", **options):
 
 
 def trainer_of(net, classes, size, kind, channels_last, granularity="block", impl="auto", **options):
-    """A trainer of this network."""
+    """Return a trainer of the network `net` for images [B, 3, size, size]."""
     net = net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     head = {k: options.pop(k) for k in ("grid", "window") if k in options}
     plain = {"impl": impl, "fuse": impl != "reference", "readout": kind == "backprop"}
@@ -42,7 +42,7 @@ def trainer_of(net, classes, size, kind, channels_last, granularity="block", imp
 
 
 def variants(a):
-    """{name: (kind, options)}."""
+    """Return {contender: (kind, options of build)}."""
     found = {
         "backprop": ("backprop", {}),
         "backprop, compiled": ("backprop", {"compile": True}),
@@ -61,13 +61,21 @@ def variants(a):
 
 
 def check(make, images, target, what="block", tries=4):
-    """What three steps of SGD change is no further from float64 than four times what the float32 reference is.
+    """Check that three steps of SGD change the weights as in float64, up to four times the error of the float32 reference.
 
-    Both amplify roundings: one that carries a value over ReLU's kink changes a gradient by a jump, here or there by chance. So the reference's
-    greatest error so far is allowed, and a difference counts only if it comes with each of `tries` minibatches. Steps are small (1e-3), since at
-    1e-2 three of them amplified the stage-wise reference's own error to 6 % of the update, at 1e-3 to 0.3 %.
+    Training amplifies rounding errors: if one of them moves a value across the kink of ReLU, a gradient jumps, in one implementation or the
+    other. Therefore the largest error of the reference so far is allowed, and a difference counts only if it occurs with each of `tries`
+    minibatches. The learning rate is 1e-3. With 1e-2, three steps amplified the error of the stage-wise reference to 6 % of the update; with
+    1e-3 it is 0.3 %.
 
-    make(impl=...) returns a Trainer. Raises runner.WrongResult.
+    Args:
+        make: function make(impl=...) that returns a Trainer.
+        images, target: the first minibatch.
+        what: name of the check in its message.
+        tries: number of minibatches.
+
+    Raises:
+        runner.WrongResult: the difference is too large with every minibatch.
     """
 
     def change(impl, images):
@@ -78,15 +86,15 @@ def check(make, images, target, what="block", tries=4):
             trainer.step(images, target)
         return weights() - before
 
-    usual = 1e-4
+    largest = 1e-4
     for _ in range(tries):
         exact = change("reference", images.double())
         error, reference = (
             ((change(impl, images) - exact).norm() / exact.norm()).item() for impl in ("auto", "reference")
         )
-        usual = max(usual, reference)
-        found = f"{what}: what three steps change is off by {error:.1e}, allowed are {4 * usual:.1e}"
-        if error <= 4 * usual:
+        largest = max(largest, reference)
+        found = f"{what}: what three steps change is off by {error:.1e}, allowed are {4 * largest:.1e}"
+        if error <= 4 * largest:
             print(f"checked: {found}", flush=True)
             return
         images = torch.randn_like(images)
@@ -99,8 +107,8 @@ def minibatch(a):
     return images, torch.randint(0, a.classes, (a.batch,))
 
 
-def quicker(a, kind, options, images, target):
-    """(step, layout) of the layout that is faster for this variant."""
+def in_faster_layout(a, kind, options, images, target):
+    """Return (step, layout) for the memory format in which this variant is faster."""
     steps = {}
     for layout in ("contiguous", "channels_last"):
         batch = images if layout == "channels_last" else images.contiguous()
@@ -115,14 +123,14 @@ def fastest(times):
 
 
 def case(a):
-    """(runner.Case, {contender: layout})."""
+    """Return (runner.Case, {contender: layout})."""
     images, target = minibatch(a)
     steps, layouts, checked = {}, {}, []
     for name, (kind, options) in variants(a).items():
         if a.only and name != "backprop" and name not in a.only:
             continue
         try:
-            steps[name], layouts[name] = quicker(a, kind, options, images, target)
+            steps[name], layouts[name] = in_faster_layout(a, kind, options, images, target)
         except CutError as error:
             print(f"{name}: left out, {a.model} has no such cut: {error}", flush=True)
             continue
@@ -159,7 +167,7 @@ def title(row):
 
 
 def table(*names):
-    """Markdown of results/step-NAME.csv, of all there are without names."""
+    """Return the tables of results/step-NAME.csv for these names, or for all files if none are given."""
     found = [tables.read(f"step-{name}") for name in names or written()]
     found = [rows for rows in found if rows]
     if not found:
@@ -181,7 +189,7 @@ def table(*names):
 
 
 def written():
-    """Names of the files results/step-NAME.csv, in the order of the networks, wide before narrow."""
+    """Return NAME of all files results/step-NAME.csv, in the order of the networks, wide ones before narrow ones."""
 
     def place(name):
         model, _, width = name.partition("-")

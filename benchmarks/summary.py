@@ -1,9 +1,9 @@
-"""The README's tables: a line for each kernel, a line for each network, out of the CSV files of the benchmarks."""
+"""Makes the tables of the README from the CSV files: one with a line for each kernel, one with a line for each network."""
 
 from benchmarks import step, tables
 
 LAYOUT = "channels_last"
-# CSV: (contender, op, what its base is, columns that tell the rows which are shown)
+# {CSV file: (contender, op, base, [columns and values of a row that is shown])}
 KERNELS = {
     "goodness": ("fastff", "goodness, loss, all gradients", "eager", [
         {"B": 8, "C": 64, "H": 56, "K": 1000}, {"B": 32, "C": 64, "H": 32, "K": 100}, {"B": 32, "C": 64, "H": 32, "K": 10},
@@ -26,7 +26,7 @@ KERNELS = {
 
 
 def kernels():
-    """One table of kernels: a few shapes of each, channels_last."""
+    """Return the table of kernels: a few shapes of each, in channels_last."""
     body, measured = [], {}
     for name, (contender, op, base, wanted) in KERNELS.items():
         rows = [
@@ -53,7 +53,7 @@ def kernels():
 
 
 def steps():
-    """One table of whole steps: time and memory at each granularity against the best backpropagation."""
+    """Return the table of whole steps: time and memory of each granularity against the fastest backpropagation."""
     body, measured = [], {}
     for name in step.written():
         rows = {row["contender"]: row for row in tables.read(f"step-{name}")}

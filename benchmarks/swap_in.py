@@ -1,9 +1,9 @@
-"""Six programs in the styles people have (examples/swap_in), before and after fastff: time and peak memory of a minibatch, accuracy, lines changed.
+"""Six programs in common styles (examples/swap_in), with and without fastff: time and peak memory of a minibatch, accuracy, lines changed.
 
     python -m benchmarks.swap_in [--batch 64] [--epochs 5] [--rounds N] [--csv FILE]
 
-Both versions learn the digits for `epochs` from the same seed; a pair whose accuracies differ by more than `--noise` prints no number. Then
-minibatches of both are timed in turn. Memory is what a minibatch allocates above parameters and optimiser state.
+Both versions of a program are trained on the digits with the same seed. If the accuracy with fastff is lower by more than --noise, no number is
+printed. Then minibatches of both are timed in turn. Memory is what a minibatch allocates above parameters and optimizer state.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def module(name, version):
 
 
 def lines_changed(name):
-    """Lines of the program after that are not in the one before."""
+    """Return the number of lines of the program with fastff that are not in the one without."""
     texts = [Path(module(name, version).__file__).read_text().splitlines() for version in VERSIONS]
     return sum(line.startswith("+") and not line.startswith("+++") for line in difflib.unified_diff(*texts, n=0))
 

@@ -1,4 +1,4 @@
-"""Markdown tables out of the CSV files in benchmarks/results."""
+"""Makes Markdown tables from the CSV files in benchmarks/results."""
 
 import csv
 from pathlib import Path
@@ -8,7 +8,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def read(name):
-    """Rows of results/NAME.csv, an empty list where there is none."""
+    """Return the rows of results/NAME.csv as dicts, or an empty list if there is no such file."""
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         return []
@@ -17,23 +17,23 @@ def read(name):
 
 
 def table(header, rows):
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
 def measured_on(row):
-    """The line below a table: where its figures were measured."""
+    """Return the line below a table that says where its numbers were measured."""
     return f"\n\n{row['device']}, {row['threads']} thread(s), torch {row['torch']}, commit {row['commit']}."
 
 
 def missing(command):
-    """What stands where nothing was measured."""
+    """Return the text for a table without measurements. `command` makes them."""
     return f"Not measured yet: `{command}`."
 
 
 def grouped(rows, *keys):
-    """{values of the keys: rows}, in the order of the file."""
+    """Return {values of the keys: rows} in the order of the rows."""
     found = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -41,26 +41,27 @@ def grouped(rows, *keys):
 
 
 def faster(row):
-    """Two cells: how many times as fast as the base, and its 20 to 80 %."""
+    """Return two cells: speed-up over the base, and its 20 % to 80 % quantiles."""
     low, high = 1 / float(row["ratio_80"]), 1 / float(row["ratio_20"])
     return f"{1 / float(row['ratio']):.2f} x", f"{low:.2f} to {high:.2f}"
 
 
 def slower(row):
-    """Two cells: the time in units of the base's, and its 20 to 80 %."""
+    """Return two cells: time in units of the base's time, and its 20 % to 80 % quantiles."""
     return f"{float(row['ratio']):.2f} x", f"{float(row['ratio_20']):.2f} to {float(row['ratio_80']):.2f}"
 
 
 def words(name):
-    """channels_last as text."""
+    """Return a name as text: underscores become spaces."""
     return name.replace("_", " ")
 
 
 def speedups(name, contender, header, cells, faster_than="faster than eager", against=None):
-    """The table of results/NAME.csv, a line for each case: what `cells` makes of its rows {contender: row}, then how `contender` does.
+    """Return the table of results/NAME.csv, with a line for each case.
 
-    Its peak memory after the base's where that was measured; how many times as fast it is as the contenders of `against` ({name: heading}) and as
-    torch.compile, as quotients of medians; and as the base, with 20 to 80 % of the rounds."""
+    A line has the cells of cells({contender: row}), then the peak memory of the base and of `contender` if it was measured, then the speed-ups
+    of `contender`: over torch.compile and the contenders of `against` ({name: heading}) as quotients of medians, and over the base with the 20 %
+    to 80 % quantiles of the rounds."""
     rows = read(name)
     if not rows:
         return missing(f"python -m benchmarks.{name} --csv benchmarks/results/{name}.csv")
@@ -73,9 +74,9 @@ def speedups(name, contender, header, cells, faster_than="faster than eager", ag
     memory = ("peak memory",) if cases[0][contender]["peak_mib"] else ()
     body = []
     for case in cases:
-        own = case[contender]
-        peaks = (f"{float(case[base]['peak_mib']):.1f} to {float(own['peak_mib']):.1f} MiB",) if memory else ()
-        ratios = (float(case[other]["ratio"]) / float(own["ratio"]) if other in case else None for other in others)
+        ours = case[contender]
+        peaks = (f"{float(case[base]['peak_mib']):.1f} to {float(ours['peak_mib']):.1f} MiB",) if memory else ()
+        ratios = (float(case[other]["ratio"]) / float(ours["ratio"]) if other in case else None for other in others)
         quotients = ("" if ratio is None else f"{ratio:.2f} x" for ratio in ratios)
-        body.append((*cells(case), *peaks, *quotients, *faster(own)))
+        body.append((*cells(case), *peaks, *quotients, *faster(ours)))
     return table((*header, *memory, *others.values(), faster_than, "20 to 80 %"), body) + measured_on(rows[0])

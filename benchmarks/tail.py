@@ -1,14 +1,15 @@
-"""The tail of a block: batch norm, residual, ReLU, goodness head, layer norm and all gradients; fastff's one call against the eager sequence.
+"""Local step with an epilogue (batch norm, residual, ReLU), goodness head, layer norm and all gradients: ff.tail_step against eager PyTorch.
 
     python -m benchmarks.tail [--csv FILE] [--rounds N] [--quick] [--compile]
 
-eager: what a user writes, with autograd from the last convolution's output and the residual to the loss, and layer norm of the block's output;
-float32, with and without the residual's gradient. "by parts" is fastff without the fused tail: PyTorch's batch norm, addition and ReLU around
-goodness_step. Counted are y twice (its statistics come first), dL/dy and the next input once, the residual and its gradient where they are, and
-the head's matrix products. --compile adds torch.compile of the eager code.
+The eager code is what a user would write: autograd from the loss back to the last convolution's output and the residual, and layer norm of the
+block's output, in float32. "by parts" is fastff without the fused epilogue: batch norm, addition and ReLU of PyTorch, and ff.goodness_step. The bytes
+are those of y, read twice since its statistics are needed first, of dL/dy and the next input, and of the residual and its gradient if there are any.
+The FLOPs are those of the head's matrix products. --compile adds torch.compile of the eager code.
 """
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ def sequence(y, residual, bn_weight, bn_bias):
 
 
 def eager(leaves, target):
-    """(loss, next input, gradients) as code without fastff computes them."""
+    """Return (loss, next input, gradients) from plain PyTorch code."""
     y, residual, bn_weight, bn_bias, weight = leaves
     x = sequence(y, residual, bn_weight, bn_bias)
     loss = F.cross_entropy(F.conv2d(x, weight[:, :, None, None]).square().mean((2, 3)), target)
@@ -81,10 +82,8 @@ def case(shape, layout, residual, a):
 
 
 def cases(a):
-    for shape in runner.chosen(SHAPES, a):
-        for layout in runner.LAYOUTS:
-            for residual in RESIDUALS:
-                yield case(shape, layout, residual, a)
+    for values in itertools.product(runner.chosen(SHAPES, a), runner.LAYOUTS, RESIDUALS):
+        yield case(*values, a)
 
 
 def table():
@@ -97,8 +96,7 @@ def table():
 
 
 def main():
-    a = runner.arguments(__doc__).parse_args()
-    runner.run(cases(a), a)
+    runner.main(__doc__, cases)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,23 @@
-"""CSV and the environment line, shared by the benchmarks. Timing itself: fastff/bench.py."""
+"""Writes the CSV files of the benchmarks, with the columns of the environment. The timing itself is in fastff/bench.py."""
 
 import csv
 from pathlib import Path
 
-from benchmarks.environment import environment
+import torch
+
+from fastff.training import environment as machine
+
+COLUMNS = ("device", "threads", "torch", "python", "fastff", "commit")
+
+
+def environment():
+    """Return {column: value} of what describes the machine, the versions and the commit in every CSV file."""
+    found = machine.environment("cuda" if torch.cuda.is_available() else "cpu")
+    return {column: found[column] for column in COLUMNS} | {"commit": found["commit"] or "unknown"}
 
 
 def write_csv(path, rows):
-    """Write rows with the environment's columns to `path`."""
+    """Write rows (dicts), each with the columns of the environment, to the file `path`."""
     info = environment()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,5 +29,5 @@ def write_csv(path, rows):
 
 
 def print_environment():
-    """One line: device, threads, versions, commit."""
+    """Print the environment in one line."""
     print(", ".join(f"{key} {value}" for key, value in environment().items()))

@@ -1,6 +1,7 @@
-"""Kernel microbenchmarks that come with the package: each op here against eager PyTorch, checked first, timed interleaved.
+"""Microbenchmarks of the kernels (`fastff bench`): each op against eager PyTorch. Results are checked first, and timings are interleaved.
 
-The benchmarks in the repository's benchmarks/ measure more, of networks too; this answers whether fastff is faster on this machine.
+The benchmarks in the repository's folder benchmarks/ measure more, whole networks too. This module answers whether fastff is faster on this
+machine.
 """
 
 import functools
@@ -19,7 +20,15 @@ GPU_SHAPES = [(512, 64, 32, 100), (512, 128, 16, 10), (512, 256, 8, 100), (256, 
 
 
 def interleave(functions, rounds, warmup=2):
-    """Call all functions in turn, `rounds` times after `warmup`; returns {name: [seconds]}. Ratios of one round share the machine's mood."""
+    """Time functions in turn: in every round each of them is called once. A ratio of two times of one round is little affected by slow changes
+    of the machine's speed.
+
+    Args:
+        functions: {name: function without arguments}.
+        rounds: number of timed rounds.
+        warmup: number of rounds before these.
+
+    Returns: {name: [seconds of each round]}."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = {name: [] for name in functions}
     for round_ in range(warmup + rounds):
@@ -34,19 +43,26 @@ def interleave(functions, rounds, warmup=2):
 
 
 def quantile(values, q):
-    """The value at fraction q of the sorted values."""
+    """Return the value at fraction `q` of the sorted values."""
     values = sorted(values)
     return values[min(len(values) - 1, int(q * len(values)))]
 
 
 def ratios(times, name, base):
-    """(median, 20 %, 80 % quantile) of time(name) / time(base), round by round."""
+    """Return (median, 20 % quantile, 80 % quantile) of time(name) / time(base) over the rounds of `interleave`."""
     pairs = [a / b for a, b in zip(times[name], times[base], strict=True)]
     return quantile(pairs, 0.5), quantile(pairs, 0.2), quantile(pairs, 0.8)
 
 
 class Row(NamedTuple):
-    """One op at one shape: speed-up over eager PyTorch (median, 20 % and 80 % quantile), milliseconds of ours, and which row of the table ran."""
+    """Result for one op at one shape.
+
+    Fields:
+        op, shape: what was measured; the shape is "(B, C, H, K)".
+        implementation: name of the row in the op's table that ran.
+        speedup, low, high: time of eager PyTorch over that of fastff, the median and the 20 % and 80 % quantiles.
+        milliseconds: median time of fastff.
+    """
 
     op: str
     shape: str
@@ -58,7 +74,7 @@ class Row(NamedTuple):
 
 
 def cases(shape, device, dtype):
-    """{op: (eager, ours, tensors for both)}: functions of the tensors that return comparable results."""
+    """Return {op: (eager, ours, tensors)}: two functions of the tensors that return the same results."""
     B, C, H, K = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -110,17 +126,27 @@ def cases(shape, device, dtype):
 
 
 def check(op, shape, eager, ours, tensors):
-    """Raises RuntimeError where our results are further from float64 than a few times eager's."""
-    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
-    for got, plain, exact in zip(ours(*tensors), eager(*tensors), eager(*wide), strict=True):
+    """Raises RuntimeError unless the error of our results against float64 is at most a small multiple of eager PyTorch's error."""
+    in_float64 = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    for got, plain, exact in zip(ours(*tensors), eager(*tensors), eager(*in_float64), strict=True):
         norm = exact.norm().clamp(min=1e-12)
-        error, allowed = (float((v.double() - exact).norm() / norm) for v in (got, plain))
-        if not error <= 4 * allowed + 8 * torch.finfo(got.dtype).eps:
-            raise RuntimeError(f"wrong result: {op} at {shape} is off by {error:.1e}, eager PyTorch by {allowed:.1e}")
+        error, eager_error = (float((v.double() - exact).norm() / norm) for v in (got, plain))
+        if not error <= 4 * eager_error + 8 * torch.finfo(got.dtype).eps:
+            raise RuntimeError(
+                f"wrong result: {op} at {shape} is off by {error:.1e}, eager PyTorch by {eager_error:.1e}"
+            )
 
 
 def run(device, rounds=9, shapes=None):
-    """Yields a Row for every op and shape."""
+    """Measure all ops and yield a Row for each op and shape.
+
+    Args:
+        device: where to measure; float32 on a CPU, bfloat16 on a GPU.
+        rounds: number of timed rounds.
+        shapes: [(B, C, H, K)], or None for those of this module.
+
+    Raises:
+        RuntimeError: a result is wrong; nothing is timed then."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -130,12 +156,24 @@ def run(device, rounds=9, shapes=None):
             times = interleave(
                 {"eager": functools.partial(eager, *tensors), "fastff": functools.partial(ours, *tensors)}, rounds
             )
-            name = choose(op, TABLES[op], "auto", tensors[0]).name
+            table = "goodness" if op == "tail" else op
+            name = choose(table, TABLES[table], "auto", tensors[0]).name
             yield Row(op, str(shape), name, *ratios(times, "eager", "fastff"), quantile(times["fastff"], 0.5) * 1e3)
 
 
 def tune(device, report, shapes=None):
-    """Measure what is chosen by measurement here: on a CPU the factor between both algorithms, on a GPU the sizes of the Triton kernels."""
+    """Measure the settings that fastff keeps for each machine, and store them in the cache folder.
+
+    On a CPU this is the factor between the costs of the two algorithms of the goodness (fastff/ops/plan.py), on a GPU the block sizes of the
+    Triton kernels.
+
+    Args:
+        device: the device to measure on.
+        report: function of one line of text, called with each result.
+        shapes: [(B, C, H, K)] for the Triton kernels, or None.
+
+    Raises:
+        ValueError: the Triton kernels cannot run on `device`."""
     from fastff.ops import plan
 
     device = torch.device(device)

@@ -1,6 +1,6 @@
-"""What was measured on this machine, as small JSON files in the user's cache folder.
+"""Measurements made on this machine, kept as small JSON files in the user's cache folder.
 
-The folder: FASTFF_CACHE, else XDG_CACHE_HOME/fastff, else ~/.cache/fastff.
+The folder is FASTFF_CACHE if that is set, else XDG_CACHE_HOME/fastff if that is set, else ~/.cache/fastff.
 """
 
 import json
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def file(name):
-    """Path of a file there."""
+    """Path of the file `name` in the cache folder."""
     folder = os.environ.get("FASTFF_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastff")
     return Path(folder).expanduser() / name
 
 
 def read(name):
-    """The dict in a file; empty where there is none that can be read."""
+    """Return the dict in the file `name`, or an empty one if there is no such file or it cannot be read."""
     try:
         found = json.loads(file(name).read_text())
     except (OSError, ValueError):
@@ -24,7 +24,7 @@ def read(name):
 
 
 def write(name, values):
-    """Replace a file at once. Returns its path."""
+    """Write the dict `values` to the file `name` in one atomic step, and return its path."""
     path = file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Every op of fastff in a few lines of plain PyTorch: the definition that all kernels are held against.
+"""Every op of fastff, and a training step, in a few lines of plain PyTorch: the definition that all kernels and the Trainer are tested against.
 
 Source: A. Krutsylo, "Scalable Forward-Forward Algorithm", arXiv 2501.03176 (2025); the spatial term and the second-moment
 algorithm are this project's. Shapes here are canonical: x [B, C, H, W] with P positions of the head's output, weight [K, C, k, k],
@@ -13,6 +13,8 @@ bias [K], grid_weight [K, C, G, G], target [B] (int64). Nothing is tiled, nothin
 
 import torch
 import torch.nn.functional as F
+
+from fastff.spec import PAIRED_LOSSES
 
 
 def columns(x, weight, padding=(0, 0)):
@@ -43,9 +45,10 @@ def target_weights(target, num_classes, label_smoothing=0.0, dtype=torch.float64
 
 
 def margin_cross_entropy(g, target, tau=1.0, margin=0.0, label_smoothing=0.0):
-    """loss [B]: cross-entropy over tau * g with the target's entry lowered by the margin."""
-    u = tau * g - margin * target_weights(target, g.shape[1], dtype=g.dtype)
-    return u.logsumexp(1) - (target_weights(target, g.shape[1], label_smoothing, g.dtype) * u).sum(1)
+    """loss [B]: cross-entropy over tau * g with the target's entry lowered by the margin. NaN or infinite for a label out of range."""
+    hit = target_weights(target, g.shape[1], dtype=g.dtype)
+    u = tau * g - margin * hit
+    return (u.logsumexp(1) - (target_weights(target, g.shape[1], label_smoothing, g.dtype) * u).sum(1)) / hit.sum(1)
 
 
 def layer_norm(x, eps=1e-5):
@@ -111,17 +114,19 @@ ACTIVATIONS = {
     "silu": (F.silu, lambda h: h.sigmoid() * (1 + h * (1 - h.sigmoid()))),
     "gelu": (F.gelu, lambda h: (1 + (h / 2**0.5).erf()) / 2 + h * (-h.square() / 2).exp() / (2 * torch.pi) ** 0.5),
 }
-"""name: (activation, its derivative)"""
+"""{name of spec.ACTIVATIONS: (the activation, its derivative)}"""
 
 
 def channels(v):
-    """A vector [C] against [B, C, H, W]."""
+    """Return a vector [C] as it broadcasts against [B, C, H, W]."""
     return v[:, None, None]
 
 
-def tail(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu"):
-    """The end of a block: x = activation(h), h = batch_norm(y) + residual, with the batch's mean [C] and biased variance [C]."""
-    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+def epilogue(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu", statistics=None):
+    """The end of a block: x = activation(h), h = batch_norm(y) + residual, with the batch's mean [C] and biased variance [C].
+
+    statistics: (mean, var) where they are known already."""
+    mean, var = statistics or torch.var_mean(y, (0, 2, 3), correction=0)[::-1]
     h = (y - channels(mean)) * channels((var + eps).rsqrt())
     h = h if weight is None else h * channels(weight)
     h = h if bias is None else h + channels(bias)
@@ -129,12 +134,16 @@ def tail(y, weight=None, bias=None, eps=1e-5, residual=None, activation="relu"):
     return ACTIVATIONS[activation][0](h), h, mean, var
 
 
-def tail_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="relu"):
-    """From dL/dx: dL/dy, dL/dh (which is that of the residual), and the two sums that are dL/dweight and dL/dbias (Ioffe and Szegedy 2015)."""
+def epilogue_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="relu", added=None):
+    """From dL/dx: dL/dy, dL/dh (which is that of the residual), and the two sums that are dL/dweight and dL/dbias (Ioffe and Szegedy 2015).
+
+    added: dL/dh, dL/dweight and dL/dbias of another loss, to be added to those of this one."""
     grad_h = grad_x * ACTIVATIONS[activation][1](h)
     rstd = channels((var + eps).rsqrt())
     normal = (y - channels(mean)) * rstd
     grad_bias, grad_weight = grad_h.sum((0, 2, 3)), (grad_h * normal).sum((0, 2, 3))
+    if added is not None:
+        grad_h, grad_weight, grad_bias = grad_h + added[0], grad_weight + added[1], grad_bias + added[2]
     n = y.numel() / y.shape[1]
     grad_y = rstd * (grad_h - channels(grad_bias) / n - normal * channels(grad_weight) / n)
     return grad_y if weight is None else grad_y * channels(weight), grad_h, grad_weight, grad_bias
@@ -196,13 +205,6 @@ def group_goodness_gradient(d, x, groups=1, power=2, mean=True, positions=False)
     return torch.cat(grads, 1)
 
 
-LOSSES = ("cross_entropy", "softplus", "swish", "symba", "swish_symba")
-PAIRED = ("symba", "swish_symba")
-NORMALIZATIONS = (
-    "none", "layer_norm", "group_norm", "l2", "rms", "layer_norm_channels", "l2_channels", "rms_channels"
-)  # fmt: skip
-
-
 def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0):
     """Losses of g [2n, J], first half of positive samples, second of negative, averaged over J: [2n], or [n] for losses of differences.
 
@@ -210,7 +212,7 @@ def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0):
     Trifecta, arXiv 2311.18130); f is softplus, or z sigmoid(z) for the "swish" variants."""
     f = F.silu if loss.startswith("swish") else F.softplus
     positive, negative = g.chunk(2)
-    if loss in PAIRED:
+    if loss in PAIRED_LOSSES:
         return f(-alpha * (positive - negative)).mean(1)
     return f(torch.cat([theta - positive, negative - theta])).mean(1)
 
@@ -218,11 +220,32 @@ def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0):
 def forward_forward_gradient(g, loss="softplus", theta=2.0, alpha=4.0, scale=1.0):
     """d = d(sum of scale * losses)/dg: a derivative of f at theta - g, g - theta or -alpha (g_positive - g_negative), with its sign."""
     positive, negative = g.chunk(2)
-    z = -alpha * (positive - negative) if loss in PAIRED else torch.cat([theta - positive, negative - theta])
+    z = -alpha * (positive - negative) if loss in PAIRED_LOSSES else torch.cat([theta - positive, negative - theta])
     s = z.sigmoid()
     slope = (s * (1 + z * (1 - s)) if loss.startswith("swish") else s) * scale / g.shape[1]
-    down, up = (alpha * slope, alpha * slope) if loss in PAIRED else slope.chunk(2)
+    down, up = (alpha * slope, alpha * slope) if loss in PAIRED_LOSSES else slope.chunk(2)
     return torch.cat([-down, up])
+
+
+def losses(g, loss):
+    """Losses of g that a fastff.spec.Loss describes, not reduced: one for each sample, or for each pair."""
+    if loss.name == "cross_entropy":
+        return margin_cross_entropy(g, loss.target, temperature(g, loss), loss.margin, loss.label_smoothing)
+    return forward_forward_losses(g, loss.name, loss.theta, loss.alpha)
+
+
+def loss_gradient(g, loss, scale):
+    """d = d(sum of scale * grad_scale * losses)/dg, and the same with respect to learned_tau (None without one)."""
+    scale = scale if loss.grad_scale is None else scale * loss.grad_scale.to(g.dtype)
+    if loss.name != "cross_entropy":
+        return forward_forward_gradient(g, loss.name, loss.theta, loss.alpha, scale), None
+    d, grad_tau = goodness_gradient(g, loss.target, temperature(g, loss), loss.margin, loss.label_smoothing, scale)
+    return d, None if loss.learned_tau is None else grad_tau * loss.tau
+
+
+def temperature(g, loss):
+    """The factor of goodness in cross-entropy."""
+    return loss.tau if loss.learned_tau is None else loss.tau * loss.learned_tau.to(g.dtype)
 
 
 def normalized(x, how, groups=1, eps=1e-5):
@@ -245,3 +268,53 @@ def normalized(x, how, groups=1, eps=1e-5):
             var, mean = torch.var_mean(part, dims, correction=0, keepdim=True)
             done.append((part - mean) / (var + eps).sqrt())
     return torch.cat(done, 1)
+
+
+def mean_loss(g, target):
+    """Scalar: margin cross-entropy with its defaults, averaged over the batch."""
+    return margin_cross_entropy(g, target).mean()
+
+
+def sample_norm(z):
+    """Layer normalisation over a sample that keeps the shape [B, C, H, W]."""
+    return normalized(z, "layer_norm")
+
+
+def train_step(blocks, heads, optimizers, images, target, window=1, loss=mean_loss, normalize=sample_norm):
+    """One step of block-local training on one minibatch: what fastff.Trainer computes, without its speed and its savings.
+
+    With z_l = block_l(x_{l-1}) and x_0 = images, block l has the loss L_l = loss(g_l, target) of its goodness g_l = head_l(z_l), and
+    x_l = normalize(z_l) is the next block's input. The weights of block l, w_l, and of its head, v_l, get the gradients
+
+        dL_l/dv_l    and    dL_l/dw_l + dL_{l+1}/dw_l + ... + dL_{l+window-1}/dw_l
+
+    so that with window 1 each block learns from its own loss alone and no gradient crosses from one block into another.
+
+    Args:
+        blocks: L functions of tensors [B, ...]; each returns a tuple (z, *others), where others go to the next block as they are (the
+            shortcut of a residual connection that a cut runs through). Images go to the first.
+        heads: L functions from z [B, C, H, W] to goodness [B, K], such as lambda z: goodness(z, W) with weights W [K, C, 1, 1].
+        optimizers: L, the l-th of all parameters of block l and head l.
+        images, target: [B, ...], and labels [B] (int64).
+        window: number of blocks that a loss trains, its own and those before; 1 in the paper.
+        loss: function of goodness [B, K] and target that returns a scalar.
+        normalize: function of z that returns a tensor of its shape.
+
+    Returns the losses [L] from before the update. Source: Krutsylo 2025; windows are this project's."""
+    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+    inputs, losses = (images,), []
+    for index, (block, head) in enumerate(zip(blocks, heads, strict=True)):
+        z, *others = block(*inputs)
+        losses.append(loss(head(z), target))
+        reached = [p for those in parameters[max(0, index - window + 1) : index + 1] for p in those]
+        grads = torch.autograd.grad(losses[index], reached, retain_graph=window > 1, allow_unused=True)
+        for p, grad in zip(reached, grads, strict=True):
+            if grad is not None:  # the heads of earlier blocks get none from this loss
+                p.grad = grad if p.grad is None else p.grad + grad
+        inputs = (normalize(z), *others)
+        if window == 1:  # nothing reaches back over this cut
+            inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
+    for optimizer in optimizers:  # the Trainer updates and frees a block when the last loss that reaches it has come
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack([loss.detach() for loss in losses])

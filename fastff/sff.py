@@ -1,18 +1,17 @@
-"""SFF: an unmodified model cut into blocks (cut.py), a goodness head on each, and their vote."""
+"""SFF: an unmodified model cut into blocks (graph/cut.py), a goodness head on each, and their vote."""
 
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-import fastff.functional as ff
-from fastff.body import find
-from fastff.cut import cut
+from fastff import spec
+from fastff.graph.cut import cut
+from fastff.nn.block import LocalBlock, make_head
 from fastff.nn.head import GoodnessHead
 from fastff.ops.goodness import plan_for
 
 VOTES = ("softmax", "goodness", "last")
-NORMALIZATIONS = ("layer_norm", "layer_norm_channels", None)
 
 
 class Prediction(NamedTuple):
@@ -29,96 +28,80 @@ class SFF(nn.Module):
     Args:
         model: any nn.Module of one tensor argument; it is not changed, and shares its parameters: model.state_dict() keeps its names.
         num_classes: K.
-        granularity: "layer", "block", "stage", "model" (one block) or a list of module paths that end blocks (fastff/cut.py).
+        granularity: "layer", "block", "stage", "model" (one block) or a list of module paths that end blocks (fastff/graph/cut.py).
         input_shape: of one sample, (C, H, W) for images.
-        grid, kernel_size, squares, bias, scale, tau, learn_tau, margin, label_smoothing: of the heads (fastff.nn.GoodnessHead).
-            The paper's setting: grid=0, scale=1, window=1, vote="goodness".
-        window: the loss of block l also trains the window - 1 blocks before it (used by the Trainer); 1 is the paper's, and takes about
-            two thirds of the time and half the memory of 2, which learns better (docs/learning.md).
+        goodness: a name that fastff.nn.FFBlock knows: "sff", "projection", or without weights "class_group", "class_group_mean" and, of
+            batches whose first half is positive and second half negative, "sum_of_squares", "mean_of_squares", "position".
+        window: the loss of block l also trains the window - 1 blocks before it (used by the Trainer); 1 is the paper's, and takes less time
+            and memory than 2, which learns better (docs/learning.md).
         vote: "softmax" averages the blocks' softmax(tau * goodness), "goodness" averages goodness, "last" takes the last block's.
-        normalize: between blocks: "layer_norm" over a sample, "layer_norm_channels" at each position, or None.
+        normalize: between blocks: a name of fastff.spec.NORMALIZATIONS such as "layer_norm" (over a sample), or None.
         readout: keep the model's own classifier, trained on detached features beside the blocks; otherwise it is not used.
         channel_dim: of the blocks' outputs, 1 or -1; None finds out from their shapes.
-        fuse: train opened blocks (fastff/body.py): their convolutions by the quickest way to their gradients, and with window=1 BatchNorm2d
-            [+ residual] [+ activation] at their end and the goodness step as one op. Modules inside a block are not all called as such then; a
-            hook on one of these turns it off for its block.
+        fuse: train opened blocks (fastff/graph/training.py): with faster gradients of convolutions, and BatchNorm2d [+ residual]
+            [+ activation] in one pass, at a block's end together with the goodness step. Modules inside a block are not all called as such
+            then; a hook on one of these turns it off for its block.
+        head: the heads' further keywords: grid (default 4), kernel_size, squares, bias, scale, tau, learn_tau, margin, label_smoothing, impl,
+            algorithm of fastff.nn.GoodnessHead; loss, theta, alpha, ... of fastff.nn.GroupGoodness.
+            The paper's setting: grid=0, scale=1, window=1, vote="goodness".
 
-    Attributes: model, blocks (tuple of fastff.cut.Block), heads (ModuleList of GoodnessHead), readout (Block or None), bodies (for each
-    block fastff.body.Body or None).
+    Attributes: model, blocks (tuple of fastff.graph.cut.Block), heads (ModuleList), local_blocks (tuple of fastff.nn.LocalBlock: a block
+    with its head), readout (a tuple with the classifier's Block, or None).
     """
 
     def __init__(
-        self, model, num_classes, granularity="block", input_shape=(3, 32, 32), *, grid=4, kernel_size=1, squares=True, bias=False, scale=None,
-        tau=1.0, learn_tau=False, margin=0.0, label_smoothing=0.0, window=2, vote="softmax", normalize="layer_norm", readout=False,
-        channel_dim=None, impl="auto", algorithm="auto", fuse=True,
+        self, model, num_classes, granularity="block", input_shape=(3, 32, 32), *, goodness="sff", window=2, vote="softmax",
+        normalize="layer_norm", readout=False, channel_dim=None, fuse=True, **head,
     ):  # fmt: skip
         super().__init__()
         if vote not in VOTES:
             raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {vote!r}")
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize: expected 'layer_norm', 'layer_norm_channels' or None, got {normalize!r}")
         if not isinstance(window, int) or window < 1:
             raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
         if channel_dim not in (None, 1, -1):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
-        blocks, tail = cut(model, granularity, input_shape)
-        if readout and tail is None:
+        if normalize is not None and normalize not in spec.NORMALIZATIONS:
+            raise ValueError(f"normalize: expected one of {', '.join(spec.NORMALIZATIONS)} or None, got {normalize!r}")
+        blocks, classifier = cut(model, granularity, input_shape)
+        if readout and classifier is None:
             raise ValueError("readout: the model has nothing behind its last block to keep")
         self.model = model
         self.blocks = tuple(blocks)  # not registered: their parameters are the model's
-        self.readout = (tail,) if readout else None
+        self.readout = (classifier,) if readout else None
         self.num_classes, self.input_shape, self.granularity = num_classes, tuple(input_shape), granularity
-        self.window, self.vote, self.normalize = window, vote, normalize
+        self.window, self.vote, self.normalize, self.goodness_name = window, vote, normalize, goodness
         like = next(model.parameters())
-        heads = []
-        for block in blocks:
-            dim = channel_dim or block.channel_dim
-            channels, cells = _sizes(block.output_shape, dim, grid)
-            heads.append(
-                GoodnessHead(
-                    channels, num_classes, kernel_size if len(block.output_shape) == 3 else 1, cells, squares=squares, bias=bias, scale=scale,
-                    tau=tau, learn_tau=learn_tau, margin=margin, label_smoothing=label_smoothing, channel_dim=dim, impl=impl,
-                    algorithm=algorithm, device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
-                )
-            )  # fmt: skip
-        self.heads = nn.ModuleList(heads)
-        self.bodies = tuple(find(block) if fuse else None for block in blocks)
-
-    def tail(self, index):
-        """The fastff.nn.tail.Tail that block `index` can be trained with, or None."""
-        body, head = self.bodies[index], self.heads[index]
-        images = head.channel_dim == 1 and len(self.blocks[index].output_shape) == 3
-        return body.tail if body is not None and images and self.normalize is not None else None
+        self.heads = nn.ModuleList(
+            _head(block, num_classes, goodness, channel_dim, dict(head), like) for block in blocks
+        )
+        self.local_blocks = tuple(
+            LocalBlock(block, head, normalize, fuse, open_modules=True)
+            for block, head in zip(blocks, self.heads, strict=True)
+        )
+        for block in self.local_blocks:
+            block.graph  # noqa: B018  traced here, while the model is as the user made it
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         for block in (*self.blocks, *(self.readout or ())):
             block.rebind(block.graph_module, block.train_graph_module)
-        for block, body in zip(self.blocks, self.bodies, strict=True):
-            if body is not None:
-                block.rebind(*body.graph_modules())
+        for block in self.local_blocks:
+            if block.graph is not None:
+                block.module.rebind(*block.graph.graph_modules())
         return self
 
     def block_parameters(self, index):
         """The parameters that block `index` trains: its own and its head's."""
         return [*self.blocks[index].parameters(), *self.heads[index].parameters()]
 
-    def next_input(self, alive, head):
-        """The tensors alive after a block, with the main one (the first) normalised for the next block."""
-        main, *others = alive
-        if self.normalize is not None:
-            over = "sample" if self.normalize == "layer_norm" else "channels"
-            main = ff.layer_norm(main, over=over, channel_dim=head.channel_dim)
-        return (main, *others)
-
     def outputs(self, images):
         """Yields (main output, goodness [B, K]) block by block."""
         alive = (self.check_images(images),)
-        for index, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
-            alive = block(*alive)
-            yield alive[0], head(alive[0])
+        for index, block in enumerate(self.local_blocks):
+            main, *others = block.module(*alive)
+            yield main, block.head(main)
             if index + 1 < len(self.blocks):
-                alive = self.next_input(alive, head)
+                alive = (block.next_input(main), *others)
 
     def check_images(self, images):
         """Returns images. Raises ValueError unless they are [B, *input_shape]; other heights and widths pass."""
@@ -157,13 +140,13 @@ class SFF(nn.Module):
         label = torch.zeros(size, dtype=torch.int64, device=device)
         block_of, confidence = label.clone(), torch.zeros(size, device=device)
         rows, alive, seen = torch.arange(size, device=device), (self.check_images(images),), []
-        for index, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
+        for index, block in enumerate(self.local_blocks):
             if len(rows) == 0:
                 break
-            alive = block(*alive)
-            seen.append(head(alive[0]))
+            main, *others = block.module(*alive)
+            seen.append(block.head(main))
             vote = self.votes(seen)
-            probabilities = vote if self.vote == "softmax" else head.logits(vote).softmax(1)
+            probabilities = vote if self.vote == "softmax" else block.head.logits(vote).softmax(1)
             sure, best = probabilities.max(1)
             last = index + 1 == len(self.blocks)
             leave = (
@@ -174,46 +157,68 @@ class SFF(nn.Module):
             label[rows[leave]], confidence[rows[leave]], block_of[rows[leave]] = best[leave], sure[leave].float(), index
             stay = ~leave
             rows, seen = rows[stay], [g[stay] for g in seen]
-            alive = self.next_input(tuple(t[stay] if isinstance(t, torch.Tensor) else t for t in alive), head)
+            others = (t[stay] if isinstance(t, torch.Tensor) else t for t in others)
+            alive = (block.next_input(main[stay]), *others)
         return Prediction(label, confidence, block_of)
 
     def __repr__(self):
-        rows = [("block", "modules", "parameters", "output", "goodness", "tail")]
-        for i, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
-            called = block.modules_called
-            modules = (
-                block.name if called == [block.name] or len(called) < 2 else f"{block.name} ({len(called)} modules)"
-            )
+        rows = [("block", "modules", "parameters", "output", "goodness", "epilogue")]
+        for i, block in enumerate(self.local_blocks):
+            name, called = block.module.name, block.module.modules_called
+            modules = name if called == [name] or len(called) < 2 else f"{name} ({len(called)} modules)"
             count = sum(p.numel() for p in self.block_parameters(i))
-            shape = " x ".join(map(str, block.output_shape))
-            rows.append(
-                (str(i), modules, f"{count:,}", shape, self._algorithm(block, head), str(self.tail(i) or "none"))
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i in (0, 2) else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+            shape = " x ".join(map(str, block.module.output_shape))
+            rows.append((str(i), modules, f"{count:,}", shape, _algorithm(block), str(block.epilogue or "none")))
         total = sum(p.numel() for i in range(len(self.blocks)) for p in self.block_parameters(i))
-        head = f"SFF: {type(self.model).__name__} in {len(self.blocks)} blocks ({self.granularity}), {self.num_classes} classes, {total:,} parameters"
-        kept = ", read-out kept" if self.readout else ""
-        has_tails = any(self.tail(i) is not None for i in range(len(self.blocks)))
-        fused = "" if self.window == 1 or not has_tails else " (tails are fused with window=1)"
-        tail = f"window={self.window}{fused}, vote={self.vote}, grid={self.heads[0].grid[0]}, normalize={self.normalize}{kept}"
-        return "\n".join([head, *(line.rstrip() for line in lines), tail])
+        name, blocks = type(self.model).__name__, f"{len(self.blocks)} blocks ({self.granularity})"
+        head = f"SFF: {name} in {blocks}, {self.num_classes} classes, {total:,} parameters"
+        options = [f"window={self.window}", f"vote={self.vote}", f"normalize={self.normalize}"]
+        if self.goodness_name == "sff":
+            options.insert(2, f"grid={self.heads[0].grid[0]}")
+        else:
+            options.insert(0, f"goodness={self.goodness_name}")
+        return "\n".join([head, *_aligned(rows), ", ".join(options) + (", read-out kept" if self.readout else "")])
 
-    def _algorithm(self, block, head):
-        if head.weight is None:
-            return "grid"
-        shape = block.output_shape
-        dims = (shape if head.channel_dim == 1 else (shape[-1], *shape[:-1])) if len(shape) > 1 else (*shape, 1)
-        spatial = dims[1:] if len(dims) == 3 else (1, *dims[1:])
-        x = head.weight.new_empty(1).expand(32, dims[0], *spatial)  # a shape, without its memory
-        how = plan_for(x, head.weight, head.grid_weight, (head.kernel_size // 2,) * 2, head.algorithm, head.impl)
-        return how.algorithm.replace("_", " ")
+
+def _aligned(rows):
+    """Lines of a table: the first and third column to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(w) if i in (0, 2) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def _algorithm(block):
+    """How the goodness of a block is computed, for a batch of 32."""
+    head, shape = block.head, block.module.output_shape
+    if not isinstance(head, GoodnessHead):
+        return head.goodness
+    if head.weight is None:
+        return "grid"
+    dims = (shape if head.channel_dim == 1 else (shape[-1], *shape[:-1])) if len(shape) > 1 else (*shape, 1)
+    spatial = dims[1:] if len(dims) == 3 else (1, *dims[1:])
+    x = head.weight.new_empty(1).expand(32, dims[0], *spatial)  # a shape, without its memory
+    how = plan_for(x, head.weight, head.grid_weight, (head.kernel_size // 2,) * 2, head.algorithm, head.impl)
+    return how.algorithm.replace("_", " ")
+
+
+def _head(block, num_classes, goodness, channel_dim, options, like):
+    """The head of a block: `options` are its keywords, beside those that the block's shape gives."""
+    dim = channel_dim or block.channel_dim
+    if goodness in ("sff", "projection"):
+        grid = options.pop("grid", 4) if goodness == "sff" else max(block.output_shape)
+        channels, options["grid"] = _sizes(block.output_shape, dim, grid)
+        if len(block.output_shape) != 3:
+            options.pop("kernel_size", None)
+        options |= {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
+    else:
+        channels, _ = _sizes(block.output_shape, dim, 0)
+    try:
+        return make_head(channels, num_classes, goodness, options | {"channel_dim": dim})
+    except ValueError as error:
+        raise ValueError(f"{error} (the head of block {block.name})") from error
 
 
 def _sizes(shape, channel_dim, grid):

@@ -8,10 +8,13 @@
 Each description is a tuple with names and defaults. Ops pass them on as one flat list of arguments, whose schema is derived from the fields
 here (`schema`, `flatten`, `unflatten`), and kernels read the fields by name. A new parameter of a loss is a field here, a formula in
 fastff/reference.py, and a line in the loss code of each language (fastff/kernels/triton/loss.py, csrc/cpu/loss.h).
+
+`checked` makes a description from the arguments of the public functions. It raises TypeError or ValueError that names the argument,
+what was expected and what it got; `called` is the name of x there.
 """
 
 import typing
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -26,7 +29,78 @@ ALGORITHMS = ("auto", "direct", "second_moment")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Pair = tuple[int, int]
-MaybeTensor = torch.Tensor | None
+MaybeTensor: TypeAlias = torch.Tensor | None
+
+
+def canonical_x(x, channel_dim=1, called="x"):
+    """Check x and view it as [B, C, H, W]."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{called}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{called}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    if not 2 <= x.dim() <= 4:
+        raise ValueError(f"{called}: expected [B, C], [B, C, L], [B, C, H, W] or tokens, got shape {list(x.shape)}")
+    if channel_dim in (-1, x.dim() - 1) and x.dim() > 2:
+        return x.mT[:, :, None, :] if x.dim() == 3 else x.permute(0, 3, 1, 2)
+    if channel_dim != 1 and x.dim() > 2:
+        raise ValueError(f"channel_dim: expected 1 or -1, got {channel_dim}")
+    if x.dim() == 2:
+        return x[:, :, None, None]
+    return x[:, :, None, :] if x.dim() == 3 else x
+
+
+def restore(y, x, channel_dim=1):
+    """View y [B, C, H, W] as x was before `canonical_x`. None stays None."""
+    if y is None or x.dim() == 4 and channel_dim == 1:
+        return y
+    if x.dim() == 2:
+        return y[:, :, 0, 0]
+    if channel_dim in (-1, x.dim() - 1):
+        return y[:, :, 0, :].mT if x.dim() == 3 else y.permute(0, 2, 3, 1)
+    return y[:, :, 0, :] if x.dim() == 3 else y
+
+
+def check_member(called, value, names):
+    """Raise ValueError unless value is one of the names."""
+    if value not in names:
+        raise ValueError(f"{called}: expected one of {', '.join(names)}, got {value!r}")
+
+
+def check_not_empty(x, called="x"):
+    """Raise ValueError for x [B, C, H, W] without channels or positions."""
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{called}: expected at least one channel and one position, got shape {list(x.shape)}")
+
+
+def check_target(target, x, called="x"):
+    """Raise TypeError or ValueError unless target has a class label for each sample of x, on its device."""
+    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
+        raise TypeError(f"target: expected int64 class labels, got {got}")
+    if target.shape != x.shape[:1]:
+        raise ValueError(f"target: expected [{x.shape[0]}], one label per sample, got {list(target.shape)}")
+    if x.shape[0] == 0:
+        expected = "at least one sample, since the loss of none is undefined"
+        raise ValueError(f"{called}: expected {expected}, got an empty batch")
+    if target.device != x.device:
+        raise ValueError(f"target: expected on {x.device} as {called} is, got {target.device}")
+
+
+def check_labels(target, num_classes):
+    """Raise ValueError for labels out of range on a CPU. On a GPU the host would wait for them: there they make the loss NaN."""
+    if target.device.type == "cpu" and target.numel():
+        low, high = (int(v) for v in target.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"target: expected labels in 0..{num_classes - 1}, got {low if low < 0 else high}")
+
+
+class Plan(NamedTuple):
+    """How the goodness of a Projection is computed (fastff/ops/plan.py): algorithm "direct", "second_moment" or "convolution", samples
+    of a chunk, classes of a tile."""
+
+    algorithm: str
+    samples: int
+    classes: int
 
 
 class Projection(NamedTuple):
@@ -40,6 +114,54 @@ class Projection(NamedTuple):
     grid_weight: MaybeTensor = None
     padding: Pair = (0, 0)
 
+    @property
+    def classes(self):
+        """K."""
+        return (self.weight if self.weight is not None else self.grid_weight).shape[0]
+
+    def dtype(self, x):
+        """The dtype of the arithmetic on x: float64 if an argument is, else float32, also for 16-bit x, whose squares overflow."""
+        wide = any(t is not None and t.dtype == torch.float64 for t in (x, self.weight, self.grid_weight))
+        return torch.float64 if wide else torch.float32
+
+    @classmethod
+    def checked(cls, x, weight, bias=None, grid_weight=None, padding=0, algorithm="auto", called="x"):
+        """Make one for x [B, C, H, W] from weight [K, C] or [K, C, k, k] and an int or a pair as padding."""
+        made = cls(weight, bias, grid_weight, (padding, padding) if isinstance(padding, int) else tuple(padding))
+        made.check(x, algorithm, called)
+        return made if weight is None or weight.dim() == 4 else made._replace(weight=weight[:, :, None, None])
+
+    def check(self, x, algorithm="auto", called="x"):
+        """Raise TypeError or ValueError unless this is a head for x [B, C, H, W]."""
+        check_not_empty(x, called)
+        (weight, bias, grid_weight, padding), channels = self, x.shape[1]
+        if weight is None and grid_weight is None:
+            raise ValueError("weight: expected [K, C] or [K, C, k, k] unless grid_weight is given, got None for both")
+        if weight is None and bias is not None:
+            raise ValueError("bias: expected None without weight, since it is part of the squares")
+        for name, t in (("weight", weight), ("bias", bias), ("grid_weight", grid_weight)):
+            if t is not None and (not isinstance(t, torch.Tensor) or t.dtype not in DTYPES):
+                got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
+                raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+            if t is not None and t.device != x.device:
+                raise ValueError(f"{name}: expected on {x.device} as {called} is, got {t.device}")
+        if weight is not None and (weight.dim() not in (2, 4) or weight.shape[1] != channels or weight.shape[0] == 0):
+            expected = f"[K, {channels}] or [K, {channels}, k, k] with K >= 1 for {called} of {channels} channels"
+            raise ValueError(f"weight: expected {expected}, got {list(weight.shape)}")
+        if bias is not None and bias.shape != (self.classes,):
+            raise ValueError(f"bias: expected [{self.classes}], got {list(bias.shape)}")
+        if grid_weight is not None and (grid_weight.dim() != 4 or grid_weight.shape[:2] != (self.classes, channels)):
+            raise ValueError(f"grid_weight: expected [{self.classes}, {channels}, G, G], got {list(grid_weight.shape)}")
+        if len(padding) != 2 or min(padding) < 0:
+            raise ValueError(f"padding: expected an int or a pair of at least 0, got {padding}")
+        kernel = (1, 1) if weight is None else (*weight.shape[2:], 1, 1)[:2]
+        if any(n + 2 * p < k for n, p, k in zip(x.shape[2:], padding, kernel, strict=True)):
+            raise ValueError(f"{called}: expected at least {list(kernel)} positions for this head, got {list(x.shape)}")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm: expected 'auto', 'direct' or 'second_moment', got {algorithm!r}")
+        if algorithm == "second_moment" and kernel != (1, 1):
+            raise ValueError(f"algorithm: second_moment needs kernel size 1, got {list(kernel)}")
+
 
 class Groups(NamedTuple):
     """g[b,k] = sum (or mean) of x^power over the k-th of `count` groups of neighbouring channels and all positions.
@@ -47,10 +169,33 @@ class Groups(NamedTuple):
     With `positions`, g [B, P] is over all channels at each position instead (count = 1).
     Sources: Hinton 2022 (arXiv 2212.13345), CwComp (arXiv 2312.12668), DeeperForward (ICLR 2025)."""
 
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count
     power: int = 2
     mean: bool = True
     positions: bool = False
+
+    def columns(self, x):
+        """The number of columns of g for x [B, C, H, W]."""
+        return x.shape[2] * x.shape[3] if self.positions else self.count
+
+    @classmethod
+    def checked(cls, x, groups=1, power=2, mean=True, positions=False, called="x"):
+        """Make one for x [B, C, H, W]."""
+        made = cls(groups, power, bool(mean), bool(positions))
+        made.check(x, called=called)
+        return made
+
+    def check(self, x, algorithm="auto", called="x"):
+        """Raise ValueError unless x [B, C, H, W] has such groups. They have one algorithm, whatever the argument says."""
+        groups = self[0]
+        if not isinstance(groups, int) or not 1 <= groups <= x.shape[1]:
+            raise ValueError(f"groups: expected 1 to {x.shape[1]}, the channels of {called}, got {groups!r}")
+        if self.power not in (1, 2):
+            raise ValueError(f"power: expected 1 or 2, got {self.power!r}")
+        if self.positions and groups != 1:
+            expected = "groups=1, since each position is one group of all channels"
+            raise ValueError(f"positions: expected {expected}, got {groups}")
+        check_not_empty(x, called)
 
 
 class Loss(NamedTuple):
@@ -81,6 +226,71 @@ class Loss(NamedTuple):
         """d(reduced loss) / d(one of the losses)."""
         return 1 / self.count(batch) if self.reduction == "mean" else 1.0
 
+    @classmethod
+    def checked(cls, x, target=None, positions=False, called="x", *, tau=1.0, **options):
+        """Make one for the samples of x. Options are the other fields by their names; tau may also be a 0-dimensional tensor.
+
+        positions: whether g has a column for each position instead of for each class."""
+        learned_tau = None
+        if isinstance(tau, torch.Tensor):
+            if tau.dim() != 0:
+                raise ValueError(f"tau: expected a number or a 0-dimensional tensor, got shape {list(tau.shape)}")
+            tau, learned_tau = 1.0, tau
+        made = cls(target=target, tau=float(tau), learned_tau=learned_tau, **options)
+        made.check(x, positions, called)
+        return made
+
+    def check(self, x, positions=False, called="x"):
+        """Raise TypeError or ValueError unless this is a loss for the samples of x."""
+        check_member("loss", self.name, LOSSES)
+        self.check_numbers()
+        scale, target = self.grad_scale, self.target
+        if scale is not None and (not isinstance(scale, torch.Tensor) or scale.numel() != 1):
+            got = list(scale.shape) if isinstance(scale, torch.Tensor) else type(scale).__name__
+            raise TypeError(f"grad_scale: expected a tensor of one element or None, got {got}")
+        if self.name != "cross_entropy":
+            if target is not None:
+                raise ValueError(f"target: expected None for {self.name}, whose batch is two halves, got a tensor")
+            if x.shape[0] == 0 or x.shape[0] % 2:
+                expected = "positive samples and as many negative ones, an even batch"
+                raise ValueError(f"{called}: expected {expected}, got {x.shape[0]}")
+        elif positions:
+            expected = "False for cross_entropy, which needs a column for each class"
+            raise ValueError(f"positions: expected {expected}, got True")
+        elif target is None:
+            raise ValueError("target: expected [B] int64 class labels for cross_entropy, got None")
+        else:
+            check_target(target, x, called)
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {self.reduction!r}")
+
+    def check_numbers(self):
+        """Raise ValueError for a number out of range."""
+        if not 0 < self.tau < float("inf"):
+            raise ValueError(f"tau: expected a positive number, got {self.tau!r}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}")
+        if not abs(self.margin) < float("inf"):
+            raise ValueError(f"margin: expected a finite number, got {self.margin}")
+
+
+# What a head keeps of its loss: the rest comes with each step.
+LOSS_OPTIONS = tuple(
+    name for name in Loss._fields if name not in ("name", "target", "learned_tau", "reduction", "grad_scale")
+)
+
+
+def check_loss_options(options):
+    """Return these options of a loss with the defaults of the others.
+
+    Raises TypeError for an unknown one and ValueError for a value out of range."""
+    for name in options:
+        if name not in LOSS_OPTIONS:
+            raise TypeError(f"{name}: expected an option of the loss, one of {', '.join(LOSS_OPTIONS)}")
+    made = Loss(**options)
+    made.check_numbers()
+    return {name: getattr(made, name) for name in LOSS_OPTIONS}
+
 
 class Epilogue(NamedTuple):
     """The end of a block, x = activation(batch_norm(y) + residual), with the statistics of this batch.
@@ -95,6 +305,45 @@ class Epilogue(NamedTuple):
     need_grad_residual: bool = True
     activation: str = "relu"
 
+    @property
+    def wants_residual(self):
+        """Whether there is a residual whose gradient is wanted."""
+        return self.residual is not None and self.need_grad_residual
+
+    def check(self, y):
+        """Raise TypeError or ValueError unless this may follow y."""
+        if not isinstance(y, torch.Tensor) or y.dim() != 4:
+            got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+            raise ValueError(f"y: expected a tensor [B, C, H, W], got {got}")
+        for name, t in (("bn_weight", self.weight), ("bn_bias", self.bias)):
+            if t is not None and (t.shape != y.shape[1:2] or t.device != y.device or t.dtype not in DTYPES):
+                expected = f"a floating-point tensor [{y.shape[1]}] on {y.device}"
+                raise ValueError(f"{name}: expected {expected}, got {list(t.shape)} of {t.dtype} on {t.device}")
+        r = self.residual
+        if r is not None and not isinstance(r, torch.Tensor):
+            raise TypeError(f"residual: expected a tensor as y or None, got {type(r).__name__}")
+        if r is not None and (r.shape != y.shape or r.dtype != y.dtype or r.device != y.device):
+            expected = f"{list(y.shape)} of {y.dtype} on {y.device} as y is"
+            raise ValueError(f"residual: expected {expected}, got {list(r.shape)} of {r.dtype} on {r.device}")
+        check_member("activation", self.activation, ACTIVATIONS)
+        if y.numel() == y.shape[1]:
+            expected = "more than one value per channel for batch statistics"
+            raise ValueError(f"y: expected {expected}, got {list(y.shape)}")
+
+
+class EpilogueGradients(NamedTuple):
+    """Gradients of an Epilogue: of y, of the residual (that of h; None unless wanted), of weight and bias [C], which are there in any case."""
+
+    y: torch.Tensor
+    residual: MaybeTensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def of_parameters(self, epilogue):
+        """The gradients of weight and bias in their dtypes, None where the Epilogue has none."""
+        pairs = ((epilogue.weight, self.weight), (epilogue.bias, self.bias))
+        return tuple(None if parameter is None else grad.to(parameter.dtype) for parameter, grad in pairs)
+
 
 class Normalization(NamedTuple):
     """Of the next block's input: a name of NORMALIZATIONS, the groups of "group_norm", and what is added to the variance or length."""
@@ -102,6 +351,14 @@ class Normalization(NamedTuple):
     name: str = "none"
     groups: int = 1
     eps: float = 1e-5
+
+    @classmethod
+    def checked(cls, name, groups=1, eps=1e-5):
+        """Make one. None is "none"."""
+        name = "none" if name is None else name
+        if name not in NORMALIZATIONS:
+            raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {name!r}")
+        return cls(name, groups, float(eps))
 
 
 class Step(NamedTuple):
@@ -138,13 +395,18 @@ class StepResult(NamedTuple):
     mean: MaybeTensor = None
     var: MaybeTensor = None
 
+    def before_epilogue(self, gradients, mean, var):
+        """The result of a step with an epilogue, from that of the step behind it and the EpilogueGradients."""
+        return self._replace(
+            grad_x=gradients.y, grad_residual=gradients.residual, grad_bn_weight=gradients.weight, grad_bn_bias=gradients.bias,
+            mean=mean, var=var,
+        )  # fmt: skip
+
     @property
     def grad_y(self):
         """grad_x, by the name that tail_step has for its input."""
         return self.grad_x
 
-
-# --- from tuples to flat arguments of an op and back
 
 TYPES = {
     torch.Tensor: "Tensor", MaybeTensor: "Tensor?", float: "float", int: "int", bool: "bool", str: "str", Pair: "SymInt[2]"
@@ -184,7 +446,7 @@ def unflatten(x, values, need_grad_x=True, algorithm="auto"):
     values, found = iter(values), {}
     for name, part in PARTS.items():
         here = next(values) if name in OPTIONAL else True
-        fields = part(*(next(values) for _ in part._fields))
-        found[name] = fields if here else None
+        fields = [next(values) for _ in part._fields]
+        found[name] = part(*(tuple(v) if isinstance(v, list) else v for v in fields)) if here else None
     goodness = found["projection"] or found["groups"]
     return Step(x, found["epilogue"], goodness, found["loss"], found["normalization"], need_grad_x, algorithm)

@@ -130,10 +130,10 @@ def bytes_sent(distributed):
         trainer.step(*given)
     ranks.gather(None)
     counted = (tcp_bytes_sent() - before) / steps
-    blocks = [4 * (sum(p.numel() for p in trainer.parameters[index]) + 1) for index in trainer.own]
+    blocks = [4 * (sum(p.numel() for p in trainer.engine.parameters[index]) + 1) for index in trainer.engine.place.own]
     predicted = sum(blocks) * 2 * (ranks.data_size - 1) / ranks.data_size
-    if not trainer.place.has_last:
-        main = trainer.sff.blocks[trainer.own[-1]].output_shape
+    if not trainer.engine.place.has_last:
+        main = trainer.sff.blocks[trainer.engine.place.own[-1]].output_shape
         predicted += HEADER + sum(-(-n // ALIGN) * ALIGN for n in (8 * 8, 8 * 4 * torch.Size(main).numel()))
     return ranks.gather((counted, predicted))
 

@@ -72,7 +72,7 @@ def start(kind, ranks, folder):
                 run(kind, ranks, folder)
                 code = 0
             except RankFailed as error:
-                if watch.speaks():
+                if watch.prints_failure():
                     with open(folder / "failures.txt", "a") as file:
                         file.write(f"{error}\n")
             finally:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from fastff import spec
 from fastff.ops import plan
 
 TRUNCATES = (
@@ -198,6 +199,11 @@ def planned_for(budget):
 
 
 # --- images
+
+
+def op_arguments(step, impl="auto"):
+    """The arguments of torch.ops.fastff.step for a spec.Step."""
+    return step.x, *spec.flatten(step), step.need_grad_x, step.algorithm, impl
 
 
 def pixels(*shape, seed=0):

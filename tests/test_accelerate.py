@@ -193,7 +193,7 @@ class Plain(Base):
 
 
 GOODNESS, GROUPS, NORM, CONV, DEPTHWISE = (
-    "1 x 1 goodness", "class-group goodness", "normalisation", "convolution", "depthwise convolution",
+    "1 x 1 goodness", "class-group goodness", "normalization", "convolution", "depthwise convolution",
 )  # fmt: skip
 # module: (patterns replaced, patterns left)
 MODULES = {

@@ -9,11 +9,11 @@ from torch import nn
 import fastff
 import fastff.functional as ff
 from fastff import SFF, Backprop, Trainer
-from fastff.cut import CutError
+from fastff.graph.trace import CutError
 from fastff.nn import FFBlock, FFConv2d, GoodnessHead
 from fastff.training import data, optim
+from fastff.training.fit import Diverged
 from fastff.training.loader import Augment, Loader
-from fastff.training.loop import Diverged
 
 X, W, Y = torch.randn(2, 3, 4, 4), torch.randn(5, 3), torch.tensor([0, 4])
 IMAGES, LABELS = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fastff.functional as ff
-import fastff.nn.convolution
+import fastff.graph.fused
 from benchmarks import convolution, depthwise, goodness, group_goodness, layer_norm, runner, tables, tail
 
 FAMILIES = [shape[0] for shape in group_goodness.SHAPES]
@@ -52,13 +52,13 @@ WRONG = [  # (case, owner and name of the function that goes wrong, how)
     *(("goodness", ff, "goodness_step", of_a_step(field)) for field in ("loss", "grad_x", "grad_weight")),
     *(
         ("tail", ff, "tail_step", of_a_step(field))
-        for field in ("loss", "normalized", "grad_y", "grad_residual", "grad_bn_weight", "grad_bn_bias", "grad_weight")
+        for field in ("loss", "normalized", "grad_x", "grad_residual", "grad_bn_weight", "grad_bn_bias", "grad_weight")
     ),
     ("tail", ff, "goodness_step", of_a_step("grad_x")),
     ("convolution", torch.ops.fastff, "convolution_weight_gradient", result),
-    ("depthwise", fastff.nn.convolution, "convolve", result),
-    ("depthwise", fastff.nn.convolution, "convolve", lambda f: lambda x, *args: f(gradient_too_large(x), *args)),
-    ("depthwise", fastff.nn.convolution, "convolve", lambda f: lambda x, w, *args: f(x, gradient_too_large(w), *args)),
+    ("depthwise", fastff.graph.fused, "convolve", result),
+    ("depthwise", fastff.graph.fused, "convolve", lambda f: lambda x, *args: f(gradient_too_large(x), *args)),
+    ("depthwise", fastff.graph.fused, "convolve", lambda f: lambda x, w, *args: f(x, gradient_too_large(w), *args)),
     ("layer_norm", ff, "layer_norm", result),
     ("layer_norm over channels", ff, "layer_norm", result),
     ("layer_norm over channels", ff, "normalize", result),

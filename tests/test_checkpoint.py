@@ -17,7 +17,7 @@ import torch
 from fastff import SFF, Trainer
 from fastff.training import checkpoint
 from fastff.training.checkpoint import CheckpointError
-from fastff.training.loop import Diverged, Interrupted
+from fastff.training.fit import Diverged, Interrupted
 
 
 @pytest.mark.parametrize(("kind", "kills"), [("block", 20), ("window", 4), ("greedy", 2), ("fp16", 2), ("backprop", 2)])

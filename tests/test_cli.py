@@ -507,11 +507,7 @@ def test_wrong_for_predict(trained, pictures, tmp_path):
 def test_damaged_checkpoints(trained, pictures, tmp_path):
     folder, _ = trained
     whole = (folder / "checkpoint.pt").read_bytes()
-    damaged = {
-        "empty": b"",
-        "cut short": whole[: len(whole) // 2],
-        "text": b"hello",
-    }
+    damaged = {"empty": b"", "cut short": whole[: len(whole) // 2], "text": b"hello"}
     for kind, content in damaged.items():
         (tmp_path / "checkpoint.pt").write_bytes(content)
         for command in (

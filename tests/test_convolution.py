@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import LAYOUTS, same_bits
 from torch import nn
 
-from fastff.nn.convolution import Convolution, quickened
+from fastff.graph.fused import Convolution
 from fastff.ops.convolution import ROWS, convolve
 
 RUNS = [
@@ -76,7 +76,7 @@ def test_the_stand_in_is_the_convolution(kernel, stride, channels, bias, need_x,
     x = torch.randn(4, channels, 11, 9).contiguous(memory_format=layout).requires_grad_(need_x)
     wide.load_state_dict(conv.state_dict())
     leaves = [*conv.parameters()] + [x] * need_x
-    got = quickened(conv)(x)
+    got = Convolution.of(conv)(x)
     wide_x = x.detach().double().requires_grad_(need_x)
     want = wide(wide_x)
     torch.testing.assert_close(got, want.float())
@@ -89,15 +89,15 @@ def test_the_stand_in_is_the_convolution(kernel, stride, channels, bias, need_x,
 
 def test_which_convolutions_have_a_stand_in():
     conv = nn.Conv2d(4, 6, 3, padding=1)
-    assert quickened(conv).convolution is conv
-    assert isinstance(quickened(conv), Convolution)
+    assert Convolution.of(conv).convolution is conv
+    assert isinstance(Convolution.of(conv), Convolution)
     others = [
         nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(4, 6, 3, dilation=2), nn.Conv2d(4, 6, (3, 1)),
         nn.Conv2d(4, 6, 3, padding="same"),
         nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 6, 3, stride=(1, 2)), nn.ConvTranspose2d(4, 6, 3), nn.Linear(4, 6),
         torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
     ]  # fmt: skip
-    assert [quickened(m) for m in others] == [None] * len(others)
+    assert [Convolution.of(m) for m in others] == [None] * len(others)
 
 
 def test_other_dtypes_layouts_and_autocast_are_pytorchs():

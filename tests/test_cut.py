@@ -10,7 +10,7 @@ from vision import import_torchvision
 
 import fastff
 from fastff import SFF
-from fastff.cut import CutError, cut
+from fastff.graph.cut import CutError, cut
 
 OWN = {
     "resnet18": lambda: fastff.models.resnet18(10, stem="cifar", width=8),
@@ -237,15 +237,12 @@ def test_print_shows_the_cut():
     text = repr(SFF(OWN["resnet18"](), 10, readout=True))
     lines = text.splitlines()
     assert lines[0].startswith("SFF: ResNet in 9 blocks (block), 10 classes, ")
-    assert lines[1].split() == ["block", "modules", "parameters", "output", "goodness", "tail"]
+    assert lines[1].split() == ["block", "modules", "parameters", "output", "goodness", "epilogue"]
     assert len(lines) == 12
     assert "layer4.1" in lines[10]
     assert "64 x 4 x 4" in lines[10]
     assert lines[10].endswith("batch norm + residual + relu")
-    assert (
-        "window=2 (tails are fused with window=1), vote=softmax, grid=4, normalize=layer_norm, read-out kept"
-        in lines[11]
-    )
+    assert "window=2, vote=softmax, grid=4, normalize=layer_norm, read-out kept" in lines[11]
     assert "tails" not in repr(SFF(OWN["resnet18"](), 10, window=1))
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import LAYOUTS, assert_as_exact, same_bits
 
-from fastff.kernels.composed.depthwise import out_like
+from fastff.kernels.torch.depthwise import out_like
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLEMENTATIONS = ["triton"] if TRITON else ["composed", "reference"]
+IMPLEMENTATIONS = ["triton"] if TRITON else ["torch", "reference"]
 DTYPES = (
     (torch.float32, torch.bfloat16, torch.float16)
     if TRITON
@@ -57,9 +57,9 @@ def test_values_and_gradients(data, dtype, impl):
     y, sums, dx, dw = runs[0]
     assert y.stride() == out_like(x, weight, stride, padding).stride()
     exact = plain(x, weight, grad, stride, padding, torch.float64)
-    # the composed row is PyTorch in that dtype itself
+    # the torch row is PyTorch in that dtype itself
     rough = plain(
-        x, weight, grad, stride, padding, dtype if impl == "composed" else torch.promote_types(dtype, torch.float32)
+        x, weight, grad, stride, padding, dtype if impl == "torch" else torch.promote_types(dtype, torch.float32)
     )
     size = plain(x.abs(), weight.abs(), grad.abs(), stride, padding, torch.float64)
     assert_as_exact("y", y, exact[0], rough[0], size[0])

@@ -14,7 +14,7 @@ from oracle import EVERY_LAYOUT, KINKS, LABELS, OVERLAPPING, layouts_of, same_bi
 from torch import nn
 
 import fastff.functional as ff
-from fastff import reference
+from fastff import reference, spec
 from fastff.kernels import native
 from fastff.nn import FFBlock
 
@@ -171,7 +171,7 @@ def tail(draw):
     residual, gamma, beta = draw.maybe(*(draw.laid(draw.values(*shape)) for shape in (y.shape, (C,), (C,))))
     tau, grad_scale = temperature(draw)
     activation = draw.of(*reference.ACTIVATIONS)
-    x, h, mean, var = reference.tail(*wide(y, gamma, beta), 1e-5, *wide(residual), activation)
+    x, h, mean, var = reference.epilogue(*wide(y, gamma, beta), 1e-5, *wide(residual), activation)
     if any(float((h - kink).abs().min()) < 1e-4 for kink in KINKS.get(activation, ())) or float(var.min()) < 1e-3:
         return
     step = ff.tail_step(
@@ -179,13 +179,16 @@ def tail(draw):
         grad_scale=grad_scale, algorithm=algorithm, impl="native",
     )  # fmt: skip
     losses, g, grad_x, *grads, loose = step_gradients(x, *wide(weight, bias, grid_weight), target, tau, grad_scale)
-    grad_y, grad_h, grad_gamma, grad_beta = reference.tail_gradients(
+    grad_y, grad_h, grad_gamma, grad_beta = reference.epilogue_gradients(
         grad_x, y.double(), h, mean, var, *wide(gamma), 1e-5, activation
     )
-    expected = (losses.mean(), g, grad_y, grad_h if residual is not None else None)
-    expected += (None if gamma is None else grad_gamma, None if beta is None else grad_beta, *grads)
-    for name, got, exact in zip(ff.TailStep._fields[:10], step[:10], expected, strict=True):
-        close(name, got, exact, 1.0, loose)
+    names = ("loss", "goodness", "grad_y", "grad_weight", "grad_bias", "grad_grid_weight", "grad_tau")
+    expected = dict(zip(names, (losses.mean(), g, grad_y, *grads), strict=True))
+    expected["grad_residual"] = None if residual is None else grad_h
+    expected["grad_bn_weight"] = None if gamma is None else grad_gamma
+    expected["grad_bn_bias"] = None if beta is None else grad_beta
+    for name, exact in expected.items():
+        close(name, getattr(step, name), exact, 1.0, loose)
     close("mean", step.mean, mean, 1.0)
     close("var", step.var, var, 1.0)
 
@@ -221,14 +224,14 @@ def depthwise(draw):
 
 
 def group_goodness(draw):
-    """Goodness without weights, alone or behind batch norm, against the same composed in float64."""
+    """Goodness without weights, alone or behind batch norm, against the same computed by PyTorch in float64."""
     x = draw.images()
     C = x.shape[1]
     groups = draw.between(1, C)
     loss = draw.of("cross_entropy", "softplus", "swish", "symba") if len(x) % 2 == 0 else "cross_entropy"
     target = draw.labels(groups, len(x)) if loss == "cross_entropy" else None
     options = {"groups": groups, "loss": loss, "power": draw.of(1, 2), "mean": draw.of(True, False), "theta": 0.5}
-    options["normalize"] = draw.of(None, *reference.NORMALIZATIONS)
+    options["normalize"] = draw.of(None, *spec.NORMALIZATIONS)
     (options["grad_scale"],) = draw.maybe(draw.factor((), (1,)))
     if draw.of(True, False) or x.numel() == C:
         step, fields = ff.group_goodness_step, ff.GroupGoodnessStep._fields
@@ -241,7 +244,7 @@ def group_goodness(draw):
         if float(x.double().var((0, 2, 3)).min()) < 1e-2:
             return
     exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    want = step(x.double(), target, **exact, eps=1e-3, impl="composed")
+    want = step(x.double(), target, **exact, eps=1e-3, impl="torch")
     got = step(x, target, **options, eps=1e-3, impl="native")
     for name, a, b in zip(fields, got, want, strict=True):
         close(name, a, b, 1.0, max(1.0, float(want.goodness.abs().max()) / 1000))
@@ -250,7 +253,7 @@ def group_goodness(draw):
 def group_differentiated(draw):
     """Goodness without weights, and the norms, by autograd from a gradient in a layout of its own."""
     x = draw.images().requires_grad_()
-    groups, how = draw.between(1, x.shape[1]), draw.of(*reference.NORMALIZATIONS[1:])
+    groups, how = draw.between(1, x.shape[1]), draw.of(*spec.NORMALIZATIONS[1:])
     power, mean, positions = draw.of(1, 2), draw.of(True, False), draw.of(True, False)
     groups = 1 if positions else groups
     eps = 1e-3
@@ -262,7 +265,7 @@ def group_differentiated(draw):
     y = call(x, "native")
     d = draw.laid(draw.values(*y.shape))
     exact = x.detach().double().requires_grad_()
-    want = call(exact, "composed")
+    want = call(exact, "torch")
     close("y", y.detach(), want.detach(), 1.0)
     close("dL/dx", torch.autograd.grad(y, x, d)[0], torch.autograd.grad(want, exact, d.double())[0], 1.0)
 

@@ -15,6 +15,7 @@ from oracle import (
     eager_layer_norm,
     eager_loss,
     memory_events,
+    op_arguments,
     planned_for,
     same_bits,
 )
@@ -23,6 +24,7 @@ from torch import nn
 import fastff.functional as ff
 from fastff.nn import FFConv2d, GoodnessHead
 from fastff.ops.goodness import ROWS
+from fastff.spec import Loss, Normalization, Projection, Step
 
 # With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so).
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -403,9 +405,10 @@ def test_derivatives_of_the_loss():
 
 def test_goodness_step_cannot_be_differentiated_again():
     arguments = [torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 1, 1), None, None, torch.tensor([0, 4])]
-    loss, *_ = torch.ops.fastff.goodness_step(
-        *arguments, 1.0, None, 0.0, 0.0, "mean", None, "layer_norm", 1e-5, True, [0, 0], "auto", "auto"
+    step = Step(
+        arguments[0], None, Projection(*arguments[1:4]), Loss(target=arguments[4]), Normalization("layer_norm", 5)
     )
+    loss, *_ = torch.ops.fastff.step(*op_arguments(step))
     with pytest.raises(RuntimeError, match="does not require grad"):
         loss.backward()
     step = ff.goodness_step(*arguments[:3], arguments[4])
@@ -440,9 +443,11 @@ def test_opcheck():
             ("mean", "layer_norm", None),
             ("none", "none", torch.tensor(0.5)),
             ("sum", "layer_norm_channels", None),
+            ("mean", "group_norm", torch.tensor(0.5)),
         ):
-            options = (1.0, tau, 0.1, 0.1, reduction, None, normalize, 1e-5, tau is None)
-            torch.library.opcheck(ops.goodness_step.default, (*inputs, target, *options, *how))
+            loss = Loss("cross_entropy", target, 1.0, tau, 0.1, 0.1, reduction=reduction)
+            step = Step(inputs[0], None, Projection(*inputs[1:]), loss, Normalization(normalize, 6), tau is None)
+            torch.library.opcheck(ops.step.default, op_arguments(step))
         torch.library.opcheck(ops.layer_norm.default, (*learned(inputs[0]), 1e-5, "auto"))
 
 

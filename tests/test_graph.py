@@ -41,11 +41,11 @@ def test_a_recorded_step_is_the_step(kind):
     options = {"schedule": "greedy"} if kind is Trainer else {}
     plain, recorded = (kind(copy.deepcopy(sff), adam, **options) for _ in range(2))
     recorder = Recorder()
-    recorded.step_graph = graph.StepGraph(recorded.run_step, recorder)
+    recorded.run_step = graph.StepGraph(recorded.engine, recorder)
     sizes = [4, 4, 3, 4, 4, 4, 3, 3, 3, 4, 4]
     for phase in range(2 if kind is Trainer else 1):
         for trainer in (plain, recorded):
-            trainer.start_phase(phase)
+            trainer.engine.phase = phase
             trainer.train_mode()
         for size in sizes:
             images, target = torch.randn(size, 3, 16, 16), torch.randint(5, (size,))

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import LABELS, LAYOUTS, assert_as_exact, same_bits
+from oracle import LABELS, LAYOUTS, assert_as_exact, op_arguments, same_bits
 
 import fastff.functional as ff
 from fastff.ops.group_goodness import ROWS
-from fastff.reference import LOSSES, NORMALIZATIONS
+from fastff.spec import LOSSES, NORMALIZATIONS, Groups, Loss, Normalization, Step
 
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) + (() if TRITON else (torch.float64,))
@@ -159,29 +159,16 @@ def test_alone_and_by_autograd(dtype, impl):
 
 
 @pytest.mark.skipif(TRITON, reason="of PyTorch's machinery, not of a kernel")
-@pytest.mark.parametrize("impl", ["auto", "composed"])
+@pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_opcheck_and_second_derivatives(impl):
     x = torch.randn(4, 6, 3, 2, dtype=torch.float64, requires_grad=True)
     for groups, power, positions in [(3, 2, False), (4, 1, False), (1, 2, True)]:
         how = (groups, power, True, positions, impl)
         torch.library.opcheck(torch.ops.fastff.group_goodness.default, (x, *how))
         assert torch.autograd.gradgradcheck(lambda x, how=how: torch.ops.fastff.group_goodness(x, *how).square(), (x,))
-    step = (
-        x.detach(),
-        3,
-        2,
-        True,
-        False,
-        "cross_entropy",
-        2.0,
-        torch.tensor([0, 2, 1, 0]),
-        1.0,
-        0.5,
-        0.1,
-        "mean",
-        None,
-    )
-    torch.library.opcheck(torch.ops.fastff.group_goodness_step.default, (*step, "group_norm", 1e-5, True, impl))
+    loss = Loss("cross_entropy", torch.tensor([0, 2, 1, 0]), margin=0.5, label_smoothing=0.1)
+    step = Step(x.detach(), None, Groups(3), loss, Normalization("group_norm", 3))
+    torch.library.opcheck(torch.ops.fastff.step.default, op_arguments(step, impl))
     torch.library.opcheck(torch.ops.fastff.normalize.default, (x, "l2_channels", 1, 1e-5, impl))
 
 

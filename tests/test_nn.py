@@ -11,6 +11,7 @@ from torch import nn
 from fastff import reference
 from fastff.nn import FFBlock, FFConv2d, FFDepthwiseConv2d, FFLinear, GoodnessHead
 from fastff.nn.group_head import GOODNESS
+from fastff.spec import LOSSES
 
 CLASSES = 5
 HEADS = [
@@ -236,7 +237,7 @@ def test_goodness_by_name(name, goodness, dtype):
     """Every normalisation behind every end of a block, and every loss; 17 channels in 5 groups; channels_last in float32."""
     make, shape = BY_NAME[name]
     by_class = goodness == "projection" or GOODNESS[goodness][0]
-    losses = ["cross_entropy"] * by_class + list(reference.LOSSES[1:]) * (goodness != "projection")
+    losses = ["cross_entropy"] * by_class + list(LOSSES[1:]) * (goodness != "projection")
     normalizations = ["layer_norm", "l2", "rms", None] + ["group_norm", "layer_norm_channels"] * by_class
     norms = (nn.BatchNorm2d, None) if len(shape) == 4 else (None,)
     cases = [

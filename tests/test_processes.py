@@ -13,7 +13,7 @@ from torch import package
 
 import fastff
 import fastff.functional as ff
-from fastff.nn.convolution import Convolution
+from fastff.graph.fused import Convolution
 
 HERE = Path(__file__).parent
 

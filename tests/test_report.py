@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import fastff.functional as ff  # noqa: E402
 from benchmarks import learning_report, networks, report, runner, scaling, step, tables  # noqa: E402
+from fastff import ops  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MACHINE = {"device": "a processor", "threads": 2, "torch": "2", "python": "3", "fastff": "0", "commit": "abc"}
@@ -168,13 +168,13 @@ def test_a_wrong_step_prints_no_number(monkeypatch):
     make = functools.partial(scaling.build, tiny(2), "sff", **step.PAPER)
     images, target = step.minibatch(tiny(2))
     step.check(make, images, target)
-    right = ff.tail_step
+    right = ops.step.run
 
-    def wrong(*args, impl="auto", **options):
-        found = right(*args, impl=impl, **options)
-        return found if impl == "reference" else found._replace(grad_y=found.grad_y * 1.01)
+    def wrong(described, impl="auto"):
+        found = right(described, impl)
+        return found if impl == "reference" else found._replace(grad_x=found.grad_x * 1.01)
 
-    monkeypatch.setattr(ff, "tail_step", wrong)
+    monkeypatch.setattr(ops.step, "run", wrong)
     with pytest.raises(runner.WrongResult, match="wrong result: block: what three steps change is off by .*e-0[23]"):
         step.check(make, images, target)
 

@@ -17,13 +17,13 @@ from benchmarks.scale_model import (
     Machine,
     Tasks,
     balanced,
+    block_ranges,
     bytes_per_step,
     message_bytes,
     one_forward_one_backward,
     plan,
     predict,
     predictions,
-    runs_of,
 )
 from benchmarks.scale_processes import tcp_bytes_sent
 from fastff.parallel import link
@@ -94,7 +94,7 @@ def test_block_parallel_over_free_links(stages):
     placement = balanced([b.seconds for b in blocks], stages)
     slowest = max(
         sum(stages * (blocks[j].forward + blocks[j].backward) + blocks[j].update for j in own)
-        for own in runs_of(placement)
+        for own in block_ranges(placement)
     )
     assert predict(how, blocks, FREE, placement).seconds == pytest.approx(slowest, rel=0.02)
 
@@ -149,7 +149,7 @@ def test_message_is_the_links():
     """The size of what fastff.parallel.link sends for one tensor and its labels."""
     tensor, target = torch.zeros(7, 5, 3, 3), torch.zeros(7, dtype=torch.int64)
     block = Block(0.0, 0.0, 0.0, tensor.numel() * 4, 0.0)
-    assert message_bytes(block, 7) == link.HEADER + sum(link._aligned(link._form(t)) for t in (target, tensor))
+    assert message_bytes(block, 7) == link.HEADER + sum(link._aligned_bytes(link._layout(t)) for t in (target, tensor))
 
 
 def test_cores_are_shared():
@@ -178,10 +178,7 @@ def test_waiting_gradients_are_counted():
 
 
 def test_between_measured_batches():
-    small, large = (
-        [Block(1.0, 1.0, 1.0, 100.0, 9.0, 50.0)],
-        [Block(2.5, 8.0, 1.0, 400.0, 9.0, 150.0)],
-    )
+    small, large = ([Block(1.0, 1.0, 1.0, 100.0, 9.0, 50.0)], [Block(2.5, 8.0, 1.0, 400.0, 9.0, 150.0)])
     blocks = Blocks((8, small), (32, large))
     assert dataclasses.astuple(blocks.at(8)[0]) == pytest.approx((1.0, 2.0, 1.0, 100.0, 9.0, 50 + 2 / 3, 0.0), rel=0.02)
     assert dataclasses.astuple(blocks.at(32)[0]) == pytest.approx((2.5, 8.0, 1.0, 400.0, 9.0, 150.0, 0.0))

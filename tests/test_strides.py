@@ -6,9 +6,10 @@ from oracle import EVERY_LAYOUT, LABELS, OVERLAPPING, layouts_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastff.functional as ff
-from fastff.reference import LOSSES, NORMALIZATIONS, PAIRED
+from fastff.spec import LOSSES, NORMALIZATIONS
+from fastff.spec import PAIRED_LOSSES as PAIRED
 
-IMPLEMENTATIONS = ("native", "composed", "reference")
+IMPLEMENTATIONS = ("native", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float64: 1e-10}
 K = 3

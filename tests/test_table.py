@@ -2,20 +2,21 @@
 
 import itertools
 import json
+import types
 
 import pytest
 import torch
 
 import fastff.functional as ff
 from fastff import cache, ops
-from fastff.kernels.composed.goodness import Plan
 from fastff.ops import TABLES, plan, table
 from fastff.ops.goodness import plan_for
 from fastff.ops.table import Implementation, always, choose
+from fastff.spec import Plan
 
 ROWS = [
     Implementation("native", lambda x: "no compiler" if x.dtype != torch.float32 else None, "fast"),
-    Implementation("composed", always, "middle"),
+    Implementation("torch", always, "middle"),
     Implementation("reference", always, "slow"),
 ]
 SINGLE, HALF = torch.empty(1), torch.empty(1, dtype=torch.float16)
@@ -59,7 +60,7 @@ def test_names_in_order_of_preference():
 @pytest.mark.parametrize("wrong", ["fastest", "", "native,", "Native"])
 def test_unknown_names(wrong):
     with pytest.raises(
-        ValueError, match="impl: expected 'auto' or names out of cuda, triton, native, composed, reference, got"
+        ValueError, match="impl: expected 'auto' or names out of cuda, triton, native, torch, reference, got"
     ):
         choose("op", ROWS, wrong, SINGLE)
 
@@ -67,7 +68,9 @@ def test_unknown_names(wrong):
 def test_environment_variable(monkeypatch):
     monkeypatch.setenv("FASTFF_IMPL", "reference")
     assert choose("op", ROWS, "auto", SINGLE).run == "slow"
-    assert choose("op", ROWS, "composed", SINGLE).run == "middle", "an argument goes before the environment"
+    assert choose("op", ROWS, "torch", SINGLE).run == choose("op", ROWS, "composed", SINGLE).run == "middle", (
+        "an argument goes before the environment"
+    )
     monkeypatch.setenv("FASTFF_IMPL", "quick")
     with pytest.raises(ValueError, match="FASTFF_IMPL: expected 'auto' or names"):
         choose("op", ROWS, "auto", SINGLE)
@@ -81,23 +84,22 @@ def test_public_functions_follow_both(monkeypatch):
     calls = []
 
     def spied(op, row):
-        if not isinstance(row.run, type):
+        if callable(row.run):
             return row._replace(run=spy(calls, (op, row.name), row.run))
-        functions = {
-            name: staticmethod(spy(calls, (op, row.name), getattr(row.run, name)))
-            for name in ("goodness", "goodness_step")
-        }
-        return row._replace(run=type("Spy", (row.run,), functions))
+        functions = {name: spy(calls, (op, row.name, name), getattr(row.run, name)) for name in ("goodness", "step")}
+        return row._replace(run=types.SimpleNamespace(**functions))
 
     for op, module in (("goodness", ops.goodness), ("layer_norm", ops.layer_norm)):
-        monkeypatch.setattr(module, "ROWS", [spied(op, row) for row in module.ROWS])
+        monkeypatch.setattr(module, "ROWS", [spied(op, row) for row in module.ROWS if row.name != "triton"])
     ff.goodness(x, weight, impl="reference")
     ff.layer_norm(x, impl="reference")
-    assert calls == [("goodness", "reference"), ("layer_norm", "reference")]
-    calls.clear()
-    monkeypatch.setenv("FASTFF_IMPL", "composed")
-    ff.goodness_step(x, weight, None, target)
-    assert calls == [("goodness", "composed"), ("layer_norm", "composed")]
+    assert calls == [("goodness", "reference", "goodness"), ("layer_norm", "reference")]
+    for name in ("torch", "composed"):  # its former name
+        calls.clear()
+        monkeypatch.setenv("FASTFF_IMPL", name)
+        ff.goodness_step(x, weight, None, target)
+        ff.layer_norm(x)
+        assert calls == [("goodness", "torch", "step"), ("layer_norm", "torch")]
     with pytest.raises(RuntimeError, match="there is no such implementation of goodness yet"):
         ff.goodness(x, weight, impl="cuda")
 

@@ -8,15 +8,25 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import EAGER, KINKS, LAYOUTS, eager_goodness, eager_layer_norm, eager_loss, planned_for, same_bits
+from oracle import (
+    EAGER,
+    KINKS,
+    LAYOUTS,
+    eager_goodness,
+    eager_layer_norm,
+    eager_loss,
+    op_arguments,
+    planned_for,
+    same_bits,
+)
 from torch import nn
 from vision import import_torchvision
 
 import fastff
 import fastff.functional as ff
 from fastff import SFF, Trainer
-from fastff.kernels.composed.tail import ACTIVATIONS
-from fastff.ops.tail import ROWS
+from fastff.ops.goodness import ROWS
+from fastff.spec import ACTIVATIONS, Epilogue, Loss, Normalization, Projection, Step
 
 # With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so).
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -220,7 +230,7 @@ NETS = {
 
 
 def tails_of(sff):
-    return [sff.tail(index) for index in range(len(sff.blocks))]
+    return [sff.local_blocks[index].epilogue for index in range(len(sff.blocks))]
 
 
 def trained(sff, batches, **options):
@@ -248,7 +258,7 @@ def test_training_with_fused_tails_is_training_without(name, granularity):
     calls = []
     for tail in tails:
         if tail is not None:
-            tail.local_step = lambda *a, run=tail.local_step, **k: (calls.append(1), run(*a, **k))[1]
+            tail.update = lambda *a, run=tail.update, **k: (calls.append(1), run(*a, **k))[1]
     start = {k: v.clone() for k, v in fused.state_dict().items()}
     (losses, state), (plain_losses, plain_state) = (
         trained(sff, batches, micro_batches=micro_batches) for sff in (fused, plain)
@@ -272,18 +282,20 @@ def test_what_is_no_tail_and_what_turns_one_off():
     assert tails_of(SFF(net, 5, input_shape=(3, 8, 8), normalize=None)) == [None]
     (tail,) = tails_of(sff)
     assert str(tail) == "batch norm + relu"
-    assert tail.ready()
+    (block,) = sff.local_blocks
+    ready = lambda: block.graph.ready() and block.epilogue.ready()  # noqa: E731
+    assert ready()
     seen = []
     handle = net[0][1].register_forward_hook(lambda *_: seen.append(1))
-    assert not tail.ready()
+    assert not ready()
     Trainer(sff).step(torch.randn(4, 3, 8, 8), torch.arange(4))
     assert seen == [1]
     handle.remove()
     net[0][1].eval()
-    assert not tail.ready()
+    assert not ready()
     net.train()
     net[0][1].momentum = None
-    assert not tail.ready()
+    assert not ready()
 
 
 @pytest.mark.skipif(TRITON, reason="nothing of the kernels")
@@ -303,7 +315,7 @@ def test_mixed_dtypes_and_broadcasting_go_through_the_modules(monkeypatch):
     net(torch.zeros(2, 3, 8, 8))
     fused, plain = (SFF(copy.deepcopy(net), 5, input_shape=(3, 8, 8), window=1, fuse=fuse) for fuse in (True, False))
     plain.load_state_dict(fused.state_dict())
-    assert fused.tail(0) is not None
+    assert fused.local_blocks[0].epilogue is not None
     batches = [(torch.randn(4, 3, 8, 8), torch.arange(4))] * 2
     (_, state), (_, plain_state) = (trained(sff, batches) for sff in (fused, plain))
     for name, value in plain_state.items():
@@ -336,8 +348,6 @@ def test_opcheck(impl):
     torch.manual_seed(0)
     y, weight = torch.randn(3, 4, 5, 5), torch.randn(6, 4, 1, 1)
     for residual, bn in ((None, None), (torch.randn(3, 4, 5, 5), torch.rand(4))):
-        arguments = (
-            y, bn, bn, 1e-5, residual, True, "relu", weight, None, None, torch.tensor([0, 1, 2]), 1.0, None, 0.0, 0.0, "mean", None, "layer_norm",
-            1e-5, (0, 0), impl, "auto",
-        )  # fmt: skip
-        torch.library.opcheck(torch.ops.fastff.tail_step.default, arguments)
+        epilogue, loss = Epilogue(bn, bn, residual=residual), Loss(target=torch.tensor([0, 1, 2]))
+        step = Step(y, epilogue, Projection(weight), loss, Normalization("layer_norm", 6))
+        torch.library.opcheck(torch.ops.fastff.step.default, op_arguments(step, impl))

@@ -23,7 +23,8 @@ from training_oracle import (
     vector,
 )
 
-from fastff import SFF, Backprop, Trainer
+from fastff import SFF, Backprop, Trainer, reference
+from fastff.training import Diverged
 
 # --- ten steps
 
@@ -50,6 +51,22 @@ def test_ten_steps_equal_naive_training(model, granularity, window, optimizer):
     assert float((vector(sff) - start).abs().max()) > 1e-2, "nothing was trained"
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-7, atol=1e-7)
     assert_same_training(sff, naive, 1e-7)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_the_reference_step_is_the_trainers(window):
+    """With its own goodness, loss and normalisation, in the paper's setting."""
+    sff = made(grid=0)
+    plain, data = copy.deepcopy(sff), batches(sff)
+    losses = train(Trainer(sff, sgd, window=window), data)
+    blocks = [lambda x, block=block: (block(x),) for block in plain.model.features]
+    heads = [lambda z, head=head: reference.goodness(z, head.weight) for head in plain.heads]
+    pairs = zip(plain.model.features, plain.heads, strict=True)
+    optimizers = [sgd(grouped([*block.parameters(), *head.parameters()])) for block, head in pairs]
+    plain.train()
+    expected = [reference.train_step(blocks, heads, optimizers, *batch, window) for batch in data]
+    torch.testing.assert_close(torch.tensor(losses), torch.stack(expected), rtol=1e-7, atol=1e-7, check_dtype=False)
+    assert_same_training(sff, plain, 1e-7)
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -142,7 +159,7 @@ def test_frozen_blocks(window):
         frozen = name.startswith(("conv1", "bn1", "layer1", "layer2.0"))
         if not name.startswith("fc") and not name.endswith("num_batches_tracked"):
             assert torch.equal(a, b) == frozen, name
-    assert set(trainer.scores(data[0][0])) == {"vote", *(f"block {i}" for i in range(9))}
+    assert set(trainer.engine.scores(data[0][0])) == {"vote", *(f"block {i}" for i in range(9))}
 
 
 def test_greedy_trains_one_block_after_the_other():
@@ -192,7 +209,7 @@ def test_readout_learns_on_detached_features(window):
     for name, value in without.state_dict().items():
         assert torch.equal(value, sff.state_dict()[name]) or name.startswith("model.fc"), name
     torch.testing.assert_close(sff.model.fc.weight, classifier.weight, rtol=1e-9, atol=1e-9)
-    assert "readout" in trainer.scores(data[0][0])
+    assert "readout" in trainer.engine.scores(data[0][0])
 
 
 def test_every_block_is_compiled():
@@ -206,10 +223,10 @@ def test_every_block_is_compiled():
     alive = (batches(sff, 1)[0][0],)
     want = sff.goodness(alive[0])
     forwards = [block.compiled(backend=backend, dynamic=False) for block in sff.blocks]
-    for forward, head, goodness in zip(forwards, sff.heads, want, strict=True):
-        alive = forward(*alive)
-        torch.testing.assert_close(head(alive[0]), goodness)
-        alive = sff.next_input(alive, head)
+    for forward, block, goodness in zip(forwards, sff.local_blocks, want, strict=True):
+        main, *others = forward(*alive)
+        torch.testing.assert_close(block.head(main), goodness)
+        alive = (block.next_input(main), *others)
     assert len(compiled) == 17
 
 
@@ -243,8 +260,8 @@ def test_fp16_with_a_scale_for_each_block(window, parts):
     naive_training(wide, data, sgd, window)
     naive_training(naive, narrow, sgd, window, amp=torch.bfloat16)
     trainer = Trainer(half, sgd, window=window, amp="fp16", micro_batches=parts)
-    for index, _ in enumerate(trainer.scalers):
-        trainer.scalers[index] = torch.amp.GradScaler("cpu", init_scale=2.0 ** (5 + 3 * (index % 2)))
+    for index, _ in enumerate(trainer.engine.scalers):
+        trainer.engine.scalers[index] = torch.amp.GradScaler("cpu", init_scale=2.0 ** (5 + 3 * (index % 2)))
     train(trainer, narrow)
     error, allowed = ((vector(s) - vector(wide)).norm() for s in (half, naive))
     assert 0 < error <= allowed, f"{error:.3g} from the float64 weights, bfloat16 is {allowed:.3g}"
@@ -255,12 +272,12 @@ def test_fp16_step_that_overflows_is_skipped_for_that_block_alone():
     data = batches(sff, 1, dtype=torch.float32)
     trainer = Trainer(sff, sgd, window=1, amp="fp16")
     scales = [2.0**6, 2.0**40, 2.0**6, 2.0**6]
-    trainer.scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
+    trainer.engine.scalers[:] = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
     before = [[p.detach().clone() for p in sff.block_parameters(i)] for i in range(4)]
     train(trainer, data)
     kept = [all(map(torch.equal, before[i], sff.block_parameters(i))) for i in range(4)]
     assert kept == [False, True, False, False]
-    assert [s.get_scale() for s in trainer.scalers] == [2.0**6, 2.0**39, 2.0**6, 2.0**6]
+    assert [s.get_scale() for s in trainer.engine.scalers] == [2.0**6, 2.0**39, 2.0**6, 2.0**6]
 
 
 # --- cuts, memory, synchronisation
@@ -315,15 +332,16 @@ def test_activations_are_gone(model, window, parts):
         if not list(module.children()) and not isinstance(module, nn.Identity):
             module.register_forward_hook(remember)
 
-    def watched(index, block):
-        def run(*alive):
+    def watched(index, visit):
+        def run(*arguments, **options):
             seen.append((index, {i for i, storage in made_in if not storage.expired()}))
             current[0] = index
-            return block(*alive)
+            return visit(*arguments, **options)
 
         return run
 
-    trainer.forwards = [watched(i, block) for i, block in enumerate(trainer.forwards)]
+    for i, block in enumerate(sff.local_blocks):
+        block.visit = watched(i, block.visit)
     train(trainer, batches(sff, 1, size=4, dtype=torch.float32))
     assert len(seen) == parts * len(sff.blocks)
     assert len(made_in) > 2 * len(sff.blocks)
@@ -384,7 +402,7 @@ def test_nothing_in_a_step_waits_for_the_device(options, monkeypatch):
     trainer = Trainer(sff, functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, foreach=True), **options)
     train(trainer, data)
     assert operators_run(lambda: trainer.step(*data[0])) & WAITING == {"aten::_local_scalar_dense", "aten::item"}
-    monkeypatch.setattr("fastff.ops.goodness.check_labels", lambda target, classes: None)
+    monkeypatch.setattr("fastff.spec.check_labels", lambda target, classes: None)
     ran = operators_run(lambda: trainer.step(*data[0]))
     assert "aten::convolution_backward" in ran
     assert not ran & WAITING
@@ -431,6 +449,51 @@ def test_fit_learns_and_evaluates():
     with torch.no_grad():
         right = sum(int((sff(x).argmax(1) == y).sum()) for x, y in loader)
     assert again["vote"] == pytest.approx(right / 64)
+
+
+class Reports:
+    """In place of the display and the writer of metrics."""
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self, trainer, epochs, batches):
+        self.calls.append(("start", trainer.names, epochs, batches))
+
+    def update(self, state, images_per_second):
+        assert images_per_second > 0
+        self.calls.append(("update", state.steps))
+
+    def epoch(self, history):
+        self.calls.append(("epoch", history[-1]["epoch"]))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+def test_fit_reports_to_what_it_is_given(tmp_path):
+    """Also after an error; a checkpoint is saved all the same, and nothing else written."""
+    sff = made()
+    trainer, data, reports = Trainer(sff, sgd), batches(sff, 3), Reports()
+    trainer.fit(data, 2, out=tmp_path, progress=reports)
+    first, second = ([("update", step) for step in steps] for steps in ((1, 2, 3), (4, 5, 6)))
+    start = ("start", trainer.names, 2, 3)
+    assert reports.calls == [start, *first, ("epoch", 1), *second, ("epoch", 2), ("close",)]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    data[0][0].fill_(float("nan"))
+    again = Reports()
+    with pytest.raises(Diverged):
+        trainer.fit(data, 3, progress=again)
+    assert again.calls == [("start", trainer.names, 3, 3), ("close",)]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_readout_is_evaluated_in_16_bits(amp):
+    sff = made(dtype=torch.float32, readout=True)
+    data = batches(sff, 2, dtype=torch.float32)
+    trainer = Trainer(sff, sgd, amp=amp)
+    train(trainer, data)
+    assert 0 <= trainer.evaluate(data)["readout"] <= 1
 
 
 @pytest.mark.parametrize("layout", LABELS)

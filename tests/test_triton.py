@@ -2,8 +2,8 @@
 
 Interpreted runs are processes of their own, since Triton decides at its import. With a GPU the same files run on it through `make gpu`."""
 
-import functools
 import glob
+import inspect
 import os
 import re
 import subprocess
@@ -14,21 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastff.kernels.composed.goodness import Plan
+from fastff import spec
+from fastff.spec import Plan
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).parent
 INTERPRETED = {
     "goodness and gradients": ("test_goodness.py", "test_goodness_and_its_gradients"),
-    "goodness_step": (
-        "test_goodness.py",
-        "test_goodness_step_and_loss or empty_batch or not_a_number or labels",
-    ),
+    "goodness_step": ("test_goodness.py", "test_goodness_step_and_loss or empty_batch or not_a_number or labels"),
     "layer_norm": ("test_layer_norm.py", "triton"),
     "tail": ("test_tail.py", "test_tail_step"),
     "depthwise": ("test_depthwise.py", "values or empty"),
     "group_goodness": ("test_group_goodness.py", "step or alone"),
+    "group_tail": ("test_group_tail.py", "test_step and triton and (none or l2 or rms)"),
+    "step": ("triton_step.py", "test"),
     "trainer": ("triton_trainer.py", "test"),
     "tuning": ("triton_tuning.py", "test"),
 }
@@ -59,43 +59,42 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
 # --- ahead of time
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
-POINTERS = {"target": "*i64", "starts": "*i32", "group_of": "*i32"}
-NUMBERS = {"tau", "margin", "smoothing", "scale", "eps", "theta"}
-ACTIVATIONS = {"x", "residual", "grad_x", "y", "grad", "grad_h", "grad_y"}
-DIVISIBLE = {"C", "P", "xb", "xc", "xp", "ob", "oc", "op", "yb", "yc", "yp", "n", "share", "positions"}
+INTEGERS = {"target": "*i64", "starts": "*i32", "group_of": "*i32"}
+NUMBERS = {"tau", "margin", "label_smoothing", "scale", "eps", "theta", "alpha"}
+ACTIVATIONS = {"x", "residual", "grad_x", "normalized", "y", "grad_h", "grad_y"}
+POINTERS = ACTIVATIONS | set(INTEGERS) | {
+    "affine", "weight", "bias", "g", "d", "second", "mu", "sums", "means", "cells", "losses", "grad_tau", "learned_tau", "grad_scale", "largest",
+    "grad_weight", "grad_bias", "partial", "channel_sums", "factors",
+}  # fmt: skip
+DIVISIBLE = {"C", "P", "sample_stride", "channel_stride", "position_stride", "n", "share", "positions", "xb"}
 
 
 def compiled(kernel, dtype, arch, warps, **fixed):
-    """The kernel for x of `dtype`; names fixed to None are absent, to a number constant."""
+    """The kernel for x of `dtype`. Arguments, and fields of its bundles of them, that are fixed to None are absent, to a number constant."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, attributes = {}, {}
-    for place, parameter in enumerate(kernel.params):
-        name = parameter.name
+    constants, attributes, unknown = {}, {}, set(fixed)
+
+    def declared(name, path, bundle):
+        """The type of an argument, or of all fields of a bundle."""
+        unknown.discard(name)
+        if hasattr(bundle, "_fields") and name not in fixed:
+            return bundle(*(declared(field, (*path, i), None) for i, field in enumerate(bundle._fields)))
         if name in fixed:
-            signature[name] = "constexpr"
-            continue
-        is_pointer = name in kernel_pointers(kernel)
-        kind = POINTERS.get(name, f"*{dtype if name in ACTIVATIONS else 'fp32'}")
-        signature[name] = kind if is_pointer else "fp32" if name in NUMBERS else "i32"
-        if is_pointer or name in DIVISIBLE:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    places = {name: place for place, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        fn=kernel, signature=signature, constexprs={(places[name],): v for name, v in fixed.items()}, attrs=attributes
-    )  # fmt: skip
+            constants[path] = fixed[name]
+            return "constexpr"
+        if name in POINTERS or name in DIVISIBLE:
+            attributes[path] = [["tt.divisibility", 16]]
+        if name in POINTERS:
+            return INTEGERS.get(name, f"*{dtype if name in ACTIVATIONS else 'fp32'}")
+        return "fp32" if name in NUMBERS else "i32"
+
+    parameters = inspect.signature(kernel.fn).parameters.values()
+    signature = {p.name: declared(p.name, (i,), p.annotation) for i, p in enumerate(parameters)}
+    assert not unknown, unknown
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-
-
-@functools.cache
-def kernel_pointers(kernel):
-    """Names of the parameters that a load or a store goes through, or that are handed on as such."""
-    return {
-        "x", "weight", "bias", "g", "d", "second", "mu", "grad_x", "y", "sums", "means", "cells", "target", "loss", "dtau", "tau_factor",
-        "scale_factor", "largest", "grad_weight", "grad_bias",
-        "grad", "partial", "residual", "affine", "channel_sums", "grad_h", "grad_y", "starts", "group_of", "scratch",
-    } & set(kernel.arg_names)  # fmt: skip
 
 
 def spilled(binary, arch):
@@ -114,45 +113,41 @@ def spilled(binary, arch):
     raise AssertionError(said.stderr)
 
 
-NO_TAIL = {"ACT": None, "residual": None, "affine": None, "channel_sums": None}
-
-
 def sweeps(dtype, algorithm, C, P, K, cells, activation=None):
-    """[(kernel, warps, fixed)]: every launch that goodness_step (tail_step, with an activation) makes for this shape, in the largest of its
-    variants."""
+    """[(kernel, warps, fixed)]: every launch that a step (with an epilogue, where there is an activation) makes for this shape, in the largest
+    of its variants."""
     from fastff.kernels.triton import blocks
-    from fastff.kernels.triton import goodness_kernels as kernels
+    from fastff.kernels.triton.goodness import direct, head_direct, head_second_moment, second_moment
 
     b = blocks.table(algorithm, 512, C, P, K, cells, 4 if dtype == "fp32" else 2, activation is not None)
     precision = "ieee" if dtype == "fp32" else "tf32"
-    sizes = {"PRECISION": precision, "BP": b.BP, "BC": b.BC, "BK": b.BK, "BG": b.BG, "NORM": 1, "xc": 1, "oc": 1}
-    tail = NO_TAIL if activation is None else {"ACT": activation}
-    none = dict.fromkeys(["tau_factor", "scale_factor", "dtau"]) | tail
-    pieces = [{"FIRST": True, "LOSS": True, "SECOND": True, "means": None, "cells": None, "bias": None}]
+    none = dict.fromkeys(["learned_tau", "grad_scale", "grad_tau"])
+    config = {
+        "ACTIVATION": activation, "PRECISION": precision, "HEAD_PRECISION": precision, "CELL_PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        "NS": b.NS, "BP": b.BP, "BC": b.BC, "BK": b.BK, "BG": b.BG, "NORM": 1,
+    }  # fmt: skip
+    config |= {"channel_stride": 1} | ({} if activation is not None else {"residual": None, "affine": None})
+    sums = {} if activation is not None else {"channel_sums": None}
+    loss = spec.LOSSES.index("cross_entropy")
+    pieces = [{"FIRST": True, "LOSS": loss, "SECOND": True, "means": None, "cells": None, "bias": None}]
     if cells:
         pieces = [
-            {"FIRST": True, "LOSS": False, "SECOND": False, "cells": None, "grad_x": None, "y": None},
-            {"FIRST": False, "LOSS": False, "SECOND": True, "means": None},
+            {"FIRST": True, "LOSS": None, "SECOND": False, "cells": None, "grad_x": None, "normalized": None},
+            {"FIRST": False, "LOSS": None, "SECOND": True, "means": None},
         ]
-    if algorithm == "direct":
-        found = [(kernels.direct, b.warps, {**sizes, "NS": b.NS, **none, **piece}) for piece in pieces]
-        head = {k: sizes[k] for k in ("PRECISION", "BP", "BC", "BK", "xc")} | {"NS": b.NS} | tail
-        head.pop("channel_sums", None)
-        head |= {"largest": None} if dtype != "fp16" else {}
-        return [
-            *found,
-            (kernels.head_direct, b.head_warps, head | ({} if cells else {"bias": None, "grad_bias": None})),
-        ]
-    found = [
-        (
-            kernels.second_moment,
-            b.warps,
-            {**sizes, "HEAD_PRECISION": precision, **none, **piece, "HEAD": piece["FIRST"]},
-        )
-        for piece in pieces
-    ]
-    found = [(k, w, f | ({"mu": None} if f.get("bias", 0) is None else {})) for k, w, f in found]
-    return [*found, (kernels.head_second_moment, b.head_warps, {k: sizes[k] for k in ("PRECISION", "BC", "BK")})]
+    second = algorithm == "second_moment"
+    found = []
+    for piece in pieces:
+        unused = {} if second and "bias" not in piece else {"mu": None} if second else {"mu": None, "second": None}
+        fixed = {**config, **none, **sums, **piece, **unused, "HEAD": second and piece["FIRST"]}
+        found.append((second_moment if second else direct, b.warps, fixed))
+    stages = {"FIRST": False, "HEAD": False, "LOSS": None, "SECOND": False}
+    if second:
+        config = {key: value for key, value in config.items() if key not in ("channel_stride", "residual", "affine")}
+        return [*found, (head_second_moment, b.head_warps, config | stages)]
+    unused = {"second": None, "mu": None} | ({"largest": None} if dtype != "fp16" else {})
+    unused |= {} if cells else {"bias": None, "grad_bias": None}
+    return [*found, (head_direct, b.head_warps, config | stages | unused)]
 
 
 SHAPES = [(16, 1024, 10), (64, 1024, 100), (128, 256, 100), (256, 64, 1000)]
@@ -195,13 +190,12 @@ TAILS = [
 
 
 @pytest.mark.parametrize(("arch", "dtype", "algorithm", "C", "P", "K"), TAILS)
-def test_the_tail_fits_the_chip(arch, dtype, algorithm, C, P, K):
+def test_the_epilogue_fits_the_chip(arch, dtype, algorithm, C, P, K):
     """With batch norm, residual and SiLU, the costliest but GELU, around every tile: still no spills."""
-    from fastff.kernels.triton.tail import fused
+    from fastff.kernels.triton.goodness import fits_with_epilogue
 
-    assert fused(
-        torch.empty(1, C, 1, 1, dtype=torch.float32 if dtype == "fp32" else torch.float16), Plan(algorithm, 1, 1)
-    )
+    y = torch.empty(1, C, 1, 1, dtype=torch.float32 if dtype == "fp32" else torch.float16)
+    assert fits_with_epilogue(y, Plan(algorithm, 1, 1))
     for kernel, warps, fixed in sweeps(dtype, algorithm, C, P, K, 0, activation=4):
         binary = compiled(kernel, dtype, arch, warps, **fixed)
         assert binary.metadata.shared <= SHARED[arch], (
@@ -213,11 +207,17 @@ def test_the_tail_fits_the_chip(arch, dtype, algorithm, C, P, K):
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_batch_norm_sums_fit_the_chip(arch, dtype):
-    from fastff.kernels.triton import tail as module
+    from fastff.kernels.triton import epilogue as module
 
-    for kernel, warps in ((module.channel_sums, 8), (module.derive, 8), (module.apply, 4), (module.finish, 4)):
-        activation = {"ACT": 4} if "ACT" in kernel.arg_names else {}
-        binary = compiled(kernel, dtype, arch, warps, R=module.ROWS, BC=64, yc=1, **activation)
+    config = {"ACTIVATION": spec.ACTIVATIONS.index("silu"), "R": module.POSITIONS, "BC": 64, "channel_stride": 1}
+    kernels = (
+        (module.channel_sums, 8, {"residual": None, "affine": None}),
+        (module.derive, 8, {}),
+        (module.apply, 4, {}),
+        (module.finish, 4, {}),
+    )
+    for kernel, warps, fixed in kernels:
+        binary = compiled(kernel, dtype, arch, warps, **config, **fixed)
         assert spilled(binary, arch) == 0, kernel.fn.__name__
 
 
@@ -238,13 +238,14 @@ def test_depthwise_fits_the_chip(channels_last, arch, dtype):
     from fastff.kernels.triton import depthwise as module
 
     R, BC, warps = module.tiles(channels_last, 240)
-    inner = {"xc": 1, "yc": 1} if channels_last else {"xw": 1, "yw": 1}
+    inner = {"channel_stride": 1} if channels_last else {"column_stride": 1}
     for kernel, stride in ((3, 2), (5, 1)):
         sizes = {"STRIDE": stride, "PADDING": kernel // 2, "KERNEL": kernel, "R": R, "BC": BC} | inner
+        sizes["TAPS"] = triton.next_power_of_2(kernel**2)
         for launch, fixed in (
             (module.convolve, {"ADJOINT": False}),
             (module.convolve, {"ADJOINT": True, "sums": None}),
-            (module.weight_gradient, {"TAPS": triton.next_power_of_2(kernel**2)}),
+            (module.weight_gradient, {"ADJOINT": False}),
         ):
             binary = compiled(launch, dtype, arch, warps, **sizes, **fixed)
             assert binary.metadata.shared <= SHARED[arch]
@@ -252,33 +253,23 @@ def test_depthwise_fits_the_chip(channels_last, arch, dtype):
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "fp16")])
-@pytest.mark.parametrize("rows", [True, False])
-def test_group_goodness_fits_the_chip(rows, arch, dtype):
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_group_goodness_fits_the_chip(channels_last, arch, dtype):
     from fastff.kernels.triton import group_goodness as module
 
     for C, P, K, loss in [(64, 1024, 10, 0), (960, 49, 100, 0), (128, 256, 1, 1), (500, 1, 1, 4)]:
-        BC, R = module.tiles(rows, C, P)
-        fixed = {
-            "POWER": 2,
-            "MEAN": True,
-            "LOSS": loss,
-            "GOOD": True,
-            "PAIRED": loss == 4,
-            "BC": BC,
-            "R": R,
-            "xc" if rows else "xp": 1,
-        }
-        groups = {"KP": triton.next_power_of_2(K), "GP": triton.next_power_of_2(-(-C // K)), "d": None, "NORM": 2}
-        absent = {"d": None, "NORM": 1} | (
-            {} if loss else {"LOSS": module.NO_LOSS, "loss": None, "grad": None, "scale_factor": None}
-        )
-        for kernel, more in ((module.samples, groups), (module.positions, absent)):
-            binary = compiled(
-                kernel,
-                dtype,
-                arch,
-                module.WARPS,
-                **fixed | more | ({"target": None} if loss and "target" in kernel.arg_names else {}),
-            )
+        BC, R = module.tiles(channels_last, C, P)
+        fixed = dict.fromkeys(["learned_tau", "grad_tau"]) | {
+            "POWER": 2, "MEAN": True, "TERMS": 1, "GOODNESS": True, "LOSS": loss, "MEMBERS": 1 + (loss == 4), "BC": BC, "R": R,
+            "KP": triton.next_power_of_2(K), "GP": triton.next_power_of_2(-(-C // K)), "channel_stride" if channels_last else "position_stride": 1,
+        }  # fmt: skip
+        group_norm, layer_norm = (spec.NORMALIZATIONS.index(name) for name in ("group_norm", "layer_norm_channels"))
+        absent = {"d": None, "sums": None, "factors": None, "target": None}
+        absent |= {} if loss else {"LOSS": None, "losses": None, "grad_x": None, "grad_scale": None}
+        for kernel, more in (
+            (module.samples, {"NORM": group_norm} | ({"target": None} if loss else {})),
+            (module.positions, {"NORM": layer_norm} | absent),
+        ):
+            binary = compiled(kernel, dtype, arch, module.WARPS, **fixed | more)
             assert binary.metadata.shared <= SHARED[arch]
             assert spilled(binary, arch) == 0, kernel.fn.__name__

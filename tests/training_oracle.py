@@ -1,4 +1,4 @@
-"""What the tests of Trainer and Backprop train and compare with: small networks, and block-local training written naively with autograd."""
+"""What the tests of Trainer and Backprop train and compare with: small networks, and block-local training by fastff.reference.train_step."""
 
 import functools
 
@@ -8,6 +8,7 @@ from torch import nn
 
 import fastff
 from fastff import SFF
+from fastff.reference import train_step
 
 CLASSES = 5
 
@@ -62,9 +63,6 @@ def adamw(groups):
     return torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.05)
 
 
-# --- the oracle
-
-
 def by_hand(sff):
     """[(function from the tensors alive to those after, its modules)] of the blocks, named by hand where they can be."""
     model = sff.model
@@ -83,12 +81,16 @@ def by_hand(sff):
     return [(lambda x, module=module: (module(x),), module) for module in modules]
 
 
-def local_loss(head, x, target):
-    """The loss of a goodness head as anyone would write it."""
+def logits(head, x):
+    """tau * goodness [B, K] of a goodness head as anyone would write it."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     g = eager_goodness(x.to(wide), head.weight, head.bias, head.grid_weight, padding=head.kernel_size // 2)
-    tau = head.tau if head.log_tau is None else head.log_tau.exp()
-    return eager_loss(g, target, tau, head.margin, head.label_smoothing), g
+    return g * (head.tau if head.log_tau is None else head.log_tau.exp())
+
+
+def local_loss(head, x, target):
+    """The loss of a goodness head."""
+    return eager_loss(logits(head, x), target, 1.0, head.margin, head.label_smoothing)
 
 
 def grouped(parameters):
@@ -100,51 +102,51 @@ def grouped(parameters):
     return [group for group in groups if group["params"]]
 
 
+def clip_before(parameters, clip):
+    """A hook that clips gradients before the optimiser's step."""
+
+    def hook(*_):
+        nn.utils.clip_grad_norm_(parameters, clip)
+
+    return hook
+
+
 def naive_training(sff, data, make, window=1, clip=None, frozen=0, amp=None):
-    """Trains `sff` in place: one graph of everything, the gradients of each block summed over the losses that may reach it, then one
-    update of all. Returns the losses [steps][blocks]."""
-    blocks = by_hand(sff)
-    for parameter in [p for _, module in blocks[:frozen] for p in module.parameters()]:
-        parameter.requires_grad_(False)
-    own = [[p for p in module.parameters() if p.requires_grad] for _, module in blocks]
-    heads = [list(head.parameters()) for head in sff.heads]
-    optimizers = [make(grouped([*a, *b])) for a, b in zip(own, heads, strict=True)]
+    """Trains `sff` in place by fastff.reference.train_step, with blocks and heads in plain PyTorch. Returns the losses [steps][blocks]."""
+    functions, modules = zip(*by_hand(sff), strict=True)
+    optimizers = []
+    for module, head in list(zip(modules, sff.heads, strict=True))[frozen:]:
+        parameters = [*module.parameters(), *head.parameters()]
+        optimizers.append(make(grouped(parameters)))
+        if clip is not None:
+            optimizers[-1].register_step_pre_hook(clip_before(parameters, clip))
     sff.train()
-    for _, module in blocks[:frozen]:
+    for module in modules[:frozen]:
         module.eval()
+
+    def run(index, *alive):
+        with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
+            return functions[index](*alive)
+
+    def first(images):
+        """The frozen blocks, and the first that learns."""
+        alive = (images,)
+        with torch.no_grad():
+            for index in range(frozen):
+                z, *others = run(index, *alive)
+                alive = (eager_layer_norm(z), *others)
+        return run(frozen, *alive)
+
     history = []
     for images, target in data:
-        alive, losses = (images,), []
-        for index, ((function, _), head) in enumerate(zip(blocks, sff.heads, strict=True)):
-            with (
-                torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
-                torch.set_grad_enabled(index >= frozen),
-            ):
-                alive = function(*alive)
-            losses.append(local_loss(head, alive[0], target)[0])
-            alive = (eager_layer_norm(alive[0]), *alive[1:])
-        with torch.no_grad():
-            sums = [[torch.zeros_like(p) for p in parameters] for parameters in own]
-        for last in range(frozen, len(blocks)):
-            heads_grads = torch.autograd.grad(losses[last], heads[last], retain_graph=True)
-            for p, grad in zip(heads[last], heads_grads, strict=True):
-                p.grad = grad
-            for first in range(max(frozen, last - window + 1), last + 1):
-                grads = (
-                    torch.autograd.grad(losses[last], own[first], retain_graph=True, allow_unused=True)
-                    if own[first]
-                    else []
-                )
-                for total, grad in zip(sums[first], grads, strict=True):
-                    total.add_(0 if grad is None else grad)
-        for index in range(frozen, len(blocks)):
-            for p, grad in zip(own[index], sums[index], strict=True):
-                p.grad = grad
-            if clip is not None:
-                nn.utils.clip_grad_norm_([*own[index], *heads[index]], clip)
-            optimizers[index].step()
-            optimizers[index].zero_grad()
-        history.append([float(loss.detach()) if i >= frozen else 0.0 for i, loss in enumerate(losses)])
+        losses = train_step(
+            [first, *(functools.partial(run, index) for index in range(frozen + 1, len(functions)))],
+            [functools.partial(logits, head) for head in sff.heads[frozen:]],
+            optimizers, images, target, window,
+            loss=lambda u, target: eager_loss(u, target, 1.0, sff.heads[0].margin, sff.heads[0].label_smoothing),
+            normalize=lambda z: eager_layer_norm(z),
+        )  # fmt: skip
+        history.append([0.0] * frozen + losses.tolist())
     return history
 
 

@@ -28,11 +28,17 @@ FASTFF_INLINE float float_of(uint32_t bits) {
 }
 
 template <typename A>
-FASTFF_INLINE A load(float value) { return value; }
+FASTFF_INLINE A load(float value) {
+  return value;
+}
 template <typename A>
-FASTFF_INLINE A load(double value) { return value; }
+FASTFF_INLINE A load(double value) {
+  return value;
+}
 template <typename A>
-FASTFF_INLINE A load(BFloat16Bits value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+FASTFF_INLINE A load(BFloat16Bits value) {
+  return float_of(static_cast<uint32_t>(value.bits) << 16);
+}
 template <typename A>
 FASTFF_INLINE A load(HalfBits value) {
   const uint32_t magnitude = value.bits & 0x7fffu, sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;

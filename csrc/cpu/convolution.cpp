@@ -3,31 +3,31 @@
 //
 //   dW[d, u, v, c] = sum_{b, i, j} dy[b, i, j, d] x[b, i s + u - p, j s + v - p, c]
 //
-// A tile is some rows of an image, or some images where they are small. Of x it is copied by panels of one or two vectors of channels with the zeros
-// around it, so that each of the k k taps is the same panel from another start; of dy by blocks of kRows. Registers hold kRows x one or two vectors of sums
-// over all positions of the tile: 6 x 2 x 8 with AVX2's 16 registers, 12 x 2 x 16 with AVX-512's 32. A panel stays in the L1 cache (small dW) or L2 cache for
-// all blocks and taps. Sums of groups of images are added in order: the number of threads changes no bit.
+// A tile is some rows of an image, or some images where they are small. x is copied in panels of one or two vectors of channels, with its zeros around
+// it, so that each of the k k taps is the same panel from another start; dy is copied in blocks of kRows. Registers hold kRows x 1 or 2 vectors
+// of sums over all positions of the tile: 6 x 2 x 8 with AVX2's 16 registers, 12 x 2 x 16 with AVX-512's 32. A panel stays in the L1 cache
+// (small dW) or L2 cache for all blocks and taps. Sums of groups of images are added in order: the number of threads changes no bit.
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "common.h"
 #include "tensors.h"
+#include "vec.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16, kRows = 12, kCache = 40 << 10;
-#else
-constexpr int64_t kLanes = 8, kRows = 6, kCache = 26 << 10;
-#endif
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+using vec::kLanes;
+using vec::read;
+using vec::Vector;
+using vec::write;
 
-FASTFF_INLINE Vector read(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
-FASTFF_INLINE void write(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+#ifdef __AVX512F__
+constexpr int64_t kRows = 12, kCache = 40 << 10;
+#else
+constexpr int64_t kRows = 6, kCache = 26 << 10;
+#endif
 
 struct Shape {
   int64_t B, H, W, C, P, Q, D, k, stride, padding;  // x [B, H, W, C], dy [B, P, Q, D]
@@ -89,7 +89,8 @@ void pack_dy(const Shape& s, const Tile& t, const float* dy, float* blocks) {
 
 // out[i, 0 .. lanes - 1] += sum over the tile's positions of dy[position, i] x[position, lane]; rows of out lie ldo apart.
 template <int M, int N>
-FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, const float* x, float* out, int64_t ldo, int64_t lanes) {
+FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, const float* x, float* out, int64_t ldo,
+                              int64_t lanes) {
   constexpr int64_t wide = N * kLanes;
   const int64_t width = padded_columns(s) * wide, height = padded_rows(s, t.rows) * width, step = s.stride * wide;
   Vector sum[M][N] = {};
@@ -125,7 +126,8 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
 
 // accumulate<rows, N> for 1 <= rows <= M.
 template <int M, int N>
-FASTFF_INLINE void accumulate_rows(int64_t rows, const Shape& s, const Tile& t, const float* dy, const float* x, float* out, int64_t ldo, int64_t lanes) {
+FASTFF_INLINE void accumulate_rows(int64_t rows, const Shape& s, const Tile& t, const float* dy, const float* x,
+                                   float* out, int64_t ldo, int64_t lanes) {
   if constexpr (M > 1) {
     if (rows < M) return accumulate_rows<M - 1, N>(rows, s, t, dy, x, out, ldo, lanes);
   }
@@ -154,18 +156,11 @@ void panel_of(const Shape& s, const Tile& t, const float* x, const float* blocks
   accumulate_panel<N>(s, t, blocks, panel, c, dw);
 }
 
-void add(float* __restrict y, const float* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += x[i];
-}
-
 // x [B, C, H, W], grad [B, D, P, Q] float32 on the CPU, not empty -> dL/dweight [D, C, k, k], channels_last; other layouts are copied into it.
 Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel, int64_t stride, int64_t padding) {
-  for (Tensor* t : {&grad, &x}) {
-    if (is_rows(*t)) continue;
-    Tensor copy = empty_like(*t, true);
-    *t = torch::stable::copy_(copy, *t);
-  }
-  const Shape s{x.size(0), x.size(2), x.size(3), x.size(1), grad.size(2), grad.size(3), grad.size(1), kernel, stride, padding};
+  grad = with_layout(grad, true), x = with_layout(x, true);
+  const Shape s{x.size(0),    x.size(2),    x.size(3), x.size(1), grad.size(2),
+                grad.size(3), grad.size(1), kernel,    stride,    padding};
   const float *dy = floats(grad), *source = floats(x);
   Tensor grad_weight = empty_strided(x, {s.D, s.C, s.k, s.k}, {s.k * s.k * s.C, 1, s.k * s.C, s.C});
   float* const dw = writable(grad_weight);
@@ -180,7 +175,8 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
   std::vector<float> partial((groups - 1) * size, 0.0f);
   std::fill_n(dw, size, 0.0f);
   torch::stable::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> blocks(images * rows * s.Q * s.D), panel(images * padded_rows(s, rows) * padded_columns(s) * wide);
+    std::vector<float> blocks(images * rows * s.Q * s.D),
+        panel(images * padded_rows(s, rows) * padded_columns(s) * wide);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / shares, share = task % shares;
       float* const own = group ? partial.data() + (group - 1) * size : dw;
@@ -198,7 +194,8 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
     }
   });
   torch::stable::parallel_for(0, size, 1 << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t group = 1; group < groups; ++group) add(dw + begin, partial.data() + (group - 1) * size + begin, end - begin);
+    for (int64_t group = 1; group < groups; ++group)
+      vec::add(dw + begin, partial.data() + (group - 1) * size + begin, end - begin);
   });
   return grad_weight;
 }

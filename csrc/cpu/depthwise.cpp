@@ -2,13 +2,12 @@
 //
 //   y[b, i, j, c]  = sum_uv w[u, v, c] x[b, i s + u - p, j s + v - p, c]      sums[0, c], sums[1, c]: of y and of y^2, for batch norm
 //   dw[u, v, c]    = sum_bij dy[b, i, j, c] x[b, i s + u - p, j s + v - p, c]
-//   dx             s^2 correlations of dy, one for each place of x's rows and columns modulo s, by the taps that meet it, turned round
+//   dx             one correlation of dy for each residue (i mod s, j mod s) of the input position, with the flipped filter taps that reach it
 //
-// Tasks are 16 channels of an image, all of them together in channels_last: in place there, of contiguous images (and of what 16 leaves over) in a copy
-// [H W, 16] in cache. y in registers is 4 positions by 16 channels, dw nine or ten taps by a vector of 8 (16 with AVX-512); at the edges single positions,
-// with the taps that meet the image. Sums over images are made by groups of images in order: the number of threads changes no bit. How it came to
-// this: docs/cpu.md.
-
+// A task is 16 channels of an image. In channels_last the blocks of 16 are one task, which works in place; contiguous images, and the channels
+// that 16 leaves over, are copied to [H W, 16] in cache. Registers hold 4 positions by 16 channels of y, or nine or ten taps of dw by a vector
+// of 8 (16 with AVX-512). At the edges positions are taken one by one, with the taps that meet the image. Sums over images are made by groups of
+// images in order: the number of threads changes no bit. Measurements: docs/cpu.md.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -17,19 +16,17 @@
 
 #include "gemm.h"
 #include "tensors.h"
+#include "vec.h"
 
 namespace {
 
-using gemm::kLanes;
-using gemm::read;
-using gemm::Vector;
-using gemm::write;
+using gemm::transpose;
+using vec::kLanes;
+using vec::read;
+using vec::Vector;
+using vec::write;
 constexpr int64_t kPanel = 16;
 constexpr int kVectors = kPanel / kLanes;
-
-void transpose(int64_t rows, int64_t columns, const float* a, int64_t lda, float* b, int64_t ldb) {
-  gemm::transpose_inline(rows, columns, a, lda, b, ldb);
-}
 
 // 16 channels of an image: pixels `pitch` and rows `row` floats apart.
 struct Plane {
@@ -42,7 +39,7 @@ struct Correlation {
   int64_t K, L, stride, above, left;  // above, left: zeros before the first row and column
 };
 
-// Row i of an image, on its way into the cache while the row before it is worked on: 16 channels of many lie too far apart for the processor to foresee.
+// Prefetches row i of an image while the row before it is worked on: 16 channels of many are too far apart for the hardware prefetcher.
 void fetch(const Plane& plane, const float* image, int64_t i) {
   if (i < 0 || i >= plane.H) return;
   for (int64_t q = 0; q < plane.row; q += 64 / sizeof(float)) __builtin_prefetch(image + i * plane.row + q, 0, 2);
@@ -55,7 +52,8 @@ void fetch_next(const Correlation& f, const float* x, int64_t i) {
 
 // J outputs beside each other from taps u0 .. u1 - 1, v0 .. v1 - 1; x is where tap 0, 0 of the first would be.
 template <int J>
-FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w, int64_t u0, int64_t u1, int64_t v0, int64_t v1, float* y) {
+FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w, int64_t u0, int64_t u1, int64_t v0,
+                           int64_t v1, float* y) {
   Vector sum[J][kVectors] = {};
   for (int64_t u = u0; u < u1; ++u) {
     for (int64_t v = v0; v < v1; ++v) {
@@ -88,7 +86,8 @@ int64_t end_inside(int64_t before, int64_t size, int64_t taps, int64_t stride, i
 // the other way round reads and writes 64 bytes here and there (3 times as slow).
 void correlate_row(const Correlation& f, const float* x, const float* w, int64_t i, int64_t blocks, float* y) {
   const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride), u1 = std::min(f.K, f.in.H + f.above - i * f.stride);
-  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W), stop = end_inside(f.left, f.in.W, f.L, f.stride, f.out.W);
+  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W),
+                stop = end_inside(f.left, f.in.W, f.L, f.stride, f.out.W);
   const int64_t taps = f.K * f.L * kPanel;
   const float* base = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch;
   for (int64_t j = 0; j < f.out.W;) {
@@ -157,11 +156,15 @@ FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, i
 
 // dw [blocks, K, K, 16] += what row i of dy meets: U rows of taps at a time, single ones where the image ends.
 template <int K, int U>
-FASTFF_INLINE void taps_of_row(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, float* dw) {
-  const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride), u1 = std::min<int64_t>(K, f.in.H + f.above - i * f.stride);
-  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W), stop = end_inside(f.left, f.in.W, K, f.stride, f.out.W);
+FASTFF_INLINE void taps_of_row(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks,
+                               float* dw) {
+  const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride),
+                u1 = std::min<int64_t>(K, f.in.H + f.above - i * f.stride);
+  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W),
+                stop = end_inside(f.left, f.in.W, K, f.stride, f.out.W);
   for (int64_t half = 0; half < blocks * kPanel; half += kLanes) {
-    const float *g = dy + i * f.out.row + half, *corner = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch + half;
+    const float *g = dy + i * f.out.row + half,
+                *corner = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch + half;
     float* target = dw + half / kPanel * K * K * kPanel + half % kPanel;
     for (int64_t u = u0; u < u1;) {
       if (u + U <= u1) {
@@ -182,16 +185,16 @@ void add_taps(const Correlation& f, const float* x, const float* dy, int64_t i, 
 // Images [B, C, H, W] of one of the two layouts, and how tasks see them: `wide` blocks of 16 channels together in place, or single blocks in a copy.
 struct Images {
   int64_t C, H, W;
-  bool rows;
+  bool channels_last;
 
-  int64_t wide() const { return rows ? C / kPanel : 0; }
+  int64_t wide() const { return channels_last ? C / kPanel : 0; }
   int64_t tasks() const { return (wide() ? 1 : 0) + (C + kPanel - 1) / kPanel - wide(); }
   bool in_place(int64_t task) const { return wide() && task == 0; }
   int64_t channel(int64_t task) const { return in_place(task) ? 0 : (wide() + task - (wide() ? 1 : 0)) * kPanel; }
   int64_t blocks(int64_t task) const { return in_place(task) ? wide() : 1; }
   Plane plane(int64_t task) const { return in_place(task) ? Plane{H, W, C, W * C} : Plane{H, W, kPanel, W * kPanel}; }
 
-  int64_t at(int64_t b, int64_t c) const { return rows ? b * H * W * C + c : (b * C + c) * H * W; }
+  int64_t at(int64_t b, int64_t c) const { return channels_last ? b * H * W * C + c : (b * C + c) * H * W; }
 
   // Image b of a task: in place, or copied.
   const float* load(const float* x, int64_t b, int64_t task, std::vector<float>& copy) const {
@@ -199,7 +202,7 @@ struct Images {
     const float* from = x + at(b, c);
     if (in_place(task)) return from;
     copy.resize(H * W * kPanel);
-    if (!rows) {
+    if (!channels_last) {
       transpose(lanes, H * W, from, H * W, copy.data(), kPanel);
     } else {
       for (int64_t q = 0; q < H * W; ++q) std::copy_n(from + q * C, lanes, copy.data() + q * kPanel);
@@ -215,7 +218,7 @@ struct Images {
     if (in_place(task)) return;
     const int64_t c = channel(task), lanes = std::min(kPanel, C - c);
     float* to = y + at(b, c);
-    if (rows) {
+    if (channels_last) {
       for (int64_t q = 0; q < H * W; ++q) std::copy_n(copy.data() + q * kPanel, lanes, to + q * C);
     } else if (lanes == kPanel) {
       transpose(H * W, kPanel, copy.data(), kPanel, to, H * W);
@@ -227,15 +230,17 @@ struct Images {
   }
 };
 
-// Taps u = first_u + t s, v likewise, of filters [C, 1, k, k] as [blocks, K, L, 16], turned round or not.
-std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, int64_t L, int64_t first_u, int64_t first_v, int64_t s, bool turned) {
+// Taps u = first_u + t s, v likewise, of filters [C, 1, k, k] as [blocks, K, L, 16]; flipped: in reverse order.
+std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, int64_t L, int64_t first_u,
+                        int64_t first_v, int64_t s, bool flipped) {
   const int64_t blocks = (C + kPanel - 1) / kPanel;
   std::vector<float> w(blocks * K * L * kPanel, 0.0f);
   for (int64_t c = 0; c < C; ++c) {
     for (int64_t u = 0; u < K; ++u) {
       for (int64_t v = 0; v < L; ++v) {
-        const int64_t t = turned ? (K - 1 - u) * L + (L - 1 - v) : u * L + v;
-        w[((c / kPanel) * K * L + t) * kPanel + c % kPanel] = weight[c * k * k + (first_u + u * s) * k + first_v + v * s];
+        const int64_t t = flipped ? (K - 1 - u) * L + (L - 1 - v) : u * L + v;
+        w[((c / kPanel) * K * L + t) * kPanel + c % kPanel] =
+            weight[c * k * k + (first_u + u * s) * k + first_v + v * s];
       }
     }
   }
@@ -246,9 +251,11 @@ std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, in
 std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t stride, int64_t padding, bool need_sums) {
   x = dense(x), weight = torch::stable::contiguous(weight);
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
-  const int64_t P = (H + 2 * padding - k) / stride + 1, Q = (W + 2 * padding - k) / stride + 1, blocks = (C + kPanel - 1) / kPanel;
-  const Images in{C, H, W, is_rows(x)}, out{C, P, Q, in.rows};
-  Tensor y = in.rows ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}), sums = need_sums ? empty(x, {2, C}) : absent(x);
+  const int64_t P = (H + 2 * padding - k) / stride + 1, Q = (W + 2 * padding - k) / stride + 1,
+                blocks = (C + kPanel - 1) / kPanel;
+  const Images in{C, H, W, is_channels_last(x)}, out{C, P, Q, in.channels_last};
+  Tensor y = in.channels_last ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}),
+         sums = need_sums ? empty(x, {2, C}) : absent(x);
   const std::vector<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
   std::vector<float> partial(need_sums ? B * blocks * 2 * kPanel : 0, 0.0f);
   const int64_t tasks = in.tasks();
@@ -262,7 +269,9 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
       for (int64_t r = 0; r < P; ++r) {
         if (in.in_place(task)) fetch_next(f, from, r);
         correlate_row(f, from, w.data() + block * k * k * kPanel, r, in.blocks(task), to);
-        if (need_sums) add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task), partial.data() + (b * blocks + block) * 2 * kPanel);
+        if (need_sums)
+          add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task),
+                   partial.data() + (b * blocks + block) * 2 * kPanel);
       }
       out.store(result, writable(y), b, task);
     }
@@ -298,17 +307,16 @@ std::vector<Part> parts_of(const float* weight, int64_t C, int64_t k, int64_t st
 }
 
 // grad [B, C, P, Q] -> (dL/dx as x, or empty; dL/dweight [C, 1, k, k]).
-std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int64_t stride, int64_t padding, bool need_x) {
+std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int64_t stride,
+                                                     int64_t padding, bool need_x) {
   x = dense(x), weight = torch::stable::contiguous(weight);
-  const bool rows = is_rows(x);
-  if (!has_strides(grad, rows ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3})) {
-    Tensor copy = empty_like(grad, rows);
-    grad = torch::stable::copy_(copy, grad);
-  }
-  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2), P = grad.size(2), Q = grad.size(3);
+  const bool channels_last = is_channels_last(x);
+  grad = with_layout(grad, channels_last);
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2), P = grad.size(2),
+                Q = grad.size(3);
   const int64_t blocks = (C + kPanel - 1) / kPanel, size = blocks * k * k * kPanel;
-  const Images in{C, H, W, rows}, out{C, P, Q, rows};
-  Tensor dx = need_x ? empty_like(x, rows) : absent(x), dw = empty(x, {C, 1, k, k});
+  const Images in{C, H, W, channels_last}, out{C, P, Q, channels_last};
+  Tensor dx = need_x ? empty_like(x, channels_last) : absent(x), dw = empty(x, {C, 1, k, k});
   const std::vector<Part> parts = need_x ? parts_of(floats(weight), C, k, stride, padding) : std::vector<Part>();
   const int64_t groups = std::min<int64_t>(B, 8), tasks = in.tasks();  // whatever the number of threads
   std::vector<float> partial(groups * size, 0.0f);
@@ -330,7 +338,8 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
         float* to = in.target(writable(dx), b, task, result);
         for (const Part& part : parts) {
           const Plane whole = f.in;
-          const Plane some{(H - part.place_h + stride - 1) / stride, (W - part.place_w + stride - 1) / stride, whole.pitch * stride, whole.row * stride};
+          const Plane some{(H - part.place_h + stride - 1) / stride, (W - part.place_w + stride - 1) / stride,
+                           whole.pitch * stride, whole.row * stride};
           if (some.H <= 0 || some.W <= 0) continue;
           const Correlation c{f.out, some, part.K, part.L, 1, part.above, part.left};
           float* corner = to + part.place_h * whole.row + part.place_w * whole.pitch;
@@ -360,8 +369,11 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
-  m.def("depthwise_native(Tensor x, Tensor weight, int stride, int padding, bool need_sums) -> (Tensor y, Tensor sums)");
-  m.def("depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_x) -> (Tensor dx, Tensor dw)");
+  m.def(
+      "depthwise_native(Tensor x, Tensor weight, int stride, int padding, bool need_sums) -> (Tensor y, Tensor sums)");
+  m.def(
+      "depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_x) -> "
+      "(Tensor dx, Tensor dw)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {
   m.impl("depthwise_native", TORCH_BOX(&depthwise_native));

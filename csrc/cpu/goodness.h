@@ -1,43 +1,78 @@
-// One pass over whole samples: goodness, loss, local gradient and layer norm (goodness.cpp), for the operators goodness_native and tail_native.
+// Goodness of a projection, its loss, local gradient and next input in one pass over whole samples, float32 on the CPU.
+//
+// x [B, C, P] with contiguous positions, or [B, P, C] with contiguous channels (channels_last). Formulas: fastff/reference.py.
+//
+//   goodness.cpp                 tasks of a few samples, their sums in order, and the operators
+//   goodness_direct.cpp          squares from a = W x
+//   goodness_second_moment.cpp   squares from S = x x^T
+//   goodness_grid.cpp            the spatial term
 #pragma once
 
-#include "batch_norm.h"
+#include <memory>
+
+#include "epilogue.h"
 #include "gemm.h"
-#include "tensors.h"
+#include "loss.h"
 
 namespace goodness {
 
-enum Mode : int64_t { kGoodness = 0, kStep = 1, kBackward = 2 };
+// Classes are padded to a multiple of this where they are the columns of a.
+constexpr int64_t kPadding = 16;
 
-// x [B, C, P] or [B, P, C] (`rows`), or where there is a `tail` what it gives; absent tensors are null.
+// What all tasks of one call share. Null pointers for what is absent.
 struct Problem {
-  int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded to a multiple of 16; cells: C * GH * GW
-  bool rows, second_moment, need_x, normalize;
-  Mode mode;
-  const float *x, *weight, *bias, *grid, *d_given;
-  const BatchNorm* tail;
-  const int64_t* target;
-  float tau, margin, smoothing, scale;
-  double eps;
-  float *g, *losses, *dtau, *grad_x, *normalized;
-  gemm::Panels to_outputs, to_input, to_scores;  // W^T [C, K] and W [K, C] of the direct algorithm, V^T [cells, K]
+  Problem(const Tensor& x, const spec::Projection& projection, bool second_moment);
+  void lay_out_weights(bool with_gradient);
+
+  int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded; cells: C * GH * GW
+  bool channels_last, second_moment;
+  const float *x, *weight, *bias, *grid_weight;  // [K, C], [K], [K, C, GH, GW]
+  const Epilogue* epilogue = nullptr;            // what makes the head's input of x
+  const Loss* loss = nullptr;                    // gradients are of the loss,
+  const float* d = nullptr;                      // or of sum(d * g); without either only goodness is computed
+  const spec::Normalization* normalization = nullptr;
+  float *g = nullptr, *losses = nullptr, *grad_x = nullptr, *normalized = nullptr;
+  double* grad_tau = nullptr;                    // a summand for each loss
+  gemm::Panels weight_t, weight_panels, grid_t;  // W^T [C, K] and W [K, C] of the direct algorithm, V^T [cells, K]
 };
 
-// What both operators are given beside x; factors of tau and of all gradients are tensors of one element.
-struct Head {
-  MaybeTensor weight, bias, grid, target, tau_factor, scale_factor;  // weight [K, C, 1, 1], bias [K], grid [K, C, GH, GW], target [B] int64
-  bool second_moment;
-  double tau, margin, smoothing, scale, eps;
+// Where a task adds up its share of dL/dW [K, C], dL/dbias [K], dL/dV [K, cells] and the epilogue's two sums [2, C].
+struct Sums {
+  float *weight, *bias, *grid_weight, *epilogue;
 };
 
-// One call: its problem, and the tensors it writes, empty where there is no such thing.
-struct Call {
-  Call(const Tensor& x, const Head& head, Mode mode, bool need_x, bool normalize);
-  void run(float* tail_sums);
+// An algorithm for the squares of one task, at most `most` samples at a time: x [n, C, P], or [n, P, C] where it asked for channels last.
+// goodness writes g [n, K]; gradients follows it on the same samples, with d = dL/dg [n, K].
+class Squares {
+ public:
+  virtual ~Squares() = default;
+  virtual void goodness(int64_t n, const float* x, float* g) = 0;
+  virtual void gradients(int64_t n, const float* x, const float* d, float* grad_x, bool add, const Sums& sums) = 0;
 
-  Head head;
-  Problem p{};
-  Tensor g, losses, dtau, grad_x, grad_weight, grad_bias, grad_grid, normalized;
+  // Whether gradients uses what goodness kept; if not, it can be called alone.
+  virtual bool keeps() const { return true; }
+};
+
+int64_t direct_samples(const Problem& p);  // samples that the direct algorithm wants in a task
+bool is_channels_first(const Problem& p, int64_t most);
+std::unique_ptr<Squares> direct(const Problem& p, int64_t most);
+std::unique_ptr<Squares> direct_channels_first(const Problem& p, int64_t most);
+std::unique_ptr<Squares> second_moment(const Problem& p, int64_t most);
+
+// The spatial term: means over cells [n, C, GH, GW] times V^T, and its two adjoints.
+class Grid {
+ public:
+  Grid(const Problem& p, int64_t most, bool channels_last);
+  void add_goodness(int64_t n, const float* x, float* g);
+  void gradients(int64_t n, const float* d, float* grad_x, const Sums& sums);  // writes grad_x
+
+ private:
+  const Problem& p;
+  bool channels_last;
+  std::vector<float> means, spread, scores, line;
+
+  template <typename F>
+  void for_cells(const F& f) const;
 };
 
 }  // namespace goodness

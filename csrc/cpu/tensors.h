@@ -1,4 +1,4 @@
-// Tensors of the stable libtorch ABI, as the CPU operators use them: float32, dense in one of two layouts.
+// Tensors of the stable libtorch ABI, as the CPU operators use them: dense in one of two layouts.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,12 +9,48 @@
 #include <optional>
 #include <vector>
 
+#include "common.h"
+
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+inline const float* floats(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "expected a float32 tensor, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  return static_cast<const float*>(t.const_data_ptr());
+}
 inline const float* floats(const MaybeTensor& t) { return t ? floats(*t) : nullptr; }
-inline float* writable(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
+template <typename T = float>
+T* writable(const Tensor& t) {
+  return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
+}
+
+// Calls f(T*), a null pointer that names the type of x's elements: float, double, BFloat16Bits or HalfBits.
+template <typename F>
+void with_type(const char* op, const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f(static_cast<float*>(nullptr));
+    case ScalarType::Double: return f(static_cast<double*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<BFloat16Bits*>(nullptr));
+    case ScalarType::Half: return f(static_cast<HalfBits*>(nullptr));
+    default:
+      STD_TORCH_CHECK(false, op, ": x must be float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+// The one element of a tensor of any floating type, or 1.
+inline double value_or_one(const MaybeTensor& t) {
+  double value = 1;
+  if (t) {
+    with_type("a factor", *t, [&]<typename T>(T*) {
+      value = load<std::conditional_t<std::is_same_v<T, double>, double, float>>(
+          *static_cast<const T*>(t->const_data_ptr()));
+    });
+  }
+  return value;
+}
 
 // Uninitialised, on x's device, of x's dtype or another.
 inline Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
@@ -24,8 +60,8 @@ inline Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes, 
   dtype = other_dtype.value_or(dtype);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type, x.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type,
+                                                  x.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -37,8 +73,8 @@ inline Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, std::opt
 
 inline Tensor absent(const Tensor& x) { return empty(x, {0}); }
 
-// Whether x [B, C, H, W] lies in memory as dense [B, H, W, C], or as dense [B, C, H, W].
-inline bool has_strides(const Tensor& x, std::vector<int64_t> order) {
+// Whether x [B, C, H, W] is dense with its dimensions in this order, the last one contiguous.
+inline bool has_order(const Tensor& x, const std::vector<int64_t>& order) {
   int64_t expected = 1;
   for (size_t i = order.size(); i-- > 0;) {
     const int64_t d = order[i];
@@ -47,25 +83,21 @@ inline bool has_strides(const Tensor& x, std::vector<int64_t> order) {
   }
   return true;
 }
-inline bool is_rows(const Tensor& x) { return has_strides(x, {0, 2, 3, 1}); }
+inline bool has_layout(const Tensor& x, bool channels_last) {
+  return has_order(x, channels_last ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3});
+}
+inline bool is_channels_last(const Tensor& x) { return has_layout(x, true); }
 
-inline Tensor empty_like(const Tensor& x, bool rows) {
+inline Tensor empty_like(const Tensor& x, bool channels_last) {
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-  if (rows) return empty_strided(x, {B, C, H, W}, {H * W * C, 1, W * C, C});
+  if (channels_last) return empty_strided(x, {B, C, H, W}, {H * W * C, 1, W * C, C});
   return empty(x, {B, C, H, W});
 }
 
-// x, or a copy of it where it is dense in neither layout.
-inline Tensor dense(const Tensor& x) {
-  return is_rows(x) || has_strides(x, {0, 1, 2, 3}) ? x : torch::stable::contiguous(x);
+// x itself where it has this layout, or where it is dense in either; else a copy.
+inline Tensor with_layout(const Tensor& x, bool channels_last) {
+  if (has_layout(x, channels_last)) return x;
+  Tensor copy = empty_like(x, channels_last);
+  return torch::stable::copy_(copy, x);
 }
-inline MaybeTensor packed(const MaybeTensor& t) { return t ? MaybeTensor(torch::stable::contiguous(*t)) : t; }
-
-// t, or a copy of it that lies in memory as y, which is dense, does.
-inline MaybeTensor lying_as(const MaybeTensor& t, const Tensor& y) {
-  const bool rows = is_rows(y);
-  if (!t || has_strides(*t, rows ? std::vector<int64_t>{0, 2, 3, 1} : std::vector<int64_t>{0, 1, 2, 3})) return t;
-  Tensor copy = empty_like(y, rows);
-  torch::stable::copy_(copy, *t);
-  return copy;
-}
+inline Tensor dense(const Tensor& x) { return is_channels_last(x) ? x : with_layout(x, false); }

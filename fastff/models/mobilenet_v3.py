@@ -1,7 +1,7 @@
 """MobileNetV3 small and large (Howard et al. 2019, https://arxiv.org/abs/1905.02244).
 
-A first convolution, 11 or 15 inverted residuals (expand 1x1, depthwise, squeeze-excite, project 1x1), a last 1x1
-convolution, the global average and a classifier of two linear layers. Parameter names are torchvision's.
+The network is a convolution, 11 or 15 inverted residuals (expand 1x1, depthwise, squeeze-excite, project 1x1), a 1x1
+convolution, the global average and a classifier of two linear layers. Parameter names are those of torchvision.
 """
 
 from functools import partial
@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastff.models.arguments import number_between, one_of, positive_int
+from fastff.arguments import number_between, one_of, whole_number
 
 ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish}
 
-# Epsilon and momentum as published; momentum 0.01 averages statistics over about 100 minibatches.
+# Epsilon and momentum are those of the paper. Momentum 0.01 averages statistics over about 100 minibatches.
 _norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
 
 
 class Row(NamedTuple):
-    """One inverted residual, as the tables of the paper list them (channels at width_mult=1)."""
+    """One inverted residual, a row of the tables in the paper (numbers of channels for width_mult=1)."""
 
     kernel: int
     expanded: int
@@ -64,13 +64,13 @@ SMALL = [
 
 
 def round_channels(channels: float) -> int:
-    """The multiple of 8 nearest to `channels`, at least 8, and never more than 10 % below it."""
+    """Round `channels` to the nearest multiple of 8, but to at least 8 and to no less than 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 class ConvNormActivation(nn.Sequential):
-    """Convolution without bias (padded to keep the resolution), batch norm and, unless None, an activation."""
+    """Convolution without bias (padded to keep the resolution), batch norm, and an activation if one is named."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class ConvNormActivation(nn.Sequential):
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel by a gate in [0, 1] computed from the channels' means: [B, C, H, W] -> same shape."""
+    """Scales each channel by a gate in [0, 1] that is computed from the channels' means: [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, channels: int, squeezed: int):
         super().__init__()
@@ -105,9 +105,9 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel on its own, squeeze-excite, project: [B, C, H, W] -> [B, K, H / stride, W / stride].
+    """Inverted residual: expansion, depthwise convolution, squeeze-excite, projection: [B, C, H, W] -> [B, K, H / stride, W / stride].
 
-    The input is added where shape and channels stay the same. The expansion is left out where it would add no channels.
+    The input is added to the output if both have the same shape. The expansion is left out if it would add no channels.
     """
 
     def __init__(self, in_channels: int, expanded: int, out_channels: int, row: Row, activation: str):
@@ -129,7 +129,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV3(nn.Module):
     """MobileNetV3 from a table of inverted residuals: images [B, in_channels, H, W] -> logits [B, num_classes].
 
-    `hidden` is the width of the classifier's first layer; for the rest see `mobilenet_v3_small`.
+    `rows` is the table and `hidden` the number of outputs of the classifier's first layer. The other arguments and the
+    errors are those of `mobilenet_v3_small`.
     """
 
     def __init__(
@@ -144,8 +145,8 @@ class MobileNetV3(nn.Module):
         activation: str | None = None,
     ):
         super().__init__()
-        positive_int("num_classes", num_classes)
-        positive_int("in_channels", in_channels)
+        whole_number("num_classes", num_classes)
+        whole_number("in_channels", in_channels)
         number_between("width_mult", width_mult, 0, float("inf"), low_allowed=False)
         number_between("dropout", dropout, 0, 1, low_allowed=True)
         one_of("stem", stem, ["imagenet", "cifar"])
@@ -198,17 +199,17 @@ def mobilenet_v3_small(
     """MobileNetV3-small: images [B, in_channels, H, W] of any floating dtype -> logits [B, num_classes].
 
     Args:
-        num_classes: outputs of the classifier, at least 1.
+        num_classes: number of outputs of the classifier, at least 1.
         stem: "imagenet" has stride 2 in the first convolution (output resolution H / 32). "cifar" has stride 1 there
-            and keeps the strides of 2 in inverted residuals 1, 2, 4 and 9, counted from 1 (H / 16).
-        width_mult: factor on all channel counts, rounded to multiples of 8.
-        in_channels: channels of the images, 1 for grey ones.
-        dropout: probability before the last layer, in [0, 1).
-        activation: "relu", "relu6" or "hardswish" everywhere (gates excepted); None as published, where the early
-            blocks use ReLU and the later ones hard-swish.
+            and stride 2 in inverted residuals 1, 2, 4 and 9, counted from 1 (H / 16).
+        width_mult: factor that all numbers of channels are multiplied by; the results are rounded to multiples of 8.
+        in_channels: number of channels of the images, 1 for grey images.
+        dropout: probability of dropout before the last layer, in [0, 1).
+        activation: "relu", "relu6" or "hardswish" for all activations except the gates. None is the choice of the
+            paper: ReLU in the first blocks and hard-swish in the later ones.
 
     Raises:
-        ValueError: an argument is out of range; the text names it, what was expected and what came.
+        ValueError: an argument is out of range. The message names it, what was expected and what was given.
     """
     return MobileNetV3(SMALL, 1024, num_classes, stem, width_mult, in_channels, dropout, activation)
 
@@ -221,8 +222,8 @@ def mobilenet_v3_large(
     dropout: float = 0.2,
     activation: str | None = None,
 ) -> MobileNetV3:
-    """MobileNetV3-large: as `mobilenet_v3_small`, with 15 inverted residuals.
+    """MobileNetV3-large. It differs from `mobilenet_v3_small` in its 15 inverted residuals.
 
-    With stem="cifar" the strides of 2 in inverted residuals 2, 4, 7 and 13, counted from 1, remain (H / 16).
+    With stem="cifar", inverted residuals 2, 4, 7 and 13, counted from 1, have stride 2 (output resolution H / 16).
     """
     return MobileNetV3(LARGE, 1280, num_classes, stem, width_mult, in_channels, dropout, activation)

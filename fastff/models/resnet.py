@@ -1,20 +1,26 @@
 """ResNet-18 and ResNet-34 (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
-A stem, four stages of residual blocks with `width`, 2, 4 and 8 times `width` channels, the global average and a linear
-classifier. Stages 2 to 4 halve the resolution in their first block. Parameter names are torchvision's.
+The network is a stem, four stages of residual blocks with `width`, 2, 4 and 8 times `width` channels, the global average
+and a linear classifier. Stages 2 to 4 halve the resolution in their first block. Parameter names are those of torchvision.
 """
 
 from torch import Tensor, nn
 
-from fastff.models.arguments import one_of, positive_int
+from fastff.arguments import one_of, whole_number
 
 ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: [B, C, H, W] -> [B, K, H / stride, W / stride].
+    """Residual block of two 3x3 convolutions: [B, C, H, W] -> [B, K, H / stride, W / stride].
 
-    The shortcut is the identity, or a strided 1x1 convolution where channels or resolution change.
+    The shortcut is the identity, or a strided 1x1 convolution if the number of channels or the resolution changes.
+
+    Args:
+        in_channels: C.
+        channels: K.
+        stride: of the first convolution and of the shortcut.
+        activation: class of the activations, nn.ReLU or nn.ReLU6.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, activation: type[nn.Module]):
@@ -38,9 +44,9 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network of basic blocks: images [B, in_channels, H, W] -> logits [B, num_classes].
+    """Residual network of basic blocks: images [B, in_channels, H, W] -> logits [B, num_classes].
 
-    `depths` is the number of blocks of each of the four stages; for the rest see `resnet18`.
+    `depths` is the number of blocks in each of the four stages. The other arguments and the errors are those of `resnet18`.
     """
 
     def __init__(
@@ -53,9 +59,9 @@ class ResNet(nn.Module):
         activation: str = "relu",
     ):
         super().__init__()
-        positive_int("num_classes", num_classes)
-        positive_int("width", width)
-        positive_int("in_channels", in_channels)
+        whole_number("num_classes", num_classes)
+        whole_number("width", width)
+        whole_number("in_channels", in_channels)
         one_of("stem", stem, ["imagenet", "cifar"])
         one_of("activation", activation, ACTIVATIONS)
         act = ACTIVATIONS[activation]
@@ -66,7 +72,7 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = act(inplace=True)
-        # None rather than an Identity: a module that does nothing would show up as a layer of its own when cut.
+        # None and not nn.Identity: SFF would count a module that does nothing as a layer when it cuts the network.
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else None
 
         self.layer1 = _stage(width, width, depths[0], 1, act)
@@ -96,35 +102,27 @@ def _stage(in_channels: int, channels: int, depth: int, stride: int, activation:
 
 
 def resnet18(
-    num_classes: int = 1000,
-    stem: str = "imagenet",
-    width: int = 64,
-    in_channels: int = 3,
-    activation: str = "relu",
+    num_classes: int = 1000, stem: str = "imagenet", width: int = 64, in_channels: int = 3, activation: str = "relu"
 ) -> ResNet:
     """ResNet-18: images [B, in_channels, H, W] of any floating dtype -> logits [B, num_classes].
 
     Args:
-        num_classes: outputs of the classifier, at least 1.
-        stem: "imagenet" starts with a 7x7 convolution and a max pool, both of stride 2 (output resolution H / 32);
-            "cifar" with a 3x3 convolution of stride 1 and no pool (H / 8), for images of 8 to about 96 pixels. Either
-            way stages 2 to 4 keep their strides of 2.
-        width: channels of the stem and the first stage; 64 as published. The last stage has 8 times as many.
-        in_channels: channels of the images, 1 for grey ones.
-        activation: "relu" as published, or "relu6".
+        num_classes: number of outputs of the classifier, at least 1.
+        stem: "imagenet" starts with a 7x7 convolution and max pooling, both with stride 2 (output resolution H / 32).
+            "cifar" starts with a 3x3 convolution of stride 1 and has no pooling (H / 8), for images of 8 to about 96
+            pixels. Stages 2 to 4 have stride 2 in both cases.
+        width: number of channels of the stem and the first stage; the paper has 64. The last stage has 8 times as many.
+        in_channels: number of channels of the images, 1 for grey images.
+        activation: "relu" as in the paper, or "relu6".
 
     Raises:
-        ValueError: an argument is out of range; the text names it, what was expected and what came.
+        ValueError: an argument is out of range. The message names it, what was expected and what was given.
     """
     return ResNet((2, 2, 2, 2), num_classes, stem, width, in_channels, activation)
 
 
 def resnet34(
-    num_classes: int = 1000,
-    stem: str = "imagenet",
-    width: int = 64,
-    in_channels: int = 3,
-    activation: str = "relu",
+    num_classes: int = 1000, stem: str = "imagenet", width: int = 64, in_channels: int = 3, activation: str = "relu"
 ) -> ResNet:
-    """ResNet-34: as `resnet18`, with 3, 4, 6 and 3 blocks in its stages."""
+    """ResNet-34. It differs from `resnet18` in the number of blocks in its stages: 3, 4, 6 and 3."""
     return ResNet((3, 4, 6, 3), num_classes, stem, width, in_channels, activation)

@@ -5,19 +5,152 @@ block.local_step(x, target)  -> normalised detached output (the next block's inp
                                 adds this block's gradients to .grad; step your optimiser after it
 """
 
+import contextlib
+
 import torch
 from torch import nn
 
 import fastff.functional as ff
-from fastff.nn.convolution import quickened
+from fastff import spec
+from fastff.graph.epilogue import BatchNormEpilogue, ReLUEpilogue
+from fastff.graph.fused import hooked
+from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
-from fastff.nn.tail import Tail, activation_name, hooked
-from fastff.ops.goodness import NORMALIZATIONS as FUSED
-from fastff.reference import NORMALIZATIONS
+from fastff.nn.visit import EpilogueVisit, FinishedVisit, Visit, detached
 
 
-class FFBlock(nn.Module):
+class LocalBlock(nn.Module):
+    """A module, its goodness head, and what is passed on to the next block: all that local training needs of a block.
+
+    Args:
+        module: maps its inputs to one tensor, or to a tuple whose first tensor is the output that the goodness is of.
+        head: a GoodnessHead or GroupGoodness.
+        normalize: of the output passed on, a name of spec.NORMALIZATIONS or None.
+        fuse: train the module's graph with faster layers and its epilogue as one op with the goodness (fastff/graph/training.py).
+        open_modules: whether `fuse` looks into modules of the model's own, or into nn.Sequential alone.
+    """
+
+    def __init__(self, module, head, normalize="layer_norm", fuse=True, open_modules=False):
+        super().__init__()
+        if normalize is not None and normalize not in spec.NORMALIZATIONS:
+            expected = f"one of {', '.join(spec.NORMALIZATIONS)} or None"
+            raise ValueError(f"normalize: expected {expected}, got {normalize!r}")
+        self.module, self.head = module, head
+        self.normalize = None if normalize == "none" else normalize
+        self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}
+
+    @property
+    def graph(self):
+        """The TrainingGraph that the block trains with, or None. It is made again when modules of an nn.Sequential were replaced."""
+        if not self._fuse or not (self._open or type(self.module) is nn.Sequential):
+            return None
+        layers = [] if self._open else list(self.module.modules())
+        if self._graph is None or list(map(id, self._graph[0])) != list(map(id, layers)):
+            if hooked(self.module.modules()):
+                return None  # tracing would run the hooks
+            self._graph = layers, training_graph(getattr(self.module, "training_module", self.module), self._open)
+        return self._graph[1]
+
+    @property
+    def epilogue(self):
+        """The BatchNormEpilogue that the step op computes, or None."""
+        ending = None if self.graph is None else self.graph.ending
+        images = self.head.channel_dim == 1 and self.normalize is not None
+        return ending if images and isinstance(ending, BatchNormEpilogue) else None
+
+    def compile_forward(self):
+        """Run the module and its training graphs through torch.compile from now on."""
+        module, graph = self.module, self.graph
+        self._compiled[module] = (
+            module.compiled(dynamic=False) if hasattr(module, "compiled") else torch.compile(module, dynamic=False)
+        )
+        for form in graph.graph_modules() if graph is not None else ():
+            self._compiled[form] = torch.compile(form, dynamic=False)
+
+    def _run(self, form, *inputs):
+        outputs = self._compiled.get(form, form)(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def outputs(self, *inputs):
+        """The module's outputs as a tuple."""
+        return self._run(self.module, *inputs)
+
+    def next_input(self, output):
+        """What is passed on to the next block, from an output of the module."""
+        if self.normalize is None:
+            return output
+        if self.normalize in ("layer_norm", "layer_norm_channels"):  # by the op whose backward pass is fast
+            over = "sample" if self.normalize == "layer_norm" else "channels"
+            return ff.layer_norm(output, over=over, channel_dim=self.head.channel_dim)
+        return ff.normalize(output, self.normalize, self.head.groups, channel_dim=self.head.channel_dim)
+
+    def visit(self, inputs, target, grad_scale=None, autocast=None, single=True):
+        """Forward pass and goodness step on `inputs`, a tuple. Returns the Visit to call backward on, whose `following` is passed on.
+
+        grad_scale: 0-dimensional tensor that multiplies the gradients, or None. autocast: a function that makes a context for the forward
+        pass, or None. single: whether a block of one convolution may train without an autograd graph (then nothing can reach back into it)."""
+        form, ending, context = self.module, None, autocast or contextlib.nullcontext
+        graph = self.graph
+        if graph is not None and graph.ready():
+            ending = self._ending(graph)
+            form = graph.forward if ending is None else graph.body
+        epilogue = isinstance(ending, BatchNormEpilogue)
+        convolution = graph.convolution if epilogue and single and autocast is None and not self._compiled else None
+        with torch.set_grad_enabled(convolution is None), context():
+            outputs = self._run(form, *inputs)
+        if epilogue and ending.fits(*outputs[:2]):
+            return self._epilogue_visit(inputs, outputs, target, grad_scale, ending, convolution)
+        if epilogue:
+            y, residual, *others = outputs
+            with torch.enable_grad(), context():
+                whole = convolution is not None  # then nothing was recorded
+                outputs = self._run(graph.forward, *inputs) if whole else (ending.finish(y, residual), *others)
+        elif ending is not None:
+            outputs = (outputs[0], *outputs[2:])
+        return self._plain_visit(inputs, outputs, target, grad_scale, relu=ending is not None and not epilogue)
+
+    def _ending(self, graph):
+        """The end of the block that its training graph leaves to the step, in its present mode, or None."""
+        epilogue = self.epilogue
+        if epilogue is not None and epilogue.ready():
+            return epilogue
+        return graph.ending if isinstance(graph.ending, ReLUEpilogue) else None
+
+    def _plain_visit(self, inputs, outputs, target, grad_scale, relu=False):
+        main, needed = outputs[0].detach(), outputs[0].requires_grad
+        if relu:
+            main = torch.relu_(main)
+        step = self.head.local_step(main, target, self.normalize, grad_scale=grad_scale, need_grad_x=needed)
+        following = main if step.normalized is None else step.normalized
+        return Visit(inputs, outputs, step, (following, *detached(outputs[1:])), self.next_input, relu)
+
+    def _epilogue_visit(self, inputs, outputs, target, grad_scale, epilogue, convolution):
+        y, residual, *others = outputs
+        description = epilogue.description(y, residual)
+        normalization = spec.Normalization(self.normalize, self.head.groups)
+        step = self.head.local_step(y.detach(), target, self.normalize, grad_scale=grad_scale, epilogue=description)
+        epilogue.update(y, step)
+        following = (step.normalized, *detached(others))
+        if convolution is None:
+            return EpilogueVisit(inputs, outputs, step, following, epilogue, description, normalization)
+        epilogue.add_gradients(step.grad_bn_weight, step.grad_bn_bias)
+        del y, outputs
+        with torch.no_grad():
+            convolution.add_gradients(step.grad_y, inputs[0])
+        return FinishedVisit(step, following)
+
+    def local_step(self, x, target=None):
+        """One local training step: (next block's input, loss), both detached. x gets no gradient.
+
+        target [B] int64; None for losses of positive and negative samples, where x is the positive and then as many negative ones."""
+        visit = self.visit((x.detach(),), target)
+        following, loss = visit.following[0], visit.step.loss
+        visit.backward()
+        return following, loss
+
+
+class FFBlock(LocalBlock):
     """`module` as one locally trained block.
 
     Args:
@@ -31,103 +164,14 @@ class FFBlock(nn.Module):
     """
 
     def __init__(self, module, channels, num_classes=None, *, goodness="sff", normalize="layer_norm", **head):
-        super().__init__()
-        if normalize is not None and normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
-        self.module = module
-        self.head = make_head(channels, num_classes, goodness, head)
+        super().__init__(module, make_head(channels, num_classes, goodness, head), normalize)
         if normalize == "group_norm" and self.head.num_classes is None:
             raise ValueError(f"normalize: group_norm takes a group for each class, and {goodness} has no classes")
-        self.normalize = None if normalize == "none" else normalize
 
     def forward(self, x):
         """x -> (output, goodness [B, K]): the output as it is, not normalised, with gradients."""
         output = self.module(x)
         return output, self.head(output)
-
-    def local_step(self, x, target=None):
-        """One local training step: (next block's input, loss), both detached. x gets no gradient.
-
-        target [B] int64; None for losses of positive and negative samples, where x is the positive and then as many negative ones."""
-        tail = self.tail()
-        relu = False
-        with torch.enable_grad():
-            if tail is not None and tail.ready():
-                y, residual = tail.body(x.detach())
-                if tail.fits(y, residual):
-                    step = tail.local_step(self.head, y, residual, target, self.normalize)
-                    if y.requires_grad:
-                        y.backward(step.grad_y)
-                    return step.normalized, step.loss
-                y = tail.finish(y, residual)
-            else:
-                y, relu = self.train_forward(x.detach())
-        output = torch.relu_(y.detach()) if relu else y.detach()
-        step = self.head.local_step(output, target, self.normalize, need_grad_x=y.requires_grad)
-        if y.requires_grad:
-            if relu:  # over the gradient, which is ours
-                torch.ops.aten.threshold_backward.grad_input(step.grad_x, output, 0, grad_input=step.grad_x)
-            y.backward(step.grad_x)
-        return output if step.normalized is None else step.normalized, step.loss
-
-    def layers(self):
-        """The modules of an nn.Sequential in order, nested ones opened; None for other modules and where a hook would be passed over."""
-        found, opened = [], []
-
-        def open_up(module):
-            inside = type(module) is nn.Sequential
-            (opened if inside else found).append(module)
-            for child in module if inside else ():
-                open_up(child)
-
-        open_up(self.module)
-        return None if not opened or hooked(opened) else found
-
-    def train_forward(self, x):
-        """(the module's output for training without a tail, whether a ReLU is still to come, which may overwrite it)."""
-        layers = self.layers()
-        if not layers:
-            return self.module(x), False
-        *others, last = layers
-        if type(last) is nn.ReLU and others and type(others[-1]) in OVERWRITABLE and not hooked([last, others[-1]]):
-            return run(others, x), True
-        return run(layers, x), False
-
-    def tail(self):
-        """The fastff.nn.tail.Tail to train with, for an nn.Sequential that ends with batch norm [and activation]; else None."""
-        layers = self.layers() or []
-        activation = layers.pop() if layers and activation_name(layers[-1]) is not None else None
-        if len(layers) < 2 or type(layers[-1]) is not nn.BatchNorm2d or self.normalize is None:
-            return None
-        if self.normalize not in FUSED and not isinstance(self.head, GroupGoodness):
-            return None
-        norm = layers.pop()
-        bypassed = [m for m in (norm, activation) if m is not None]
-        name = activation_name(activation)
-        return Tail(lambda x: (run(layers, x), None), norm, name, activation or nn.Identity(), False, bypassed)
-
-    def next_input(self, output):
-        """What local_step passes on, from an output of forward (for inference)."""
-        if self.normalize is None:
-            return output
-        if self.normalize in FUSED:
-            over = "sample" if self.normalize == "layer_norm" else "channels"
-            return ff.layer_norm(output, over=over, channel_dim=self.head.channel_dim)
-        return ff.normalize(output, self.normalize, self.head.groups, channel_dim=self.head.channel_dim)
-
-
-OVERWRITABLE = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)  # no gradient of theirs needs their output
-
-
-def run(layers, x):
-    """Their output for training: convolutions by the quickest way to their gradients, ReLU in place where nothing needs what it overwrites."""
-    before = None
-    for layer in layers:
-        in_place = type(layer) is nn.ReLU and type(before) in OVERWRITABLE and not hooked([before, layer])
-        quick = None if hooked([layer]) else quickened(layer)
-        x = torch.relu_(x) if in_place else (quick or layer)(x)
-        before = layer
-    return x
 
 
 def make_head(channels, num_classes, goodness, options):

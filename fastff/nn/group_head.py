@@ -1,12 +1,10 @@
-"""GroupGoodness: the goodness of a block that has no weights of its own, by its name, and the local training step on it."""
-
-import torch
-from torch import nn
+"""GroupGoodness: the head of a block whose goodness has no weights, by the name of the goodness."""
 
 import fastff.functional as ff
-from fastff.reference import LOSSES
+from fastff import spec
+from fastff.nn.head import Head
 
-# name: (a group for each class, power, mean, at each position)
+# name: (whether each class has a group, power, mean, whether at each position)
 GOODNESS = {
     "class_group": (True, 2, True, False),
     "class_group_mean": (True, 1, True, False),
@@ -16,7 +14,7 @@ GOODNESS = {
 }
 
 
-class GroupGoodness(nn.Module):
+class GroupGoodness(Head):
     """Goodness of x [B, C, H, W] (or [B, C]; tokens with channel_dim=-1) without weights: head(x) -> [B, K], [B, 1] or [B, P].
 
     Args:
@@ -34,16 +32,15 @@ class GroupGoodness(nn.Module):
     """
 
     def __init__(
-        self, channels, num_classes=None, goodness="class_group", *, loss=None, theta=2.0, alpha=4.0, tau=1.0, margin=0.0, label_smoothing=0.0,
-        channel_dim=1, impl="auto",
-    ):  # fmt: skip
+        self, channels, num_classes=None, goodness="class_group", *, loss=None, channel_dim=1, impl="auto", **options
+    ):
         super().__init__()
         if goodness not in GOODNESS:
             raise ValueError(f"goodness: expected one of {', '.join(GOODNESS)}, got {goodness!r}")
         classes, self.power, self.mean, self.positions = GOODNESS[goodness]
         loss = loss or ("cross_entropy" if classes else "softplus")
-        if loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+        if loss not in spec.LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(spec.LOSSES)}, got {loss!r}")
         if loss == "cross_entropy" and not classes:
             raise ValueError(f"loss: expected a loss of positive and negative samples for {goodness}, got {loss!r}")
         if classes and (not isinstance(num_classes, int) or not 1 <= num_classes <= channels):
@@ -51,59 +48,18 @@ class GroupGoodness(nn.Module):
             raise ValueError(f"num_classes: expected {expected}, got {num_classes!r}")
         self.channels, self.num_classes, self.goodness = channels, num_classes if classes else None, goodness
         self.groups = num_classes if classes else 1
-        self.loss_name, self.theta, self.alpha = loss, theta, alpha
-        self.tau, self.margin, self.label_smoothing = tau, margin, label_smoothing
-        self.channel_dim, self.impl = channel_dim, impl
+        self.loss_name, self.channel_dim, self.impl = loss, channel_dim, impl
+        self.set_loss_options(options)
 
     def extra_repr(self):
         return f"{self.channels}, {self.num_classes}, goodness={self.goodness}, loss={self.loss_name}"
 
-    def _goodness(self):
-        return {
-            "power": self.power, "mean": self.mean, "positions": self.positions, "channel_dim": self.channel_dim, "impl": self.impl,
-        }  # fmt: skip
+    def goodness_spec(self):
+        """Describe the goodness."""
+        return spec.Groups(self.groups, self.power, self.mean, self.positions)
 
     def forward(self, x):
-        """Goodness, differentiable."""
-        return ff.group_goodness(x, self.groups, **self._goodness())
-
-    def logits(self, g):
-        """tau * goodness: what cross-entropy and the votes take the softmax of."""
-        return self.tau * g
-
-    def loss(self, g, target=None, reduction="mean"):
-        """The differentiable loss from goodness g; target [B] for cross_entropy, None for the others."""
-        if self.loss_name == "cross_entropy":
-            return ff.margin_cross_entropy(g, target, self.tau, self.margin, self.label_smoothing, reduction)
-        return ff.forward_forward_loss(g, self.loss_name, theta=self.theta, alpha=self.alpha, reduction=reduction)
-
-    def _loss(self):
-        return {
-            "loss": self.loss_name, "theta": self.theta, "alpha": self.alpha, "tau": self.tau, "margin": self.margin,
-            "label_smoothing": self.label_smoothing,
-        }  # fmt: skip
-
-    @torch.no_grad()
-    def local_step(self, x, target=None, normalize="layer_norm", eps=1e-5, grad_scale=None, need_grad_x=True):
-        """group_goodness_step on x. Returns GroupGoodnessStep."""
-        return ff.group_goodness_step(
-            x, target, self.groups, grad_scale=grad_scale, normalize=normalize, eps=eps, need_grad_x=need_grad_x, **self._loss(),
-            **self._goodness(),
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def local_tail_step(self, y, target=None, normalize="layer_norm", eps=1e-5, grad_scale=None, **tail):
-        """The same for the tail of a block: group_tail_step on y [B, C, H, W] with its arguments bn_weight, ..., activation."""
-        goodness = self._goodness()
-        goodness.pop("channel_dim")  # 1, of what batch norm gives
-        return ff.group_tail_step(
-            y,
-            target,
-            self.groups,
-            grad_scale=grad_scale,
-            normalize=normalize,
-            eps=eps,
-            **self._loss(),
-            **goodness,
-            **tail,
-        )
+        """Compute goodness, differentiable."""
+        groups, power, mean, positions = self.goodness_spec()
+        options = {"channel_dim": self.channel_dim, "impl": self.impl}
+        return ff.group_goodness(x, groups, power=power, mean=mean, positions=positions, **options)

@@ -1,13 +1,83 @@
-"""GoodnessHead: the parameters of a block's goodness, and the local training step on them."""
+"""Heads of a block: what all of them share, and GoodnessHead, whose goodness has learned weights."""
 
 import torch
 from torch import nn
 
 import fastff.functional as ff
-from fastff.ops.goodness import NORMALIZATIONS
+from fastff import ops, spec
+from fastff.ops.gradients import add_gradient
 
 
-class GoodnessHead(nn.Module):
+class Head(nn.Module):
+    """A goodness with its loss, on which a block makes its local training step.
+
+    Subclasses have goodness_spec() and the attributes channel_dim, impl and groups (of "group_norm"). The options of the loss, such as
+    margin, are attributes: those of spec.LOSS_OPTIONS."""
+
+    loss_name = "cross_entropy"
+    algorithm = "auto"
+
+    def set_loss_options(self, options):
+        """Take the options of the loss, by their names in spec.Loss. Raises TypeError for others and ValueError for values out of range."""
+        for name, value in spec.check_loss_options(options).items():
+            setattr(self, name, value)
+
+    def temperature(self):
+        """Return tau, a number or, where it is learned, a tensor."""
+        return self.tau
+
+    def logits(self, g):
+        """Return tau * goodness, of which the loss and the votes take the softmax."""
+        return self.temperature() * g
+
+    def loss_spec(self, target, grad_scale=None):
+        """Describe the loss of these targets."""
+        return spec.Loss(
+            self.loss_name, target, grad_scale=grad_scale, **{name: getattr(self, name) for name in spec.LOSS_OPTIONS}
+        )
+
+    def loss(self, g, target=None, reduction="mean"):
+        """Compute the differentiable loss from goodness g [B, K]; target [B] for cross-entropy, None for the other losses."""
+        return ff.loss_of(g, self.loss_spec(target)._replace(reduction=reduction))
+
+    @torch.no_grad()
+    def local_step(
+        self, x, target=None, normalize="layer_norm", eps=1e-5, grad_scale=None, need_grad_x=True, epilogue=None
+    ):
+        """Run the local training step on a block's output and add the gradients of the head's parameters to their .grad.
+
+        Args:
+            x: as for forward; with an epilogue the output [B, C, H, W] of the block's last convolution.
+            target: [B] int64, or None for losses of positive and negative samples.
+            normalize, eps: of the next block's input, as in fastff.functional.normalize, with `groups` groups; None for none.
+            grad_scale: a tensor of one element that multiplies all gradients, or None.
+            need_grad_x: False where nothing before the head learns.
+            epilogue: spec.Epilogue of what stands between x and the head, or None.
+
+        Returns spec.StepResult. Raises TypeError or ValueError that names the argument."""
+        called, channel_dim = ("x", self.channel_dim) if epilogue is None else ("y", 1)
+        x4, goodness, loss = (
+            spec.canonical_x(x, channel_dim, called),
+            self.goodness_spec(),
+            self.loss_spec(target, grad_scale),
+        )
+        if epilogue is not None:
+            epilogue.check(x)
+        goodness.check(x4, self.algorithm, called)
+        loss.check(x4, getattr(goodness, "positions", False), called)
+        normalization = spec.Normalization.checked(normalize, self.groups, eps)
+        step = ops.step.run(
+            spec.Step(x4, epilogue, goodness, loss, normalization, need_grad_x, self.algorithm), self.impl
+        )
+        self._add_gradients(step)
+        grad_x, normalized = (spec.restore(t, x, channel_dim) for t in (step.grad_x, step.normalized))
+        return step._replace(grad_x=grad_x, normalized=normalized)
+
+    def _add_gradients(self, step):
+        """Add the gradients of this head's parameters to their .grad."""
+
+
+class GoodnessHead(Head):
     """Goodness of x [B, C, H, W] (or [B, C]; tokens with channel_dim=-1) for each class: head(x) -> [B, K].
 
     Args:
@@ -20,7 +90,7 @@ class GoodnessHead(nn.Module):
         scale: the standard deviation of the weight relative to PyTorch's default for a convolution. None: 4 without the spatial term,
             2 with it, so that the goodness of the classes differs by about one at the start (docs/learning.md).
         tau: the factor of the goodness before the softmax; learn_tau trains it from there (stored as its logarithm).
-        margin, label_smoothing: of the loss.
+        loss: options of the loss as in spec.LOSS_OPTIONS: margin, label_smoothing.
         channel_dim: 1, or -1 for tokens [B, N, C] and [B, H, W, C].
         impl, algorithm: as in fastff.functional.
 
@@ -28,8 +98,8 @@ class GoodnessHead(nn.Module):
     """
 
     def __init__(
-        self, channels, num_classes, kernel_size=1, grid=0, *, squares=True, bias=False, scale=None, tau=1.0, learn_tau=False, margin=0.0,
-        label_smoothing=0.0, channel_dim=1, impl="auto", algorithm="auto", device=None, dtype=None,
+        self, channels, num_classes, kernel_size=1, grid=0, *, squares=True, bias=False, scale=None, learn_tau=False, channel_dim=1,
+        impl="auto", algorithm="auto", device=None, dtype=None, **loss,
     ):  # fmt: skip
         super().__init__()
         for name, value in (("channels", channels), ("num_classes", num_classes)):
@@ -46,12 +116,10 @@ class GoodnessHead(nn.Module):
             )
         if scale is not None and not scale > 0:
             raise ValueError(f"scale: expected a positive number (a weight of zeros never learns), got {scale!r}")
-        if not 0 < tau < float("inf"):
-            raise ValueError(f"tau: expected a positive number, got {tau!r}")
         self.channels, self.num_classes, self.kernel_size, self.grid = channels, num_classes, kernel_size, grid
         self.groups = num_classes  # of normalize="group_norm"
         self.scale = scale if scale is not None else (2.0 if all(grid) else 4.0)
-        self.tau, self.margin, self.label_smoothing = tau, margin, label_smoothing
+        self.set_loss_options(loss)
         self.channel_dim, self.impl, self.algorithm = channel_dim, impl, algorithm
         factory = {"device": device, "dtype": dtype}
 
@@ -80,66 +148,30 @@ class GoodnessHead(nn.Module):
         parts = [f"{self.channels}, {self.num_classes}, kernel_size={self.kernel_size}, grid={self.grid}"]
         return ", ".join(parts + [f"tau={self.tau}, margin={self.margin}"])
 
-    def _arguments(self):
-        return {
-            "grid_weight": self.grid_weight,
-            "padding": self.kernel_size // 2,
-            "channel_dim": self.channel_dim,
-            "impl": self.impl,
-            "algorithm": self.algorithm,
-        }
+    def goodness_spec(self):
+        """Describe the goodness."""
+        return spec.Projection(self.weight, self.bias, self.grid_weight, (self.kernel_size // 2,) * 2)
+
+    def loss_spec(self, target, grad_scale=None):
+        """Describe the loss of these targets."""
+        loss = super().loss_spec(target, grad_scale)
+        return loss if self.log_tau is None else loss._replace(tau=1.0, learned_tau=self.log_tau.exp())
 
     def temperature(self):
-        """tau: a number, or a tensor where it is learned."""
+        """Return tau, a number or, where it is learned, a tensor."""
         return self.tau if self.log_tau is None else self.log_tau.exp()
 
     def forward(self, x):
-        """Goodness [B, K], differentiable."""
-        return ff.goodness(x, self.weight, self.bias, **self._arguments())
-
-    def logits(self, g):
-        """tau * goodness: what the loss and the votes take the softmax of."""
-        return self.temperature() * g
-
-    def loss(self, g, target, reduction="mean"):
-        """The differentiable loss from goodness g [B, K]."""
-        return ff.margin_cross_entropy(g, target, self.temperature(), self.margin, self.label_smoothing, reduction)
-
-    @torch.no_grad()
-    def local_step(self, x, target, normalize="layer_norm", eps=1e-5, grad_scale=None, need_grad_x=True):
-        """goodness_step on x [B, C, H, W], adding the head's gradients to its parameters' .grad. Returns GoodnessStep."""
-        fused = normalize if normalize in (None, *NORMALIZATIONS) else None
-        step = ff.goodness_step(
-            x, self.weight, self.bias, target, tau=self.temperature(), margin=self.margin, label_smoothing=self.label_smoothing,
-            grad_scale=grad_scale, normalize=fused, eps=eps, need_grad_x=need_grad_x, **self._arguments(),
+        """Compute goodness [B, K], differentiable."""
+        *parameters, grid_weight, padding = self.goodness_spec()
+        return ff.goodness(
+            x, *parameters, grid_weight=grid_weight, padding=padding, channel_dim=self.channel_dim, impl=self.impl,
+            algorithm=self.algorithm,
         )  # fmt: skip
-        self._add_gradients(step)
-        if fused == normalize:
-            return step
-        return step._replace(normalized=ff.normalize(x, normalize, self.groups, eps, channel_dim=self.channel_dim))
-
-    @torch.no_grad()
-    def local_tail_step(self, y, target, normalize="layer_norm", eps=1e-5, grad_scale=None, **tail):
-        """The same for the tail of a block: tail_step on y [B, C, H, W] with its arguments bn_weight, ..., activation. Returns TailStep."""
-        arguments = self._arguments()
-        arguments.pop("channel_dim")  # 1, of what batch norm gives
-        step = ff.tail_step(
-            y, self.weight, self.bias, target, tau=self.temperature(), margin=self.margin, label_smoothing=self.label_smoothing,
-            grad_scale=grad_scale, normalize=normalize, eps=eps, **arguments, **tail,
-        )  # fmt: skip
-        self._add_gradients(step)
-        return step
 
     def _add_gradients(self, step):
-        grad_log_tau = None if self.log_tau is None else step.grad_tau * self.log_tau.exp()
         add_gradient(self.weight, step.grad_weight)
         add_gradient(self.bias, step.grad_bias)
         add_gradient(self.grid_weight, step.grad_grid_weight)
-        add_gradient(self.log_tau, grad_log_tau)
-
-
-def add_gradient(parameter, grad):
-    """Add grad to parameter.grad, where there is a parameter and it learns."""
-    if parameter is not None and grad is not None and parameter.requires_grad:
-        grad = grad.to(parameter.dtype)
-        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        if self.log_tau is not None:
+            add_gradient(self.log_tau, step.grad_tau * self.log_tau.exp())

@@ -9,13 +9,14 @@ large filters alone), PyTorch's own, the reference.
 import torch
 import torch.nn.functional as F
 
-from fastff import reference
 from fastff.kernels import native
-from fastff.kernels.composed import convolution as composed
-from fastff.kernels.composed.goodness import is_rows
+from fastff.kernels import reference as reference_kernels
+from fastff.kernels.layout import is_channels_last
 from fastff.kernels.native import convolution as native_convolution
+from fastff.kernels.torch import convolution as torch_convolution
 from fastff.ops import depthwise
-from fastff.ops.table import Implementation, always, choose, concerns, implement
+from fastff.ops import gradients as partial
+from fastff.ops.table import Implementation, always, choose, concerns, dispatched, implement
 
 DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
@@ -23,15 +24,6 @@ FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
 LEAST_WEIGHTS_AVX512 = 1 << 20
 # Multiply-adds up to which a 1 x 1 convolution is quicker as a matrix product (1.1 to 1.7 times; 2^26: 0.8).
 LARGEST_PRODUCT = 1 << 25
-
-
-class Reference:
-    """The definition of fastff/reference.py."""
-
-    @staticmethod
-    def weight_gradient(grad, x, kernel, stride, padding):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return reference.convolution_weight_gradient(grad.to(wide), x.to(wide), kernel, stride, padding).to(x.dtype)
 
 
 def _native_can_run(x):
@@ -52,8 +44,8 @@ ROWS = [
         "fewer than 16 channels, contiguous tensors, and with AVX-512 less than 2^20 weights by oneDNN",
         native.slow,
     ),
-    Implementation("composed", always, composed),
-    Implementation("reference", always, Reference),
+    Implementation("torch", always, torch_convolution),
+    Implementation("reference", always, reference_kernels),
 ]
 
 _lib = torch.library.Library("fastff", "FRAGMENT")
@@ -88,7 +80,7 @@ PYTORCH, PRODUCT, KERNEL = "pytorch", "product", "kernel"
 
 
 def way(x, weight, stride, padding, groups):
-    """How a convolution of x is quickest with its gradients: PYTORCH, PRODUCT (of matrices) or KERNEL (the ops of fastff)."""
+    """Return how a convolution of x and its gradients are fastest: PYTORCH, PRODUCT (of matrices) or KERNEL (the ops of fastff)."""
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
         return PYTORCH
     k, channels = weight.shape[2], x.shape[1]
@@ -97,10 +89,10 @@ def way(x, weight, stride, padding, groups):
     if groups > 1:
         return (
             KERNEL
-            if k in DEPTHWISE_SIZES and choose("depthwise", depthwise.ROWS, "auto", x).name != "composed"
+            if k in DEPTHWISE_SIZES and choose("depthwise", depthwise.ROWS, "auto", x).name != "torch"
             else PYTORCH
         )
-    if channels == 1 or not is_rows(x):
+    if channels == 1 or not is_channels_last(x):
         return PYTORCH
     if k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
         return PRODUCT
@@ -110,19 +102,19 @@ def way(x, weight, stride, padding, groups):
 
 
 def _has_kernel(op, rows, x):
-    """Whether the op's table gives something else than PyTorch's own."""
-    return concerns(rows) and choose(op, rows, "auto", x).name != "composed"
+    """Return whether the op's table chooses something else than PyTorch's own."""
+    return concerns(rows) and choose(op, rows, "auto", x).name != "torch"
 
 
 def _weight_gradient(grad, x, kernel, stride, padding):
-    """convolution_weight_gradient, called as fastff/ops/depthwise.py calls its kernels."""
-    if torch.compiler.is_compiling():
+    """Compute dL/dweight, through the dispatcher only if it must (fastff/ops/table.py)."""
+    if dispatched(x, grad):
         return torch.ops.fastff.convolution_weight_gradient(grad, x, kernel, stride, padding, "auto")
     return choose("convolution", ROWS, "auto", x).run.weight_gradient(grad, x, kernel, stride, padding)
 
 
 def forward(x, weight, bias, stride, padding, groups, how):
-    """conv2d with k x k filters, one group or one for each channel."""
+    """Compute conv2d with k x k filters, one group or one for each channel."""
     if how == PRODUCT:
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     if how == KERNEL and groups > 1:
@@ -132,22 +124,24 @@ def forward(x, weight, bias, stride, padding, groups, how):
 
 
 def gradients(grad, x, weight, stride, padding, groups, how, wanted):
-    """(dL/dx, dL/dweight, dL/dbias), those that are wanted, else None."""
-    need_x, need_weight, need_bias = wanted
+    """Return dL/dx, dL/dweight and dL/dbias: those that are wanted, else None."""
+    if not any(wanted):
+        return None, None, None
+    need_grad_x, need_weight, need_bias = wanted
     grad_x = grad_weight = grad_bias = None
     if how == KERNEL and groups > 1:
-        grad_x, grad_weight = depthwise.gradients(grad, x, weight, stride, padding, need_x)
-        need_x = need_weight = False
+        grad_x, grad_weight = depthwise.gradients(grad, x, weight, stride, padding, need_grad_x)
+        need_grad_x = need_weight = False
     elif how == KERNEL and need_weight:
         grad_weight = _weight_gradient(grad, x, weight.shape[2], stride, padding)
         need_weight = False
     elif how == PRODUCT and need_weight:
-        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
-        grad_weight = (rows.T @ x.permute(0, 2, 3, 1).flatten(0, 2)).view(weight.shape)
+        flat_grad = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        grad_weight = (flat_grad.T @ x.permute(0, 2, 3, 1).flatten(0, 2)).view(weight.shape)
         need_weight = False
     if need_bias and not need_weight:  # convolution_backward would do the weight's work again
         grad_bias, need_bias = grad.sum((0, 2, 3)), False
-    if need_x or need_weight or need_bias:
+    if need_grad_x or need_weight or need_bias:
         found = torch.ops.aten.convolution_backward(
             grad,
             x,
@@ -159,7 +153,7 @@ def gradients(grad, x, weight, stride, padding, groups, how, wanted):
             False,
             [0, 0],
             groups,
-            [need_x, need_weight, need_bias],
+            [need_grad_x, need_weight, need_bias],
         )
         grad_x, grad_weight, grad_bias = (
             a if b is None else b for a, b in zip((grad_x, grad_weight, grad_bias), found, strict=True)
@@ -177,13 +171,15 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        found = gradients(grad, *ctx.saved_tensors, *ctx.options, (need_x, need_weight, need_bias and ctx.has_bias))
+        need_grad_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        x, weight = ctx.saved_tensors
+        parameters = (partial.needs_parameters() and need for need in (need_weight, need_bias and ctx.has_bias))
+        found = gradients(grad, x, weight, *ctx.options, [partial.needs_input(x, need_grad_x), *parameters])
         return *found, None, None, None, None
 
 
 def convolve(x, weight, bias, stride, padding, groups):
-    """conv2d of x [B, C, H, W] with k x k filters: values and gradients as PyTorch's, by whichever way is quickest here."""
+    """Compute conv2d of x [B, C, H, W] with k x k filters, with the values and gradients of PyTorch, as fast as can be here."""
     how = way(x, weight, stride, padding, groups)
     run = _Convolve.apply if how == KERNEL and torch.is_grad_enabled() else forward
     return run(x, weight, bias, stride, padding, groups, how)

@@ -2,20 +2,20 @@
 
     depthwise(x, weight, stride, padding)           x [B, C, H, W], weight [C, 1, k, k] -> y [B, C, H', W'] laid out as x, and
                                                     sums [2, C] of y and of its square, in float32 (float64 for float64)
-    depthwise_backward(grad, x, weight, ..., need_x) -> (dL/dx or an empty tensor, dL/dweight)
+    depthwise_backward(grad, x, weight, ..., need_grad_x) -> (dL/dx or an empty tensor, dL/dweight)
 
-The first convolution of a block never needs dL/dx. Rows: the Triton kernels (never timed on a GPU, so passed over), the compiled kernel, PyTorch's
-own, the reference. Formula: fastff/reference.py.
+The first convolution of a block never needs dL/dx. Rows: the Triton kernels (never timed on a GPU, so "auto" skips them), the compiled kernel,
+PyTorch's own, the reference. Formula: fastff/reference.py.
 """
 
 import torch
 
 from fastff import reference
 from fastff.kernels import native, triton
-from fastff.kernels.composed import depthwise as composed
-from fastff.kernels.composed.goodness import empty_like
+from fastff.kernels.layout import as_result_of, empty_like, widened
 from fastff.kernels.native import depthwise as native_depthwise
-from fastff.ops.table import Implementation, Lazy, always, choose, implement
+from fastff.kernels.torch import depthwise as torch_depthwise
+from fastff.ops.table import Implementation, Lazy, always, choose, dispatched, implement
 
 
 class Reference:
@@ -23,15 +23,13 @@ class Reference:
 
     @staticmethod
     def forward(x, weight, stride, padding, sums=True):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = reference.depthwise(x.to(wide), weight.to(wide), stride, padding).to(x.dtype)
-        return y, composed.sums_of(y) if sums else None
+        y = reference.depthwise(widened(x), widened(weight), stride, padding).to(x.dtype)
+        return y, torch_depthwise.sums_of(y) if sums else None
 
     @staticmethod
-    def backward(grad, x, weight, stride, padding, need_x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dx, dw = reference.depthwise_gradients(grad.to(wide), x.to(wide), weight.to(wide), stride, padding)
-        return (dx.to(x.dtype) if need_x else None), dw.to(weight.dtype)
+    def backward(grad, x, weight, stride, padding, need_grad_x):
+        dx, dw = reference.depthwise_gradients(widened(grad), widened(x), widened(weight), stride, padding)
+        return (dx.to(x.dtype) if need_grad_x else None), dw.to(weight.dtype)
 
 
 def _native_can_run(x):
@@ -42,7 +40,7 @@ def _native_can_run(x):
     return native.reason() or None
 
 
-def _native_passed_over(x):
+def _native_skip_reason(x):
     if x.shape[1] < 16:
         return f"slower than PyTorch below 16 channels, x has {x.shape[1]}"
     return native.slow(x)
@@ -53,28 +51,28 @@ ROWS = [
         "triton",
         triton.reason,
         Lazy("fastff.kernels.triton.depthwise"),
-        passed_over=lambda x: "never timed on a GPU, so not seen to win",
+        skip_reason=lambda x: "never timed on a GPU, so not seen to win",
     ),
     Implementation(
         "native",
         _native_can_run,
         native_depthwise,
         "other filters than 3 x 3 and 5 x 5 by PyTorch",
-        _native_passed_over,
+        _native_skip_reason,
     ),
-    Implementation("composed", always, composed),
+    Implementation("torch", always, torch_depthwise),
     Implementation("reference", always, Reference),
 ]
 
 _lib = torch.library.Library("fastff", "FRAGMENT")
 _lib.define("depthwise(Tensor x, Tensor weight, int stride, int padding, str impl) -> (Tensor, Tensor)")
 _lib.define(
-    "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_x, str impl) -> (Tensor, Tensor)"
+    "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_grad_x, str impl) -> (Tensor, Tensor)"
 )
 
 
 def check(x, weight, stride, padding):
-    """Raises ValueError or TypeError naming the argument."""
+    """Raise ValueError or TypeError that names the wrong argument."""
     if x.dim() != 4:
         raise ValueError(f"x: expected [B, C, H, W], got {list(x.shape)}")
     if weight.dim() != 4 or weight.shape[:2] != (x.shape[1], 1) or weight.shape[2] != weight.shape[3]:
@@ -96,29 +94,27 @@ def check(x, weight, stride, padding):
 def _forward(x, weight, stride, padding, impl):
     check(x, weight, stride, padding)
     y, sums = choose("depthwise", ROWS, impl, x).run.forward(x, weight, stride, padding)
-    like = composed.out_like(x, weight, stride, padding)
+    like = torch_depthwise.out_like(x, weight, stride, padding)
     return (y if y.stride() == like.stride() else like.copy_(y)), sums
 
 
 def _forward_fake(x, weight, stride, padding, impl):
     sums = x.new_empty((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    return composed.out_like(x, weight, stride, padding), sums
+    return torch_depthwise.out_like(x, weight, stride, padding), sums
 
 
-def _backward(grad, x, weight, stride, padding, need_x, impl):
+def _backward(grad, x, weight, stride, padding, need_grad_x, impl):
     check(x, weight, stride, padding)
-    expected = composed.out_shape(x, weight, stride, padding)
+    expected = torch_depthwise.out_shape(x, weight, stride, padding)
     if list(grad.shape) != expected or grad.dtype != x.dtype:
         raise ValueError(f"grad: expected {expected} of {x.dtype} as y is, got {list(grad.shape)} of {grad.dtype}")
-    dx, dw = choose("depthwise", ROWS, impl, x).run.backward(grad, x, weight, stride, padding, need_x)
-    if need_x and dx.stride() != empty_like(x).stride():
-        dx = empty_like(x).copy_(dx)
-    return (dx if need_x else x.new_empty(0)), dw.contiguous()
+    dx, dw = choose("depthwise", ROWS, impl, x).run.backward(grad, x, weight, stride, padding, need_grad_x)
+    return as_result_of(x, dx) if need_grad_x else x.new_empty(0), dw.contiguous()
 
 
-def _backward_fake(grad, x, weight, stride, padding, need_x, impl):
+def _backward_fake(grad, x, weight, stride, padding, need_grad_x, impl):
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return (empty_like(x) if need_x else x.new_empty(0)), dw
+    return (empty_like(x) if need_grad_x else x.new_empty(0)), dw
 
 
 implement(_lib, "depthwise", _forward, _forward_fake)
@@ -126,28 +122,28 @@ implement(_lib, "depthwise_backward", _backward, _backward_fake)
 
 
 def output(x, weight, stride, padding):
-    """y of depthwise without its sums. Where nothing traces, not by way of the op: one that is registered from Python costs 0.1 ms a call."""
-    if torch.compiler.is_compiling():
+    """Compute y without the sums, through the dispatcher only if it must (fastff/ops/table.py)."""
+    if dispatched(x, weight):
         return torch.ops.fastff.depthwise(x, weight, stride, padding, "auto")[0]
     return choose("depthwise", ROWS, "auto", x).run.forward(x, weight, stride, padding, sums=False)[0]
 
 
-def gradients(grad, x, weight, stride, padding, need_x):
-    """(dL/dx, of no meaning unless need_x, dL/dweight), called as output is."""
-    if torch.compiler.is_compiling():
-        return torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_x, "auto")
-    return choose("depthwise", ROWS, "auto", x).run.backward(grad, x, weight, stride, padding, need_x)
+def gradients(grad, x, weight, stride, padding, need_grad_x):
+    """Return dL/dx, undefined unless it is needed, and dL/dweight, called as `output` calls its op."""
+    if dispatched(x, grad, weight):
+        return torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_grad_x, "auto")
+    return choose("depthwise", ROWS, "auto", x).run.backward(grad, x, weight, stride, padding, need_grad_x)
 
 
 def _save(ctx, inputs, output):
-    x, weight, *ctx.how = inputs
+    x, weight, *ctx.options = inputs
     ctx.save_for_backward(x, weight, output[0])
 
 
 def _differentiate(ctx, grad, grad_sums):
-    """sums carry gradients too: d(sum y) = 1, d(sum y^2) = 2 y."""
+    """Differentiate y and its sums: d(sum y) = 1, d(sum y^2) = 2 y."""
     x, weight, y = ctx.saved_tensors
-    stride, padding, impl = ctx.how
+    stride, padding, impl = ctx.options
     grad = torch.zeros_like(y) if grad is None else grad
     if grad_sums is not None:
         first, second = grad_sums[:, None, :, None, None].to(y.dtype)

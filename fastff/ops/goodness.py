@@ -1,7 +1,10 @@
-"""torch.ops.fastff.goodness, .goodness_backward and .goodness_step: the goodness of a block's output, its loss and local gradient.
+"""torch.ops.fastff.goodness and .goodness_backward: the goodness of a block's output under a head with weights, differentiable twice.
 
-Canonical arguments (fastff/functional.py makes and checks them): x [B, C, H, W], weight [K, C, k, k] or None (no squares), bias [K] or
-None, grid_weight [K, C, G, G] or None, target [B] int64. Absent results are empty tensors. Formulas: fastff/reference.py.
+Canonical arguments (fastff/spec.py makes and checks them): x [B, C, H, W], weight [K, C, k, k] or None (no squares), bias [K] or
+None, grid_weight [K, C, G, G] or None. Absent results are empty tensors. Formulas: fastff/reference.py.
+
+An implementation has goodness(x, projection, plan), goodness_backward(d, x, projection, plan, need_grad_x) and step(step, plan)
+for fastff/ops/step.py; its SECOND_MOMENT_CHANNELS and SECOND_MOMENT_COST, if any, go into the plan.
 """
 
 import math
@@ -10,60 +13,13 @@ import torch
 
 from fastff import reference
 from fastff.kernels import native, triton
-from fastff.kernels.composed import goodness as composed
+from fastff.kernels import reference as reference_kernels
+from fastff.kernels.layout import as_result_of, empty_like
 from fastff.kernels.native import goodness as native_goodness
-from fastff.ops import layer_norm as layer_norm_op
+from fastff.kernels.torch import goodness as torch_goodness
 from fastff.ops.plan import plan
 from fastff.ops.table import Implementation, Lazy, always, choose, implement
-
-NORMALIZATIONS = ("layer_norm", "layer_norm_channels", "none")
-
-
-class Composed:
-    """Batched matrix products, by the planned algorithm (fastff/kernels/composed/goodness.py)."""
-
-    goodness = staticmethod(composed.goodness)
-    goodness_backward = staticmethod(composed.goodness_backward)
-    goodness_step = staticmethod(composed.goodness_step)
-
-
-class Reference:
-    """The definitions of fastff/reference.py, whole tensors at a time."""
-
-    @staticmethod
-    def goodness(x, weight, bias, grid_weight, padding, how, dtype):
-        wide = [None if t is None else t.to(dtype) for t in (x, weight, bias, grid_weight)]
-        if how.algorithm != "second_moment" or weight is None:
-            return reference.goodness(*wide, padding)
-        g = reference.goodness_second_moment(*wide[:3], padding)
-        return g if grid_weight is None else g + reference.goodness(wide[0], grid_weight=wide[3])
-
-    @staticmethod
-    def goodness_backward(d, x, weight, bias, grid_weight, padding, how, dtype, need_x):
-        d = d.to(dtype)
-        wide = [None if t is None else t.to(dtype) for t in (x, weight, bias, grid_weight)]
-        grad_x, grad_weight, grad_bias, grad_grid = torch.zeros_like(wide[0]), None, None, None
-        if weight is not None:
-            second = how.algorithm == "second_moment"
-            gradients = reference.gradients_second_moment if second else reference.gradients_direct
-            grad_x, grad_weight, grad_bias = gradients(d, *wide[:3], padding)
-        if grid_weight is not None:
-            spread, grad_grid = reference.gradients_grid(d, wide[0], wide[3])
-            grad_x = grad_x + spread
-        grad_x = composed.empty_like(x).copy_(grad_x) if need_x else None
-        return grad_x, grad_weight, grad_bias if bias is not None else None, grad_grid
-
-    @classmethod
-    def goodness_step(cls, x, weight, bias, grid_weight, padding, how, dtype, loss, need_x, normalize, eps):
-        g = cls.goodness(x, weight, bias, grid_weight, padding, how, dtype)
-        losses, d, dtau = composed.loss_gradient(g, slice(None), loss)
-        return (
-            losses,
-            g,
-            *cls.goodness_backward(d, x, weight, bias, grid_weight, padding, how, dtype, need_x),
-            dtau,
-            None,
-        )
+from fastff.spec import Projection
 
 
 def _triton_can_run(x):
@@ -90,169 +46,64 @@ ROWS = [
         "3 x 3 and 5 x 5 heads by oneDNN, large direct products by BLAS",
         native.slow,
     ),
-    Implementation("composed", always, Composed),
-    Implementation("reference", always, Reference),
+    Implementation("torch", always, torch_goodness),
+    Implementation("reference", always, reference_kernels),
 ]
 
 _lib = torch.library.Library("fastff", "FRAGMENT")
 _HEAD = "Tensor x, Tensor? weight, Tensor? bias, Tensor? grid_weight"
 _HOW = "SymInt[2] padding, str impl, str algorithm"
 _lib.define(f"goodness({_HEAD}, {_HOW}) -> Tensor")
-_lib.define(f"goodness_backward(Tensor d, {_HEAD}, {_HOW}, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)")
-_lib.define(
-    f"goodness_step({_HEAD}, Tensor target, float tau, Tensor? learned_tau, float margin, float label_smoothing, str reduction, "
-    f"Tensor? grad_scale, str normalize, float eps, bool need_x, {_HOW}) "
-    "-> (Tensor loss, Tensor goodness, Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid_weight, Tensor grad_tau, "
-    "Tensor normalized)"
-)
-
-
-def compute_dtype(x, weight, grid_weight):
-    """float64 where an argument is, else float32."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in (x, weight, grid_weight))
-    return torch.float64 if wide else torch.float32
-
-
-def _classes(weight, grid_weight):
-    return len(weight if weight is not None else grid_weight)
+_lib.define(f"goodness_backward(Tensor d, {_HEAD}, {_HOW}, bool need_grad_x) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def plan_for(x, weight, grid_weight, padding, algorithm="auto", impl="auto"):
-    """The Plan for these arguments."""
-    return _planned(choose("goodness", ROWS, impl, x).run, x, weight, padding, algorithm)
+    """Return the Plan for these arguments."""
+    projection = Projection(weight, None, grid_weight, tuple(padding))
+    return planned(choose("goodness", ROWS, impl, x).run, x, projection, algorithm)
 
 
-def _planned(run, x, weight, padding, algorithm):
-    B, C, H, W = x.shape
+def planned(run, x, projection, algorithm):
+    """Return the Plan of the implementation `run`."""
+    (B, C, H, W), weight, padding = x.shape, projection.weight, projection.padding
     if weight is None:
         return plan(B, C, H * W, 0, algorithm="direct", device_type=x.device.type)
     kernel = tuple(weight.shape[2:])
     P = (H + 2 * padding[0] - kernel[0] + 1) * (W + 2 * padding[1] - kernel[1] + 1)
     most, cost = getattr(run, "SECOND_MOMENT_CHANNELS", math.inf), getattr(run, "SECOND_MOMENT_COST", 1.0)
-    return plan(B, C, P, len(weight), kernel, algorithm, x.device.type, most, cost)
-
-
-def check_labels(target, num_classes):
-    """Labels out of range raise where looking is free; on a GPU they make the loss NaN (loss_gradient)."""
-    if target.device.type == "cpu" and len(target):
-        low, high = (int(v) for v in target.aminmax())
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"target: expected labels in 0..{num_classes - 1}, got {low if low < 0 else high}")
-
-
-def _gradients(grads, x, *parameters):
-    """Of x and the parameters in their dtypes, laid out as _empty_head says; empty tensors for absent ones."""
-    grad_x, *grads = grads
-    return (
-        x.new_empty(0) if grad_x is None else composed.laid_as(x, grad_x.to(x.dtype)),
-        *(
-            x.new_empty(0) if grad is None else grad.to(parameter.dtype).contiguous()
-            for grad, parameter in zip(grads, parameters, strict=True)
-        ),
-    )
+    return plan(B, C, P, weight.shape[0], kernel, algorithm, x.device.type, most, cost)
 
 
 def _goodness(x, weight, bias, grid_weight, padding, impl, algorithm):
-    run = choose("goodness", ROWS, impl, x).run
-    how = _planned(run, x, weight, padding, algorithm)
-    g = run.goodness(x, weight, bias, grid_weight, tuple(padding), how, compute_dtype(x, weight, grid_weight))
-    return g.to(_result_dtype(x, weight, grid_weight)).contiguous()
-
-
-def _result_dtype(x, weight, grid_weight):
-    """float32 for 16-bit inputs: goodness goes into a softmax, and its squares overflow float16."""
-    return compute_dtype(x, weight, grid_weight)
+    run, projection = choose("goodness", ROWS, impl, x).run, Projection(weight, bias, grid_weight, tuple(padding))
+    g = run.goodness(x, projection, planned(run, x, projection, algorithm))
+    return g.to(projection.dtype(x)).contiguous()
 
 
 def _goodness_fake(x, weight, bias, grid_weight, padding, impl, algorithm):
-    return x.new_empty((x.shape[0], _classes(weight, grid_weight)), dtype=_result_dtype(x, weight, grid_weight))
+    projection = Projection(weight, bias, grid_weight)
+    return x.new_empty((x.shape[0], projection.classes), dtype=projection.dtype(x))
 
 
-def _goodness_backward(d, x, weight, bias, grid_weight, padding, impl, algorithm, need_x):
-    run = choose("goodness", ROWS, impl, x).run
-    how = _planned(run, x, weight, padding, algorithm)
-    dtype = compute_dtype(x, weight, grid_weight)
-    grads = run.goodness_backward(d, x, weight, bias, grid_weight, tuple(padding), how, dtype, need_x)
-    return _gradients(grads, x, weight, bias, grid_weight)
-
-
-def _empty_head(x, weight, bias, grid_weight, need_x):
-    head = [
-        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (weight, bias, grid_weight)
-    ]
-    return composed.empty_like(x) if need_x else x.new_empty(0), *head
-
-
-def _goodness_backward_fake(d, x, weight, bias, grid_weight, padding, impl, algorithm, need_x):
-    return _empty_head(x, weight, bias, grid_weight, need_x)
-
-
-@torch.no_grad()
-def _goodness_step(
-    x, weight, bias, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, need_x,
-    padding, impl, algorithm,
-):  # fmt: skip
-    loss = loss_of(x, weight, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale)
-    how = planned_row(x, weight, grid_weight, padding, impl, algorithm)
-    step = row_step(x, weight, bias, grid_weight, padding, how, loss, need_x, normalize, eps, impl)
-    return results_of(step, x, weight, bias, grid_weight, reduction)
-
-
-def loss_of(x, weight, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale):
-    """The Loss that rows are handed; labels are checked."""
-    check_labels(target, _classes(weight, grid_weight))
-    scale = 1 / len(x) if reduction == "mean" else 1.0
-    return composed.Loss(target, tau, learned_tau, margin, label_smoothing, scale, grad_scale)
-
-
-def planned_row(x, weight, grid_weight, padding, impl, algorithm):
-    """(what runs, its Plan, the dtype of its arithmetic)."""
-    run = choose("goodness", ROWS, impl, x).run
-    return run, _planned(run, x, weight, padding, algorithm), compute_dtype(x, weight, grid_weight)
-
-
-def row_step(x, weight, bias, grid_weight, padding, how, loss, need_x, normalize, eps, impl):
-    """goodness_step as rows return it, with x normalised whether the row does that or not."""
-    run, plan, dtype = how
-    *step, normalized = run.goodness_step(
-        x, weight, bias, grid_weight, tuple(padding), plan, dtype, loss, need_x, normalize, eps
+def _goodness_backward(d, x, weight, bias, grid_weight, padding, impl, algorithm, need_grad_x):
+    run, projection = choose("goodness", ROWS, impl, x).run, Projection(weight, bias, grid_weight, tuple(padding))
+    plan = planned(run, x, projection, algorithm)
+    grad_x, *grads = run.goodness_backward(d.contiguous(), x, projection, plan, need_grad_x)
+    return as_result_of(x, grad_x) if need_grad_x else x.new_empty(0), *(
+        x.new_empty(0) if p is None else grad.to(p.dtype).contiguous()
+        for grad, p in zip(grads, (weight, bias, grid_weight), strict=True)
     )
-    return *step, _normalized(x, normalize, eps, impl) if normalized is None else normalized
 
 
-def results_of(step, x, weight, bias, grid_weight, reduction):
-    """What the op returns from what a row does: the loss reduced, gradients in their parameters' dtypes, empty tensors for absent ones."""
-    losses, g, *grads, grad_tau, normalized = step
-    loss = reference.reduced(losses, reduction)
-    grads = _gradients(grads, x, weight, bias, grid_weight)
-    normalized = x.new_empty(0) if normalized is None or not normalized.numel() else composed.laid_as(x, normalized)
-    return loss, g.contiguous(), *grads, g.new_zeros(()) if grad_tau is None else grad_tau, normalized
-
-
-def _normalized(x, normalize, eps, impl):
-    if normalize == "none":
-        return x.new_empty(0)
-    if normalize == "layer_norm_channels":
-        return composed.empty_like(x).copy_(layer_norm_op.over_channels(x, eps))
-    # an implementation of goodness_step need not exist for layer_norm too: then its own order decides
-    rows = layer_norm_op.ROWS
-    return layer_norm_op.run(x, eps, impl if impl in [row.name for row in rows] else "auto")
-
-
-def _goodness_step_fake(
-    x, weight, bias, grid_weight, target, tau, learned_tau, margin, label_smoothing, reduction, grad_scale, normalize, eps, need_x,
-    padding, impl, algorithm,
-):  # fmt: skip
-    g = _goodness_fake(x, weight, bias, grid_weight, padding, impl, algorithm)
-    loss = g.new_empty((x.shape[0],) if reduction == "none" else ())
-    normalized = x.new_empty(0) if normalize == "none" else composed.empty_like(x)
-    return loss, g, *_empty_head(x, weight, bias, grid_weight, need_x), g.new_empty(()), normalized
+def _goodness_backward_fake(d, x, weight, bias, grid_weight, padding, impl, algorithm, need_grad_x):
+    return empty_like(x) if need_grad_x else x.new_empty(0), *(
+        x.new_empty(0) if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
+        for p in (weight, bias, grid_weight)
+    )
 
 
 implement(_lib, "goodness", _goodness, _goodness_fake)
 implement(_lib, "goodness_backward", _goodness_backward, _goodness_backward_fake)
-implement(_lib, "goodness_step", _goodness_step, _goodness_step_fake)
 
 
 def _save(ctx, inputs, output):
@@ -273,13 +124,13 @@ torch.library.register_autograd("fastff::goodness", _backward, setup_context=_sa
 
 
 def _save_backward(ctx, inputs, output):
-    d, x, weight, bias, grid_weight, padding, _impl, _algorithm, need_x = inputs
-    ctx.padding, ctx.need_x = tuple(padding), need_x
+    d, x, weight, bias, grid_weight, padding, _impl, _algorithm, need_grad_x = inputs
+    ctx.padding, ctx.need_grad_x = tuple(padding), need_grad_x
     ctx.save_for_backward(d, x, weight, bias, grid_weight)
 
 
 def _double_backward(ctx, *cotangents):
-    """The gradients are polynomials of the inputs: differentiate their definition (reference.py)."""
+    """Differentiate the definition of the gradients in reference.py: they are polynomials of the inputs."""
     given = ctx.saved_tensors
     present = [t is not None for t in given]
 
@@ -293,10 +144,10 @@ def _double_backward(ctx, *cotangents):
         if grid_weight is not None:
             spread, grad_grid = reference.gradients_grid(d, x, grid_weight)
             out[0] = out[0] + spread
-        out = [out[0] if ctx.need_x else None, out[1], out[2] if bias is not None else None, grad_grid]
+        out = [out[0] if ctx.need_grad_x else None, out[1], out[2] if bias is not None else None, grad_grid]
         return tuple(t for t in out if t is not None)
 
-    kept = [ctx.need_x, *present[2:]]
+    kept = [ctx.need_grad_x, *present[2:]]
     primals = [t for t in given if t is not None]
     out, pullback = torch.func.vjp(gradients, *primals)
     seeds = [c for c, keep in zip(cotangents, kept, strict=True) if keep]
@@ -306,7 +157,3 @@ def _double_backward(ctx, *cotangents):
 
 
 torch.library.register_autograd("fastff::goodness_backward", _double_backward, setup_context=_save_backward, lib=_lib)
-
-
-# its results are gradients already: nothing of it is recorded for autograd, whatever its inputs require
-_lib.impl("goodness_step", torch.library.fallthrough_kernel, "Autograd")

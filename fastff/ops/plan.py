@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fastff import cache
-from fastff.kernels.composed.goodness import Plan
+from fastff.spec import Plan, Projection
 
 BYTE = 3.0
 # Median over the shapes of `calibrate`, 2 cores of an AVX2 server processor, torch 2.13, float32.
@@ -40,7 +40,7 @@ FILE = "plan.json"
 
 @lru_cache
 def second_moment_factor():
-    """(factor, where it comes from)."""
+    """Return the factor and where it comes from."""
     try:
         factor = float(cache.read(FILE)["second_moment_factor"])
         if math.isfinite(factor) and factor > 0:
@@ -52,7 +52,7 @@ def second_moment_factor():
 
 @lru_cache
 def budget(device_type):
-    """Bytes for the temporaries of a chunk: a third of the last-level cache of a CPU, and enough to fill a GPU."""
+    """Return the bytes for the temporaries of a chunk: a third of the last-level cache of a CPU, and enough to fill a GPU."""
     if device_type != "cpu":
         return 256 * 2**20
     try:
@@ -65,9 +65,9 @@ def budget(device_type):
 
 @lru_cache(maxsize=4096)
 def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=math.inf, cost=1.0):
-    """The Plan for x of B samples, C channels and P positions, and K classes (K = 0: no squares).
+    """Return the Plan for x of B samples, C channels and P positions, and K classes (K = 0: no squares).
 
-    most, cost: of the second moment in this implementation, the channels it takes and its time relative to the composed one's."""
+    most: the channels that the second moment takes in this implementation; cost: its time relative to that of the torch implementation."""
     room = budget(device_type) // 4
     if kernel != (1, 1):
         if algorithm == "second_moment":
@@ -86,17 +86,17 @@ def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=ma
 
 def calibrate(repeats=5):
     """Measure the factor on this machine (a few seconds), store it and return it."""
-    from fastff.kernels.composed.goodness import goodness_backward
+    from fastff.kernels.torch.goodness import goodness_backward
 
     ratios = []
     for B, C, P, K in CALIBRATION_SHAPES:
-        x, weight, d = torch.randn(B, C, P, 1), torch.randn(K, C), torch.randn(B, K)
+        x, projection, d = torch.randn(B, C, P, 1), Projection(torch.randn(K, C)), torch.randn(B, K)
         seconds = {"direct": [], "second_moment": []}
         for _ in range(repeats + 1):
             for algorithm, times in seconds.items():
-                how = plan(B, C, P, K, algorithm=algorithm)
+                chosen = plan(B, C, P, K, algorithm=algorithm)
                 start = time.perf_counter()
-                goodness_backward(d, x, weight, None, None, (0, 0), how, torch.float32, True)
+                goodness_backward(d, x, projection, chosen, True)
                 times.append(time.perf_counter() - start)
         measured = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
         counted = second_moment_cost(C, P, K) / direct_cost(C, P, K)

@@ -7,51 +7,52 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("cuda", "triton", "native", "composed", "reference")
+NAMES = ("cuda", "triton", "native", "torch", "reference")
+ALIASES = {"composed": "torch"}  # former names, still accepted
+PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, str, tuple, type(None)}  # types of arguments in eager mode
 
 
 def always(x):
-    """can_run of an implementation without conditions."""
+    """Accept any x: the condition of an implementation that always runs."""
 
 
 class Implementation(NamedTuple):
-    """One row: its name, can_run(x) -> None or the reason why not, what runs (a function, or a module of them), what it leaves to others,
-    and passed_over(x) -> why "auto" does not take it though it runs, or None."""
+    """An implementation of an op.
+
+    can_run(x) returns None or the reason why it cannot; run is a function, or a module of functions; note says what it leaves to others;
+    skip_reason(x) returns why "auto" should not choose it although it can run, or None."""
 
     name: str
     can_run: Callable
     run: object
     note: str = ""
-    passed_over: Callable = always
+    skip_reason: Callable = always
 
 
 class Lazy:
-    """A module of kernels that is imported when something in it is first asked for."""
+    """A module of kernels, imported when an attribute is first read."""
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, name, within=None):
+        self.name, self.within = name, within
 
     def __getattr__(self, attribute):
-        return getattr(importlib.import_module(self.name), attribute)
+        module = importlib.import_module(self.name)
+        return getattr(getattr(module, self.within) if self.within else module, attribute)
 
 
 def choose(op, rows, impl, x):
-    """The first row that can run for `impl`: "auto", a name, or names in order of preference, separated by commas.
+    """Return the first row that can run for `impl`: "auto", a name, or names in order of preference, separated by commas.
 
-    "auto" follows the environment variable FASTFF_IMPL, which is written likewise. A choice that cannot run raises
-    RuntimeError with every row's reason; an unknown name raises ValueError."""
+    "auto" follows the environment variable FASTFF_IMPL, which is written likewise. Raises RuntimeError with every row's reason if none
+    can run, and ValueError for an unknown name."""
     if impl == "auto" and "FASTFF_IMPL" not in os.environ:  # at every call of an op
         for row in rows:
-            if row.can_run(x) is None and row.passed_over(x) is None:
+            if row.can_run(x) is None and row.skip_reason(x) is None:
                 return row
     source = "impl"
     if impl == "auto" and os.environ.get("FASTFF_IMPL", "auto") != "auto":
         impl, source = os.environ["FASTFF_IMPL"], "FASTFF_IMPL"
-    wanted = (
-        [row.name for row in rows if row.passed_over(x) is None]
-        if impl == "auto"
-        else [name.strip() for name in impl.split(",")]
-    )
+    wanted = [row.name for row in rows if row.skip_reason(x) is None] if impl == "auto" else _names(impl)
     for name in wanted:
         if name not in NAMES:
             raise ValueError(f"{source}: expected 'auto' or names out of {', '.join(NAMES)}, got {impl!r}")
@@ -65,13 +66,26 @@ def choose(op, rows, impl, x):
     raise RuntimeError(f"{source}={impl!r}: no implementation of {op} can run here ({'; '.join(refused)})")
 
 
+def _names(impl):
+    return [ALIASES.get(name.strip(), name.strip()) for name in impl.split(",")]
+
+
+def concerns(rows):
+    """Return True if FASTFF_IMPL is unset or names an implementation of this op."""
+    wanted = _names(os.environ.get("FASTFF_IMPL", "auto"))
+    return wanted == ["auto"] or any(row.name in wanted for row in rows)
+
+
+def dispatched(x, *others):
+    """Return whether an op on these values must go through PyTorch's dispatcher, which costs about 0.1 ms.
+
+    It must under torch.compile, torch.export and dispatch modes, on the meta device, and for subclasses of Tensor such as FakeTensor."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta:
+        return True
+    return not PLAIN.issuperset(map(type, (x, *others)))
+
+
 def implement(lib, name, run, fake):
     """Define what the op `name` of `lib` does, on every device, and the shapes of its results."""
     lib.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastff::{name}", fake, lib=lib)
-
-
-def concerns(rows):
-    """Whether FASTFF_IMPL, where it is set, names a row of this table; other tables' names say nothing about it."""
-    wanted = os.environ.get("FASTFF_IMPL", "auto").replace(" ", "").split(",")
-    return wanted == ["auto"] or any(row.name in wanted for row in rows)

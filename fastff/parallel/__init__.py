@@ -1,4 +1,4 @@
-"""More than one device: ranks that share the data, the blocks, or both. Built on torch.distributed as it is (torchrun, gloo, nccl, DeviceMesh)."""
+"""Training on several devices: ranks share the data, the blocks, or both. It uses torch.distributed (torchrun, gloo, nccl, DeviceMesh)."""
 
 from fastff.parallel.ranks import Distributed, start, world_size
 from fastff.parallel.watch import RankFailed

@@ -1,7 +1,9 @@
-"""Batch norm over the minibatch of all data-parallel ranks, on any device (torch's SyncBatchNorm needs a GPU). Two small collectives a layer:
-means and variances in the forward pass, two sums a channel in the backward pass.
+"""Batch norm with the statistics of the whole minibatch, which data-parallel ranks share. It runs on any device (torch's SyncBatchNorm needs a GPU).
 
-Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); merging means and variances of parts: Chan, Golub and LeVeque 1983.
+Each layer needs two small collectives: one gathers the means and variances in the forward pass, one adds up two sums per channel in the
+backward pass.
+
+Sources: Ioffe and Szegedy 2015 (arXiv 1502.03167); the formula that merges means and variances: Chan, Golub and LeVeque 1983.
 """
 
 import weakref
@@ -11,16 +13,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-RANKS: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # of each module; not in it, so that the module still pickles and copies
+# The Ranks of each module. They are kept here, and not as an attribute, so that modules can still be pickled and copied.
+RANKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class SynchronizedBatchNorm(_BatchNorm):
-    """What `synchronize` makes of batch-norm modules. A copy of it, which no Trainer knows, normalises by itself."""
+    """Batch norm over all ranks, the class that `synchronize` gives to batch-norm modules.
+
+    A copy of such a module is not in RANKS and uses the statistics of its own rank."""
 
     def _check_input_dim(self, input):
-        pass  # the class that it was of has done its part: 2 to 5 dimensions, channels second
+        pass  # BatchNorm1d, 2d and 3d differ only in this check; here x may have 2 to 5 dimensions, with channels second
 
     def forward(self, x):
         ranks = RANKS.get(self)
@@ -40,21 +43,21 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, ranks):
         dims = [d for d in range(x.dim()) if d != 1]
-        wide = x if x.dtype == torch.float64 else x.float()
-        var, mean = torch.var_mean(wide, dims, correction=0)
-        own = torch.cat([mean, var, mean.new_full((1,), x.numel() / x.shape[1])])
-        every = own.new_empty(ranks.data_size, len(own))
+        x_wide = x if x.dtype == torch.float64 else x.float()
+        var, mean = torch.var_mean(x_wide, dims, correction=0)
+        local = torch.cat([mean, var, mean.new_full((1,), x.numel() / x.shape[1])])
+        gathered = local.new_empty(ranks.data_size, len(local))
         with ranks.watch.guard():
-            dist.all_gather(list(every), own, group=ranks.data_group)
+            dist.all_gather(list(gathered), local, group=ranks.data_group)
         channels = x.shape[1]
-        means, variances, counts = every[:, :channels], every[:, channels:-1], every[:, -1:]
+        means, variances, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
         count = counts.sum()
         mean = (means * counts).sum(0) / count
         var = ((variances + (means - mean).square()) * counts).sum(0) / count
         shape = [1, -1] + [1] * (x.dim() - 2)
         invstd = (var + eps).rsqrt()
-        normal = (wide - mean.view(shape)) * invstd.view(shape)
-        out = normal if weight is None else normal * weight.view(shape) + bias.view(shape)
+        normalized = (x_wide - mean.view(shape)) * invstd.view(shape)
+        out = normalized if weight is None else normalized * weight.view(shape) + bias.view(shape)
         ctx.save_for_backward(x, weight, mean, invstd, count)
         ctx.ranks = ranks
         ctx.mark_non_differentiable(mean, var, count)
@@ -65,21 +68,27 @@ class _Normalize(torch.autograd.Function):
         x, weight, mean, invstd, count = ctx.saved_tensors
         dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
         grad = grad.to(mean.dtype)
-        normal = (x.to(mean.dtype) - mean.view(shape)) * invstd.view(shape)
-        sums = torch.cat([grad.sum(dims), (grad * normal).sum(dims)])
+        normalized = (x.to(mean.dtype) - mean.view(shape)) * invstd.view(shape)
+        sums = torch.cat([grad.sum(dims), (grad * normalized).sum(dims)])
         grad_bias, grad_weight = (None, None) if weight is None else sums.clone().chunk(2)
         grad_x = None
         if ctx.needs_input_grad[0]:
             with ctx.ranks.watch.guard():
                 dist.all_reduce(sums, group=ctx.ranks.data_group)
-            over, along = (s.view(shape) / count for s in sums.chunk(2))
+            mean_grad, mean_product = (s.view(shape) / count for s in sums.chunk(2))
             scale = invstd if weight is None else invstd * weight
-            grad_x = ((grad - over - normal * along) * scale.view(shape)).to(x.dtype)
+            grad_x = ((grad - mean_grad - normalized * mean_product) * scale.view(shape)).to(x.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
 def synchronize(model, ranks):
-    """Turn the batch-norm modules of `model` into synchronised ones, in place; hooks, parameters and references to them stay."""
+    """Make every batch-norm module of `model` a SynchronizedBatchNorm, in place.
+
+    Only the class of a module changes, so hooks, parameters and references to the module stay valid.
+
+    Args:
+        model: nn.Module; its BatchNorm1d, BatchNorm2d and BatchNorm3d are changed, subclasses of these are not.
+        ranks: the Ranks whose data-parallel group shares the statistics."""
     for module in model.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, SynchronizedBatchNorm):
             module.__class__ = SynchronizedBatchNorm

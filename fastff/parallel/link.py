@@ -1,8 +1,9 @@
-"""Activations from the rank with a run of blocks to the rank with the next: the normalised, un-updated outputs, sent before the backward pass.
+"""Sends activations from a rank to the rank with the next blocks: the normalized outputs of its last block, before that block's backward pass.
 
-A message is a header (JSON on the CPU: shapes, strides, dtypes) and one buffer with all tensors in it. The receiver posts both ahead, so the message
-of the next minibatch comes in while it computes this one; for that it must know the buffer's size, which therefore only grows: a smaller minibatch
-leaves room at its end, a larger one is announced by an empty message. Nothing goes back, and nobody waits but for data.
+A message is a header (JSON on the CPU: shapes, strides, dtypes) and one buffer that holds all tensors. The receiver posts its receive calls in
+advance, so that the next message arrives while it computes on this one. For that it must know the size of the buffer. So the size only grows: a
+smaller minibatch leaves the end of the buffer unused, and a message without data announces a larger size. Nothing is sent back, and a rank waits
+only for its data.
 """
 
 import json
@@ -14,9 +15,9 @@ import torch.distributed as dist
 
 from fastff.parallel.ranks import dense_strides
 
-HEADER = 8192  # bytes
-ALIGN = 256
-IN_FLIGHT = 2  # messages that a rank may be ahead of the next
+HEADER = 8192  # bytes of a header, padded with spaces
+ALIGN = 256  # bytes; every tensor in the buffer starts at a multiple of it
+IN_FLIGHT = 2  # messages that may be sent before the receiver has taken the first of them
 DTYPES = {
     str(dtype): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -24,7 +25,14 @@ DTYPES = {
 
 
 class Part(NamedTuple):
-    """A micro-batch on its way through the blocks: the tensors alive, its labels, its share of the minibatch; the minibatch's samples."""
+    """A micro-batch on its way through the blocks.
+
+    Fields:
+        alive: the tensors (and other values) that later blocks still read; the first is the next block's input [b, ...].
+        target: labels [b] int64.
+        share: b / samples, the weight of the micro-batch in the minibatch's gradients.
+        samples: number of samples in the whole minibatch.
+    """
 
     alive: tuple
     target: torch.Tensor
@@ -33,57 +41,53 @@ class Part(NamedTuple):
 
 
 class Link:
-    """To the rank with the next blocks (send) and from the one before (minibatch)."""
+    """Connection to the rank with the next blocks (`send`) and to the rank with the previous ones (`minibatch`)."""
 
     def __init__(self, ranks, device):
         self.ranks, self.device = ranks, device
-        at = lambda rank: ranks.global_rank(ranks.block_group, rank)  # noqa: E731
-        self.before = at(ranks.block_rank - 1) if ranks.block_rank > 0 else None
-        self.after = at(ranks.block_rank + 1) if ranks.block_rank + 1 < ranks.block_size else None
-        self.room = 0  # bytes of the next rank's buffer
-        self.flying = []
-        self.coming = None
-
-    # --- to the next rank
+        global_rank = lambda rank: ranks.global_rank(ranks.block_group, rank)  # noqa: E731
+        self.previous = global_rank(ranks.block_rank - 1) if ranks.block_rank > 0 else None
+        self.next = global_rank(ranks.block_rank + 1) if ranks.block_rank + 1 < ranks.block_size else None
+        self.capacity = 0  # bytes of the buffer that the next rank has posted
+        self.in_flight = []  # sends that may still run: one list of (work, tensor) a message
+        self.posted = None  # (header, buffer, works) of the receive calls that wait for the next message
 
     def send(self, part, count):
-        """Send `part`, of `count` parts of its minibatch, on."""
+        """Send `part` to the next rank. `count` is the number of parts that its minibatch has."""
         tensors = [t for t in (part.target, *part.alive) if isinstance(t, torch.Tensor)]
-        forms = [_form(t) for t in tensors]
-        size = sum(map(_aligned, forms))
+        layouts = [_layout(t) for t in tensors]
+        size = sum(map(_aligned_bytes, layouts))
         with self.ranks.watch.guard():
-            if size > self.room:
-                self._post({"room": size})
-                self.room = size
-            buffer = torch.empty(self.room, dtype=torch.uint8, device=self.device)
-            torch._foreach_copy_(_views(buffer, forms), tensors)
-            target, *rest = forms
+            if size > self.capacity:
+                self._send({"capacity": size})
+                self.capacity = size
+            buffer = torch.empty(self.capacity, dtype=torch.uint8, device=self.device)
+            torch._foreach_copy_(_views(buffer, layouts), tensors)
+            target, *rest = layouts
             rest = iter(rest)
             alive = [next(rest) if isinstance(t, torch.Tensor) else {"value": t} for t in part.alive]
             header = {"alive": alive, "target": target, "share": part.share, "samples": part.samples}
-            self._post(header | {"parts": count}, buffer)
+            self._send(header | {"parts": count}, buffer)
 
-    def _post(self, header, buffer=None):
+    def _send(self, header, buffer=None):
         text = json.dumps(header).encode()
         if len(text) > HEADER:
             raise ValueError(
                 f"sff: {len(header['alive'])} tensors are alive behind the last block of rank {self.ranks.rank}, more than a message describes"
             )
         text = torch.frombuffer(bytearray(text.ljust(HEADER)), dtype=torch.uint8)
-        if buffer is None:  # what the receiver has posted for the tensors is of the old size
-            buffer = torch.empty(self.room, dtype=torch.uint8, device=self.device)
-        while len(self.flying) >= IN_FLIGHT:
-            for work, _ in self.flying.pop(0):
+        if buffer is None:  # the receive call that is posted for the tensors still expects the old size
+            buffer = torch.empty(self.capacity, dtype=torch.uint8, device=self.device)
+        while len(self.in_flight) >= IN_FLIGHT:
+            for work, _ in self.in_flight.pop(0):
                 work.wait()
-        works = [(dist.isend(text, self.after, group=self.ranks.control), text)]
+        works = [(dist.isend(text, self.next, group=self.ranks.control), text)]
         if len(buffer):
-            works.append((dist.isend(buffer, self.after, group=self.ranks.messages), buffer))
-        self.flying.append(works)
-
-    # --- from the rank before
+            works.append((dist.isend(buffer, self.next, group=self.ranks.messages), buffer))
+        self.in_flight.append(works)
 
     def minibatch(self):
-        """Yields the Parts of the next minibatch, and how many they are."""
+        """Receive the next minibatch: yields (Part, number of parts) for each part of it."""
         parts, index = 1, 0
         while index < parts:
             part, parts = self._receive()
@@ -92,52 +96,52 @@ class Link:
 
     def _receive(self):
         while True:
-            if self.coming is None:
-                self._expect(0)
-            text, buffer, works = self.coming
+            if self.posted is None:
+                self._post_receive(0)
+            text, buffer, works = self.posted
             with self.ranks.watch.guard():
                 for work in works:
                     work.wait()
             header = json.loads(text.numpy().tobytes())
-            if "room" not in header:
+            if "capacity" not in header:
                 break
-            self._expect(header["room"])
-        self._expect(len(buffer))
-        forms = [header["target"], *(form for form in header["alive"] if "shape" in form)]
-        target, *tensors = _views(buffer, forms)
+            self._post_receive(header["capacity"])
+        self._post_receive(len(buffer))
+        layouts = [header["target"], *(item for item in header["alive"] if "shape" in item)]
+        target, *tensors = _views(buffer, layouts)
         tensors = iter(tensors)
-        alive = tuple(next(tensors) if "shape" in form else form["value"] for form in header["alive"])
+        alive = tuple(next(tensors) if "shape" in item else item["value"] for item in header["alive"])
         return Part(alive, target, header["share"], header["samples"]), header["parts"]
 
-    def _expect(self, room):
-        """Be ready for the next message before it is needed."""
+    def _post_receive(self, capacity):
+        """Start to receive the next message, whose buffer has `capacity` bytes, without waiting for it."""
         text = torch.empty(HEADER, dtype=torch.uint8)
-        buffer = torch.empty(room, dtype=torch.uint8, device=self.device)
+        buffer = torch.empty(capacity, dtype=torch.uint8, device=self.device)
         with self.ranks.watch.guard():
-            works = [dist.irecv(text, self.before, group=self.ranks.control)]
-            if room:
-                works.append(dist.irecv(buffer, self.before, group=self.ranks.messages))
-        self.coming = text, buffer, works
+            works = [dist.irecv(text, self.previous, group=self.ranks.control)]
+            if capacity:
+                works.append(dist.irecv(buffer, self.previous, group=self.ranks.messages))
+        self.posted = text, buffer, works
 
 
-def _form(t):
-    """What a header says of a tensor: as dense at the receiver as its memory format allows."""
+def _layout(t):
+    """A header's entry for tensor t. The strides are those of a copy without gaps."""
     return {"shape": list(t.shape), "stride": list(dense_strides(t)), "dtype": str(t.dtype)}
 
 
-def _bytes(form):
-    return math.prod(form["shape"]) * DTYPES[form["dtype"]].itemsize
+def _bytes(layout):
+    return math.prod(layout["shape"]) * DTYPES[layout["dtype"]].itemsize
 
 
-def _aligned(form):
-    return -(-_bytes(form) // ALIGN) * ALIGN
+def _aligned_bytes(layout):
+    return -(-_bytes(layout) // ALIGN) * ALIGN
 
 
-def _views(buffer, forms):
-    """Tensors of these forms in the buffer, one after the other."""
+def _views(buffer, layouts):
+    """Tensors with these layouts that lie in `buffer` one after the other."""
     views, start = [], 0
-    for form in forms:
-        part = buffer[start : start + _bytes(form)].view(DTYPES[form["dtype"]])
-        views.append(part.as_strided(form["shape"], form["stride"]))
-        start += _aligned(form)
+    for layout in layouts:
+        values = buffer[start : start + _bytes(layout)].view(DTYPES[layout["dtype"]])
+        views.append(values.as_strided(layout["shape"], layout["stride"]))
+        start += _aligned_bytes(layout)
     return views

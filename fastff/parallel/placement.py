@@ -1,4 +1,4 @@
-"""Which rank gets which blocks: runs of successive blocks whose measured times are as equal as can be."""
+"""Divides the blocks of a network among ranks: each gets successive blocks, so that their measured times are as equal as possible."""
 
 import time
 
@@ -6,11 +6,19 @@ import torch
 
 
 def balanced(seconds, parts):
-    """How many successive blocks each of `parts` ranks gets, so that the slowest rank takes the least. Raises ValueError."""
+    """Number of successive blocks that each of `parts` ranks gets, so that the slowest rank is as fast as possible.
+
+    Args:
+        seconds: time of each block in a step.
+        parts: number of ranks.
+
+    Raises:
+        ValueError: there are more ranks than blocks, or less than one."""
     count = len(seconds)
     if not 1 <= parts <= count:
         raise ValueError(f"block_ranks: expected at most {count}, one for each block, got {parts}")
-    best = {(0, 0): (0.0, [])}  # (ranks, blocks): (time of the slowest, blocks of each rank)
+    # Dynamic programming: {(ranks, blocks): (time of the slowest rank, blocks of each rank)} for the first `blocks` blocks.
+    best = {(0, 0): (0.0, [])}
     for ranks in range(1, parts + 1):
         for end in range(ranks, count + 1):
             options = [
@@ -22,28 +30,28 @@ def balanced(seconds, parts):
     return best[parts, count][1]
 
 
-def block_seconds(trainer, images, target, rounds=3):
-    """Seconds of each block in a step of `trainer` on this minibatch (forward, goodness step, backward, update): the fastest of `rounds`.
+def block_seconds(engine, images, target, rounds=3):
+    """Seconds that each block takes in a step of `engine` on this minibatch (forward, goodness step, backward, update), the fastest of `rounds`.
 
-    Trains: give it a copy."""
-    synchronize = torch.cuda.synchronize if trainer.device.type == "cuda" else lambda: None
-    trainer.train_mode()
-    found = []
-    for number in range(rounds + 1):  # the first makes the optimisers' state
-        parts, seconds = trainer.split(images, target), []
-        for index in range(len(trainer.sff.blocks)):
+    The steps change the parameters, so the engine should be a copy."""
+    synchronize = torch.cuda.synchronize if engine.device.type == "cuda" else lambda: None
+    engine.train_mode()
+    measured = []
+    for number in range(rounds + 1):  # the first round creates the optimizers' state and is not counted
+        parts, seconds = engine.step.split(images, target), []
+        for index in range(len(engine.sff.blocks)):
             synchronize()
             start = time.perf_counter()
-            trainer.train_block(index, parts)
+            engine.step.train_block(index, parts)
             synchronize()
             seconds.append(time.perf_counter() - start)
         if number:
-            found.append(seconds)
-    return [min(times) for times in zip(*found, strict=True)]
+            measured.append(seconds)
+    return [min(times) for times in zip(*measured, strict=True)]
 
 
 def checked(placement, blocks, ranks):
-    """The user's placement. Raises ValueError."""
+    """Return the user's placement as a list. Raises ValueError unless it gives each of `ranks` ranks at least one of the `blocks` blocks."""
     placement = list(placement)
     fits = all(isinstance(n, int) and n > 0 for n in placement) and sum(placement) == blocks
     if len(placement) != ranks or not fits:

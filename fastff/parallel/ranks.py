@@ -1,9 +1,9 @@
-"""Which rank does what. Ranks form a mesh: `data` x `block`.
+"""The processes of a distributed run and what each of them does. Ranks form a mesh with the dimensions `data` and `block`.
 
-    data    replicas; each takes its share of every minibatch, and a block's gradients are summed over them (reduce.py)
-    block   the ranks that share the blocks of one replica; activations go from one to the next (link.py)
+    data    replicas of the network; each takes its share of every minibatch, and a block's gradients are summed over the replicas (reduce.py)
+    block   the ranks that share the blocks of one replica; activations are sent from one to the next (link.py)
 
-Rank d * block_ranks + b has the b-th run of blocks of replica d, so neighbours in the network are neighbours in the machine.
+Rank d * block_ranks + b has the b-th group of successive blocks of replica d, so ranks whose blocks are neighbours are neighbours in the machine.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fastff.arguments import whole_number
 from fastff.parallel.watch import Watch
 
 BATCH_NORMS = ("local", "synchronized")
@@ -22,15 +23,19 @@ BATCH_NORMS = ("local", "synchronized")
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """How a Trainer spreads over the processes of torch.distributed: Trainer(sff, distributed=Distributed(...)).
+    """Settings of a Trainer that uses several processes of torch.distributed: Trainer(sff, distributed=Distributed(...)).
 
     Args:
-        block_ranks: ranks that share the blocks of one replica; the number of ranks is a multiple of it. 1: data-parallel alone.
-        placement: how many successive blocks each of them has, [block_ranks] numbers; None balances them by their measured times.
-        batch_norm: "local" normalises over a rank's share of the minibatch, "synchronized" over the whole minibatch.
-        shard_optimizer: each data-parallel rank keeps the optimiser state of its part of the parameters only.
-        timeout: seconds that a rank waits for another before it gives up (where this starts torch.distributed; else as it was started).
-        mesh: a torch DeviceMesh with dimensions named "data" and/or "block", instead of block_ranks.
+        block_ranks: number of ranks that share the blocks of one replica. The number of all ranks must be a multiple of it. 1 means
+            data parallelism alone.
+        placement: number of successive blocks of each of these ranks, [block_ranks] numbers; None balances the blocks by their measured times.
+        batch_norm: "local" uses the statistics of a rank's share of the minibatch, "synchronized" those of the whole minibatch.
+        shard_optimizer: whether each data-parallel rank keeps the optimizer state of a part of the parameters only.
+        timeout: seconds that a rank waits for another before it fails. It has no effect if torch.distributed was initialized before.
+        mesh: a torch DeviceMesh with dimensions named "data" or "block" or both, instead of block_ranks.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     block_ranks: int = 1
@@ -41,8 +46,7 @@ class Distributed:
     mesh: DeviceMesh | None = None
 
     def __post_init__(self):
-        if isinstance(self.block_ranks, bool) or not isinstance(self.block_ranks, int) or self.block_ranks < 1:
-            raise ValueError(f"block_ranks: expected a whole number of at least 1, got {self.block_ranks!r}")
+        whole_number("block_ranks", self.block_ranks)
         if self.batch_norm not in BATCH_NORMS:
             raise ValueError(f"batch_norm: expected one of {', '.join(BATCH_NORMS)}, got {self.batch_norm!r}")
         if not self.timeout > 0:
@@ -54,7 +58,9 @@ class Distributed:
 
     @classmethod
     def of(cls, value):
-        """From what Trainer takes: None, "data", "block" (all ranks share the blocks), a DeviceMesh, or a Distributed."""
+        """Convert the argument `distributed` of Trainer: None, "data", "block" (all ranks share the blocks), a DeviceMesh or a Distributed.
+
+        Raises ValueError for anything else."""
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, DeviceMesh):
@@ -67,12 +73,19 @@ class Distributed:
 
 
 def world_size():
-    """How many processes there are: of torch.distributed where it runs, else as torchrun says; 1 without it."""
+    """Number of processes, from torch.distributed if it is initialized, else from torchrun's environment; 1 without both."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start(device, timeout):
-    """Start torch.distributed as torchrun's environment says, unless it runs already."""
+    """Initialize torch.distributed from torchrun's environment, unless it is initialized already.
+
+    Args:
+        device: torch.device of this process; it selects gloo, or gloo and nccl.
+        timeout: seconds that a collective waits for the other ranks.
+
+    Raises:
+        ValueError: the process was not started by torchrun."""
     if dist.is_initialized():
         return
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
@@ -85,13 +98,15 @@ def start(device, timeout):
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     limit = datetime.timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-    # torchrun may keep its store over a restart, with the addresses of processes that are gone.
+    # After a restart, torchrun's store may still hold the addresses of processes that have ended.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
 
 
 def leader_first(function):
-    """function() on rank 0, then on the others: for downloads, which these then find. Without torch.distributed just function()."""
+    """Call function() on rank 0, and after that on the other ranks, and return its result.
+
+    For downloads: rank 0 fetches a file, the others find it. An exception on rank 0 is raised on all ranks."""
     if not dist.is_initialized():
         return function()
     failed = [None]
@@ -107,10 +122,15 @@ def leader_first(function):
 
 
 class Ranks:
-    """This process among the others; Ranks() is a process by itself, for which everything below costs nothing.
+    """Position of this process among all processes, and the collectives over them. Ranks() is a single process; its collectives do nothing.
 
-    Attributes: rank, size (of the world), data_rank, data_size, block_rank, block_size, leads (whether this one prints and writes),
-    feeds (whether it reads the minibatches), watch.
+    Attributes:
+        rank, size: rank of this process and number of all processes.
+        data_rank, data_size: rank and size in the group of replicas that have the same blocks.
+        block_rank, block_size: rank and size in the group that shares the blocks of one replica.
+        leads: whether this process prints and writes files (rank 0).
+        feeds: whether this process reads the minibatches (the first of its replica).
+        watch: the Watch that explains failures of other ranks.
     """
 
     def __init__(self, distributed=None, device=None):
@@ -142,17 +162,17 @@ class Ranks:
         if self.block_group is not None:
             self.block_rank, self.block_size = dist.get_rank(self.block_group), dist.get_world_size(self.block_group)
         limit = datetime.timedelta(seconds=distributed.timeout)
-        self.control = dist.new_group(backend="gloo", timeout=limit)  # objects and headers, beside what a GPU does
-        # Its own, as a message that an earlier trainer still expects would be taken by that one.
+        self.control = dist.new_group(backend="gloo", timeout=limit)  # for Python objects and headers, on the CPU
+        # A group of its own: a receive call that an earlier trainer has posted would take a message sent in a shared group.
         self.messages = dist.new_group(timeout=limit) if self.block_size > 1 else None
         self.watch = Watch(self.rank, self.size)
 
     def global_rank(self, group, rank):
-        """The rank in the world of `rank` in `group`."""
+        """The rank among all processes of the process with rank `rank` in `group`."""
         return dist.get_global_rank(group, rank)
 
     def gather(self, value):
-        """[value of each rank], on every rank."""
+        """Return the list of every rank's `value`, a picklable object, on every rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -161,7 +181,7 @@ class Ranks:
         return values
 
     def collect(self, value):
-        """[value of each rank] on rank 0, None elsewhere."""
+        """Return the list of every rank's `value`, a picklable object, on rank 0, and None on the others."""
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.leads else None
@@ -170,7 +190,7 @@ class Ranks:
         return values
 
     def sum(self, tensor):
-        """The sum of a tensor of each rank, on every rank."""
+        """Return the sum of every rank's `tensor`, on every rank. The shapes must agree."""
         if self.size == 1:
             return tensor
         tensor = tensor.clone()
@@ -179,7 +199,7 @@ class Ranks:
         return tensor
 
     def from_leader(self, value):
-        """Rank 0's value."""
+        """Return rank 0's `value`, a picklable object, on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -189,25 +209,25 @@ class Ranks:
 
     @torch.no_grad()
     def mean_(self, tensors):
-        """Replace floating-point tensors by their mean over the data-parallel ranks."""
-        for flat, views, own in flattened([t for t in tensors if t.is_floating_point()]):
+        """Replace the floating-point tensors in the list by their means over the data-parallel ranks. Others stay."""
+        for flat, views, same_dtype in flattened([t for t in tensors if t.is_floating_point()]):
             with self.watch.guard():
                 dist.all_reduce(flat, group=self.data_group)
             flat.div_(self.data_size)
-            torch._foreach_copy_(own, views)
+            torch._foreach_copy_(same_dtype, views)
 
     @torch.no_grad()
     def broadcast_(self, tensors, source, group=None):
-        """Replace tensors by those of `source` (its rank in the group; None: the world)."""
-        for flat, views, own in flattened(tensors):
+        """Replace the tensors in the list by those of rank `source` in `group` (None: of all processes)."""
+        for flat, views, same_dtype in flattened(tensors):
             with self.watch.guard():
                 dist.broadcast(flat, source if group is None else self.global_rank(group, source), group=group)
             if dist.get_rank(group) != source:
-                torch._foreach_copy_(own, views)
+                torch._foreach_copy_(same_dtype, views)
 
 
-def laid_out(flat, tensors):
-    """Views of the vector `flat`, one after the other, with the shapes and (where dense) strides of these tensors."""
+def views_like(flat, tensors):
+    """Views of the vector `flat`, one after the other, with the shapes of `tensors` and their strides (`dense_strides`)."""
     views, start = [], 0
     for t in tensors:
         views.append(flat[start : start + t.numel()].as_strided(t.shape, dense_strides(t)))
@@ -216,18 +236,25 @@ def laid_out(flat, tensors):
 
 
 def dense_strides(t):
-    """The strides of a copy of t that leaves no gaps: its own where it has none, else contiguous."""
+    """Strides of a copy of t without gaps: those of t if it is contiguous or channels_last, else contiguous ones."""
     dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
     return t.stride() if dense else torch.empty(t.shape, device="meta").stride()
 
 
 def flattened(tensors, value=lambda t: t, spare=0):
-    """(flat copy of what `value` gives of each, with `spare` more elements; views of it laid out as the tensors; the tensors) for each dtype."""
-    found = []
+    """Copy tensors into one vector for each dtype.
+
+    Args:
+        tensors: list of tensors, whose shapes, strides and dtypes determine the layout of the vectors.
+        value: function of a tensor that returns what is copied for it.
+        spare: number of elements to add at the end of each vector.
+
+    Returns: [(vector, views of it like the tensors, the tensors of this dtype)]."""
+    buffers = []
     for dtype in dict.fromkeys(t.dtype for t in tensors):
-        own = [t for t in tensors if t.dtype == dtype]
-        flat = own[0].new_empty(sum(t.numel() for t in own) + spare)
-        views = laid_out(flat, own)
-        torch._foreach_copy_(views, [value(t) for t in own])
-        found.append((flat, views, own))
-    return found
+        same_dtype = [t for t in tensors if t.dtype == dtype]
+        flat = same_dtype[0].new_empty(sum(t.numel() for t in same_dtype) + spare)
+        views = views_like(flat, same_dtype)
+        torch._foreach_copy_(views, [value(t) for t in same_dtype])
+        buffers.append((flat, views, same_dtype))
+    return buffers

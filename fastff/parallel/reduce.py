@@ -1,45 +1,54 @@
-"""Data-parallel gradients: one flat bucket a block, summed over the ranks while the next blocks compute.
+"""Sums the gradients of data-parallel ranks: one bucket for each block, reduced while the next blocks compute.
 
-A block's update needs its own gradients alone, so it can come any time before its next forward pass: the large last blocks of a network are reduced
-beside the first blocks of the next minibatch. (Backpropagation has its largest gradients first and must wait for all at the end of each step.)
+The update of a block needs the gradients of that block only, so it may happen at any time before the block's next forward pass: the large last
+blocks of a network are reduced while the first blocks compute on the next minibatch. (Backpropagation has the largest gradients first, and must
+wait for all of them at the end of each step.)
 
-With a sharded optimiser each rank has the state of its parameters only: their gradients are summed to it, it updates, and sends the parameters on.
+With a sharded optimizer each rank keeps the optimizer state of a part of the parameters. The gradients of these are summed on that rank, which
+updates the parameters and broadcasts them.
 
-Bytes that a rank of R sends for a block of n bytes, in a ring: 2 (R - 1) / R n; sharded about as many: its share of both ways.
+Each of R ranks sends 2 (R - 1) / R n bytes for a block with n bytes of gradients (ring all-reduce). The sharded reduction sends about as many.
 """
 
 import torch
 import torch.distributed as dist
 
-from fastff.parallel.ranks import flattened, laid_out
+from fastff.parallel.ranks import flattened, views_like
 
 
 class _Bucket:
-    """Gradients of one block on their way. `share` is this rank's number of samples, in units common to all ranks."""
+    """The gradients of one block while they are reduced.
+
+    Args:
+        index: of the block.
+        parameters: those of the block; the ones without a gradient are left out.
+        share: this rank's number of samples, in units common to all ranks. The gradients are averaged with this weight.
+        rates: learning rates of the block's parameter groups when the reduction starts."""
 
     def __init__(self, index, parameters, share, rates):
         self.index, self.rates = index, rates
         self.parameters = [p for p in parameters if p.grad is not None]
         self.flats = []
-        # By the parameters' strides, which are the same on all ranks; the gradients' may differ.
-        for flat, views, own in flattened(self.parameters, lambda p: p.grad, spare=1):
+        # The layout is that of the parameters, which is the same on all ranks; the gradients' strides may differ between ranks.
+        for flat, views, same_dtype in flattened(self.parameters, lambda p: p.grad, spare=1):
             flat[-1] = share
-            for p, view in zip(own, views, strict=True):
+            for p, view in zip(same_dtype, views, strict=True):
                 p.grad = view
-            self.flats.append((flat, own))
+            self.flats.append((flat, same_dtype))
 
     def average(self):
+        """Divide the summed gradients by the sum of the shares, which is the last element of each vector."""
         for flat, _ in self.flats:
             flat.div_(flat[-1].clone())
 
 
 class Reduction:
-    """Sums gradients and calls update(index) for each block when its own are there.
+    """Sums the gradients of data-parallel ranks, and calls update(index) for a block when its gradients are complete.
 
     Args:
-        ranks: of the mesh.
-        optimizers: [optimiser or None] by index; their learning rates are those of the start of a reduction when it is applied.
-        update: called once a block's gradients are the average over the samples of all data-parallel ranks.
+        ranks: the Ranks of this process.
+        optimizers: optimizer of each block, or None. An update uses the learning rates of the moment when its reduction started.
+        update: function of a block's index, called when the gradients of that block are the averages over the samples of all ranks.
     """
 
     def __init__(self, ranks, optimizers, update):
@@ -47,7 +56,7 @@ class Reduction:
         self.group, self.queue = ranks.data_group, []
 
     def start(self, index, parameters, share):
-        """Send the gradients of block `index` off."""
+        """Start to reduce the gradients of block `index`, without waiting for the result."""
         bucket = _Bucket(index, parameters, share, [group["lr"] for group in self.optimizers[index].param_groups])
         with self.ranks.watch.guard():
             self._launch(bucket)
@@ -55,7 +64,7 @@ class Reduction:
         self._progress()
 
     def settle(self, index=None):
-        """Finish the update of block `index`, and those started before it; of all blocks for None."""
+        """Wait for the update of block `index` and those started before it, or for all updates if `index` is None."""
         while self.queue and (index is None or any(bucket.index == index for bucket in self.queue)):
             self._finish(self.queue.pop(0))
 
@@ -63,7 +72,7 @@ class Reduction:
         bucket.works = [dist.all_reduce(flat, group=self.group, async_op=True) for flat, _ in bucket.flats]
 
     def _progress(self):
-        """Finish what has arrived, so that its gradients are freed."""
+        """Apply the updates whose gradients have arrived, which frees these gradients."""
         while self.queue and all(work.is_completed() for work in self.queue[0].works):
             self._finish(self.queue.pop(0))
 
@@ -88,8 +97,10 @@ class Reduction:
 
 
 class ShardedReduction(Reduction):
-    """The same with each parameter's optimiser state on one rank. Collectives come in one order on all ranks, so a reduction is finished one
-    block later, whether or not it has arrived before."""
+    """Reduction for a sharded optimizer: each parameter is updated on one rank, which broadcasts it.
+
+    All ranks must call collectives in the same order. Therefore a reduction is always finished when the next block starts its own, even if it
+    has arrived earlier."""
 
     def __init__(self, ranks, optimizers, update, parameters):
         super().__init__(ranks, optimizers, update)
@@ -97,21 +108,22 @@ class ShardedReduction(Reduction):
         self.sending = []
 
     def owns(self, parameter):
+        """Whether this rank keeps the optimizer state of `parameter`."""
         return self.owner[parameter] == self.ranks.data_rank
 
     def start(self, index, parameters, share):
         by_owner = [[p for p in parameters if self.owner[p] == rank] for rank in range(self.ranks.data_size)]
         rates = [group["lr"] for group in self.optimizers[index].param_groups]
-        parts = [_Bucket(index, own, share, rates) for own in by_owner]
-        whole = parts[self.ranks.data_rank]
-        whole.parts = parts
+        parts = [_Bucket(index, owned, share, rates) for owned in by_owner]
+        bucket = parts[self.ranks.data_rank]
+        bucket.parts = parts
         with self.ranks.watch.guard():
-            whole.works = [
+            bucket.works = [
                 dist.reduce(flat, self.ranks.global_rank(self.group, rank), group=self.group, async_op=True)
                 for rank, part in enumerate(parts)
                 for flat, _ in part.flats
             ]
-        self.queue.append(whole)
+        self.queue.append(bucket)
         while len(self.queue) > 1:
             self._finish(self.queue.pop(0))
 
@@ -130,9 +142,9 @@ class ShardedReduction(Reduction):
         self._apply(bucket)
         works = []
         for rank, part in enumerate(bucket.parts):
-            for flat, own in part.flats:
+            for flat, same_dtype in part.flats:
                 if rank == self.ranks.data_rank:
-                    torch._foreach_copy_(laid_out(flat, own), [p.detach() for p in own])
+                    torch._foreach_copy_(views_like(flat, same_dtype), [p.detach() for p in same_dtype])
                 with self.ranks.watch.guard():
                     source = self.ranks.global_rank(self.group, rank)
                     works.append(dist.broadcast(flat, source, group=self.group, async_op=True))
@@ -142,13 +154,13 @@ class ShardedReduction(Reduction):
     def _receive(self, index, parts, works):
         self._wait(works)
         for rank, part in enumerate(parts):
-            for flat, own in part.flats:
+            for flat, same_dtype in part.flats:
                 if rank != self.ranks.data_rank:
-                    torch._foreach_copy_([p.detach() for p in own], laid_out(flat, own))
+                    torch._foreach_copy_([p.detach() for p in same_dtype], views_like(flat, same_dtype))
 
 
 def _owners(parameters, size):
-    """{parameter: rank}: the largest first, each to the rank with the least so far."""
+    """Return {parameter: rank}. Parameters are assigned in order of size, the largest first, to the rank with the fewest elements so far."""
     load, owner = [0] * size, {}
     for p in sorted(dict.fromkeys(parameters), key=lambda p: -p.numel()):
         owner[p] = load.index(min(load))

@@ -1,5 +1,6 @@
-"""Who failed. When a rank dies or hangs, the others see broken connections and timeouts that name neither it nor the reason. So every rank beats in
-torch.distributed's store: a process that was killed or stopped is silent there, one that is stuck in its own work beats but does not wait.
+"""Failure detection. When a rank dies or hangs, the other ranks see broken connections and timeouts, which name neither that rank nor the reason.
+Therefore every rank writes heartbeats to torch.distributed's store. A process that was killed or stopped writes none; a process that is stuck in its
+own work still writes them, and they say that it does not wait for others.
 """
 
 import atexit
@@ -12,13 +13,18 @@ import time
 
 import torch.distributed as dist
 
-PERIOD = 0.5  # seconds between beats
-PATIENCE = 3.0  # seconds of listening before a silent rank is called dead
-NOISE = re.compile(r"^\[[^]]*\] |\. This is typically.*$")  # around gloo's messages
+PERIOD = 0.5  # seconds between two heartbeats
+PATIENCE = 3.0  # seconds without a heartbeat after which a rank counts as dead
+NOISE = re.compile(r"^\[[^]]*\] |\. This is typically.*$")  # what gloo adds before and after its messages
 
 
 class RankFailed(RuntimeError):
-    """Another rank ended, hangs, or met an error. Attribute `reason`; the text says where training stands too."""
+    """Raised when another rank has ended, hangs, or has met an error.
+
+    Args:
+        reason: what happened, in one line; also an attribute.
+        step: step at which training ended, or None.
+        path: Path of the last checkpoint, or None."""
 
     def __init__(self, reason, step=None, path=None):
         self.reason = reason
@@ -28,31 +34,30 @@ class RankFailed(RuntimeError):
 
 
 class Watch:
-    """Beats for this rank, and explains failures of others. Watch() does nothing."""
+    """Writes the heartbeats of this rank, and explains failures of other ranks. Watch() of a single process does nothing."""
 
     def __init__(self, rank=0, size=1):
         self.rank, self.size, self.steps, self.waiting = rank, size, 0, False
         self.store = None
         if size > 1:
             store = dist.distributed_c10d._get_default_store()
-            self.store, beats = _connection(store), _connection(store)
-            ended = threading.Event()
-            thread = threading.Thread(target=self._beat, args=(beats, ended), name="fastff-watch", daemon=True)
+            self.store, ended = _connection(store), threading.Event()
+            arguments = (_connection(store), ended)
+            thread = threading.Thread(target=self._send_heartbeats, args=arguments, name="fastff-watch", daemon=True)
             thread.start()
-            atexit.register(
-                lambda: (ended.set(), thread.join(PATIENCE))
-            )  # a call into the store must not outlive the interpreter
+            # The thread must not be in a call to the store when the interpreter ends.
+            atexit.register(lambda: (ended.set(), thread.join(PATIENCE)))
 
-    def _beat(self, store, ended):
+    def _send_heartbeats(self, store, ended):
         count = 0
-        with contextlib.suppress(RuntimeError):  # the store is gone: so is the run
+        with contextlib.suppress(RuntimeError):  # raised when the store has ended, and the run with it
             while not ended.wait(PERIOD):
                 count += 1
-                store.set(f"fastff/beat/{self.rank}", f"{count} {self.steps} {int(self.waiting)}")
+                store.set(f"fastff/heartbeat/{self.rank}", f"{count} {self.steps} {int(self.waiting)}")
 
     @contextlib.contextmanager
     def guard(self):
-        """Around every wait for other ranks: errors become RankFailed."""
+        """Context manager for every wait for other ranks. It turns a RuntimeError of torch.distributed into RankFailed."""
         self.waiting = True
         try:
             yield
@@ -64,42 +69,45 @@ class Watch:
             self.waiting = False
 
     def report(self, reason):
-        """Tell the others why this rank ends; the first reason counts."""
+        """Tell the other ranks in one line why this rank ends. Only the first report of all ranks is kept."""
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
                 self.store.compare_set("fastff/failure", "", f"rank {self.rank} of {self.size}: {reason}")
 
     def explain(self, error):
-        """Why a wait for others failed, in one line. Listens for PATIENCE seconds."""
+        """Return one line that says why a wait for other ranks failed. `error` is the line that torch.distributed gave.
+
+        Takes PATIENCE seconds, in which it compares heartbeats."""
         error = NOISE.sub("", error)
         if self.store is None:
             return error
-        found = _asked(self._listen)
+        found = _ask_store(self._find_failure)
         if found is None:
             return f"rank 0 of {self.size}, or what started it, ended or hangs: its store does not answer ({error})"
         return found if found.startswith("rank ") and ": " in found else f"{found} ({error})"
 
-    def _listen(self):
-        """What a rank reported, or who is silent, or who does not wait."""
+    def _find_failure(self):
+        """Return what a rank reported, else which ranks send no heartbeat, else which ranks do not wait for others."""
         reported = lambda: self.store.check(["fastff/failure"])  # noqa: E731
-        before = None if reported() else self._heard()
+        before = None if reported() else self._heartbeats()
         if before is not None:
             time.sleep(PATIENCE)
         if reported():
             return self.store.get("fastff/failure").decode()
-        now = self._heard()
+        now = self._heartbeats()
         silent = [rank for rank in range(self.size) if now[rank] == before[rank]]
         if silent:
-            return f"{_named(silent, self.size)} ended or hangs, nothing was heard of it for {PATIENCE:g} s"
-        busy = [rank for rank, beat in enumerate(now) if rank != self.rank and beat[2] == "0"]
-        return f"{_named(busy, self.size)} did not come in time" if busy else "the ranks wait for each other"
+            return f"{_rank_names(silent, self.size)} ended or hangs, nothing was heard of it for {PATIENCE:g} s"
+        busy = [rank for rank, (_, _, waits) in enumerate(now) if rank != self.rank and waits == "0"]
+        return f"{_rank_names(busy, self.size)} did not come in time" if busy else "the ranks wait for each other"
 
-    def _heard(self):
-        keys = [f"fastff/beat/{rank}" for rank in range(self.size)]
+    def _heartbeats(self):
+        """[(count, steps, waits)] of all ranks, as strings."""
+        keys = [f"fastff/heartbeat/{rank}" for rank in range(self.size)]
         return [self.store.get(key).decode().split() if self.store.check([key]) else ["0", "0", "0"] for key in keys]
 
     def on_terminate(self):
-        """SIGTERM, which torchrun sends when another rank failed, raises RankFailed with the reason."""
+        """Make SIGTERM, which torchrun sends when another rank has failed, raise RankFailed with the reason."""
 
         def handler(number, frame):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -109,19 +117,22 @@ class Watch:
             signal.signal(signal.SIGTERM, handler)
 
 
-def speaks():
-    """Whether this process is the one of all ranks that prints why they end: the first that asks."""
+def prints_failure():
+    """Return True in one process of all ranks, the first that calls this; that process prints why the run ended."""
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
     rank, store = str(dist.get_rank()), dist.distributed_c10d._get_default_store()
-    answer = _asked(lambda: _connection(store).compare_set("fastff/speaks", "", rank).decode())
+    answer = _ask_store(lambda: _connection(store).compare_set("fastff/printer", "", rank).decode())
     if rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        time.sleep(PATIENCE)  # the store ends with this process, and others still ask
+        time.sleep(PATIENCE)  # the store ends with this process, and other ranks still use it
     return answer in (rank, None)
 
 
-def _asked(question):
-    """question() of the store, None where it does not answer: its host may be what failed, and then it blocks."""
+speaks = prints_failure  # the name that fastff/cli.py still imports
+
+
+def _ask_store(question):
+    """Return question(), a call to the store, or None if it takes too long: it blocks if the process that hosts the store has failed."""
     answers = []
 
     def ask():
@@ -135,9 +146,9 @@ def _asked(question):
 
 
 def _connection(store):
-    """A connection of its own to the store: one that waits blocks the others on the same."""
+    """Return a new connection to the store: a call that waits blocks all other calls on the same connection."""
     return store.clone() if hasattr(store, "clone") else store
 
 
-def _named(ranks, size):
+def _rank_names(ranks, size):
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {size}"

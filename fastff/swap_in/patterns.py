@@ -1,11 +1,12 @@
-"""The expressions that accelerate replaces: how they look in source code, and what runs instead.
+"""The expressions that `accelerate` replaces: how they look in source code, and the functions that are called instead.
 
-    goodness    layer(x) squared, averaged over height and width              ff.goodness, where the layer is a 1 x 1 convolution
-    groups      x seen as [B, K, ...] [squared], averaged over all but B, K   ff.group_goodness
-    normalize   x / (its norm + eps), x / sqrt(its mean square + eps), F.normalize(x)    ff.normalize
+    goodness    layer(x), squared, averaged over height and width               ff.goodness, if the layer is a 1 x 1 convolution
+    groups      x viewed as [B, K, ...], squared or not, averaged over the rest  ff.group_goodness
+    normalize   x / (norm of x + eps), x / sqrt(mean square of x + eps)         ff.normalize
+    unit        F.normalize(x)                                                  ff.normalize
 
-A replacement decides at every call by the values it meets; where it has no kernel, the expression runs as it was written. What an expression
-evaluates, it evaluates once and in the same order; x is a name or an attribute where it is written twice.
+A replacement looks at its arguments in every call. If fastff has no kernel for them, it computes the expression as it was written. The parts of an
+expression are still evaluated once and in the same order. An x that the expression contains twice must be a name or an attribute.
 """
 
 import ast
@@ -16,76 +17,80 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastff.functional as ff
-from fastff.checks import FLOATS
-from fastff.nn.tail import hooked
+from fastff.graph.fused import hooked
+from fastff.spec import DTYPES
 
 
 def goodness(layer, x):
-    """layer(x).square().mean((2, 3))."""
+    """Return layer(x).square().mean((2, 3)): x [B, C, H, W] -> [B, K]."""
     plain = type(layer) is nn.Conv2d and (layer.kernel_size, layer.stride, layer.groups) == ((1, 1), (1, 1), 1)
     if plain and layer.padding in ((0, 0), "valid", "same") and not hooked([layer]) and _fits(x, layer.weight):
         return ff.goodness(x, layer.weight, layer.bias)
     return layer(x).square().mean((2, 3))
 
 
-def groups(x, power, dims, viewed, *shape):
-    """x.view(*shape) or x.reshape(*shape), to the power 1 or 2, averaged over dims."""
+def groups(x, power, dims, method, *shape):
+    """Return the mean over `dims` of x.view(*shape) or x.reshape(*shape) (`method` says which), to the power 1 or 2."""
     if _is_float(x) and x.dim() in (2, 4) and x.numel():
         sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape)
-        rest = tuple(d % len(sizes) for d in dims) if len(sizes) > 2 else ()
-        if sorted(rest) == list(range(2, len(sizes))) and sizes.count(-1) <= 1:
-            at = torch.empty(x.shape, device="meta").reshape(sizes).shape if -1 in sizes else sizes
-            whole = at[0] == len(x) and at[1] > 0 and x.shape[1] % at[1] == 0 and torch.Size(at).numel() == x.numel()
-            if whole:
-                return ff.group_goodness(x, int(at[1]), power=power)
-    seen = getattr(x, viewed)(*shape)
-    return (seen.square() if power == 2 else seen).mean(dims)
+        averaged = tuple(d % len(sizes) for d in dims) if len(sizes) > 2 else ()
+        if sorted(averaged) == list(range(2, len(sizes))) and sizes.count(-1) <= 1:
+            view = torch.empty(x.shape, device="meta").reshape(sizes).shape if -1 in sizes else sizes
+            batch, count = view[:2]
+            if batch == len(x) and count > 0 and x.shape[1] % count == 0 and torch.Size(view).numel() == x.numel():
+                return ff.group_goodness(x, int(count), power=power)
+    grouped = getattr(x, method)(*shape)
+    return (grouped.square() if power == 2 else grouped).mean(dims)
 
 
-def normalize(x, how, eps):
-    """x / (its 2-norm + eps) or x / sqrt(mean of its squares + eps), over dimension 1."""
+def normalize(x, name, eps):
+    """Return x / (2-norm + eps) for the name "l2", or x / sqrt(mean square + eps) for "rms", both over dimension 1."""
     if _is_float(x) and x.dim() in (2, 4) and x.numel() and isinstance(eps, float):
-        return ff.normalize(x, how if x.dim() == 2 else f"{how}_channels", eps=eps)
-    if how == "l2":
+        return ff.normalize(x, name if x.dim() == 2 else f"{name}_channels", eps=eps)
+    if name == "l2":
         return x / (x.norm(2, 1, keepdim=True) + eps)
     return x / (x.square().mean(1, keepdim=True) + eps).sqrt()
 
 
 def unit(x):
-    """F.normalize(x): no more than rounding differs, since eps is 1e-12."""
+    """Return F.normalize(x). It divides by max(norm, 1e-12), not by norm + 1e-12, which differ by rounding errors only."""
     fits = _is_float(x) and x.dim() in (2, 4) and x.numel() and x.dtype != torch.float16
     return normalize(x, "l2", 1e-12) if fits else F.normalize(x)
 
 
 def _is_float(x):
-    return isinstance(x, torch.Tensor) and x.dtype in FLOATS and not torch.is_autocast_enabled(x.device.type)
+    return isinstance(x, torch.Tensor) and x.dtype in DTYPES and not torch.is_autocast_enabled(x.device.type)
 
 
 def _fits(x, weight):
     return _is_float(x) and x.dim() == 4 and x.dtype == weight.dtype and x.numel() > 0 and x.shape[1] == weight.shape[1]
 
 
+# What changed methods call: {name in the changed code: function}.
 RUNTIME = {f"_fastff_{f.__name__}": f for f in (goodness, groups, normalize, unit)}
 
 
 class Found(NamedTuple):
-    """A pattern in source code: its name, the line, and the expression to run instead (None where it is only nearly one, with the reason)."""
+    """A pattern that was found in source code.
+
+    `replacement` is the expression to put in its place. It is None if the code resembles the pattern but computes something else; `reason`
+    says then what."""
 
     pattern: str
     line: int
-    instead: ast.expr | None
-    why: str = ""
+    replacement: ast.expr | None
+    reason: str = ""
 
 
 def match(node):
-    """The Found at an expression, or None."""
+    """Return a Found if the expression `node` is, or resembles, one that accelerate replaces, else None."""
     averaged = _reduction(node, "mean")
     if averaged is not None:
         inside, dims = averaged
         squared = _square(inside)
-        seen = _view(inside if squared is None else squared)
-        if seen is not None and dims is not None:
-            x, name, shape = seen
+        view = _view(inside if squared is None else squared)
+        if view is not None and dims is not None:
+            x, name, shape = view
             power = ast.Constant(1 if squared is None else 2)
             numbers = ast.Tuple([ast.Constant(d) for d in dims], ast.Load())
             return Found(
@@ -104,18 +109,18 @@ def match(node):
 def _match_normalize(node):
     if _is_function(node, "normalize") and len(node.args) == 1 and _is_module_name(node.func.value, "F", "functional"):
         if all((k.arg, _number(k.value)) in (("dim", 1), ("p", 2), ("p", 2.0)) for k in node.keywords):
-            return Found("normalisation", node.lineno, _call("unit", node.args[0]))
-        return Found("normalisation", node.lineno, None, "another norm, dimension or eps than F.normalize's")
+            return Found("normalization", node.lineno, _call("unit", node.args[0]))
+        return Found("normalization", node.lineno, None, "another norm, dimension or eps than F.normalize's")
     if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Div) or not _repeatable(node.left):
         return None
-    x, below = node.left, node.right
-    if isinstance(below, ast.BinOp) and isinstance(below.op, ast.Add) and _is_norm(below.left, x):
-        return Found("normalisation", node.lineno, _call("normalize", x, ast.Constant("l2"), below.right))
-    root = _rooted(below)
-    if root is not None and isinstance(root, ast.BinOp) and isinstance(root.op, ast.Add):
-        averaged = _reduction(root.left, "mean", keepdim=True)
+    x, divisor = node.left, node.right
+    if isinstance(divisor, ast.BinOp) and isinstance(divisor.op, ast.Add) and _is_norm(divisor.left, x):
+        return Found("normalization", node.lineno, _call("normalize", x, ast.Constant("l2"), divisor.right))
+    radicand = _radicand(divisor)
+    if radicand is not None and isinstance(radicand, ast.BinOp) and isinstance(radicand.op, ast.Add):
+        averaged = _reduction(radicand.left, "mean", keepdim=True)
         if averaged is not None and averaged[1] == (1,) and _same(_square(averaged[0]), x):
-            return Found("normalisation", node.lineno, _call("normalize", x, ast.Constant("rms"), root.right))
+            return Found("normalization", node.lineno, _call("normalize", x, ast.Constant("rms"), radicand.right))
     return None
 
 
@@ -136,7 +141,7 @@ def _same(a, b):
 
 
 def _repeatable(node):
-    """Whether evaluating it twice is evaluating it once."""
+    """Whether `node` is a name or an attribute of one, which may be evaluated twice."""
     while isinstance(node, ast.Attribute):
         node = node.value
     return isinstance(node, ast.Name)
@@ -151,7 +156,7 @@ def _is_function(node, name):
 
 
 def _subject(node, name):
-    """(x, further arguments, {keyword: value}) of x.name(...) or torch.name(x, ...)."""
+    """Return (x, other arguments, {keyword: value}) of a call x.name(...) or torch.name(x, ...), or None."""
     if not _is_function(node, name) or any(k.arg is None for k in node.keywords):
         return None
     if any(isinstance(a, ast.Starred) for a in node.args):
@@ -163,12 +168,13 @@ def _subject(node, name):
 
 
 def _dims(node):
+    """The integers of a literal number, tuple or list, or None."""
     found = [_number(e) for e in (node.elts if isinstance(node, (ast.Tuple, ast.List)) else [node])]
     return tuple(found) if all(isinstance(d, int) for d in found) else None
 
 
 def _reduction(node, name, keepdim=False):
-    """(what is reduced, its dimensions, None where they are not plain numbers), or None."""
+    """Return (x, dims) of x.name(dims); dims is None unless they are literal numbers. Return None for other expressions."""
     found = _subject(node, name)
     if found is None:
         return None
@@ -185,7 +191,7 @@ def _reduction(node, name, keepdim=False):
 
 
 def _square(node):
-    """What is squared, or None."""
+    """Return the expression that `node` squares, or None."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and _number(node.right) == 2:
         return node.left
     if (
@@ -205,7 +211,7 @@ def _square(node):
 
 
 def _view(node):
-    """(x, "view" or "reshape", shape arguments), or None."""
+    """Return (x, "view" or "reshape", arguments) of a call x.view(...) or x.reshape(...), or None."""
     for name in ("view", "reshape"):
         plain = _is_function(node, name) and not node.keywords and not _is_module_name(node.func.value, "torch")
         if plain and node.args and not any(isinstance(a, ast.Starred) for a in node.args):
@@ -214,7 +220,7 @@ def _view(node):
 
 
 def _is_layer_call(node):
-    """A call of something on one argument that may be a layer: self.head(x), head(x), self.heads[i](x)."""
+    """Whether `node` calls something that may be a layer with one argument: self.head(x), head(x), self.heads[i](x)."""
     if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1 or isinstance(node.args[0], ast.Starred):
         return False
     layer = node.func.value if isinstance(node.func, ast.Subscript) else node.func
@@ -222,7 +228,7 @@ def _is_layer_call(node):
 
 
 def _is_norm(node, x):
-    """x.norm(2, 1, keepdim=True) and its like."""
+    """Whether `node` is the 2-norm of x over dimension 1 with keepdim=True, in any of the ways to write it."""
     for name in ("norm", "vector_norm"):
         found = _subject(node, name)
         if found is None or not _same(found[0], x):
@@ -237,8 +243,8 @@ def _is_norm(node, x):
     return False
 
 
-def _rooted(node):
-    """What the square root is taken of."""
+def _radicand(node):
+    """Return the expression of which `node` is the square root, or None."""
     found = _subject(node, "sqrt")
     if found is not None and not found[1] and not found[2]:
         return found[0]

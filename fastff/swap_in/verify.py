@@ -1,4 +1,4 @@
-"""verify: two modules on the same minibatch from the same parameters, their outputs and gradients side by side."""
+"""Compares the outputs and gradients of two modules that have the same parameters, on the same minibatch."""
 
 import copy
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Row(NamedTuple):
-    """One output or gradient: how far apart the two are at most, the largest element before, and the allowed distance."""
+    """One output or gradient: largest difference of an element, largest element of `before`, and largest difference that is allowed."""
 
     name: str
     difference: float
@@ -18,13 +18,18 @@ class Row(NamedTuple):
 
 
 class Verification:
-    """The rows, printed as a table; `ok` where every difference is allowed."""
+    """Result of `verify`. Printing it shows a table; in a condition it is `ok`.
+
+    Attributes:
+        rows: [Row], one for each output, gradient and buffer.
+    """
 
     def __init__(self, rows):
         self.rows = rows
 
     @property
     def ok(self):
+        """Whether every difference is allowed."""
         return all(row.difference <= row.allowed for row in self.rows)
 
     def __bool__(self):
@@ -41,16 +46,21 @@ class Verification:
 
 
 def verify(before, after, batch, *, loss=None, tolerance=1e-4):
-    """Compares two modules: what they return (losses, goodness, outputs), and the gradients of their parameters and of floating-point inputs.
+    """Compare two modules: what they return (losses, goodness, outputs) and the gradients of their parameters and floating-point inputs.
 
     Args:
-        before, after: modules whose parameters correspond in order, with as many elements each; names may differ. Both are copied, and the
-            copy of `after` takes the parameters and buffers of `before`. Neither is changed.
-        batch: a tensor, or a tuple of the arguments of their forward.
-        loss: what is differentiated, a function of what they return; None for a sum of all floating-point outputs with fixed random weights.
-        tolerance: the difference allowed, relative to the largest element.
+        before, after: nn.Modules whose parameters correspond in order and in number of elements; names and shapes may differ. Both are
+            copied, and the copy of `after` gets the parameters and buffers of `before`. Neither module is changed.
+        batch: the argument of their forward, or a tuple of its arguments.
+        loss: function of what the modules return; its result is differentiated. None differentiates the sum of all floating-point outputs
+            with fixed random weights.
+        tolerance: allowed difference, relative to the largest element.
 
-    Returns a Verification: print it, or use it as a condition. Raises ValueError where parameters or outputs do not correspond."""
+    Returns: a Verification, which can be printed or used as a condition.
+
+    Raises:
+        TypeError: `before` or `after` is not an nn.Module.
+        ValueError: their parameters, buffers or outputs do not correspond."""
     for module in (before, after):
         if not isinstance(module, nn.Module):
             raise TypeError(f"before, after: expected nn.Modules, got {type(module).__name__}")
@@ -75,30 +85,30 @@ def verify(before, after, batch, *, loss=None, tolerance=1e-4):
 
 
 def _with_state(after, before):
-    """A copy of `after` with the parameters and buffers of `before`, in order."""
-    twin = copy.deepcopy(after)
-    for what, mine, theirs in (
-        ("parameters", list(twin.parameters()), list(before.parameters())),
-        ("buffers", list(twin.buffers()), list(before.buffers())),
+    """Return a copy of `after` with the parameters and buffers of `before`, assigned in order."""
+    result = copy.deepcopy(after)
+    for what, targets, sources in (
+        ("parameters", list(result.parameters()), list(before.parameters())),
+        ("buffers", list(result.buffers()), list(before.buffers())),
     ):
-        if [t.numel() for t in mine] != [t.numel() for t in theirs]:
-            expected = f"the {what} of before in their order, {[list(t.shape) for t in theirs]}"
-            raise ValueError(f"after: expected {expected}, got {[list(t.shape) for t in mine]}")
+        if [t.numel() for t in targets] != [t.numel() for t in sources]:
+            expected = f"the {what} of before in their order, {[list(t.shape) for t in sources]}"
+            raise ValueError(f"after: expected {expected}, got {[list(t.shape) for t in targets]}")
         with torch.no_grad():
-            for own, given in zip(mine, theirs, strict=True):
-                own.copy_(given.reshape(own.shape))
-    return twin
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source.reshape(target.shape))
+    return result
 
 
 def _run(module, batch, loss):
-    """(names, tensors) of outputs and gradients."""
+    """Return (names, tensors) of the outputs, gradients and buffers after one forward and backward pass."""
     batch = tuple(
         x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in batch
     )
     for parameter in module.parameters():
         parameter.grad = None
-    with torch.random.fork_rng():  # the same dropout in both, and the caller's random state as it was
+    with torch.random.fork_rng():  # both modules get the same dropout, and the caller's random state is kept
         torch.manual_seed(0)
         returned = module(*batch)
     outputs = [t for t in tree_leaves(returned) if isinstance(t, torch.Tensor) and t.is_floating_point()]

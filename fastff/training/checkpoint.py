@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without executing anything from them."""
+"""Checkpoint files: written whole or not at all, read without executing anything from them. state.py says what is in them."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ import torch
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another network; the text names the file and what is wrong."""
+    """A checkpoint is missing, damaged, or of another network; the message names the file and what is wrong."""
 
 
 def write_atomically(path, write):
-    """write(file) into a temporary file beside `path`, flushed to the disk, then renamed onto it."""
+    """Call write(file) with a temporary file beside `path`, flush it to the disk, and rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -25,13 +25,13 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        os.fsync(folder)  # so that the rename lasts
     finally:
         os.close(folder)
 
 
 def save(path, state):
-    """Write `state` (dicts, lists, tensors, numbers, strings) atomically."""
+    """Write `state` (dicts, lists, tensors, numbers, strings) to `path` atomically."""
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -50,24 +50,3 @@ def load(path, map_location=None):
     if not isinstance(state, dict) or state.get("format") != "fastff":
         raise CheckpointError(f"{path}: expected a fastff checkpoint, got a file with something else in it")
     return state
-
-
-def joined(states):
-    """One optimiser's state_dict from those of the ranks, each with the state of some of its parameters."""
-    whole = dict(max(states, key=lambda state: len(state["state"])))
-    whole["state"] = {index: value for state in states for index, value in state["state"].items()}
-    return whole
-
-
-def random_state():
-    """The states of torch's generators."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

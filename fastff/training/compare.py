@@ -1,4 +1,4 @@
-"""The same network, weights and batches trained by backpropagation and locally: accuracies, time and memory of each."""
+"""Compares backpropagation with local training (`fastff compare`): accuracy, time and memory, for the same network, weights and batches."""
 
 from statistics import median
 
@@ -10,7 +10,10 @@ MODES = ("backprop", "block", "layer", "stage")
 
 
 def modes_named(text):
-    """The modes in a comma-separated list. Raises ValueError."""
+    """Split a comma-separated list of modes, such as "backprop,block".
+
+    Raises:
+        ValueError: a name is not in MODES or occurs twice."""
     modes = [name.strip() for name in text.split(",")]
     if any(mode not in MODES for mode in modes) or len(set(modes)) < len(modes):
         known = ", ".join(MODES)
@@ -19,7 +22,16 @@ def modes_named(text):
 
 
 def compare(s, modes, device, progress=True, say=print):
-    """Train in all modes, one by one. Returns {"runs": [...], "environment": {...}, "settings": s}, for JSON."""
+    """Train in each of `modes`, one after the other.
+
+    Args:
+        s: settings, as `experiment.settings` returns them.
+        modes: names out of MODES.
+        device: torch.device.
+        progress: whether to show a progress display.
+        say: function that prints one line of text.
+
+    Returns: {"runs": [result of run_mode], "environment": {...}, "settings": s}, which can be written as JSON."""
     dataset = experiment.load_data(s)
     runs = []
     for mode in modes:
@@ -33,10 +45,10 @@ def compare(s, modes, device, progress=True, say=print):
 
 
 def run_mode(s, dataset, mode, device, progress=True):
-    """Train in one mode: a dict as in the JSON of `fastff compare`.
+    """Train in one mode and return a dict, as in the JSON of `fastff compare`.
 
-    Seconds are those of training, without evaluation. Accuracies are those of the vote, in eval mode, on images as they
-    are, without augmentation; those of the blocks are on the test images."""
+    Seconds are those of training without evaluation. Accuracies are those of the vote, in eval mode and without
+    augmentation. The accuracies of the blocks are those on the test images."""
     s = s | ({"mode": "backprop"} if mode == "backprop" else {"mode": "sff", "granularity": mode})
     memory = step_memory(s, dataset, device)
     trainer = experiment.build_trainer(s, experiment.build_network(s, dataset.num_classes, dataset.input_shape, device))
@@ -62,7 +74,7 @@ def run_mode(s, dataset, mode, device, progress=True):
 
 
 def step_memory(s, dataset, device):
-    """Peak memory of a training step in MiB, of a network of its own, so that measuring changes no result."""
+    """Return the peak memory of a training step in MiB. A new network is built for it, so that measuring changes no result."""
     trainer = experiment.build_trainer(s, experiment.build_network(s, dataset.num_classes, dataset.input_shape, device))
     images, target = next(iter(experiment.loaders(s, dataset, device)[0]))
     trainer.train_mode()
@@ -72,5 +84,5 @@ def step_memory(s, dataset, device):
 
 
 def seconds_to(run, accuracy):
-    """Seconds of training at the end of the first epoch with at least this test accuracy, or None."""
+    """Return the seconds of training up to the end of the first epoch with at least this test accuracy, or None."""
     return next((row["seconds"] for row in run["history"] if row["test_accuracy"] >= accuracy), None)

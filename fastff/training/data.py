@@ -1,6 +1,6 @@
-"""Image data sets as uint8 tensors: digits, MNIST, Fashion-MNIST, CIFAR-10 and -100, Imagenette, folders of images.
+"""Loads image data sets as uint8 tensors: digits, MNIST, Fashion-MNIST, CIFAR-10 and -100, Imagenette, folders of images.
 
-`load` gives a `Dataset`; its loaders (loader.py) make minibatches of it. The files' formats are read in readers.py.
+`load` returns a `Dataset`, whose loaders (loader.py) make minibatches. The file formats are read in readers.py.
 """
 
 import hashlib
@@ -12,23 +12,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastff.arguments import whole_number
 from fastff.training.loader import Augment, Loader, generator
-from fastff.training.readers import (
-    DataError,
-    held_out,
-    optional,
-    read_cifar,
-    read_folder,
-    read_idx_pair,
-    read_image,
-)
+from fastff.training.readers import DataError, held_out, optional, read_cifar, read_folder, read_idx_pair, read_image
 
 __all__ = ["NAMES", "Augment", "DataError", "Dataset", "Loader", "balanced", "load", "read_image"]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory. Images are uint8 [N, C, H, W], labels int64 [N]; mean and std of pixels in 0..1."""
+    """A data set in memory.
+
+    Fields:
+        name: name of the data set or of its folder.
+        train_images, test_images: uint8 [N, C, H, W].
+        train_labels, test_labels: int64 [N].
+        classes: names of the classes.
+        mean, std: C numbers each, of the training pixels scaled to 0..1.
+        augment: the augmentation that `train_loader` uses, or None.
+    """
 
     name: str
     train_images: Tensor
@@ -42,6 +44,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.classes)
 
     @property
@@ -50,19 +53,26 @@ class Dataset:
         return tuple(self.train_images.shape[1:])
 
     def train_loader(self, batch_size: int, **options) -> Loader:
-        """Shuffled and augmented minibatches of the training images; `options` as of `Loader`, and override these."""
+        """Return a Loader of the training images, shuffled and augmented. `options` are arguments of `Loader`."""
         options = {"mean": self.mean, "std": self.std, "augment": self.augment, "shuffle": True} | options
         return Loader(self.train_images, self.train_labels, batch_size, **options)
 
     def test_loader(self, batch_size: int, **options) -> Loader:
-        """Minibatches of the test images in their order; `options` as of `Loader`."""
+        """Return a Loader of the test images, in their order. `options` are arguments of `Loader`."""
         options = {"mean": self.mean, "std": self.std} | options
         return Loader(self.test_images, self.test_labels, batch_size, **options)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from: files or an archive below each of `urls`, and folders a `root` may keep them in."""
+    """Where the files of a data set come from.
+
+    Fields:
+        urls: mirrors; each holds all files.
+        md5: {file: MD5 hash}, of the files or of one archive.
+        folders: subfolders of `root` in which the files may lie, the official one first.
+        augment: the augmentation of the training images.
+    """
 
     urls: tuple[str, ...]
     md5: dict[str, str]
@@ -70,13 +80,10 @@ class Source:
     augment: Augment
 
 
-# The hashes are those that the authors of the data sets (or of the mirrors) publish. They guard against damage.
+# The hashes are those that the authors of the data sets or of the mirrors publish. They detect damaged files.
 SOURCES = {
     "mnist": Source(
-        urls=(
-            "https://ossci-datasets.s3.amazonaws.com/mnist/",
-            "https://storage.googleapis.com/cvdf-datasets/mnist/",
-        ),
+        urls=("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
         md5={
             "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
             "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -165,21 +172,24 @@ def load(
     """Load a data set.
 
     Args:
-        name: one of `NAMES`, or the path of a folder of images by class ("folder" takes it from `root`): train/<class>
-            beside test/<class> or val/<class>, or <class> alone, of which every fifth image becomes test data.
-        root: folder that holds the official files, directly or in the subfolder they are published in; nothing is
-            downloaded then. Default: a cache folder of the user, filled once by downloading.
-        subset: draw this many training images, as equal per class as they allow. A smaller subset of the same seed is
-            part of a larger one.
-        seed: what the subsets depend on.
-        image_size: height and width of images from folders (default 64) and Imagenette (160): the shorter side is
-            resized, the centre cropped. The others have one size.
-        download: whether missing files may be fetched into the cache folder.
-        test_subset: as `subset`, for the test images.
+        name: one of `NAMES`, or the path of a folder of images by class; "folder" takes this path from `root`. The folder
+            holds train/<class> and test/<class> (or val/<class>), or <class> only; in that case every fifth image
+            becomes test data.
+        root: folder that holds the official files, directly or in the subfolder that their archive has. Nothing is
+            downloaded then. By default the files are in the user's cache folder and are downloaded once.
+        subset: number of training images to draw, with equally many of each class as far as possible. A smaller subset
+            is contained in a larger one with the same seed.
+        seed: seed of the subsets.
+        image_size: height and width in pixels of images from folders (default 64) and Imagenette (default 160). The
+            shorter side is resized and the centre cropped out. The other data sets have one size.
+        download: whether missing files may be downloaded into the cache folder.
+        test_subset: number of test images to draw, as `subset`.
+
+    Returns: a Dataset.
 
     Raises:
-        DataError (a ValueError): something is missing, damaged, of the wrong kind or out of range; the text names the
-            file, what is wrong and what to do.
+        DataError (a ValueError): something is missing, damaged, of the wrong kind or out of range. The message names
+            the file, what is wrong and what to do.
         ImportError: scikit-learn, pooch or pillow is needed and not installed.
     """
     path = None
@@ -194,8 +204,7 @@ def load(
     if image_size is not None:
         if path is None and name != "imagenette":
             raise DataError(f"image_size: expected none with {name}, whose images have one size, got {image_size}")
-        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-            raise DataError(f"image_size: expected a whole number of at least 1, got {image_size!r}")
+        image_size = whole_number("image_size", image_size, error=DataError)
 
     if path is not None:
         data = _folder(path, image_size or 64)
@@ -220,34 +229,35 @@ def load(
 
 
 def balanced(labels: Tensor, count: int, num_classes: int, seed: int = 0, argument: str = "subset") -> Tensor:
-    """Indices, ascending, of `count` items with classes as equally frequent as `labels` [N] allows: int64 [count].
+    """Draw `count` items with classes as equally frequent as `labels` [N] allows; returns their indices, int64 [count], sorted.
 
-    Raises DataError, naming `argument`, if `count` is below the number of classes or above N.
+    Raises DataError, which names `argument`, if `count` is below the number of classes or above N.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not num_classes <= count <= len(labels):
         text = f"expected a whole number from {num_classes} (one image per class) to {len(labels)} (all of them)"
         raise DataError(f"{argument}: {text}, got {count!r}")
-    # The items of each class get ranks 0, 1, ... in random order; the `count` smallest ranks are taken, so a class that
-    # runs out leaves its share to the others. Among equal ranks a random order of the classes decides.
+    # The items of each class get ranks 0, 1, ... in random order, and the items with the `count` smallest ranks are taken.
+    # So a class with too few items leaves its share to the others. A random order of the classes decides between equal
+    # ranks.
     random = generator("subset", seed)
     priority = torch.randperm(num_classes, generator=random)
     shuffled = torch.randperm(len(labels), generator=random)
     rank = torch.empty(len(labels), dtype=torch.int64)
     for label in range(num_classes):
-        members = shuffled[labels[shuffled] == label]
-        rank[members] = torch.arange(len(members)) * num_classes + priority[label]
+        indices = shuffled[labels[shuffled] == label]
+        rank[indices] = torch.arange(len(indices)) * num_classes + priority[label]
     return rank.argsort()[:count].sort().values
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, from histograms: exact, and without a floating copy of the images."""
+    """Return mean and standard deviation of each channel. Histograms make them exact and avoid a floating-point copy of the images."""
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in range(images.shape[1]):
         share = torch.bincount(images[:, channel].flatten(), minlength=256).double() / images[:, channel].numel()
         mean = (share * values).sum()
         means.append(float(mean))
-        # A channel without contrast is scaled by one grey level instead of by infinity.
+        # The standard deviation is at least one grey level, so that a constant channel does not cause a division by zero.
         stds.append(max(float((share * (values - mean).square()).sum().sqrt()), 1 / 255))
     return tuple(means), tuple(stds)
 
@@ -258,8 +268,8 @@ def _digits():
     labels = torch.from_numpy(bunch.target).long()
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
-        members = (labels == label).nonzero().flatten()
-        test[members] = torch.tensor(held_out(len(members)))
+        indices = (labels == label).nonzero().flatten()
+        test[indices] = torch.tensor(held_out(len(indices)))
     return images[~test], labels[~test], images[test], labels[test], DIGITS, None
 
 
@@ -268,40 +278,41 @@ def _folder(path: Path, size: int):
 
 
 def _published(name: str, root: str | Path | None, image_size: int | None, download: bool):
-    """Read one of `SOURCES`, from `root` or the cache folder."""
+    """Read one of `SOURCES` from `root` or from the cache folder."""
     source = SOURCES[name]
     if root is not None:
-        place = Path(root).expanduser()
-        if not place.is_dir():
-            raise DataError(f"{place}: no such folder (root). {_by_hand(source)}")
+        folder = Path(root).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder (root). {_manual_download(source)}")
     else:
-        place = Path(optional("pooch", "the download of data sets").os_cache("fastff")) / name
+        folder = Path(optional("pooch", "the download of data sets").os_cache("fastff")) / name
     if name in CIFAR_FILES:
         train_files, test_file, label_classes = CIFAR_FILES[name]
-        find = _unpacked(source, place, root is None and download, [*train_files, test_file])
-        parts = [read_cifar(find / file, label_classes) for file in train_files]
+        unpacked = _archive_folder(source, folder, root is None and download, [*train_files, test_file])
+        parts = [read_cifar(unpacked / file, label_classes) for file in train_files]
         images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         classes = CIFAR10 if name == "cifar10" else CIFAR100
-        return images, labels, *read_cifar(find / test_file, label_classes), classes, source.augment
+        return images, labels, *read_cifar(unpacked / test_file, label_classes), classes, source.augment
     if name == "imagenette":
         size = image_size or 160
-        *tensors, folders = read_folder(_unpacked(source, place, root is None and download, ["train", "val"]), size)
-        classes = tuple(IMAGENETTE.get(folder, folder) for folder in folders)
+        unpacked = _archive_folder(source, folder, root is None and download, ["train", "val"])
+        *tensors, class_folders = read_folder(unpacked, size)
+        classes = tuple(IMAGENETTE.get(name, name) for name in class_folders)
         return *tensors, classes, replace(source.augment, padding=size // 8)
     train, train_labels, test, test_labels = (
-        _idx_file(source, place, root is None and download, file) for file in source.md5
+        _idx_file(source, folder, root is None and download, file) for file in source.md5
     )
     classes = DIGITS if name == "mnist" else FASHION
     return *read_idx_pair(train, train_labels, 10), *read_idx_pair(test, test_labels, 10), classes, source.augment
 
 
-def _by_hand(source: Source) -> str:
+def _manual_download(source: Source) -> str:
     files = ", ".join(source.urls[0] + file for file in source.md5)
     return f"Download {files} by hand and give the folder they are in as root (--root)."
 
 
 def _idx_file(source: Source, place: Path, download: bool, file: str) -> Path:
-    """The path of an IDX file in `place`, plain or gzipped, after fetching it if allowed."""
+    """Return the path of an IDX file in `place`, plain or gzipped. The file is downloaded first if `download` is set."""
     if download:
         return _fetch(source, place, file)
     plain = file.removesuffix(".gz")
@@ -309,30 +320,34 @@ def _idx_file(source: Source, place: Path, download: bool, file: str) -> Path:
         for name in (file, plain, plain.replace("-idx", ".idx")):
             if (place / folder / name).is_file():
                 return place / folder / name
-    raise DataError(f"{place / file}: no such file, nor {plain}. {_by_hand(source)}")
+    raise DataError(f"{place / file}: no such file, nor {plain}. {_manual_download(source)}")
 
 
-def _unpacked(source: Source, place: Path, download: bool, needed: list[str]) -> Path:
-    """The folder in `place` that holds the files `needed`, after unpacking the archive if that is what is there."""
+def _archive_folder(source: Source, place: Path, download: bool, needed: list[str]) -> Path:
+    """Return the folder in `place` that holds the files `needed`. The archive is downloaded and unpacked if necessary."""
     for folder in ("", *source.folders):
         found = [(place / folder / name).exists() for name in needed]
         if all(found):
             return place / folder
         if any(found):
             missing = place / folder / needed[found.index(False)]
-            raise DataError(f"{missing}: no such file or folder, though others of the data set are. {_by_hand(source)}")
+            raise DataError(
+                f"{missing}: no such file or folder, though others of the data set are. {_manual_download(source)}"
+            )
     [(archive, md5)] = source.md5.items()
     if download:
         _fetch(source, place, archive)
     elif not (place / archive).is_file():
-        raise DataError(f"{place / needed[0]}: no such file or folder, nor is {archive} there. {_by_hand(source)}")
+        raise DataError(
+            f"{place / needed[0]}: no such file or folder, nor is {archive} there. {_manual_download(source)}"
+        )
     else:
         _check_md5(place / archive, md5)
     return _unpack(place / archive, place / source.folders[0], needed)
 
 
 def _fetch(source: Source, place: Path, file: str) -> Path:
-    """Download a file into `place` unless it is there with the right hash; tries each mirror."""
+    """Download a file into `place`, from the first mirror that works, unless it is there and has the right hash."""
     pooch = optional("pooch", "the download of data sets")
     reasons = []
     for url in source.urls:
@@ -340,7 +355,7 @@ def _fetch(source: Source, place: Path, file: str) -> Path:
             return Path(pooch.retrieve(url + file, f"md5:{source.md5[file]}", fname=file, path=place))
         except (OSError, ValueError) as error:  # no network and HTTP errors are OSError, a wrong hash is ValueError
             reasons.append(f"{url}: {error}")
-    raise DataError(f"{file}: the download failed ({'; '.join(reasons)}). {_by_hand(source)}")
+    raise DataError(f"{file}: the download failed ({'; '.join(reasons)}). {_manual_download(source)}")
 
 
 def _check_md5(path: Path, expected: str) -> None:
@@ -354,11 +369,12 @@ def _check_md5(path: Path, expected: str) -> None:
 
 
 def _unpack(archive: Path, folder: Path, needed: list[str]) -> Path:
-    """Unpack into a temporary folder first: an interrupted run must not leave half a data set that looks whole."""
+    """Unpack an archive into a temporary folder and rename that, so that an interrupted run leaves no incomplete folder."""
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary:
             with tarfile.open(archive) as tar:
-                # Refuse members that point outside. Python before 3.10.12 and 3.11.4 has no such filter.
+                # The filter refuses indices that would be written outside the folder. Python before 3.10.12 and 3.11.4
+                # has no such filter.
                 tar.extraction_filter = getattr(tarfile, "data_filter", None)
                 tar.extractall(temporary)
             inner = Path(temporary) / folder.name
@@ -368,7 +384,7 @@ def _unpack(archive: Path, folder: Path, needed: list[str]) -> Path:
             inner.rename(folder)
     except (OSError, EOFError, tarfile.TarError) as error:
         if all((folder / name).exists() for name in needed):
-            return folder  # another process was faster
+            return folder  # another process has unpacked it in the meantime
         text = f"cannot be unpacked into {folder.parent} ({error})"
         raise DataError(f"{archive}: {text}. Unpack it by hand and give the folder as root (--root).") from error
     return folder

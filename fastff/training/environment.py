@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions, commit; and which implementation of each op runs here."""
+"""Describes where a result was measured (machine, versions, commit), and lists which implementations of each op run on this machine."""
 
 import os
 import platform
@@ -15,9 +15,9 @@ from fastff.ops.table import choose, concerns
 
 
 def commit():
-    """The commit of the checkout fastff comes from, with a + where files differ; None for an installed package."""
+    """Return the commit of the checkout that fastff was imported from, with a + if its files were changed, or None if it is no checkout."""
     root = Path(fastff.__file__).parents[1]
-    if not (root / ".git").exists():  # asking git would find the repository that an environment happens to lie in
+    if not (root / ".git").exists():  # without this, git would find a repository that contains the virtual environment
         return None
     git = ["git", "-C", str(root)]
     try:
@@ -29,7 +29,7 @@ def commit():
 
 
 def processor():
-    """The processor's name as the system gives it, and the vector instructions that PyTorch uses."""
+    """Return the name of the processor and the vector instructions that PyTorch uses on it."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -40,7 +40,7 @@ def processor():
 
 
 def environment(device):
-    """A dict of strings and numbers, for JSON."""
+    """Return a dict of strings and numbers that describes `device`, versions, system and commit."""
     device = torch.device(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -55,9 +55,9 @@ def environment(device):
 
 
 def check_implementations(device):
-    """Raises ValueError where FASTFF_IMPL asks for what cannot run on `device`: before any work is done."""
+    """Raises ValueError if FASTFF_IMPL names an implementation that cannot run on `device`. Called before any work is done."""
     for op, rows in TABLES.items():
-        if op == "convolution" and not concerns(rows):  # PyTorch's own then
+        if op == "convolution" and not concerns(rows):  # the convolution is PyTorch's then
             continue
         try:
             choose(op, rows, "auto", torch.empty(1, 1, 1, 1, device=device))
@@ -66,30 +66,32 @@ def check_implementations(device):
 
 
 def implementations():
-    """Rows (op, implementation, device type, what happens there) of every op's table, in the order they are tried."""
+    """Return rows (op, implementation, device type, note) for `fastff info`, in the order in which "auto" tries them.
+
+    The note says whether the implementation runs on this machine, whether "auto" chooses it, or why not."""
     found = []
     for op, rows in TABLES.items():
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             x = torch.empty(1, 64, 1, 1, device=device)
             try:
-                taken, trouble = choose(op, rows, "auto", x), None
+                chosen, problem = choose(op, rows, "auto", x), None
             except (RuntimeError, ValueError) as error:
-                taken, trouble = None, str(error)
+                chosen, problem = None, str(error)
             for row in rows:
-                why = row.can_run(x)
-                runs = "runs, auto takes it" if row is taken else "runs"
+                reason = row.can_run(x)
+                runs = "runs, auto takes it" if row is chosen else "runs"
                 note = f"; {row.note}" if row.note else ""
-                passed = row.passed_over(x)
+                passed = row.skip_reason(x)
                 found.append(
-                    (op, row.name, device, why or (f"runs; auto passes it over: {passed}" if passed else runs) + note)
+                    (op, row.name, device, reason or (f"runs; auto skips it: {passed}" if passed else runs) + note)
                 )
-            if trouble:
-                found.append((op, "auto", device, trouble))
+            if problem:
+                found.append((op, "auto", device, problem))
     return found
 
 
 def versions():
-    """{what: version or state}, for `fastff info`."""
+    """Return {component: version or state}, for `fastff info`."""
     from fastff.kernels import native
 
     try:
@@ -114,7 +116,7 @@ def versions():
 
 
 def tuned_sizes():
-    """What `fastff bench --tune` found for the GPUs of this machine, in words."""
+    """Return a sentence about the block sizes that `fastff bench --tune` has measured for the GPUs of this machine."""
     found = cache.read("blocks.json")
     names = ", ".join(f"{len(sizes)} launches measured on {name}" for name, sizes in found.items())
     path = cache.file("blocks.json")

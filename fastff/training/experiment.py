@@ -1,4 +1,4 @@
-"""Networks, data and trainers from a plain dict of settings, which checkpoints keep: for compare, train and predict."""
+"""Builds networks, data sets and trainers from a dict of settings, which checkpoints keep. The commands compare, train and predict use it."""
 
 import math
 import os
@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 
 from fastff import models
-from fastff.cut import GRANULARITIES
+from fastff.arguments import whole_number
+from fastff.graph.cut import GRANULARITIES
 from fastff.parallel.ranks import BATCH_NORMS, leader_first
 from fastff.sff import SFF
 from fastff.training import data, optim
 from fastff.training.backprop import Backprop
 from fastff.training.checkpoint import CheckpointError, load
+from fastff.training.engine import AMP
 from fastff.training.environment import check_implementations
-from fastff.training.loop import AMP
 from fastff.training.trainer import Trainer
 
 MODELS = ("resnet18", "resnet34", "mobilenet_v3_small", "mobilenet_v3_large")
@@ -50,9 +51,9 @@ DEFAULTS = {
 CHOICES = {
     "model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": tuple(AMP), "batch_norm": BATCH_NORMS,
 }  # fmt: skip
-LEAST = {
+LEAST = {  # smallest allowed value of each whole number
     "epochs": 1,
-    "batch_size": 2,  # batch norm needs two images where a channel has one position
+    "batch_size": 2,  # batch norm needs two values of each channel, and a channel may have one position
     "width": 1,
     "micro_batches": 1,
     "window": 1,
@@ -60,16 +61,20 @@ LEAST = {
     "freeze": 0,
     "seed": 0,
 }
-# Backpropagation into the weight of a strided 1 x 1 convolution of fewer channels than a vector register holds writes
-# past oneDNN's buffer in channels_last, and the process dies sooner or later (oneDNN issue 6035; with torch 2.13 and
-# AVX2 at 2 to 6 channels). The shortcuts of a ResNet are such convolutions; the longest register holds 16 floats.
+# The weight gradient of a strided 1 x 1 convolution in channels_last writes past the end of oneDNN's buffer if the
+# convolution has fewer channels than a vector register has floats (oneDNN issue 6035; seen with torch 2.13 and AVX2 at 2
+# to 6 channels). The process crashes then, possibly later. The shortcuts of a ResNet are such convolutions. The longest
+# register holds 16 floats.
 CHANNELS_LAST_WIDTH = 16
-RESUMABLE = ("epochs", "root")  # what may change when a run goes on
-LAUNCH = "TORCHELASTIC_RUN_ID"  # torchrun's name for all its attempts at one job, "none" where it has no name
+RESUMABLE = ("epochs", "root")  # settings that may change when a run is resumed
+LAUNCH = "TORCHELASTIC_RUN_ID"  # torchrun's name of a job, the same after restarts; "none" if the job has no name
 
 
 def device_named(name=None):
-    """torch.device of `name`; None is cuda where there is one. Raises ValueError unless it works here."""
+    """Return the torch.device of `name`. None is cuda if there is a GPU, else cpu.
+
+    Raises:
+        ValueError: the device does not work on this machine, or FASTFF_IMPL names an implementation that cannot run there."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -86,21 +91,23 @@ def device_named(name=None):
 
 
 def settings(**given):
-    """DEFAULTS with what is given (None leaves a default), checked as far as that needs no data. Raises ValueError."""
+    """Return DEFAULTS updated with `given`, as a dict. A None in `given` leaves the default.
+
+    Raises:
+        ValueError: a setting is out of range or contradicts another one, as far as this can be checked without data."""
     given = {key: value for key, value in given.items() if value is not None}
     s = DEFAULTS | given
     for key, allowed in CHOICES.items():
         if s[key] not in allowed:
             raise ValueError(f"{key}: expected one of {', '.join(map(str, filter(None, allowed)))}, got {s[key]!r}")
     for key, least in LEAST.items():
-        if isinstance(s[key], bool) or not isinstance(s[key], int) or s[key] < least:
-            raise ValueError(f"{key}: expected a whole number of at least {least}, got {s[key]!r}")
+        s[key] = whole_number(key, s[key], least)
     for key in ("lr", "clip"):
         if s[key] is not None and not 0 < s[key] < math.inf:
             raise ValueError(f"{key}: expected a positive number, got {s[key]!r}")
     if not 0 <= s["weight_decay"] < math.inf:
         raise ValueError(f"weight_decay: expected a number of at least 0, got {s['weight_decay']!r}")
-    if min(_parts(s["batch_size"], s["micro_batches"])) < 2:
+    if min(_micro_batch_sizes(s["batch_size"], s["micro_batches"])) < 2:
         got = f"{s['micro_batches']} parts of a batch of {s['batch_size']}"
         raise ValueError(f"micro_batches: expected parts of at least 2 images each, got {got}")
     if s["mode"] == "backprop":
@@ -110,14 +117,14 @@ def settings(**given):
     if s["schedule"] == "greedy":
         if "window" not in given:
             s["window"] = 1
-        if s["freeze"]:  # a frozen block's head would never have its turn
+        if s["freeze"]:  # a greedy run would never train the heads of frozen blocks
             raise ValueError(f"freeze: expected 0 with schedule greedy, got {s['freeze']}")
     if s["model"].startswith("resnet") and s["width"] < CHANNELS_LAST_WIDTH and s["channels_last"]:
         if "channels_last" in given:
             text = f"a ResNet of width {CHANNELS_LAST_WIDTH} or more, since oneDNN corrupts memory for narrower ones"
             raise ValueError(f"channels_last: expected {text}, got width {s['width']}")
         s["channels_last"] = False
-    # Absolute, so that a run can be resumed from another folder.
+    # Paths are made absolute, so that a run can be resumed from another working directory.
     if s["data"] not in data.NAMES and Path(s["data"]).expanduser().is_dir():
         s["data"] = str(Path(s["data"]).expanduser().resolve())
     if s["root"] is not None:
@@ -126,7 +133,10 @@ def settings(**given):
 
 
 def writable_folder(out, argument="out"):
-    """Make the folder now: an error after an hour of training would lose the hour. Raises ValueError."""
+    """Create the folder `out` and check that it can be written, before any training is done. Returns its Path.
+
+    Raises:
+        ValueError: the folder cannot be written; the message names `argument`."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -137,36 +147,39 @@ def writable_folder(out, argument="out"):
     return out
 
 
-# --- data, network, trainer
-
-
 def load_data(s):
-    """The Dataset of these settings."""
+    """Return the Dataset of the settings `s`. With several processes, rank 0 downloads it."""
     return leader_first(lambda: data.load(s["data"], s["root"], s["subset"], s["seed"], s["image_size"]))
 
 
 def loaders(s, dataset, device, replicas=1):
-    """(training, test) loaders; `replicas` share each minibatch."""
+    """Return the Loaders (training, test). `replicas` is the number of data-parallel ranks that share each minibatch."""
     options = {"device": device, "channels_last": s["channels_last"]}
     last = len(dataset.train_images) % s["batch_size"] or s["batch_size"]
-    # Batch norm cannot train on one image of one position: leave such a remainder out.
-    least = min(_parts(last // replicas, s["micro_batches"]), default=0)
-    alone = least < 2 and len(dataset.train_images) > s["batch_size"]
-    train = dataset.train_loader(s["batch_size"], seed=s["seed"], drop_last=alone, **options)
+    # Batch norm cannot train on a single image with one position. If the last minibatch has such a part, it is dropped.
+    smallest = min(_micro_batch_sizes(last // replicas, s["micro_batches"]), default=0)
+    drop_last = smallest < 2 and len(dataset.train_images) > s["batch_size"]
+    train = dataset.train_loader(s["batch_size"], seed=s["seed"], drop_last=drop_last, **options)
     return train, dataset.test_loader(max(256, s["batch_size"]), **options)
 
 
-def _parts(size, micro_batches):
-    """Sizes of the parts that a step cuts `size` images into."""
+def _micro_batch_sizes(size, micro_batches):
+    """Numbers of images in the micro-batches of a minibatch of `size` images."""
     part = -(-size // micro_batches)
     return [min(part, size - start) for start in range(0, size, part)]
 
 
 def build_network(s, num_classes, input_shape, device="cpu"):
-    """The SFF of these settings; the weights come from the seed, those of the model before those of the heads."""
+    """Return the SFF of the settings `s`. The seed determines its weights; those of the model are drawn before those of the heads.
+
+    Args:
+        s: settings.
+        num_classes: number of classes.
+        input_shape: (C, H, W) of an image.
+        device: where to put the parameters."""
     torch.manual_seed(s["seed"])
     stem = "cifar" if max(input_shape[1:]) <= 96 else "imagenet"
-    # The published MobileNets start with 16 channels.
+    # The MobileNets of the paper start with 16 channels.
     size = {"width": s["width"]} if s["model"].startswith("resnet") else {"width_mult": s["width"] / 16}
     net = getattr(models, s["model"])(num_classes, stem=stem, in_channels=input_shape[0], **size)
     if s["channels_last"]:
@@ -181,7 +194,15 @@ def build_network(s, num_classes, input_shape, device="cpu"):
 
 
 def build_trainer(s, sff, distributed=None):
-    """A Trainer, or Backprop where mode is "backprop". `distributed`: fastff.Distributed, or None for one process."""
+    """Return the Trainer of the settings `s` for the SFF `sff`, or a Backprop if the mode is "backprop".
+
+    Args:
+        s: settings.
+        sff: what `build_network` returned.
+        distributed: fastff.Distributed, or None for one process.
+
+    Raises:
+        ValueError: several processes with "backprop", or all blocks frozen."""
     lr = s["lr"] or (optim.BACKPROP_LR if s["mode"] == "backprop" else optim.LOCAL_LR)
     options = {
         "micro_batches": s["micro_batches"],
@@ -204,7 +225,7 @@ def build_trainer(s, sff, distributed=None):
 
 
 def describe(s, dataset):
-    """`meta` of a run: the settings and what else the network is built from."""
+    """Return the dict that a checkpoint keeps as `meta`: the settings, and the facts about the data set that the network depends on."""
     return {
         "settings": s,
         "num_classes": dataset.num_classes,
@@ -216,11 +237,8 @@ def describe(s, dataset):
     }
 
 
-# --- runs: new, resumed, transferred, used
-
-
 class Run(NamedTuple):
-    """Everything `fit` needs."""
+    """A run of `fastff train`: settings, data set, Trainer (or Backprop), and the loaders of training and test images."""
 
     settings: dict
     dataset: data.Dataset
@@ -229,7 +247,7 @@ class Run(NamedTuple):
     test: data.Loader
 
     def fit(self, out, save_every=None, progress=True):
-        """Train to the last epoch of the settings, everything kept in the folder `out`; returns the history."""
+        """Train to the last epoch of the settings, write checkpoints and metrics to the folder `out`, and return the history."""
         meta = describe(self.settings, self.dataset) | {"launch": os.environ.get(LAUNCH)}
         return self.trainer.fit(
             self.train, self.settings["epochs"], self.test, out, save_every=save_every, progress=progress, meta=meta
@@ -237,16 +255,26 @@ class Run(NamedTuple):
 
     @property
     def finished(self):
-        """Whether all epochs are done."""
-        return self.trainer.position["epoch"] >= self.settings["epochs"] * self.trainer.phases
+        """Whether all epochs have been trained."""
+        return self.trainer.position["epoch"] >= self.settings["epochs"] * self.trainer.engine.phases
 
 
 def start(s, device, start_from=None, distributed=None):
-    """A new Run, with the blocks of the run in the folder `start_from` if given; over several processes if `distributed` is given."""
+    """Return a new Run.
+
+    Args:
+        s: settings.
+        device: torch.device.
+        start_from: folder of another run whose blocks are copied, or None.
+        distributed: fastff.Distributed, or None for one process.
+
+    Raises:
+        ValueError: blocks are to be frozen without `start_from`.
+        CheckpointError: `start_from` holds no run, or its blocks do not fit."""
     if s["freeze"] and start_from is None:
         raise ValueError(f"freeze: expected 0 without --from, which would bring trained blocks, got {s['freeze']}")
     if start_from is not None:
-        read_run(start_from)  # before the data, which may have to be downloaded
+        read_run(start_from)  # fails early if there is no such run, before data is downloaded
     dataset = load_data(s)
     sff = build_network(s, dataset.num_classes, dataset.input_shape, device)
     if start_from is not None:
@@ -256,7 +284,16 @@ def start(s, device, start_from=None, distributed=None):
 
 
 def resume(folder, device, distributed=None, **given):
-    """The Run in `folder` where it stopped, at any number of processes. Of its settings only those in RESUMABLE can change. Raises ValueError."""
+    """Return the Run in `folder` in the state where it stopped. The number of processes may differ.
+
+    Args:
+        folder: folder of the run.
+        device: torch.device.
+        distributed: fastff.Distributed, or None for one process.
+        given: settings; those in RESUMABLE may differ from the run's.
+
+    Raises:
+        ValueError: another setting differs, or the data set is not that of the run."""
     _, meta = read_run(folder)
     s = dict(meta["settings"])
     given = {key: value for key, value in given.items() if value is not None}
@@ -280,7 +317,7 @@ def resume(folder, device, distributed=None, **given):
 
 
 def restarted(folder):
-    """Whether torchrun has started these processes anew, after a failure or with other ranks, and the run in `folder` is theirs."""
+    """Whether torchrun has restarted these processes (after a failure, or with other ranks) and the run in `folder` was theirs before."""
     if not (Path(folder) / "checkpoint.pt").exists() or LAUNCH not in os.environ:
         return False
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
@@ -294,7 +331,10 @@ def _short(value):
 
 
 def read_run(folder, device="cpu"):
-    """(state, meta) of a run's folder. Raises CheckpointError."""
+    """Read the checkpoint in the folder of a run and return (state, meta).
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint of `fastff train`."""
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: expected the folder of a run (fastff train --out), there is no such folder")
     file = Path(folder) / "checkpoint.pt"
@@ -304,31 +344,36 @@ def read_run(folder, device="cpu"):
         raise CheckpointError(
             f"{file}: expected a checkpoint of fastff train, it does not say how to build the network"
         )
-    # Settings added after the run was made have the value that they had before there was a choice.
+    # A setting that the run does not have, since it was added to fastff later, gets its default.
     return state, meta | {"settings": DEFAULTS | meta["settings"]}
 
 
 def transfer(sff, folder):
-    """Copy the model weights of all blocks from another run; heads and classifier too where the classes are as many.
+    """Copy the weights of all blocks from the run in `folder` into `sff`.
 
-    Heads are matched by the names of their blocks, which depend on the granularity. Raises CheckpointError unless every
-    block is found."""
+    Heads and classifier are copied too if the number of classes is the same. Heads are matched by the names of their
+    blocks, which depend on the granularity.
+
+    Raises:
+        CheckpointError: `folder` holds no run, or a block is missing in it or has another shape."""
     state, meta = read_run(folder)
-    whole = any(key.startswith("model.") for key in state["module"])  # of an SFF; backpropagation saves the model alone
-    theirs = state["module"] if whole else {f"model.{key}": value for key, value in state["module"].items()}
-    if whole:
-        there = {name: index for index, name in enumerate(state["names"])}
-        heads = {f"heads.{i}": f"heads.{there[b.name]}" for i, b in enumerate(sff.blocks) if b.name in there}
-    own = {f"model.{name}." for block in sff.blocks for name in block.modules_called}
+    has_heads = any(
+        key.startswith("model.") for key in state["module"]
+    )  # backpropagation saves the model without heads
+    source = state["module"] if has_heads else {f"model.{key}": value for key, value in state["module"].items()}
+    if has_heads:
+        indices = {name: index for index, name in enumerate(state["names"])}
+        heads = {str(i): f"heads.{indices[b.name]}" for i, b in enumerate(sff.blocks) if b.name in indices}
+    in_blocks = tuple({f"model.{name}." for block in sff.blocks for name in block.modules_called})
     same_classes = meta["num_classes"] == sff.num_classes
     wanted, missing = sff.state_dict(), []
     for key, value in wanted.items():
-        of_block = key.startswith(tuple(own))
-        source = key
+        of_block = key.startswith(in_blocks)
+        source_key = key
         if key.startswith("heads."):
             head, _, rest = key.removeprefix("heads.").partition(".")
-            source = f"{heads.get(f'heads.{head}')}.{rest}" if whole else None
-        found = theirs.get(source)
+            source_key = f"{heads.get(head)}.{rest}" if has_heads else None
+        found = source.get(source_key)
         if found is not None and found.shape == value.shape and (of_block or same_classes):
             wanted[key] = found
         elif of_block:
@@ -345,7 +390,13 @@ def transfer(sff, folder):
 
 
 class Answer(NamedTuple):
-    """What a network says of an image, and each block that it went through: (name, class, probability)."""
+    """Classification of an image.
+
+    Fields:
+        label: name of the class.
+        confidence: its probability.
+        blocks: [(name, class, probability)] of each block that was computed.
+    """
 
     label: str
     confidence: float
@@ -354,9 +405,17 @@ class Answer(NamedTuple):
 
 @torch.no_grad()
 def classify(folder, paths, device, exit_threshold=None):
-    """[Answer] of image files by the run in `folder`, resized and cropped as images of its data set.
+    """Classify image files with the network of the run in `folder`, and return a list of Answers.
 
-    Raises ValueError (CheckpointError, DataError)."""
+    Args:
+        folder: folder of a run.
+        paths: image files; they are resized and cropped like images of the run's data set.
+        device: torch.device.
+        exit_threshold: confidence, in (0, 1], from which on an image skips the remaining blocks; None computes all blocks.
+
+    Raises:
+        ValueError: `exit_threshold` is out of range, or given for a network trained by backpropagation.
+        CheckpointError, DataError (ValueErrors): the run or an image cannot be read."""
     state, meta = read_run(folder, device)
     s, classes, (channels, *size) = meta["settings"], meta["classes"], meta["input_shape"]
     backprop = s["mode"] == "backprop"
@@ -374,21 +433,21 @@ def classify(folder, paths, device, exit_threshold=None):
         raise CheckpointError(f"{folder}: its weights do not fit its settings: {str(error).splitlines()[0]}") from error
     sff.eval()
     answers = []
-    unknown = torch.zeros(256, dtype=torch.int64)  # labels, which the loader wants
+    unknown = torch.zeros(256, dtype=torch.int64)  # the Loader needs labels; these are not used
     for start in range(0, len(pixels), 256):
         part = pixels[start : start + 256]
-        form = {"mean": meta["mean"], "std": meta["std"], "device": device, "channels_last": s["channels_last"]}
-        loader = data.Loader(part, unknown[: len(part)], 256, **form)
+        options = {"mean": meta["mean"], "std": meta["std"], "device": device, "channels_last": s["channels_last"]}
+        loader = data.Loader(part, unknown[: len(part)], 256, **options)
         ((images, _),) = loader
         if backprop:
-            for sure, best in zip(*(t.tolist() for t in sff.model(images).softmax(1).max(1)), strict=True):
-                answers.append(Answer(classes[best], sure, []))
+            for confidence, label in zip(*(t.tolist() for t in sff.model(images).softmax(1).max(1)), strict=True):
+                answers.append(Answer(classes[label], confidence, []))
             continue
         found = sff.predict(images, exit_threshold)
         votes = torch.stack([h.logits(g).softmax(1) for h, g in zip(sff.heads, sff.goodness(images), strict=True)])
-        sure, best = votes.max(2)
+        confidence, label = votes.max(2)
         for i in range(len(images)):
-            passed = range(int(found.block[i]) + 1)
-            said = [(sff.blocks[b].name, classes[int(best[b, i])], float(sure[b, i])) for b in passed]
-            answers.append(Answer(classes[int(found.label[i])], float(found.confidence[i]), said))
+            computed = range(int(found.block[i]) + 1)
+            blocks = [(sff.blocks[b].name, classes[int(label[b, i])], float(confidence[b, i])) for b in computed]
+            answers.append(Answer(classes[int(found.label[i])], float(found.confidence[i]), blocks))
     return answers

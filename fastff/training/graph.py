@@ -1,41 +1,45 @@
 """A whole training step as one CUDA graph: recorded once for each shape of the minibatch, then replayed with a single launch.
 
-The first steps of a shape run as they are; then one is recorded. Later minibatches are copied into the tensors that the graph reads. What
-Python decides in a step (which blocks are trained, hooks, numbers that are no tensors) stays as it was at the recording; learning rates are
-tensors and follow their schedule. Never run on a GPU yet: `make gpu` compares it with ordinary steps.
+The first steps of a shape run normally; then one is recorded. Later minibatches are copied into the tensors that the graph reads. What
+Python decides in a step (which blocks are trained, hooks, numbers that are not tensors) stays as it was in the recording; learning rates are
+tensors and follow their schedule. It has not run on a GPU yet: `make gpu` compares it with ordinary steps.
 """
 
 import torch
 
-WARM_UP = 3  # ordinary steps before a recording: optimiser state, cuDNN's choices and Triton's compilations come into being in them
+from fastff.training.engine import StepResult
+
+WARM_UP = 3  # ordinary steps before a recording: they create the optimiser state, let cuDNN choose its algorithms and Triton compile
 
 
 class StepGraph:
-    """step(images, target) -> a tuple of tensors, through graphs. A `recorder` has run(function), its result as it is, and
-    record(function) -> (replay, its results): Cuda below, or a test's."""
+    """Replacement for engine.run_step that replays graphs.
 
-    def __init__(self, step, recorder):
-        self.step, self.recorder = step, recorder
+    A `recorder` (Cuda below, or a test's) has run(function), which returns its result, and record(function) -> (replay, its result)."""
+
+    def __init__(self, engine, recorder):
+        self.engine, self.recorder = engine, recorder
         self.calls, self.graphs = {}, {}
 
-    def __call__(self, images, target, *state):
-        """`state`: what else a recording depends on, such as the block in training."""
-        key = (tuple(images.shape), images.dtype, images.stride(), *state)
+    def __call__(self, images, target):
+        """Return the StepResult of a minibatch. A recording also depends on the engine's phase, which says what block is trained."""
+        key = (tuple(images.shape), images.dtype, images.stride(), self.engine.phase)
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= WARM_UP:
-            return self.recorder.run(lambda: self.step(images, target))
+            return self.recorder.run(lambda: self.engine.run_step(images, target))
         if key not in self.graphs:
             inputs = (images.clone(), target.clone())
-            self.graphs[key] = inputs, *self.recorder.record(lambda: self.step(*inputs))
-        inputs, replay, results = self.graphs[key]
-        for own, given in zip(inputs, (images, target), strict=True):
-            own.copy_(given, non_blocking=True)
+            self.graphs[key] = inputs, *self.recorder.record(lambda: self.engine.run_step(*inputs))
+        inputs, replay, result = self.graphs[key]
+        for recorded, given in zip(inputs, (images, target), strict=True):
+            recorded.copy_(given, non_blocking=True)
         replay()
-        return tuple(t.clone() for t in results)
+        losses, correct, samples = result
+        return StepResult(losses.clone(), correct.clone(), samples)
 
 
 class Cuda:
-    """Runs and records on a stream of its own (torch.cuda.graph asks for one other than the default)."""
+    """Runs and records on a separate stream (torch.cuda.graph needs one that is not the default)."""
 
     def __init__(self, device):
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -62,7 +66,7 @@ class Cuda:
 
 
 def prepare(optimizers, device, amp):
-    """Make optimisers fit for recording: capturable, their learning rates tensors. Raises ValueError where that cannot be."""
+    """Prepare optimisers for recording: set capturable, make their learning rates tensors. Raises ValueError if that is impossible."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graph: expected a network on a CUDA device, got it on {device.type}")
     if amp == torch.float16:

@@ -1,8 +1,8 @@
-"""Minibatches of a data set that lies on the training device as uint8 pixels.
+"""Makes minibatches of a data set whose uint8 pixels are kept on the training device.
 
-Normalisation, random crops and flips are batched tensor operations on that device. What batch b of epoch e holds is
-a function of (seed, e, b) alone: the position in the data is two integers, and a run resumed from them sees the same
-bits.
+Normalization, random crops and flips are batched tensor operations on that device. The contents of batch b of epoch e
+depend on (seed, e, b) only. So two integers are the position in the data, and a run that is resumed from them gets the
+same bits.
 """
 
 import copy
@@ -14,34 +14,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastff.arguments import whole_number
+
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crops out of the image padded by `padding` on each side, and flips left to right of every second image."""
+    """Random augmentation of images.
+
+    Args:
+        padding: pixels that are added on each side before an image of the original size is cut out at a random place.
+        flip: whether to flip each image left to right with probability 1/2.
+
+    Raises:
+        ValueError: `padding` is not a whole number of at least 0.
+    """
 
     padding: int = 0
     flip: bool = False
 
     def __post_init__(self):
-        if isinstance(self.padding, bool) or not isinstance(self.padding, int) or self.padding < 0:
-            raise ValueError(f"padding: expected a whole number of at least 0, got {self.padding!r}")
+        whole_number("padding", self.padding, 0)
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None, padding: int) -> Tensor:
-    """Pad with zeros, cut out one window of the original size per image, then mirror the chosen ones.
+    """Pad images with zeros, cut one window of the original size out of each, and flip the chosen ones left to right.
 
     Args:
         images: [B, C, H, W], any dtype.
         top, left: [B] int64 in 0..2 * padding, the corner of each window in the padded image.
-        flip: [B] bool, or None for no image.
-        padding: zeros on each side.
+        flip: [B] bool, which images to flip; None flips none.
+        padding: number of zeros on each side.
 
     Returns: [B, C, H, W], a new tensor unless there is nothing to do.
     """
     batch, _, height, width = images.shape
     if padding:
-        # All windows as a strided view, then one gather of B of them: 3.5 times as fast as gathering pixels by their
-        # index (0.53 against 1.85 ms for 64 images of 3x32x32, one thread), since rows stay contiguous.
+        # This takes B windows out of a strided view of all windows. It copies whole rows, so it is 3.5 times as fast as
+        # gathering pixels by their index (0.53 against 1.85 ms for 64 images of 3x32x32, one thread).
         windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
         images = windows[torch.arange(batch, device=images.device), :, top, left]
     if flip is not None:
@@ -50,10 +59,10 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor | None
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator whose stream is a function of `key` alone.
+    """Return a CPU generator whose random numbers depend on `key` only.
 
-    On the CPU so that every device draws the same numbers. Hashed because neighbouring integers as seeds would give
-    streams that are not independent of each other.
+    It is on the CPU so that the numbers are the same for every device. The key is hashed since successive integers as
+    seeds would give streams that are not independent of each other.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -62,23 +71,23 @@ def generator(*key: int | str) -> torch.Generator:
 class Loader:
     """Iterates over minibatches (images [B, C, H, W] of `dtype`, labels [B] int64), both on `device`.
 
-    One pass yields the batches of the current epoch; `set_epoch` chooses it and nothing advances it silently.
+    One pass yields the batches of the current epoch. Only `set_epoch` changes the epoch.
 
     Args:
         images: [N, C, H, W] uint8.
-        labels: [N] integers.
-        batch_size: images per batch; the last batch is smaller unless dropped.
-        mean, std: C numbers each, of pixels in 0..1; a batch holds (pixel / 255 - mean) / std.
-        augment: random crops and flips, padded with the mean; None for none.
-        shuffle: a new order for each epoch; otherwise the order given.
-        seed: with the epoch and the batch it determines everything random.
-        device: where batches are made; the pixels are moved there once. Default: where `images` is.
-        drop_last: leave out a last batch smaller than `batch_size`.
-        dtype: floating dtype of the batches.
-        channels_last: yield images in that memory format.
+        labels: [N] of any integer dtype.
+        batch_size: number of images in a batch; the last batch of an epoch may be smaller.
+        mean, std: C numbers each, for pixels in 0..1; a batch holds (pixel / 255 - mean) / std.
+        augment: random crops (padded with the mean) and flips; None for none.
+        shuffle: whether each epoch has a new random order; otherwise the order is that of `images`.
+        seed: determines, with the epoch and the batch, everything random.
+        device: where batches are made; the pixels are moved there once. The default is the device of `images`.
+        drop_last: whether to leave out a last batch smaller than `batch_size`.
+        dtype: floating-point dtype of the batches.
+        channels_last: whether the images have this memory format.
 
     Raises:
-        ValueError: wrong shapes, dtypes or lengths, no images, or a batch size that gives no batch.
+        ValueError: shapes, dtypes or lengths are wrong, there are no images, or `batch_size` gives no batch.
     """
 
     def __init__(
@@ -105,8 +114,7 @@ class Loader:
             raise ValueError(f"labels: expected one for each of {len(images)} images, got {len(labels)}")
         if images.numel() == 0:
             raise ValueError(f"images: expected at least one image, got shape {list(images.shape)}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+        batch_size = whole_number("batch_size", batch_size)
         if drop_last and batch_size > len(images):
             raise ValueError(f"batch_size: expected at most all {len(images)} images with drop_last, got {batch_size}")
         channels = images.shape[1]
@@ -130,24 +138,27 @@ class Loader:
         self.channels_last = channels_last
         self.epoch = 0
         self.share = (0, 1)
-        # Half precision is reached by one rounding at the end.
+        # Batches of half precision are computed in float32 and rounded once, at the end.
         self._compute = dtype if dtype == torch.float64 else torch.float32
         mean64, std64 = (torch.as_tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
         self._scale = (1 / (255 * std64)).to(self.device, self._compute)
         self._shift = (-mean64 / std64).to(self.device, self._compute)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         full, rest = divmod(len(self.images), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
     @property
     def num_images(self) -> int:
-        """Images in an epoch, without those that `drop_last` leaves out."""
+        """Number of images in an epoch, without those that `drop_last` leaves out."""
         return min(len(self.images), len(self) * self.batch_size)
 
     def shared(self, rank: int, count: int) -> "Loader":
-        """The loader of one of `count` ranks that share each minibatch: the same pixels, augmented the same, in `count` runs as equal as can be."""
+        """Return the loader of rank `rank` out of `count` ranks that share each minibatch.
+
+        Each minibatch is divided into `count` successive parts of nearly equal size. The images and their augmentation are those of the
+        undivided minibatch. Raises ValueError unless 0 <= rank < count."""
         if not 0 <= rank < count:
             raise ValueError(f"rank: expected 0 to {count - 1}, got {rank}")
         loader = copy.copy(self)
@@ -156,12 +167,12 @@ class Loader:
 
     @property
     def least(self) -> int:
-        """Images of the smallest share of a minibatch in the epoch."""
+        """Number of images in the smallest share of a minibatch in the epoch."""
         rest = 0 if self.drop_last else len(self.images) % self.batch_size
         return (rest or min(self.batch_size, len(self.images))) // self.share[1]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration yields. Raises ValueError if it is negative."""
+        """Set the epoch that the next iteration yields. Raises ValueError if it is negative."""
         if epoch < 0:
             raise ValueError(f"epoch: expected at least 0, got {epoch}")
         self.epoch = epoch
@@ -170,7 +181,7 @@ class Loader:
         return self.iter_from(0)
 
     def iter_from(self, batch_index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of the current epoch from `batch_index` on, the same as a full pass yields there.
+        """Yield the batches of the current epoch from number `batch_index` on. They equal those of a full pass.
 
         Raises ValueError unless 0 <= batch_index <= len(self).
         """
@@ -185,29 +196,29 @@ class Loader:
         for index in range(first, len(self)):
             start, whole = index * self.batch_size, min(self.batch_size, len(self.images) - index * self.batch_size)
             rank, count = self.share
-            own = slice(whole * rank // count, whole * (rank + 1) // count)
-            part = slice(start + own.start, start + own.stop)
-            # index_select copies whole images: 13 times as fast as indexing (14 against 186 us, 64 images of 3x32x32).
-            # Labels in order are cloned: they would be a view, and a caller may write into its batch.
+            share = slice(whole * rank // count, whole * (rank + 1) // count)
+            part = slice(start + share.start, start + share.stop)
+            # index_select copies whole images, 13 times as fast as indexing (14 against 186 us, 64 images of 3x32x32).
+            # Labels are cloned if they are not shuffled: they would be a view, and a caller may write into its batch.
             pixels = self.images[part] if order is None else self.images.index_select(0, order[part])
             labels = self.labels[part].clone() if order is None else self.labels.index_select(0, order[part])
             images = pixels.to(self._compute).mul_(self._scale).add_(self._shift)
             if self.augment is not None:
                 images = self._augmented(
-                    images, self.augment, generator("augment", self.seed, epoch, index), whole, own
+                    images, self.augment, generator("augment", self.seed, epoch, index), whole, share
                 )
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             yield images.to(self.dtype).contiguous(memory_format=layout), labels
 
-    def _augmented(self, images: Tensor, augment: Augment, random: torch.Generator, whole: int, own: slice) -> Tensor:
-        """`images` are those at `own` in a minibatch of `whole` images, for which the draws are made."""
+    def _augmented(self, images: Tensor, augment: Augment, random: torch.Generator, whole: int, share: slice) -> Tensor:
+        """Augment the images at `share` of a minibatch of `whole` images. Random numbers are drawn for the whole minibatch."""
         draws = torch.randint(2 * augment.padding + 1, (2, whole), generator=random)
-        top, left = self._on_device(draws[:, own])
-        flip = self._on_device(torch.rand(whole, generator=random)[own] < 0.5) if augment.flip else None
+        top, left = self._on_device(draws[:, share])
+        flip = self._on_device(torch.rand(whole, generator=random)[share] < 0.5) if augment.flip else None
         return crop_and_flip(images, top, left, flip, augment.padding)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        """Move small CPU tensors without making the host wait for the device."""
+        """Move a small CPU tensor to the device. The host does not wait for a GPU."""
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)

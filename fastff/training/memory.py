@@ -1,4 +1,4 @@
-"""Peak memory of a step: what it allocates above what was there when it started (parameters, optimiser state)."""
+"""Measures the peak memory of a step: what it allocates in addition to what is allocated when it starts (parameters, optimizer state)."""
 
 import contextlib
 import os
@@ -9,13 +9,18 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(step, device="cpu"):
-    """MiB allocated above the starting point at the peak of one call of step().
+    """Return the peak of the memory that one call of step() allocates, in MiB above what was allocated before.
 
-    On a GPU from the caching allocator's counters; on the CPU from PyTorch's allocations as the profiler records them
-    (every allocation and release, so nothing falls between samples). Scratch memory that oneDNN takes from the system
-    by itself is not in it, and that older memory is freed inside step() goes unseen there. What step() leaves allocated
-    counts. Call it after two warm-up steps: the optimiser's state exists then and gradients do not, so that the
-    starting point is parameters, their optimiser state and the minibatch.
+    On a GPU, the number comes from the counters of the caching allocator. On a CPU, it comes from the profiler, which
+    records every allocation and release of PyTorch. This leaves out the scratch memory that oneDNN allocates by itself,
+    and memory from before the call that step() frees. Memory that step() leaves allocated counts.
+
+    Call this after two warm-up steps. Then the optimizer's state exists and gradients do not, so that parameters,
+    optimizer state and the minibatch are what is allocated before.
+
+    Args:
+        step: function without arguments.
+        device: the device whose memory is measured.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -29,7 +34,9 @@ def peak_memory(step, device="cpu"):
         step()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):  # stable: events of one moment keep their order
+    for event in sorted(
+        events, key=lambda event: event.start_ns()
+    ):  # the sort is stable: simultaneous events keep their order
         now += event.nbytes()
         peak = max(peak, now)
     return peak / 2**20
@@ -37,17 +44,17 @@ def peak_memory(step, device="cpu"):
 
 @contextlib.contextmanager
 def _quiet_stderr():
-    """The profiler's C++ part writes notes about itself to file descriptor 2, where a live display may stand."""
+    """Redirect file descriptor 2 to nothing: the profiler's C++ code writes messages to it, which would disturb a live display."""
     try:
         sys.stderr.flush()
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     except (OSError, AttributeError):  # a process without stderr
         yield
         return
-    os.dup2(nowhere, 2)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(devnull)

@@ -1,15 +1,15 @@
-"""Optimisers: parameter groups, one optimiser a block, learning-rate schedules as functions of progress."""
+"""Optimisers: parameter groups, one optimiser for each block, updates, and learning-rate schedules as functions of progress."""
 
 import math
 
 import torch
 
-# Each is the better of 2e-3 and 4e-3 for its kind (docs/learning.md).
+# The better learning rate of 2e-3 and 4e-3 for each kind of training (docs/learning.md).
 LOCAL_LR, BACKPROP_LR = 4e-3, 2e-3
 
 
 def parameter_groups(parameters):
-    """Two groups: weights (two or more dimensions), and norms, biases and temperatures without weight decay."""
+    """Return two groups: weights (two or more dimensions), and norms, biases and temperatures without weight decay."""
     parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2]}]
     groups.append({"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0})
@@ -17,12 +17,12 @@ def parameter_groups(parameters):
 
 
 def adamw(lr=LOCAL_LR, weight_decay=0.05):
-    """The default optimiser: AdamW, fused."""
+    """Return a function that makes the default optimiser, fused AdamW, from parameter groups."""
     return lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def build(make, parameters):
-    """make(groups) -> an optimiser on these parameters, or None where none of them is trained."""
+    """Return the optimiser that make(groups) makes for these parameters, or None if none of them is trained. Raises TypeError."""
     groups = parameter_groups(parameters)
     if not groups:
         return None
@@ -37,7 +37,7 @@ def build(make, parameters):
 
 
 def cosine(warmup=0.05):
-    """Factor of the learning rate at progress t in [0, 1]: linear warm-up, then half a cosine to zero."""
+    """Return the factor of the learning rate as a function of progress t in [0, 1]: linear warm-up, then half a cosine to zero."""
 
     def factor(t):
         if t < warmup:
@@ -48,7 +48,7 @@ def cosine(warmup=0.05):
 
 
 def constant(t):
-    """A learning rate that stays."""
+    """Return 1: the learning rate does not change."""
     return 1.0
 
 
@@ -67,12 +67,34 @@ def set_progress(optimizers, schedule, t):
                 group["lr"] = lr
 
 
-class Stepper:
-    """optimizer.step() and zero_grad(), many small times a training step: one for each block.
+class Updates:
+    """Updates by several optimisers: gradients unscaled and clipped, optimizer.step(), gradients freed."""
 
-    torch's Adam and AdamW with fused=True look up state, group tensors and check options anew at every call, 0.1 to 0.2 ms of a block of
-    1 to 10 ms; here the same kernel is called on lists kept from the step before. Anything else than their plain use (hooks, a patched step, missing
-    gradients, amsgrad, other optimisers) goes through optimizer.step()."""
+    def __init__(self, clip_grad_norm=None):
+        self.clip_grad_norm, self.steppers = clip_grad_norm, {}
+
+    def __call__(self, optimizer, scaler, parameters):
+        """Update `parameters`, which are those of `optimizer`. scaler: a GradScaler or None."""
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        if scaler is None:
+            if optimizer not in self.steppers:
+                self.steppers[optimizer] = Stepper(optimizer)
+            self.steppers[optimizer]()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+
+class Stepper:
+    """optimizer.step() and zero_grad() for optimisers that are small and many: one for each block.
+
+    torch's Adam and AdamW with fused=True look up their state, group tensors and check options at every call, which takes 0.1 to 0.2 ms of
+    the 1 to 10 ms of a block. Here the same kernel is called with lists kept from the previous step. Everything but their plain use (hooks, a
+    patched step, missing gradients, amsgrad, other optimisers) goes through optimizer.step()."""
 
     def __init__(self, optimizer):
         self.optimizer, self.groups = optimizer, []
@@ -89,7 +111,7 @@ class Stepper:
                 p.grad = None
 
     def _keep(self):
-        """Collect the lists where every parameter has its state and nothing is out of the ordinary."""
+        """Collect the lists if every parameter has its state and nothing is unusual."""
         o, self.groups = self.optimizer, []
         plain = type(o) in (torch.optim.Adam, torch.optim.AdamW) and "step" not in vars(o)
         for group in o.param_groups if plain else ():

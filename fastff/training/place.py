@@ -1,24 +1,43 @@
-"""A rank's place in the training of an SFF: which blocks are its own, how their gradients and outputs go to other ranks, whose weights are whose.
-
-By itself (one process) it owns all blocks and does nothing.
-"""
+"""What a rank trains: which blocks, how their gradients and outputs go to other ranks, and which rank has the weights of which block."""
 
 import torch
 
 from fastff.parallel import batch_norm, placement
 from fastff.parallel.link import Link
+from fastff.parallel.ranks import Ranks
 from fastff.parallel.reduce import Reduction, ShardedReduction
 
 
+class Alone:
+    """The place of an engine that trains everything in one process, where nothing waits. The interface is that of Place."""
+
+    def __init__(self, losses, optimizers, device):
+        self.ranks, self.own, self.own_optimizers = Ranks(), range(losses), range(optimizers)
+        self.counted = torch.ones(losses, device=device)
+
+    def settle(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def state_kept(self, optimizer, saved):
+        return saved
+
+
 class Place:
-    """Args:
+    """The place of a rank among those that train an SFF. A single process trains all blocks and waits for nothing.
+
+    Args:
         ranks: fastff.parallel.ranks.Ranks.
         sff: fastff.SFF; takes over rank 0's weights.
-        parameters, optimizers: by block, then the readout's.
-        update: called with a block's index when its gradients are those of all ranks.
-        measure: returns seconds of each block; called on rank 0 where ranks share the blocks and the user has not placed them.
+        parameters, optimizers: lists by block, then the classifier's; an optimiser is None if nothing of it is trained.
+        update: function of a block's index, called when its gradients are those of all ranks.
+        measure: function that returns seconds of each block, called on rank 0 if ranks share the blocks and the user has not placed them.
 
-    Attributes: own (range of blocks), placed (those of each rank that shares them), link (to the neighbours, or None), reduction (or None).
+    Attributes: own (range of this rank's blocks), own_optimizers (their places among the optimisers that are not None), counted ([L], 1 for
+    the blocks whose losses this rank computes, else 0), placed (the blocks of each rank that shares them), link (to the neighbours, or
+    None), reduction (or None).
     """
 
     def __init__(self, ranks, sff, parameters, optimizers, update, measure):
@@ -31,6 +50,10 @@ class Place:
             self.placed = self._placed(measure)
             self.link = Link(ranks, next(sff.parameters()).device)
         self.own = self.placed[ranks.block_rank]
+        made = [index for index, optimizer in enumerate(optimizers) if optimizer is not None]
+        self.own_optimizers = [k for k, index in enumerate(made) if index in self.indices]
+        counted = [float(index in self.own) for index in range(len(sff.blocks))]
+        self.counted = torch.tensor(counted, device=next(sff.parameters()).device)
         if ranks.data_size > 1:
             if ranks.distributed.batch_norm == "synchronized":
                 batch_norm.synchronize(sff.model, ranks)
@@ -40,7 +63,7 @@ class Place:
                 self.reduction = Reduction(ranks, optimizers, update)
 
     def _agree(self):
-        """One network on all ranks, with rank 0's weights."""
+        """Give all ranks the weights of rank 0. Raises ValueError if their networks differ."""
         form = [(name, tuple(t.shape), t.stride(), str(t.dtype)) for name, t in self.sff.state_dict().items()]
         for rank, other in enumerate(self.ranks.gather(form)):
             if other != form:
@@ -58,33 +81,33 @@ class Place:
 
     @property
     def has_last(self):
-        """Whether this rank has the last block, and with it the readout."""
+        """Whether this rank has the last block, and with it the classifier."""
         return self.own.stop == len(self.sff.blocks)
 
     @property
     def indices(self):
-        """Of the parameters that this rank trains."""
+        """Indices into `parameters` of the groups this rank trains."""
         return [*self.own, *range(len(self.sff.blocks), len(self.parameters))] if self.has_last else [*self.own]
 
     def send(self, index, part, count):
-        """Hand a part of a minibatch to the next rank, if block `index` is this one's last and not the network's."""
+        """Send a part of a minibatch to the next rank if block `index` is the last of this rank and not of the network."""
         if self.link is not None and index + 1 == self.own.stop and not self.has_last:
             self.link.send(part, count)
 
     def updated(self, index, weight):
-        """A block's gradients are complete here: update it, now or when those of all ranks have come."""
+        """Update a block whose gradients are complete on this rank: now, or when those of all ranks have come."""
         if self.reduction is None:
             self.update(index)
         else:
             self.reduction.start(index, self.parameters[index], weight)
 
     def settle(self, index=None):
-        """Finish the update of a block that waits for other ranks; of all blocks for None."""
+        """Finish the update of a block that waits for other ranks, or of all blocks if index is None."""
         if self.reduction is not None:
             self.reduction.settle(index)
 
     def synchronize(self):
-        """Finish all updates; batch norm's statistics averaged, and every rank has the weights of all."""
+        """Finish all updates, average the statistics of batch norm, and give every rank the weights of all blocks."""
         self.settle()
         ranks = self.ranks
         if ranks.data_size > 1 and ranks.distributed.batch_norm == "local":
@@ -94,7 +117,7 @@ class Place:
                 ranks.broadcast_([t for index in own for t in self._tensors(index)], rank, ranks.block_group)
 
     def _tensors(self, index):
-        """Parameters and buffers of a block; the last has the readout's with it."""
+        """Parameters and buffers of a block; those of the classifier belong to the last one."""
         sff = self.sff
         modules = [sff.blocks[index], sff.heads[index]]
         if sff.readout and index + 1 == len(sff.blocks):
@@ -102,16 +125,12 @@ class Place:
         return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
     def state_kept(self, optimizer, saved):
-        """What this rank keeps of an optimiser's saved state."""
+        """Return the part of an optimiser's saved state that this rank keeps."""
         if not isinstance(self.reduction, ShardedReduction):
             return saved
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         kept = {index: value for index, value in saved["state"].items() if self.reduction.owns(parameters[index])}
         return saved | {"state": kept}
-
-    def counted(self):
-        """[L]: 1 for this rank's blocks, whose losses it sees, else 0."""
-        return torch.tensor([float(index in self.own) for index in range(len(self.sff.blocks))])
 
     def __str__(self):
         ranks = self.ranks

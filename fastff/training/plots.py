@@ -1,10 +1,10 @@
-"""The picture of `fastff compare`: test accuracy over epochs, over seconds and by block, and the memory of a step."""
+"""Draws the result of `fastff compare`: test accuracy over epochs, over seconds and by block, and the memory of a step."""
 
 from pathlib import Path
 
 from fastff.training.readers import optional
 
-# Okabe and Ito's colours, which people with any common colour blindness tell apart; markers differ as well.
+# {mode: (label, colour, marker)}. The colours are Okabe and Ito's, which people with colour blindness can tell apart.
 STYLES = {
     "backprop": ("backpropagation", "#444444", "s"),
     "block": ("block-wise", "#0072B2", "o"),
@@ -14,7 +14,10 @@ STYLES = {
 
 
 def picture(result, path):
-    """Draw the result of `fastff.training.compare.compare` as PNG."""
+    """Draw the result of `fastff.training.compare.compare` and write it to `path` as PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed."""
     optional("matplotlib", "the picture").use("Agg")
     import matplotlib.pyplot as plt
 
@@ -63,7 +66,7 @@ def _curves(epochs, seconds, runs):
 
 
 def _by_block(axis, runs):
-    """Accuracy of each block's own goodness, and of the whole; 9 blocks and 17 layers share the axis as depth."""
+    """Draw the accuracy of each block alone and of all together. The axis is the relative depth, for runs with different numbers of blocks."""
     axis.set(title="Each block alone, and all together", xlabel="depth of the block")
     axis.set_xlim(-0.05, 1.3)
     for run in runs:
@@ -80,19 +83,21 @@ def _by_block(axis, runs):
 
 
 def _memory(axis, runs):
-    """What a training step allocates, as bars with their numbers."""
-    for place, run in enumerate(runs):
+    """Draw bars of what a training step allocates."""
+    for position, run in enumerate(runs):
         name, colour, _ = STYLES[run["mode"]]
-        axis.bar(place, run["peak_memory_mb"], color=colour, width=0.7)
-        axis.text(place, run["peak_memory_mb"], f"{run['peak_memory_mb']:.1f}", ha="center", va="bottom", fontsize=11)
-    axis.set(title="Memory of a step", ylabel="peak, MiB above parameters\nand optimiser state")
+        axis.bar(position, run["peak_memory_mb"], color=colour, width=0.7)
+        axis.text(
+            position, run["peak_memory_mb"], f"{run['peak_memory_mb']:.1f}", ha="center", va="bottom", fontsize=11
+        )
+    axis.set(title="Memory of a step", ylabel="peak, MiB above parameters\nand optimizer state")
     names = [STYLES[run["mode"]][0].replace("backpropagation", "back-\nprop.").replace("-wise", "") for run in runs]
     axis.set_xticks(range(len(runs)), names)
     axis.margins(y=0.12)
 
 
 def _range(runs):
-    """Limits of accuracy that show what matters: only the first epochs may leave the picture below."""
+    """Return the limits of the accuracy axis. They hold all values except those of the first fifth of the epochs, which may lie below."""
     curves = [_percent(row["test_accuracy"] for row in run["history"]) for run in runs]
     late = [value for curve in curves for value in curve[min(len(curve) // 5, len(curve) - 1) :]]
     shown = late + [100 * value for run in runs for value in run["blocks"]]

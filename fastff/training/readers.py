@@ -1,6 +1,6 @@
-"""Readers of the official files: IDX (MNIST, Fashion-MNIST), CIFAR's binary records, folders of images by class.
+"""Readers of image data sets: IDX files (MNIST, Fashion-MNIST), CIFAR's binary files, folders of images by class.
 
-Each checks what it reads against what the format promises, and names the file, what is wrong and what to do.
+Each reader checks that a file has the expected format. Errors name the file, what is wrong and what to do.
 """
 
 import gzip
@@ -20,11 +20,14 @@ AGAIN = "Delete it and fetch it again."
 
 
 class DataError(ValueError):
-    """A data file or folder is missing, damaged or not what it should be; the text says which and what to do."""
+    """Raised when a data file or folder is missing, damaged or of the wrong kind. The message names it and says what to do."""
 
 
 def optional(module: str, purpose: str) -> ModuleType:
-    """Import a module that only the `train` extra brings; raises ImportError with the command that installs it."""
+    """Import and return a module that is installed with the extra `train`.
+
+    Raises ImportError, which says what `purpose` needs and how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -34,13 +37,13 @@ def optional(module: str, purpose: str) -> ModuleType:
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """Read an IDX file of bytes, plain or gzipped: uint8 [N, H, W] for dimensions=3, [N] for 1.
+    """Read an IDX file of unsigned bytes, plain or gzipped: uint8 [N, H, W] for dimensions=3, [N] for dimensions=1.
 
-    The format: two zero bytes, 8 for unsigned bytes, the number of dimensions; each dimension as a big-endian 32-bit
-    integer; the bytes, last dimension fastest.
+    The file holds two zero bytes, the number 8 (unsigned bytes), the number of dimensions, the size of each dimension
+    as a big-endian 32-bit integer, and the values in C order.
 
     Raises:
-        DataError: unreadable, truncated, too long, empty, or not such a file.
+        DataError: the file cannot be read, is truncated, too long or empty, or has another format.
     """
     try:
         raw = Path(path).read_bytes()
@@ -70,7 +73,11 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
 
 def read_idx_pair(images_path: Path, labels_path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Read the two IDX files of a split: uint8 [N, 1, H, W] and int64 [N]; raises DataError as `read_idx`."""
+    """Read the two IDX files of a split and return images uint8 [N, 1, H, W] and labels int64 [N].
+
+    Raises:
+        DataError: as `read_idx`; or the files have different lengths, or a label is out of range.
+    """
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
         text = f"{len(labels)} labels, but {images_path} holds {len(images)} images"
@@ -80,13 +87,13 @@ def read_idx_pair(images_path: Path, labels_path: Path, num_classes: int) -> tup
 
 
 def read_cifar(path: Path, label_classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Read a binary CIFAR file: uint8 [N, 3, 32, 32] and the last label of each record, int64 [N].
+    """Read a binary CIFAR file and return images uint8 [N, 3, 32, 32] and the last label of each record, int64 [N].
 
-    A record is one byte for each entry of `label_classes` (how many classes that label has; CIFAR-100: coarse, then
-    fine) and 3072 bytes of pixels, channel by channel.
+    A record holds one byte for each entry of `label_classes`, then 3072 bytes of pixels, channel by channel. An entry is
+    the number of classes of that label; CIFAR-100 has a coarse label and then a fine one.
 
     Raises:
-        DataError: unreadable, empty, not a whole number of records, or a label out of range.
+        DataError: the file cannot be read, is empty, has an incomplete record, or a label is out of range.
     """
     try:
         raw = bytearray(Path(path).read_bytes())
@@ -113,23 +120,26 @@ def _check_labels(path: Path, labels: Tensor, num_classes: int) -> None:
 
 
 def read_image(path: str | Path, size: tuple[int, int] | int, channels: int = 3) -> Tensor:
-    """Read one image as uint8 [channels, H, W]: shorter side resized to fit `size`, then the centre cropped out.
+    """Read one image as uint8 [channels, H, W]. The shorter side is resized to fit `size`, then the centre is cropped out.
 
-    `size` is (height, width), or one number for both; `channels` is 3 for RGB, 1 for grey.
+    Args:
+        path: the image file.
+        size: (height, width) in pixels, or one number for both.
+        channels: 3 for RGB, 1 for grey.
 
     Raises:
-        DataError: no such file, or not an image that can be read.
+        DataError: there is no such file, or it is not an image that pillow can read.
         ValueError: `channels` is neither 1 nor 3.
     """
     image_module, ops = (optional(f"PIL.{name}", "reading images") for name in ("Image", "ImageOps"))
     height, width = (size, size) if isinstance(size, int) else size
-    longer = max(height, width)  # the camera's orientation may swap the sides
+    longer = max(height, width)  # the orientation in the EXIF data may swap height and width
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise ValueError(f"channels: expected 1 or 3, got {channels!r}")
     try:
         with image_module.open(path) as image:
-            # JPEG decodes straight to half, a quarter or an eighth where that still covers the size asked for.
+            # A JPEG file can be decoded at 1/2, 1/4 or 1/8 of its size, if that still covers the size asked for.
             image.draft(mode, (longer, longer))
             image = ops.exif_transpose(image).convert(mode)
             image = ops.fit(image, (width, height), image_module.Resampling.BILINEAR)
@@ -142,13 +152,16 @@ def read_image(path: str | Path, size: tuple[int, int] | int, channels: int = 3)
 
 
 def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
-    """Read images by class: train images uint8 [N, 3, size, size], train labels int64, the same of test, class names.
+    """Read a folder with one folder of images for each class.
 
-    Either root/train/<class>/<image> beside root/test (or root/val), or root/<class>/<image>, of which every fifth
-    image of each class, in the order of names, becomes test data. Hidden files are passed over.
+    The images are root/train/<class>/<image> and root/test/<class>/<image> (or root/val/...), or they are
+    root/<class>/<image>. In the second case every fifth image of each class, in order of names, becomes test data.
+    Hidden files are ignored.
+
+    Returns: training images uint8 [N, 3, size, size], training labels int64 [N], test images, test labels, class names.
 
     Raises:
-        DataError: no classes, an empty class, classes that differ between train and test, a file that is no image.
+        DataError: there are no classes, a class is empty, train and test have different classes, or a file is no image.
     """
     root = Path(root)
     if not root.is_dir():
@@ -193,7 +206,10 @@ def _files_by_class(folder: Path) -> dict[str, list[Path]]:
 
 
 def held_out(count: int) -> list[bool]:
-    """Which of `count` items of a class become test data where a data set comes without any: every fifth."""
+    """Return which of the `count` items of a class become test data if a data set has none: every fifth.
+
+    Returns: [count] bools, True for test data.
+    """
     return [index % 5 == 1 for index in range(count)]
 
 
@@ -215,7 +231,7 @@ def _read_images(by_class: dict[str, list[Path]], size: int) -> tuple[Tensor, Te
     def fill(index: int) -> None:
         images[index] = read_image(files[index][0], size)
 
-    # Threads: pillow decodes without holding the interpreter's lock.
+    # Threads are enough: pillow releases the interpreter's lock while it decodes.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in pool.map(fill, range(len(files))):
             pass

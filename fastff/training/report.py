@@ -1,5 +1,6 @@
 """What a run shows and writes: a live display (rich, where installed), metrics.csv, TensorBoard events."""
 
+import contextlib
 import csv
 import io
 import sys
@@ -7,101 +8,100 @@ import time
 from pathlib import Path
 
 from fastff.training.checkpoint import write_atomically
+from fastff.training.state import means
 
 
 def peak_resident_mb():
-    """Peak resident memory of this process in MiB."""
+    """Return the peak resident memory of this process in MiB."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-class Metrics:
-    """Writes the history to metrics.csv (whole: a resumed run leaves no rows twice) and, if installed, TensorBoard."""
+class Report:
+    """Shows and writes what fit does: a live display, and with a folder metrics.csv and TensorBoard events.
 
-    def __init__(self, out, names, step):
-        self.path = None if out is None else Path(out) / "metrics.csv"
-        self.events = None
-        if out is not None:
-            try:
+    On a terminal with rich the display is a bar and a table of the blocks, elsewhere one line per epoch. metrics.csv is always written as
+    a whole, so that a resumed run leaves no row twice. fit calls start, update, epoch and close, in this order.
+    """
+
+    def __init__(self, out, show):
+        self.out, self.show = out, show
+        self.live, self.events, self.shown, self.first = None, None, 0.0, None
+
+    def start(self, trainer, epochs, batches):
+        """Begin. trainer: for its names, device and steps. epochs: in all phases together. batches: in an epoch."""
+        self.names, self.device, self.epochs, self.batches = trainer.names, trainer.device, epochs, batches
+        self.began = time.perf_counter()
+        if self.out is not None:
+            with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.events = SummaryWriter(str(Path(out) / "events"), purge_step=step)
-            except ImportError:
-                pass
+                self.events = SummaryWriter(str(Path(self.out) / "events"), purge_step=trainer.steps)
+        if self.show and sys.stderr.isatty():
+            with contextlib.suppress(ImportError):
+                from rich.console import Console
+                from rich.live import Live
 
-    def write(self, history):
-        if self.path is None:
-            return
+                self.live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+                self.live.start()
+
+    def close(self):
+        """End, also after an error."""
+        if self.live is not None:
+            self.live.stop()
+        if self.events is not None:
+            self.events.close()
+
+    def epoch(self, history):
+        """Show and write the end of an epoch, the last row of the history."""
+        if self.show:
+            self._print(history[-1])
+        if self.out is not None:
+            self._write(history)
+
+    def _write(self, history):
         columns = list(dict.fromkeys(key for row in history for key in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(history)
-        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+        write_atomically(Path(self.out) / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
         if self.events is not None:
             for key, value in history[-1].items():
                 self.events.add_scalar(key.replace(" ", "/", 1), value, history[-1]["step"])
             self.events.flush()
 
-    def close(self):
-        if self.events is not None:
-            self.events.close()
-
-
-class Progress:
-    """The live display of fit: on a terminal with rich a bar and a table of the blocks; elsewhere a line an epoch."""
-
-    def __init__(self, show, names, epochs, batches):
-        self.show, self.names, self.epochs, self.batches = show, names, epochs, batches
-        self.live, self.start, self.shown, self.first = None, time.perf_counter(), 0.0, None
-        if show and sys.stderr.isatty():
-            try:
-                from rich.console import Console
-                from rich.live import Live
-            except ImportError:
-                return
-            self.live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
-
-    def __enter__(self):
-        if self.live is not None:
-            self.live.start()
-        return self
-
-    def __exit__(self, *error):
-        if self.live is not None:
-            self.live.stop()
-
-    def update(self, loop, images_per_second):
-        """Called after every step; draws at most twice a second, since looking at the losses waits for the device."""
-        done = loop.position["epoch"] * self.batches + loop.position["batch"]
+    def update(self, state, images_per_second):
+        """Show a step. Draws at most twice a second, since looking at the losses waits for the device."""
+        done = state.position["epoch"] * self.batches + state.position["batch"]
         if self.first is None:
             self.first = done - 1
         if self.live is None or time.perf_counter() - self.shown < 0.5:
             return
         self.shown = time.perf_counter()
-        self.live.update(self._display(loop, images_per_second, done))
+        self.live.update(self._display(state, images_per_second, done))
 
-    def _display(self, loop, images_per_second, done):
+    def _display(self, state, images_per_second, done):
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         total = self.epochs * self.batches
-        left = (time.perf_counter() - self.start) * (total - done) / max(1, done - self.first)
+        left = (time.perf_counter() - self.began) * (total - done) / max(1, done - self.first)
         line = Table.grid(padding=(0, 1))
         for _ in range(3):
             line.add_column(no_wrap=True)
         line.add_row(
-            f"epoch {loop.position['epoch'] + 1} of {self.epochs}",
+            f"epoch {state.position['epoch'] + 1} of {self.epochs}",
             ProgressBar(total=total, completed=done, width=12),
-            f"{done / total:.0%}, {_clock(left)} left, {images_per_second:,.0f} images/s, {_memory(loop.device)}",
+            f"{done / total:.0%}, {_clock(left)} left, {images_per_second:,.0f} images/s, {_memory(self.device)}",
         )
-        return Group(line, self._blocks(*loop.running()))
+        return Group(line, self._blocks(*means(state.totals)))
 
     def _blocks(self, losses, accuracies):
-        """Loss and accuracy of each block, in as many columns as the terminal's height asks for and its width bears."""
+        """Return a table of loss and accuracy of each block, in as many columns as the terminal's height needs and its width allows."""
         from rich import box
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -135,10 +135,8 @@ class Progress:
             table.add_row(*(cell for entry in cells[row::rows] for cell in entry))
         return table
 
-    def epoch(self, row):
-        """Called after every epoch with its row of the history: one line, which stays."""
-        if not self.show:
-            return
+    def _print(self, row):
+        """Print the line that stays of an epoch."""
         losses = [value for key, value in row.items() if key.startswith("train loss")]
         accuracies = [value for key, value in row.items() if key.startswith("train accuracy")]
         best, vote = ("best block", "vote on test") if len(self.names) > 1 else ("train", "test")
@@ -153,7 +151,7 @@ class Progress:
 
 
 def _clock(seconds):
-    """45 s, 12 min, 3.4 h."""
+    """Return seconds as 45 s, 12 min or 3.4 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,79 +1,42 @@
-"""Trainer: the step that updates a block and frees it before the next one starts.
+"""Trainer: an SFF trained block by block (fastff/training/step.py), on one device or several (fastff/parallel).
 
-For each block: forward, goodness_step on its output (loss, gradient, next input in one op), the block's own backward with that gradient,
-optimiser step, gradients and activations released. No gradient crosses a cut, nothing waits for the device. Source: Krutsylo 2025.
-
-Peak memory is that of the largest block. With micro-batches a block sees them one after the other before the next block starts, so that
-between blocks only the cut's tensors are held for the whole batch.
-
-Window w (a choice of this project): the loss of block l also trains the w - 1 blocks before it. The blocks of a window keep their graphs;
-a block is updated and freed when the last loss that reaches it has come, with one backward for the sum of these gradients.
-
-Several devices (fastff/parallel): a block's gradients are summed over the data-parallel ranks while the next blocks compute, and its update waits
-for them at its next forward pass at the latest. Where ranks share the blocks, each trains its own and sends the next input on before its backward.
+Several devices: a block's gradients are summed over the data-parallel ranks while the next blocks compute, and its update waits for them at its
+next forward pass at the latest. Where ranks share the blocks, each trains its own and sends the next input on before its backward pass.
 """
 
 import copy
 
 import torch
 
-from fastff.nn.tail import Seed
 from fastff.parallel import placement
-from fastff.parallel.link import Part
 from fastff.parallel.ranks import Distributed, Ranks
 from fastff.sff import SFF
 from fastff.training import optim
-from fastff.training.loop import Loop, loss_dtype
+from fastff.training.engine import Options, StepResult
 from fastff.training.place import Place
-
-UNIT = 64  # samples: gradients of ranks with different numbers of samples are weighted in this unit, so that usual numbers scale exactly
-
-
-class _Visit:
-    """One block on one micro-batch, before its backward: inputs and outputs with their graph, and the gradients of the outputs."""
-
-    def __init__(self, index, inputs, outputs, *grads):
-        self.index, self.inputs, self.outputs = index, inputs, outputs
-        self.grads = [*grads, *[None] * (len(outputs) - len(grads))]
-
-    def add(self, grads):
-        self.grads = [
-            new if old is None else old if new is None else old + new
-            for old, new in zip(self.grads, grads, strict=True)
-        ]
-
-    def pairs(self):
-        return [(o, g) for o, g in zip(self.outputs, self.grads, strict=True) if g is not None and o.requires_grad]
-
-    def backward(self, parameters):
-        if pairs := self.pairs():
-            torch.autograd.backward(*zip(*pairs, strict=True), inputs=parameters)
-
-    def seed(self):
-        """A scalar to call backward on, which alone holds the graph then; None where nothing is to be done."""
-        if not (pairs := self.pairs()):
-            return None
-        outputs, grads = zip(*pairs, strict=True)
-        return Seed.apply(list(grads), *outputs)
+from fastff.training.session import Session
+from fastff.training.step import LocalStep
 
 
-def _detached(values):
-    return tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in values)
-
-
-class Trainer(Loop):
+class Trainer(Session):
     """Trains an SFF block by block.
 
-    Args beyond those of Loop (lr_schedule, micro_batches, amp, clip_grad_norm, compile, cuda_graph):
+    Args:
         sff: fastff.SFF.
-        optimizer: makes one optimiser for each block from its parameter groups; default AdamW, fused, 4e-3.
-        schedule: "all" trains every block in every minibatch (the paper's); "greedy" one block after the other, `epochs` of fit each.
+        optimizer: function that makes the optimiser of a block from its parameter groups; default AdamW, fused, 4e-3.
+        schedule: "all" trains every block in every minibatch (as in the paper); "greedy" one block after the other, for `epochs` of fit each.
         window: overrides sff.window.
-        frozen: the first blocks that are not trained and run in eval mode (transfer).
+        frozen: number of first blocks that are not trained and run in evaluation mode (transfer).
         train_frozen_heads: whether the heads of frozen blocks learn (they vote, so other classes or data need it).
         distributed: None; "data" (ranks share every minibatch), "block" (ranks share the blocks) or a fastff.Distributed, with one process
-            a device (torchrun). Ranks that share blocks need window=1. A minibatch given to step or by a loader is this rank's share, except
-            of a fastff Loader, which is shared out; ranks behind the first that shares a replica's blocks may give None.
+            for each device (torchrun). Ranks that share blocks need window=1. A minibatch given to step or by a loader is this rank's share,
+            except that a fastff Loader is shared out; of the ranks that share a replica's blocks all but the first may give None.
+        lr_schedule: "cosine" (with warm-up over the first 5 % of fit), "constant", or a function of progress in 0..1.
+        options: of fastff.training.engine.Options: micro_batches, amp, clip_grad_norm, compile, cuda_graph.
+
+    Attributes: engine (the LocalEngine), state, history, correct, names, optimizers (those of the blocks, then the classifier's).
+
+    Raises TypeError, ValueError.
     """
 
     def __init__(
@@ -86,6 +49,7 @@ class Trainer(Loop):
         frozen=0,
         train_frozen_heads=False,
         distributed=None,
+        lr_schedule="cosine",
         **options,
     ):
         if not isinstance(sff, SFF):
@@ -94,310 +58,115 @@ class Trainer(Loop):
             raise ValueError(f"schedule: expected 'all' or 'greedy', got {schedule!r}")
         if not isinstance(frozen, int) or not 0 <= frozen < len(sff.blocks):
             raise ValueError(f"frozen: expected 0 to {len(sff.blocks) - 1} blocks, got {frozen!r}")
-        self.sff, self.schedule, self.frozen = sff, schedule, frozen
-        self.window = sff.window if window is None else window
-        if not isinstance(self.window, int) or self.window < 1:
+        window = sff.window if window is None else window
+        if not isinstance(window, int) or window < 1:
             raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
-        if self.window > 1 and schedule == "greedy":
-            raise ValueError(
-                f"window: expected 1 with schedule='greedy', which trains one block alone, got {self.window}"
-            )
-        make = optimizer or optim.adamw(optim.LOCAL_LR)
-        ranks = self._ranks(Distributed.of(distributed), next(sff.parameters()).device, options)
+        if window > 1 and schedule == "greedy":
+            raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {window}")
+        options = Options(**options)
+        ranks = _ranks(Distributed.of(distributed), next(sff.parameters()).device, window, schedule, options)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
                 parameter.requires_grad_(False)
+        make = optimizer or optim.adamw(optim.LOCAL_LR)
+        super().__init__(LocalEngine(sff, make, options, ranks, schedule, window, frozen), options, lr_schedule)
+
+
+def _ranks(distributed, device, window, schedule, options):
+    """Return the Ranks that train together. Raises ValueError for what they cannot do."""
+    if distributed is None:
+        return Ranks()
+    if options.cuda_graph:
+        raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
+    if distributed.shard_optimizer and (options.clip_grad_norm or options.amp == "fp16"):
+        text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
+        raise ValueError(f"shard_optimizer: {text}")
+    ranks = Ranks(distributed, device)
+    if ranks.block_size > 1 and (window > 1 or schedule != "all"):
+        got = f"window {window}" if window > 1 else f"schedule {schedule!r}"
+        raise ValueError(f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {got}")
+    return ranks
+
+
+class LocalEngine:
+    """Block-local training of an SFF; engine.py describes the interface.
+
+    Args: make makes the optimiser of a block from its parameter groups; the others are those of Trainer, checked.
+
+    Attributes beyond the interface: step (LocalStep), parameters (lists by block, then the classifier's), block_optimizers (optimiser or
+    None by block), classifier_optimizer (or None).
+    """
+
+    def __init__(self, sff, make, options, ranks, schedule, window, frozen):
+        self.sff, self.module, self.schedule, self.frozen = sff, sff, schedule, frozen
+        self.options, self.device = options, next(sff.parameters()).device
+        self.names = [block.name for block in sff.blocks]
+        self.phase, self.phases = 0, len(sff.blocks) - frozen if schedule == "greedy" else 1
         self.parameters = [[p for p in sff.block_parameters(i) if p.requires_grad] for i in range(len(sff.blocks))]
-        tail = sff.readout[0] if sff.readout else None
-        if tail is not None:
-            self.parameters.append([p for p in tail.parameters() if p.requires_grad])
+        classifier = sff.readout[0] if sff.readout else None
+        if classifier is not None:
+            self.parameters.append([p for p in classifier.parameters() if p.requires_grad])
         every = [optim.build(make, parameters) for parameters in self.parameters]
         self.block_optimizers = every[: len(sff.blocks)]
-        self.readout_optimizer = every[-1] if tail is not None else None
-        self.active = frozen  # the block in training, for the greedy schedule
-        names = [block.name for block in sff.blocks]
-        super().__init__(sff, names, [o for o in every if o is not None], ranks=ranks, **options)
-        self.forwards = [block.compiled(dynamic=False) if self.compile else block for block in sff.blocks]
-        self.opened = [None if body is None else self._compiled(body.forward) for body in sff.bodies]
-        tails = [sff.tail(index) for index in range(len(sff.blocks))]
-        self.bodies = [None if tail is None else self._compiled(tail.body) for tail in tails]
-        self.scalers = [self.make_scaler() for _ in sff.blocks]
-        self.place = Place(ranks, sff, self.parameters, every, self._apply, self._measure)
-        self.own, self.counted = self.place.own, self.place.counted().to(self.device)
-        mine = [every[index] for index in self.place.indices]
-        self.own_optimizers = [k for k, o in enumerate(self.optimizers) if any(o is m for m in mine)]
-
-    def _ranks(self, distributed, device, options):
-        """The processes that train together. Raises ValueError for what they cannot do."""
-        if distributed is None:
-            return Ranks()
-        if options.get("cuda_graph"):
-            raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
-        if distributed.shard_optimizer and (options.get("clip_grad_norm") or options.get("amp") == "fp16"):
-            text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
-            raise ValueError(f"shard_optimizer: {text}")
-        ranks = Ranks(distributed, device)
-        if ranks.block_size > 1 and (self.window > 1 or self.schedule != "all"):
-            got = f"window {self.window}" if self.window > 1 else f"schedule {self.schedule!r}"
-            raise ValueError(
-                f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {got}"
-            )
-        return ranks
+        self.classifier_optimizer = None if classifier is None else every[-1]
+        self.optimizers = [optimizer for optimizer in every if optimizer is not None]
+        self.update = optim.Updates(options.clip_grad_norm)
+        self.scalers = [options.scaler(self.device) for _ in sff.blocks]
+        if options.compile:
+            for block in sff.local_blocks:
+                block.compile_forward()
+        self.place = Place(ranks, sff, self.parameters, every, self._update, self._measure)
+        autocast = None if options.amp is None else self._autocast
+        taught = classifier if self.classifier_optimizer is not None and schedule == "all" else None
+        self.step = LocalStep(
+            sff.local_blocks, window, options.micro_batches, autocast, self.scalers, self.place, taught
+        )
 
     def _measure(self):
-        """Seconds of each block, on a copy."""
+        """Return the seconds of each block, measured on a copy."""
         sff = copy.deepcopy(self.sff)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
             target = torch.arange(16, device=self.device) % sff.num_classes
-            return placement.block_seconds(Trainer(sff, window=1), images, target)
+            engine = LocalEngine(sff, optim.adamw(), Options(), Ranks(), "all", 1, 0)
+            return placement.block_seconds(engine, images, target)
 
-    def _compiled(self, module):
-        return torch.compile(module, dynamic=False) if self.compile else module
+    def _autocast(self):
+        return self.options.autocast(self.device)
 
-    @property
-    def phases(self):
-        """Times that fit goes through its epochs: once, or once a block."""
-        return len(self.sff.blocks) - self.frozen if self.schedule == "greedy" else 1
-
-    def start_phase(self, phase):
-        self.active = self.frozen + phase
+    def _update(self, index):
+        """Update block `index`, or the classifier for the index after the last, whose gradients are complete."""
+        if index == len(self.sff.blocks):
+            self.update(self.classifier_optimizer, None, self.parameters[index])
+        else:
+            self.update(self.block_optimizers[index], self.scalers[index], self.parameters[index])
 
     def train_mode(self):
+        """Put the network into training mode, the blocks that are not trained any more into evaluation mode."""
         self.sff.train()
-        still = self.active if self.schedule == "greedy" else self.frozen
-        for block in self.sff.blocks[:still]:
+        for block in self.sff.blocks[: self.frozen + self.phase]:
             block.eval()
 
     def run_step(self, images, target):
-        parts = self.split(images, target) if self.ranks.feeds else self._received()
-        if self.window == 1:
-            self._one_block_at_a_time(parts)
-        else:
-            for i, part in enumerate(parts):
-                self._sliding_window(part, update=i + 1 == len(parts))
-        return self._losses, self._correct
-
-    def split(self, images, target):
-        """The minibatch as a list of Parts, losses and right answers set to zero."""
-        size = -(-len(images) // self.micro_batches)
-        cut = list(zip(images.split(size), target.split(size), strict=True))
-        self._begin(images, len(target), len(cut))
-        return [Part((x,), y, len(y) / len(target), len(target)) for x, y in cut]
-
-    def _received(self):
-        for number, (part, parts) in enumerate(self.place.link.minibatch()):
-            if number == 0:
-                self._begin(part.alive[0], part.samples, parts)
-            yield part
-
-    def _begin(self, like, samples, parts):
-        self.samples, self.parts = samples, parts
-        self._losses, self._correct = torch.zeros(2, len(self.sff.blocks), device=like.device, dtype=loss_dtype(like))
-        self.weight = 1 if self.place.reduction is None else samples / UNIT
-
-    def recorded_state(self):
-        return self.active
-
-    def _trained(self, index):
-        return self.block_optimizers[index] is not None and (self.schedule == "all" or index == self.active)
-
-    def _last(self):
-        return self.active if self.schedule == "greedy" else len(self.sff.blocks) - 1
-
-    def _one_block_at_a_time(self, parts):
-        for index in self.own[: self._last() + 1]:
-            parts = self.train_block(index, parts)
-        if self.place.has_last:
-            self._train_readout(parts)
-
-    def train_block(self, index, parts):
-        """Forward, goodness step and update of a block; parts (a list, overwritten, or an iterator) become the next block's."""
-        self.settle(index)
-        done = parts if isinstance(parts, list) else []
-        for number, part in enumerate(parts):
-            visit, alive = self._visit(index, part)
-            part = part._replace(alive=alive)
-            if done is parts:
-                done[number] = part
-            else:
-                done.append(part)
-            self.place.send(index, part, self.parts)
-            del part, alive
-            seed = None if visit is None else visit.seed()
-            # Outputs and gradients, before the backward; with the graph all is gone before the next block starts.
-            del visit
-            if seed is not None:
-                seed.backward()
-                del seed
-        if self._trained(index):
-            self._update(index)
-        return done
-
-    def _sliding_window(self, part, update):
-        window = []
-        for index in range(self._last() + 1):
-            self.settle(index)
-            visit, alive = self._visit(index, part, keep=index > self.frozen)
-            part = part._replace(alive=alive)
-            if visit is not None:
-                window.append(visit)
-                self._reach_back(window)
-                if len(window) == self.window:
-                    self._finish(window.pop(0), update)
-        while window:
-            self._finish(window.pop(0), update)
-        self._train_readout([part], update)
-
-    def _visit(self, index, part, keep=False):
-        """Forward and goodness step of a block. Returns its _Visit (None if it is not trained) and the next block's inputs."""
-        trained, alive = self._trained(index), part.alive
-        if keep and trained:
-            alive = tuple(
-                t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in alive
-            )
-        body = self.sff.bodies[index] if trained else None
-        body = body if body is not None and body.ready() else None
-        tail = self.sff.tail(index) if body is not None and self.window == 1 else None
-        if tail is not None and tail.ready():
-            return self._visit_tail(index, tail, part)
-        with torch.set_grad_enabled(trained), self.autocast():
-            outputs = (self.forwards if body is None else self.opened)[index](*alive)
-        return self._local_step(index, part._replace(alive=alive), outputs)
-
-    def _local_step(self, index, part, outputs):
-        """The goodness step on a block's outputs, or where it is not trained just the next block's inputs."""
-        head, main, visit = self.sff.heads[index], outputs[0].detach(), None
-        if self._trained(index):
-            scale = self._grad_scale(index, part, main)
-            step = head.local_step(main, part.target, self.sff.normalize, grad_scale=scale)
-            self._count(index, step, part)
-            visit = _Visit(index, part.alive, outputs, step.grad_x)
-            main = main if step.normalized is None else step.normalized
-        else:
-            with torch.no_grad():
-                (main,) = self.sff.next_input((main,), head)
-        return visit, (main, *_detached(outputs[1:]))
-
-    def _visit_tail(self, index, tail, part):
-        """The same for a block that ends in a fused tail. A body of one convolution needs no graph: only its parameters learn."""
-        single = tail.single if not self.compile and self.amp is None else None
-        with torch.set_grad_enabled(single is None), self.autocast():
-            y, residual, *others = self.bodies[index](*part.alive)
-        if not tail.fits(y, residual):
-            with torch.enable_grad(), self.autocast():
-                outputs = (
-                    self.forwards[index](*part.alive) if single is not None else (tail.finish(y, residual), *others)
-                )
-            return self._local_step(index, part, outputs)
-        scale = self._grad_scale(index, part, y)
-        step = tail.local_step(self.sff.heads[index], y, residual, part.target, self.sff.normalize, scale)
-        self._count(index, step, part)
-        following = (step.normalized, *_detached(others))
-        if single is None:
-            return _Visit(index, part.alive, (y, residual, *others), step.grad_y, step.grad_residual), following
-        del y, residual, others
-        with torch.no_grad(), self.autocast():
-            single.add_gradients(step.grad_y, part.alive[0])
-        return None, following
-
-    def _count(self, index, step, part):
-        self._losses[index] += step.loss * part.share
-        self._correct[index] += (step.goodness.argmax(1) == part.target).sum()
-
-    def _grad_scale(self, index, part, like):
-        """What multiplies a block's gradients: the micro-batch's and the rank's share, times the scaler's factor; None for 1."""
-        scaler, weight = self.scalers[index], part.share * self.weight
-        if weight == 1 and scaler is None:
-            return None
-        scale = torch.full((), weight, device=like.device, dtype=self._losses.dtype)
-        return scale if scaler is None else scaler.scale(scale)
-
-    def _reach_back(self, window):
-        """Carry the newest loss's gradient through the window: into the outputs of every block before, but into no parameter yet."""
-        newest = window[-1]
-        grads = newest.grads
-        for visit, before in zip(reversed(window[1:]), reversed(window[:-1]), strict=True):
-            pairs = [(o, g) for o, g in zip(visit.outputs, grads, strict=True) if g is not None and o.requires_grad]
-            inputs = [t for t in visit.inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-            if not pairs or not inputs:
-                return
-            outputs, weights = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(outputs, inputs, weights, retain_graph=True, allow_unused=True))
-            grads = [next(found) if any(t is i for i in inputs) else None for t in visit.inputs]
-            grads[0] = self._through_normalisation(before, grads[0])
-            ratio = self._scale_ratio(before.index, visit.index)
-            if ratio is not None:
-                grads = [None if g is None else g * ratio for g in grads]
-            before.add(grads)
-
-    def _through_normalisation(self, visit, grad):
-        if grad is None or self.sff.normalize is None:
-            return grad
-        with torch.enable_grad():
-            main = visit.outputs[0].detach().requires_grad_()
-            (normalised,) = self.sff.next_input((main,), self.sff.heads[visit.index])
-        return torch.autograd.grad(normalised, main, grad)[0]
-
-    def _scale_ratio(self, to, source):
-        if self.scalers[to] is None:
-            return None
-        one = torch.ones((), device=self.device)
-        return self.scalers[to].scale(one) / self.scalers[source].scale(one)
-
-    def _finish(self, visit, update):
-        own = [p for p in self.sff.blocks[visit.index].parameters() if p.requires_grad]
-        if own:
-            visit.backward(own)
-        if update:
-            self._update(visit.index)
-
-    def _update(self, index):
-        """The update of block `index` (of the readout behind the last), now or when all ranks' gradients are there."""
-        self.place.updated(index, self.weight)
-
-    def _apply(self, index):
-        if index == len(self.sff.blocks):
-            self.optimizer_step(self.readout_optimizer, None, self.parameters[index])
-        else:
-            self.optimizer_step(self.block_optimizers[index], self.scalers[index], self.parameters[index])
-
-    def settle(self, index=None):
-        """Finish the update of a block that waits for other ranks' gradients; of all blocks for None."""
-        self.place.settle(index)
-
-    def synchronize(self):
-        """Finish all updates, and bring the blocks of all ranks to every rank, batch norm's statistics averaged: before the weights are used
-        otherwise than by this trainer's steps. fit, evaluate and save do it. Call it on all ranks."""
-        self.place.synchronize()
-
-    def own_state(self, optimizer, saved):
-        return self.place.state_kept(optimizer, saved)
-
-    def _train_readout(self, parts, update=True):
-        if self.readout_optimizer is None or self.schedule == "greedy":
-            return
-        tail = self.sff.readout[0]
-        self.settle(len(self.sff.blocks))
-        for part in parts:
-            with self.autocast():
-                logits = tail(*_detached(part.alive))[0]
-            loss = torch.nn.functional.cross_entropy(logits.to(self._losses.dtype), part.target)
-            (loss * part.share * self.weight).backward()
-        if update:
-            self._update(len(self.sff.blocks))
+        """Train on one minibatch. Returns StepResult."""
+        last = self.frozen + self.phase if self.schedule == "greedy" else len(self.sff.blocks) - 1
+        first = last if self.schedule == "greedy" else 0  # of frozen blocks the heads may train
+        self.step.frozen, self.step.last = self.frozen, last
+        self.step.trained = {i for i in range(first, last + 1) if self.block_optimizers[i] is not None}
+        return StepResult(*self.step.run(images, target))
 
     @torch.no_grad()
     def scores(self, images):
-        """{"vote": [B, K], "block 0": ..., "readout": ...}: what evaluate counts."""
+        """Return {"vote": [B, K], "block 0": ..., "readout": ...}."""
         goodness, alive = [], (images,)
-        for block, head in zip(self.forwards, self.sff.heads, strict=True):
-            with self.autocast():
-                alive = block(*alive)
-            goodness.append(head(alive[0]))
-            alive = self.sff.next_input(alive, head)
+        for block in self.sff.local_blocks:
+            with self._autocast():
+                main, *others = block.outputs(*alive)
+            goodness.append(block.head(main))
+            alive = (block.next_input(main), *others)
         found = {"vote": self.sff.votes(goodness)} | {f"block {i}": g for i, g in enumerate(goodness)}
         if self.sff.readout:
-            found["readout"] = self.sff.readout[0](*alive)[0]
+            with self._autocast():
+                found["readout"] = self.sff.readout[0](*alive)[0]
         return found

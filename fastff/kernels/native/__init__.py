@@ -6,12 +6,13 @@ the environment variable FASTFF_CPU names.
 Loading it registers the operators of csrc/ under torch.ops.fastff, and here the shape function of the first
 (the others are called by ops that have their own):
 
-    layer_norm_native(Tensor x, float eps) -> Tensor        csrc/cpu/layer_norm.cpp
-    goodness_native(...)                                    csrc/cpu/goodness.cpp
-    tail_native(...)                                        csrc/cpu/tail.cpp
-    convolution_weight_gradient_native(...)                 csrc/cpu/convolution.cpp
-    depthwise_native(...), depthwise_backward_native(...)   csrc/cpu/depthwise.cpp
-    group_goodness_native(...), group_tail_native(...)      csrc/cpu/group_goodness.cpp
+    layer_norm_native(Tensor x, float eps) -> Tensor                         csrc/cpu/normalization.cpp
+    normalize_native(...)                                                    csrc/cpu/normalization.cpp
+    step_native(...)                                                         csrc/cpu/step.cpp
+    goodness_forward_native(...), goodness_backward_native(...)              csrc/cpu/goodness.cpp
+    group_goodness_forward_native(...), group_goodness_backward_native(...)  csrc/cpu/group_goodness.cpp
+    convolution_weight_gradient_native(...)                                  csrc/cpu/convolution.cpp
+    depthwise_native(...), depthwise_backward_native(...)                    csrc/cpu/depthwise.cpp
 """
 
 import importlib

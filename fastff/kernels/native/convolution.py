@@ -4,5 +4,5 @@ import torch
 
 
 def weight_gradient(grad, x, kernel, stride, padding):
-    """grad [B, D, P, Q], x [B, C, H, W] -> [D, C, k, k], channels_last; inputs in another layout are copied into it."""
+    """Return dL/dweight [D, C, k, k] from grad [B, D, P, Q] and x [B, C, H, W]. Inputs that are not channels_last are copied."""
     return torch.ops.fastff.convolution_weight_gradient_native(grad, x, kernel, stride, padding)

@@ -1,23 +1,25 @@
-"""Depthwise convolution by the compiled library, float32 on the CPU (csrc/cpu/depthwise.cpp), for 3 x 3 and 5 x 5 filters; others by PyTorch."""
+"""Depthwise convolution by the compiled library, float32 on the CPU (csrc/cpu/depthwise.cpp), for 3 x 3 and 5 x 5 filters.
+
+Other filters go to PyTorch."""
 
 import torch
 
-from fastff.kernels.composed import depthwise as composed
+from fastff.kernels.torch import depthwise as torch_depthwise
 
 SIZES = (3, 5)
 
 
 def forward(x, weight, stride, padding, sums=True):
-    """(y, sums [2, C] or None)."""
+    """Return y and sums [2, C] of y and y^2, or None instead of them."""
     if weight.shape[2] not in SIZES or x.numel() == 0:
-        return composed.forward(x, weight, stride, padding, sums)
+        return torch_depthwise.forward(x, weight, stride, padding, sums)
     y, found = torch.ops.fastff.depthwise_native(x, weight, stride, padding, sums)
     return y, found if sums else None
 
 
-def backward(grad, x, weight, stride, padding, need_x):
-    """(dL/dx or None, dL/dweight)."""
+def backward(grad, x, weight, stride, padding, need_grad_x):
+    """Return dL/dx, or None unless it is needed, and dL/dweight."""
     if weight.shape[2] not in SIZES or x.numel() == 0:
-        return composed.backward(grad, x, weight, stride, padding, need_x)
-    dx, dw = torch.ops.fastff.depthwise_backward_native(grad, x, weight, stride, padding, need_x)
-    return (dx if need_x else None), dw
+        return torch_depthwise.backward(grad, x, weight, stride, padding, need_grad_x)
+    dx, dw = torch.ops.fastff.depthwise_backward_native(grad, x, weight, stride, padding, need_grad_x)
+    return (dx if need_grad_x else None), dw

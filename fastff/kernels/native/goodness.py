@@ -1,33 +1,34 @@
-"""Goodness by the compiled library, in float32 on the CPU: whole samples in one pass (csrc/cpu/goodness.cpp). 16-bit tensors are widened whole.
+"""A Projection's goodness and whole local steps on it by the compiled library, in float32 on the CPU (csrc/cpu/goodness.cpp).
 
-Here: what it may be handed. Not here but in composed/goodness.py, on PyTorch's own: kernel sizes 3 and 5, and
-the direct algorithm for many classes of many channels, whose time is that of large matrix products and those are BLAS's (K C = 512,000: 20 ms
-against 11 at (32, 512, 4 x 4, 1000); 51,200: as fast). With AVX-512 they are as fast here as eager code's and the batched ones half as fast (7.8 ms,
-16 by BLAS, 9.6 eager, one thread), so there they stay, as long as there are groups of samples for all threads (goodness.cpp).
+16-bit tensors are widened whole. fastff/kernels/torch takes what the library has no kernel for: kernel sizes 3 and 5, and the direct algorithm
+for many classes of many channels, whose time is that of large matrix products, where BLAS is faster (K C = 512,000: 20 ms against 11 at
+(32, 512, 4 x 4, 1000); 51,200: as fast). With AVX-512 the products are as fast here as BLAS and the batched ones of PyTorch half as fast
+(7.8 ms, 16 by BLAS, 9.6 in eager code, one thread), so there they stay here, as long as there are groups of samples for all threads.
 """
 
 import torch
 
 from fastff.kernels import native
-from fastff.kernels.composed import goodness as composed
-
-GOODNESS, STEP, BACKWARD = range(3)
-
+from fastff.kernels.native import group_goodness
+from fastff.kernels.native import step as native_step
+from fastff.kernels.torch import goodness as fallback
+from fastff.kernels.torch import normalization as torch_normalization
+from fastff.spec import Projection
 
 LARGE_PRODUCT = 1 << 17
-SECOND_MOMENT_COST = (
-    0.65  # of what batched products take: halves of two of its four, and t stays in the cache (0.5 to 1.1 at 12 shapes)
-)
+# Time relative to batched products: it computes halves of two of the four, and t stays in the cache (0.5 to 1.1 at 12 shapes).
+SECOND_MOMENT_COST = 0.65
 
 
-def fits(x, weight, padding, plan, dtype):
-    """Whether the compiled kernel takes these arguments."""
-    if dtype != torch.float32 or x.numel() == 0:
+def fits(x, projection, plan):
+    """Return whether the library has a kernel for these arguments."""
+    weight = projection.weight
+    if projection.dtype(x) != torch.float32 or x.numel() == 0:
         return False
     if weight is None:
         return True
     small = plan.algorithm == "second_moment" or weight.shape[0] * weight.shape[1] <= LARGE_PRODUCT
-    return weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0) and (small or _takes_large(weight))
+    return weight.shape[2:] == (1, 1) and projection.padding == (0, 0) and (small or _takes_large(weight))
 
 
 def _takes_large(weight):
@@ -35,82 +36,53 @@ def _takes_large(weight):
     return native.has_avx512() and torch.get_num_threads() <= groups
 
 
-def head_of(x, weight, bias, grid_weight, loss=None):
-    """The arguments that goodness_native and tail_native share: (weight .. scale factor), (tau .. scale)."""
-    parameters = [None if t is None else t.float() for t in (weight, bias, cut_grid(x, grid_weight))]
-    if loss is None:
-        return (*parameters, None, None, None), (1.0, 0.0, 0.0, 1.0)
-    factors = (None if t is None else t.float() for t in (loss.learned_tau, loss.grad_scale))
-    return (*parameters, loss.target, *factors), (loss.tau, loss.margin, loss.label_smoothing, loss.scale)
+def goodness(x, projection, plan):
+    """Return g [B, K] in float32."""
+    if not fits(x, projection, plan):
+        return fallback.goodness(x, projection, plan)
+    return torch.ops.fastff.goodness_forward_native(x.float(), *_cut(projection, x), plan.algorithm == "second_moment")
 
 
-def cut_grid(x, grid_weight):
-    """The cells that x has: at most one a position."""
-    if grid_weight is None or (grid_weight.shape[2] <= x.shape[2] and grid_weight.shape[3] <= x.shape[3]):
-        return grid_weight
-    return grid_weight[..., : x.shape[2], : x.shape[3]]
-
-
-def gradients_of(grads, weight, bias, grid_weight):
-    """(x, weight, bias, grid_weight) from what the kernel gives: None for absent ones, zeros for cells that x does not have."""
-    grad_x, grad_weight, grad_bias, grad_grid = grads
-    if grid_weight is not None and grad_grid.shape != grid_weight.shape:
-        whole = torch.zeros_like(grid_weight, memory_format=torch.contiguous_format)
-        whole[..., : grad_grid.shape[2], : grad_grid.shape[3]] = grad_grid
-        grad_grid = whole
-    return (
-        grad_x,
-        None if weight is None else grad_weight,
-        None if bias is None else grad_bias,
-        None if grid_weight is None else grad_grid,
+def goodness_backward(d, x, projection, plan, need_grad_x):
+    """Return the gradients of sum(d * g) for x, weight, bias and grid_weight: None for absent ones, and for x unless it is needed."""
+    if not fits(x, projection, plan):
+        return fallback.goodness_backward(d, x, projection, plan, need_grad_x)
+    second_moment = plan.algorithm == "second_moment"
+    grads = torch.ops.fastff.goodness_backward_native(
+        x.float(), *_cut(projection, x), second_moment, d.float(), need_grad_x
     )
+    grad_x, grad_weight, grad_bias, grad_grid = (t if t.numel() else None for t in grads)
+    return grad_x, grad_weight, grad_bias, _whole(projection, grad_grid)
 
 
-def step_of(out, dtype, weight, bias, grid_weight, loss, normalize, need_x=True):
-    """What a row's goodness_step returns for x of this dtype."""
-    g, losses, dtau, *grads, normalized = out
-    grad_x, *grads = gradients_of(grads, weight, bias, grid_weight)
-    dtau = None if loss.learned_tau is None else dtau.sum() * loss.tau
-    normalized = normalized.to(dtype) if normalize == "layer_norm" else None
-    return losses, g, grad_x.to(dtype) if need_x else None, *grads, dtau, normalized
+def normalize(x, normalization):
+    """Return x normalized, or None for "none"."""
+    if normalization.name == "layer_norm" and x.dtype != torch.float32:  # PyTorch's is faster
+        return torch_normalization.normalize(x, normalization)
+    return group_goodness.normalize(x, normalization)
 
 
-def goodness(x, weight, bias, grid_weight, padding, plan, dtype):
-    """g [B, K] float32."""
-    if not fits(x, weight, padding, plan, dtype):
-        return composed.goodness(x, weight, bias, grid_weight, padding, plan, dtype)
-    tensors, numbers = head_of(x, weight, bias, grid_weight)
-    second = plan.algorithm == "second_moment"
-    return torch.ops.fastff.goodness_native(x.float(), *tensors, None, GOODNESS, second, *numbers, 0.0, False, False)[0]
+def step(local, plan):
+    """Return the StepResult of a Step, its losses not reduced."""
+    x, projection = local.x, local.goodness
+    if not fits(x, projection, plan):
+        return fallback.step(local, plan, normalize)
+    result = native_step.run(local._replace(goodness=_cut(projection, x)), plan.algorithm == "second_moment")
+    return result._replace(grad_grid_weight=_whole(projection, result.grad_grid_weight))
 
 
-def goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, need_x):
-    """Gradients of sum(d * g): (x or None, weight, bias, grid_weight)."""
-    if not fits(x, weight, padding, plan, dtype):
-        return composed.goodness_backward(d, x, weight, bias, grid_weight, padding, plan, dtype, need_x)
-    tensors, numbers = head_of(x, weight, bias, grid_weight)
-    second = plan.algorithm == "second_moment"
-    out = torch.ops.fastff.goodness_native(
-        x.float(), *tensors, d.to(dtype), BACKWARD, second, *numbers, 0.0, need_x, False
-    )
-    grad_x, *grads = gradients_of(out[3:7], weight, bias, grid_weight)
-    return grad_x.to(x.dtype) if need_x else None, *grads
+def _cut(projection, x):
+    """Return the Projection in float32, with at most one cell of the grid a position of x."""
+    weight, bias, grid_weight, padding = projection
+    if grid_weight is not None:
+        grid_weight = grid_weight[..., : x.shape[2], : x.shape[3]]
+    return Projection(*(None if t is None else t.float() for t in (weight, bias, grid_weight)), padding)
 
 
-def goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need_x, normalize, eps):
-    """Per-sample losses [B], g [B, K], the four gradients, dL/dtau or None, and the normalised x or None."""
-    if not fits(x, weight, padding, plan, dtype):
-        return composed.goodness_step(x, weight, bias, grid_weight, padding, plan, dtype, loss, need_x, normalize, eps)
-    tensors, numbers = head_of(x, weight, bias, grid_weight, loss)
-    out = torch.ops.fastff.goodness_native(
-        x.float(),
-        *tensors,
-        None,
-        STEP,
-        plan.algorithm == "second_moment",
-        *numbers,
-        eps,
-        need_x,
-        normalize == "layer_norm",
-    )
-    return step_of(out, x.dtype, weight, bias, grid_weight, loss, normalize, need_x)
+def _whole(projection, grad_grid):
+    """Return grad_grid_weight with zeros for cells of the grid beyond the positions of x."""
+    if grad_grid is None or grad_grid.shape == projection.grid_weight.shape:
+        return grad_grid
+    whole = torch.zeros_like(projection.grid_weight, memory_format=torch.contiguous_format)
+    whole[..., : grad_grid.shape[2], : grad_grid.shape[3]] = grad_grid
+    return whole

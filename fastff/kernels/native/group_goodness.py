@@ -1,61 +1,36 @@
-"""Goodness of groups of channels by the compiled library, all four types on the CPU (csrc/cpu/group_goodness.cpp)."""
+"""Goodness of groups of channels by the compiled library, all four types on the CPU (csrc/cpu/group_goodness.cpp, normalization.cpp).
+
+With an epilogue the arithmetic is in float32; float64 goes through PyTorch's epilogue."""
 
 import torch
 
-from fastff.kernels.composed.group_goodness import Goodness
-from fastff.reference import LOSSES, NORMALIZATIONS  # in the order of the C++
+from fastff.kernels.native import step as native_step
+from fastff.kernels.torch.epilogue import completed
+from fastff.spec import NORMALIZATIONS
 
-GOODNESS, STEP, BACKWARD, NORMALIZE = range(4)
+
+def goodness(x, groups):
+    """Return g [B, K] or [B, P]."""
+    return torch.ops.fastff.group_goodness_forward_native(x, *groups)
 
 
-def _call(
-    x,
-    how,
-    mode,
-    target=None,
-    d=None,
-    grad_scale=None,
-    loss=0,
-    numbers=(0.0, 1.0, 0.0, 0.0, 1.0),
-    norm=0,
-    eps=0.0,
-    need_x=False,
-):
-    return torch.ops.fastff.group_goodness_native(
-        x, target, d, grad_scale, mode, *how, loss, *numbers, norm, eps, need_x
+def goodness_backward(d, x, groups):
+    """Return dL/dx from d = dL/dg."""
+    return torch.ops.fastff.group_goodness_backward_native(
+        x, *groups, d.to(torch.promote_types(x.dtype, torch.float32))
     )
 
 
-def goodness(x, how):
-    """g [B, K] or [B, P]."""
-    return _call(x, how, GOODNESS)[0]
+def normalize(x, normalization):
+    """Return x normalized, or None for "none"."""
+    if normalization.name == "none":
+        return None
+    name, *numbers = normalization
+    return torch.ops.fastff.normalize_native(x, NORMALIZATIONS.index(name), *numbers)
 
 
-def goodness_backward(d, x, how):
-    """dL/dx as x."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return _call(x, how, BACKWARD, d=d.to(wide), need_x=True)[2]
-
-
-def goodness_step(x, how, loss, normalize, eps, need_x):
-    """(g, losses, dL/dx or None, the normalised x or None)."""
-    numbers = (loss.theta, loss.tau, loss.margin, loss.label_smoothing, loss.scale)
-    scale = None if loss.grad_scale is None else loss.grad_scale.float()
-    return _call(
-        x,
-        how,
-        STEP,
-        loss.target,
-        None,
-        scale,
-        LOSSES.index(loss.name),
-        numbers,
-        NORMALIZATIONS.index(normalize),
-        eps,
-        need_x,
-    )
-
-
-def normalize(x, how, groups, eps):
-    """x normalised, as x."""
-    return _call(x, Goodness(groups, 1, True, False), NORMALIZE, norm=NORMALIZATIONS.index(how), eps=eps)[3]
+def step(local):
+    """Return the StepResult of a Step, its losses not reduced."""
+    if local.epilogue is not None and local.x.dtype == torch.float64:
+        return completed(local, step, normalize)
+    return native_step.run(local)

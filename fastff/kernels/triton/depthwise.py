@@ -9,83 +9,93 @@ Sums and dL/dweight: one partial result a program, added in a fixed order. float
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
 
+from collections import namedtuple
+
 import torch
 import triton
 import triton.language as tl
 
-from fastff.kernels.composed.depthwise import out_like
-from fastff.kernels.composed.goodness import dense, empty_like, is_rows
-from fastff.kernels.triton.goodness import multiprocessors, on_device
+from fastff.kernels.layout import dense, empty_like, is_channels_last
+from fastff.kernels.torch.depthwise import out_like
+from fastff.kernels.triton.epilogue import store_pair
+from fastff.kernels.triton.launch import constants, multiprocessors, on_device
+
+Image = namedtuple("Image", "x B C H W sample_stride channel_stride row_stride column_stride")
+"""x [B, C, H, W] or another tensor of this form, by strides."""
+
+
+Config = namedtuple("Config", "STRIDE PADDING KERNEL ADJOINT TAPS R BC")
+"""Constants: those of the convolution; whether it is the adjoint; k^2, padded; output positions and channels of a tile."""
 
 
 @triton.jit
-def convolve(
-    x, weight, y, sums, B, C, H, W, HO, WO, xb, xc, xh, xw, yb, yc, yh, yw,
-    STRIDE: tl.constexpr, PADDING: tl.constexpr, KERNEL: tl.constexpr, ADJOINT: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """y [B, C, HO, WO] from x [B, C, H, W]; ADJOINT: dL/dx (as y) from the gradient (as x) of a convolution with this stride and padding.
+def positions_at(image: Image, rows):
+    """(sample, row, column, whether it exists) of the positions `rows` of the batch."""
+    place = rows % (image.H * image.W)
+    b = rows // (image.H * image.W)
+    return b, place // image.W, place % image.W, b < image.B
+
+
+@triton.jit
+def load(image: Image, b, h, w, here, c):
+    """A tile [R, BC] in float32: 0 where not `here`."""
+    at = (b * image.sample_stride + h * image.row_stride + w * image.column_stride)[:, None]
+    mask = here[:, None] & (c < image.C)[None, :]
+    return tl.load(image.x + at + (c * image.channel_stride)[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def convolve(source: Image, weight, result: Image, sums, config: Config):
+    """y from x; ADJOINT: dL/dx (the result) from the gradient (the source) of a convolution with this stride and padding.
 
     Program (i, j): R positions, BC channels. sums [programs i, 2, C] of y and y^2, or None."""
-    rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    b, place = rows // (HO * WO), rows % (HO * WO)
-    i, j = place // WO, place % WO
-    here, known = b < B, c < C
-    total = tl.zeros([R, BC], tl.float32)
-    for u in range(KERNEL):
-        for v in tl.static_range(KERNEL):
-            if ADJOINT:
-                h, w = i + PADDING - u, j + PADDING - v
-                inside = (h >= 0) & (w >= 0) & (h % STRIDE == 0) & (w % STRIDE == 0)
-                h, w = h // STRIDE, w // STRIDE
-                inside &= (h < H) & (w < W)
+    rows = tl.program_id(0).to(tl.int64) * config.R + tl.arange(0, config.R)
+    c = tl.program_id(1) * config.BC + tl.arange(0, config.BC)
+    known = c < source.C
+    b, i, j, here = positions_at(result, rows)
+    total = tl.zeros([config.R, config.BC], tl.float32)
+    for u in range(config.KERNEL):
+        for v in tl.static_range(config.KERNEL):
+            if config.ADJOINT:
+                h, w = i + config.PADDING - u, j + config.PADDING - v
+                inside = (h >= 0) & (w >= 0) & (h % config.STRIDE == 0) & (w % config.STRIDE == 0)
+                h, w = h // config.STRIDE, w // config.STRIDE
             else:
-                h, w = i * STRIDE + u - PADDING, j * STRIDE + v - PADDING
-                inside = (h >= 0) & (w >= 0) & (h < H) & (w < W)
-            at = (b * xb + h * xh + w * xw)[:, None] + (c * xc)[None, :]
-            value = tl.load(x + at, mask=(here & inside)[:, None] & known[None, :], other=0.0).to(tl.float32)
-            filter_ = tl.load(weight + c * (KERNEL * KERNEL) + (u * KERNEL + v), mask=known, other=0.0).to(tl.float32)
-            total += value * filter_[None, :]
+                h, w = i * config.STRIDE + u - config.PADDING, j * config.STRIDE + v - config.PADDING
+                inside = (h >= 0) & (w >= 0)
+            inside &= here & (h < source.H) & (w < source.W)
+            value = load(source, b, h, w, inside, c)
+            tap = weight + c * (config.KERNEL * config.KERNEL) + (u * config.KERNEL + v)
+            total += value * tl.load(tap, mask=known, other=0.0).to(tl.float32)[None, :]
     mask = here[:, None] & known[None, :]
-    narrow = total.to(y.dtype.element_ty)
-    tl.store(y + (b * yb + i * yh + j * yw)[:, None] + (c * yc)[None, :], narrow, mask=mask)
+    narrow = total.to(result.x.dtype.element_ty)
+    at = (b * result.sample_stride + i * result.row_stride + j * result.column_stride)[:, None]
+    tl.store(result.x + at + (c * result.channel_stride)[None, :], narrow, mask=mask)
     if sums is not None:
         stored = tl.where(mask, narrow.to(tl.float32), 0.0)
-        at = tl.program_id(0).to(tl.int64) * 2 * C + c
-        tl.store(sums + at, tl.sum(stored, 0), mask=known)
-        tl.store(sums + at + C, tl.sum(stored * stored, 0), mask=known)
+        store_pair(sums, tl.program_id(0).to(tl.int64), tl.sum(stored, 0), tl.sum(stored * stored, 0), c, source.C)
 
 
 @triton.jit
-def weight_gradient(
-    x, grad, partial, B, C, H, W, HO, WO, share, xb, xc, xh, xw, yb, yc, yh, yw,
-    STRIDE: tl.constexpr, PADDING: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+def weight_gradient(source: Image, grad: Image, partial, share, config: Config):
     """Program (i, j): partial [programs i, k^2, C] = sum over tiles i share .. (i + 1) share - 1 of R positions of grad * shifted x."""
     part = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    known = c < C
-    tap = tl.arange(0, TAPS)
-    total = tl.zeros([TAPS, BC], tl.float32)
+    c = tl.program_id(1) * config.BC + tl.arange(0, config.BC)
+    tap = tl.arange(0, config.TAPS)
+    total = tl.zeros([config.TAPS, config.BC], tl.float32)
     for tile in range(share):
-        rows = (part * share + tile) * R + tl.arange(0, R)
-        b, place = rows // (HO * WO), rows % (HO * WO)
-        i, j = place // WO, place % WO
-        here = b < B
-        g = tl.load(
-            grad + (b * yb + i * yh + j * yw)[:, None] + (c * yc)[None, :],
-            mask=here[:, None] & known[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        for u in range(KERNEL):
-            for v in tl.static_range(KERNEL):
-                h, w = i * STRIDE + u - PADDING, j * STRIDE + v - PADDING
-                inside = here & (h >= 0) & (w >= 0) & (h < H) & (w < W)
-                at = (b * xb + h * xh + w * xw)[:, None] + (c * xc)[None, :]
-                value = tl.load(x + at, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
-                total += tl.where((tap == u * KERNEL + v)[:, None], tl.sum(g * value, 0)[None, :], 0.0)
-    at = (part * (KERNEL * KERNEL) + tap[:, None]) * C + c[None, :]
-    tl.store(partial + at, total, mask=(tap < KERNEL * KERNEL)[:, None] & known[None, :])
+        rows = (part * share + tile) * config.R + tl.arange(0, config.R)
+        b, i, j, here = positions_at(grad, rows)
+        g = load(grad, b, i, j, here, c)
+        for u in range(config.KERNEL):
+            for v in tl.static_range(config.KERNEL):
+                h, w = i * config.STRIDE + u - config.PADDING, j * config.STRIDE + v - config.PADDING
+                inside = here & (h >= 0) & (w >= 0) & (h < source.H) & (w < source.W)
+                value = load(source, b, h, w, inside, c)
+                own = (tap == u * config.KERNEL + v)[:, None]
+                total += tl.where(own, tl.sum(g * value, 0)[None, :], 0.0)
+    at = (part * (config.KERNEL * config.KERNEL) + tap[:, None]) * source.C + c[None, :]
+    tl.store(partial + at, total, mask=(tap < config.KERNEL * config.KERNEL)[:, None] & (c < source.C)[None, :])
 
 
 def tiles(channels_last, C):
@@ -96,49 +106,50 @@ def tiles(channels_last, C):
     return 512 // BC, BC, 4
 
 
-def _sizes(x, weight, stride, padding):
-    """(R, BC, what both kernels take as constants)."""
-    R, BC, warps = tiles(is_rows(x) and x.shape[1] > 1, x.shape[1])
-    sizes = {"STRIDE": stride, "PADDING": padding, "KERNEL": weight.shape[2], "R": R, "BC": BC, "num_warps": warps}
-    return R, BC, sizes
+def _config(x, weight, stride, padding, adjoint=False):
+    """(Config, warps) for tiles of x."""
+    k = weight.shape[2]
+    R, BC, warps = tiles(is_channels_last(x) and x.shape[1] > 1, x.shape[1])
+    return Config(stride, padding, k, adjoint, triton.next_power_of_2(k * k), R, BC), warps
+
+
+def _image(x):
+    return Image(x, *x.shape, *x.stride())
 
 
 def forward(x, weight, stride, padding, sums=True):
     """(y, sums [2, C] or None)."""
     y = out_like(x, weight, stride, padding)
     x = dense(x)
-    return y, _convolve(x, weight, y, stride, padding, sums)
+    return y, _convolve(x, weight, y, _config(y, weight, stride, padding), sums)
 
 
-def _convolve(x, weight, y, stride, padding, sums=False, adjoint=False):
+def _convolve(x, weight, y, config, sums=False):
+    """Write y, and return the sums of it and of its square where wanted."""
+    config, warps = config
     C = x.shape[1]
-    R, BC, sizes = _sizes(y, weight, stride, padding)
-    programs = -(-(y.shape[0] * y.shape[2] * y.shape[3]) // R)
+    programs = -(-(y.shape[0] * y.shape[2] * y.shape[3]) // config.R)
     partial = torch.empty(programs, 2, C, device=x.device, dtype=torch.float32) if sums else None
     if programs:
         with on_device(x):
-            convolve[(programs, -(-C // BC))](
-                x, weight.contiguous(), y, partial, x.shape[0], C, *x.shape[2:], *y.shape[2:], *x.stride(), *y.stride(), ADJOINT=adjoint, **sizes
-            )  # fmt: skip
+            grid = programs, -(-C // config.BC)
+            convolve[grid](_image(x), weight.contiguous(), _image(y), partial, constants(config), num_warps=warps)
     return partial.sum(0) if sums else None
 
 
-def backward(grad, x, weight, stride, padding, need_x):
+def backward(grad, x, weight, stride, padding, need_grad_x):
     """(dL/dx or None, dL/dweight)."""
     x, grad, k = dense(x), dense(grad), weight.shape[2]
     B, C = x.shape[:2]
-    dx = empty_like(x) if need_x else None
-    if need_x:
-        _convolve(grad, weight, dx, stride, padding, adjoint=True)
-    R, BC, sizes = _sizes(x, weight, stride, padding)
-    count = -(-(B * grad.shape[2] * grad.shape[3]) // R)
-    groups = -(-C // BC)
+    grad_x = empty_like(x) if need_grad_x else None
+    if need_grad_x:
+        _convolve(grad, weight, grad_x, _config(grad_x, weight, stride, padding, adjoint=True))
+    config, warps = _config(x, weight, stride, padding)
+    count = -(-(B * grad.shape[2] * grad.shape[3]) // config.R)
+    groups = -(-C // config.BC)
     parts = max(1, min(count, 4 * multiprocessors(x.device) // groups))
     share = -(-count // parts)
     partial = torch.empty(parts, k * k, C, device=x.device, dtype=torch.float32)
     with on_device(x):
-        weight_gradient[(parts, groups)](
-            x, grad, partial, B, C, *x.shape[2:], *grad.shape[2:], share, *x.stride(), *grad.stride(),
-            TAPS=triton.next_power_of_2(k * k), **sizes,
-        )  # fmt: skip
-    return dx, partial.sum(0).T.reshape(weight.shape).to(weight.dtype)
+        weight_gradient[parts, groups](_image(x), _image(grad), partial, share, constants(config), num_warps=warps)
+    return grad_x, partial.sum(0).T.reshape(weight.shape).to(weight.dtype)

@@ -1,251 +1,280 @@
 """Goodness of groups of channels, its loss, its local gradient and the normalised output in one launch (fastff/reference.py has the formulas).
 
-`samples`: a program takes a sample (a pair of them for losses of differences). First sweep: sums of x and x^2 by channel, to scratch in L2;
-from there goodness by group, loss, d; second sweep: dL/dx and the next input from x read again, out of L2 up to samples of some megabytes.
+`samples`: a program takes a sample (a pair of them for losses of pairs). First sweep: sums by channel, to scratch in L2; from there goodness
+by group, loss, d; second sweep: dL/dx and the next input from x read again, out of L2 up to samples of some megabytes.
 `positions`: a program takes R positions of a sample with all channels, for goodness at each position and for normalisation over channels.
 Where goodness is of one kind and the normalisation of the other, each has its launch. Floor: one read of x, one write of each result.
+
+A goodness is what an element adds to it (`term`) and the derivative of that (`derivative`).
 
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
 
 import functools
+from collections import namedtuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastff import reference
-from fastff.kernels.composed.goodness import dense, empty_like, is_rows
-from fastff.kernels.composed.group_goodness import Goodness, Loss
-from fastff.kernels.triton.goodness import on_device
+from fastff import reference, spec
+from fastff.kernels.layout import dense, empty_like, is_channels_last
+from fastff.kernels.triton import loss as losses
+from fastff.kernels.triton import normalization
+from fastff.kernels.triton.epilogue import step_in_parts
+from fastff.kernels.triton.launch import constants, on_device, strides
+from fastff.kernels.triton.layer_norm import layer_norm
+from fastff.kernels.triton.loss import LossArguments, gradient_scale, losses_of, of_pairs, of_samples
+from fastff.kernels.triton.normalization import GROUP_NORM, NONE, factors
 
-NO_LOSS, GIVEN = -1, 5  # beside the places in reference.LOSSES
-NORMS = {"none": 0, "layer_norm": 1, "group_norm": 2, "l2": 3, "rms": 4}
 WARPS = 8
+SUM, SUM_OF_SQUARES, OWN_SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # sums of an element's x, x^2, term
 
 
 @triton.jit
-def threshold(z, SWISH: tl.constexpr):
-    """softplus(z) or z sigmoid(z), and the derivative."""
-    s = 1 / (1 + tl.exp(-z))
-    if SWISH:
-        return z * s, s * (1 + z * (1 - s))
-    return tl.maximum(z, 0.0) + tl.log(1 + tl.exp(-tl.abs(z))), s
+def term(x, POWER: tl.constexpr):
+    """What an element adds to goodness; 0 of 0."""
+    if POWER == 1:
+        return x
+    return x * x
 
 
 @triton.jit
-def factors(total, square, n, eps, NORM: tl.constexpr):
-    """(mean, factor) of a normalisation from sums over n elements."""
-    mean = total / n
-    if NORM == 3:
-        return mean * 0, 1 / (tl.sqrt(square) + eps)
-    if NORM == 4:
-        return mean * 0, 1 / tl.sqrt(square / n + eps)
-    return mean, 1 / tl.sqrt(tl.maximum(square / n - mean * mean, 0.0) + eps)
+def derivative(x, POWER: tl.constexpr):
+    """d term / dx."""
+    if POWER == 1:
+        return tl.full(x.shape, 1.0, tl.float32)
+    return 2 * x
+
+
+Input = namedtuple("Input", "x sample_stride channel_stride position_stride")
+"""x; its gradient and the next input have the same strides."""
+
+
+Scratch = namedtuple("Scratch", "g d sums factors starts group_of")
+"""g and d [B, K or P]; sums [B, 3, C] by channel; factors [B, 2, K]: mean and factor of the normalisation by group; first channel of each group
+[K + 1]; group of each channel [C]."""
+
+
+Shape = namedtuple("Shape", "B C P K")
+"""Samples, channels, positions, groups."""
+
+
+Config = namedtuple("Config", "POWER MEAN TERMS GOODNESS LOSS MEMBERS NORM BC R KP GP")
+"""Constants: the goodness (POWER, MEAN, and which of the sums it is), whether it is wanted, the number of the loss (or None), samples of a
+program, the number of the normalisation, channels and positions of a tile, padded number and size of groups."""
 
 
 @triton.jit
-def member(first, second, M: tl.constexpr):
-    """That of the pair's sample M."""
-    if M == 0:
-        return first
-    return second
+def load(source: Input, b, c, p, shape: Shape):
+    """A tile [BC, R] of sample b in float32, with its offsets and mask."""
+    mask = (c[:, None] < shape.C) & (p[None, :] < shape.P)
+    at = b * source.sample_stride + c[:, None] * source.channel_stride + p[None, :] * source.position_stride
+    return tl.load(source.x + at, mask=mask, other=0.0).to(tl.float32), at, mask
 
 
 @triton.jit
-def by_group(values, starts, K, KP: tl.constexpr, GP: tl.constexpr):
+def by_group(values, scratch: Scratch, K, KP: tl.constexpr, GP: tl.constexpr):
     """[KP] sums of values [C] over groups starts[k] .. starts[k + 1] - 1."""
     k = tl.arange(0, KP)
-    start = tl.load(starts + k, mask=k < K, other=0)
-    size = tl.load(starts + k + 1, mask=k < K, other=0) - start
+    start = tl.load(scratch.starts + k, mask=k < K, other=0)
+    size = tl.load(scratch.starts + k + 1, mask=k < K, other=0) - start
     j = tl.arange(0, GP)
     v = tl.load(values + start[:, None] + j[None, :], mask=j[None, :] < size[:, None], other=0.0)
-    return tl.sum(v, 1), size
+    return tl.sum(v, 1)
+
+
+@triton.jit
+def elements(group, known, scratch: Scratch, P):
+    """Number of elements of groups."""
+    end = tl.load(scratch.starts + group + 1, mask=known, other=1)
+    return (end - tl.load(scratch.starts + group, mask=known, other=0)).to(tl.float32) * P
+
+
+@triton.jit
+def sum_channels(source: Input, scratch: Scratch, b, shape: Shape, config: Config):
+    """Write the sums by channel of sample b."""
+    for c0 in range(0, shape.C, config.BC):
+        c = c0 + tl.arange(0, config.BC)
+        total = tl.zeros([config.BC], tl.float32)
+        square = tl.zeros([config.BC], tl.float32)
+        terms = tl.zeros([config.BC], tl.float32)
+        for p0 in range(0, shape.P, config.R):
+            v, _, _ = load(source, b, c, p0 + tl.arange(0, config.R), shape)
+            if config.NORM != NONE:
+                total += tl.sum(v, 1)
+                square += tl.sum(v * v, 1)
+            if config.TERMS == OWN_SUM:
+                terms += tl.sum(term(v, config.POWER), 1)
+        sums = scratch.sums + b * 3 * shape.C + c
+        if config.NORM != NONE:
+            tl.store(sums, total, mask=c < shape.C)
+            tl.store(sums + shape.C, square, mask=c < shape.C)
+        if config.TERMS == OWN_SUM:
+            tl.store(sums + 2 * shape.C, terms, mask=c < shape.C)
+
+
+@triton.jit
+def store_goodness(scratch: Scratch, b, shape: Shape, config: Config):
+    """g of sample b from its sums."""
+    k = tl.arange(0, config.KP)
+    good = by_group(scratch.sums + (b * 3 + config.TERMS) * shape.C, scratch, shape.K, config.KP, config.GP)
+    if config.MEAN:
+        good /= elements(k, k < shape.K, scratch, shape.P)
+    tl.store(scratch.g + b * shape.K + k, good, mask=k < shape.K)
+
+
+@triton.jit
+def store_factors(scratch: Scratch, b, shape: Shape, eps, config: Config):
+    """Mean and factor of the normalisation of sample b, by group (the same for all of them unless it is "group_norm")."""
+    k = tl.arange(0, config.KP)
+    sums = scratch.sums + b * 3 * shape.C
+    total = by_group(sums, scratch, shape.K, config.KP, config.GP)
+    square = by_group(sums + shape.C, scratch, shape.K, config.KP, config.GP)
+    if config.NORM == GROUP_NORM:
+        n = elements(k, k < shape.K, scratch, shape.P)
+    else:
+        total = tl.sum(total, 0) + tl.zeros([config.KP], tl.float32)
+        square = tl.sum(square, 0) + tl.zeros([config.KP], tl.float32)
+        n = shape.C * shape.P * 1.0
+    mean, factor = factors(total, square, n, eps, config.NORM)
+    own = scratch.factors + b * 2 * shape.K + k
+    tl.store(own, mean, mask=k < shape.K)
+    tl.store(own + shape.K, factor, mask=k < shape.K)
+
+
+@triton.jit
+def store_channels(source: Input, grad_x, normalized, scratch: Scratch, b, shape: Shape, config: Config):
+    """The second sweep over sample b."""
+    for c0 in range(0, shape.C, config.BC):
+        c = c0 + tl.arange(0, config.BC)
+        group = tl.load(scratch.group_of + c, mask=c < shape.C, other=0)
+        if grad_x is not None:
+            slope = tl.load(scratch.d + b * shape.K + group)
+            if config.MEAN:
+                slope /= elements(group, c < shape.C, scratch, shape.P)
+        if config.NORM != NONE:
+            mean = tl.load(scratch.factors + b * 2 * shape.K + group)
+            factor = tl.load(scratch.factors + (b * 2 + 1) * shape.K + group)
+        for p0 in range(0, shape.P, config.R):
+            v, at, mask = load(source, b, c, p0 + tl.arange(0, config.R), shape)
+            if grad_x is not None:
+                out = slope[:, None] * derivative(v, config.POWER)
+                tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=mask)
+            if config.NORM != NONE:
+                out = (v - mean[:, None]) * factor[:, None]
+                tl.store(normalized + at, out.to(normalized.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def samples(
-    x, target, scale_factor, d, starts, group_of, scratch, g, loss, grad, y, C, P, K, half, xb, xc, xp, theta, tau, margin, smoothing, scale,
-    eps, POWER: tl.constexpr, MEAN: tl.constexpr, LOSS: tl.constexpr, GOOD: tl.constexpr, NORM: tl.constexpr, PAIRED: tl.constexpr,
-    BC: tl.constexpr, R: tl.constexpr, KP: tl.constexpr, GP: tl.constexpr,
+    source: Input, grad_x, normalized, scratch: Scratch, loss: LossArguments, shape: Shape, eps, config: Config
 ):  # fmt: skip
-    """Program b: sample b, or the pair b and b + half. scratch [B, 2 C + 3 K]: sums by channel, then coefficients by group."""
+    """Program b: sample b, or the pair b and b + B / 2."""
     unit = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, KP)
-    width = 2 * C + 3 * K
-    members: tl.constexpr = 2 if PAIRED else 1
-    if GOOD or NORM > 0:
-        for m in tl.static_range(members):
-            b = unit + m * half
-            for c0 in range(0, C, BC):
-                c = c0 + tl.arange(0, BC)
-                total = tl.zeros([BC], tl.float32)
-                square = tl.zeros([BC], tl.float32)
-                for p0 in range(0, P, R):
-                    p = p0 + tl.arange(0, R)
-                    mask = (c[:, None] < C) & (p[None, :] < P)
-                    v = tl.load(x + b * xb + c[:, None] * xc + p[None, :] * xp, mask=mask, other=0.0).to(tl.float32)
-                    total += tl.sum(v, 1)
-                    square += tl.sum(v * v, 1)
-                tl.store(scratch + b * width + c, total, mask=c < C)
-                tl.store(scratch + b * width + C + c, square, mask=c < C)
+    half = shape.B // 2
+    if config.GOODNESS or (config.NORM != NONE):
+        for m in tl.static_range(config.MEMBERS):
+            sum_channels(source, scratch, unit + m * half, shape, config)
         tl.debug_barrier()
-    size = tl.load(starts + k + 1, mask=k < K, other=1) - tl.load(starts + k, mask=k < K, other=0)
-    n = tl.where(k < K, size, 1).to(tl.float32) * P
-    if GOOD:
-        for m in tl.static_range(members):
-            b = unit + m * half
-            good, _ = by_group(scratch + b * width + (C if POWER == 2 else 0), starts, K, KP, GP)
-            good = good / n if MEAN else good
-            tl.store(g + b * K + k, good, mask=k < K)
-            if m == 0:
-                first = good
-            second = good
-    if LOSS >= 0:
-        factor = scale
-        if scale_factor is not None:
-            factor *= tl.load(scale_factor)
-        if LOSS == 5:
-            d_first = tl.load(d + unit * K + k, mask=k < K, other=0.0)
-        elif LOSS == 0:
-            t = tl.load(target + unit).to(tl.int32)
-            hit = k == t
-            u = tl.where(k < K, tau * first - margin * hit, float("-inf"))
-            top = tl.max(u, 0)
-            e = tl.exp(u - top)
-            total = tl.sum(e, 0)
-            q = (1 - smoothing) * hit + smoothing / K
-            value = top + tl.log(total) - tl.sum(tl.where(k < K, q * u, 0.0), 0)
-            value = tl.where((t >= 0) & (t < K), value, float("nan"))
-            tl.store(loss + unit, value)
-            d_first = factor * tau * (e / total - q)
-        elif PAIRED:
-            value, slope = threshold(-theta * (first - second), LOSS == 4)
-            tl.store(loss + unit, tl.sum(tl.where(k < K, value, 0.0), 0) / K)
-            d_second = theta * slope * factor / K
-            d_first = -d_second
-        else:
-            sign = tl.where(unit < half, 1.0, -1.0)
-            value, slope = threshold(sign * (theta - first), LOSS == 2)
-            tl.store(loss + unit, tl.sum(tl.where(k < K, value, 0.0), 0) / K)
-            d_first = -sign * slope * factor / K
-        if not PAIRED:
-            d_second = d_first
-    for m in tl.static_range(members):
-        b = unit + m * half
-        own = scratch + b * width
-        if grad is not None:
-            a = member(d_first, d_second, m) * POWER
-            tl.store(own + 2 * C + k, a / n if MEAN else a, mask=k < K)
-        if NORM > 0:
-            total, _ = by_group(own, starts, K, KP, GP)
-            square, _ = by_group(own + C, starts, K, KP, GP)
-            if NORM != 2:
-                total = tl.sum(total, 0) + tl.zeros([KP], tl.float32)
-                square = tl.sum(square, 0) + tl.zeros([KP], tl.float32)
-                mean, by = factors(total, square, C * P * 1.0, eps, NORM)
-            else:
-                mean, by = factors(total, square, n, eps, NORM)
-            tl.store(own + 2 * C + K + k, mean, mask=k < K)
-            tl.store(own + 2 * C + 2 * K + k, by, mask=k < K)
-    if (grad is not None) or NORM > 0:
+    if config.GOODNESS:
+        for m in tl.static_range(config.MEMBERS):
+            store_goodness(scratch, unit + m * half, shape, config)
+    if config.LOSS is not None:
         tl.debug_barrier()
-        for m in tl.static_range(members):
-            b = unit + m * half
-            own = scratch + b * width + 2 * C
-            for c0 in range(0, C, BC):
-                c = c0 + tl.arange(0, BC)
-                group = tl.load(group_of + c, mask=c < C, other=0)
-                if grad is not None:
-                    slope_c = tl.load(own + group)
-                if NORM > 0:
-                    mean_c = tl.load(own + K + group)
-                    by_c = tl.load(own + 2 * K + group)
-                for p0 in range(0, P, R):
-                    p = p0 + tl.arange(0, R)
-                    mask = (c[:, None] < C) & (p[None, :] < P)
-                    at = b * xb + c[:, None] * xc + p[None, :] * xp
-                    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-                    if grad is not None:
-                        out = slope_c[:, None] * v if POWER == 2 else slope_c[:, None] + v * 0
-                        tl.store(grad + at, out.to(grad.dtype.element_ty), mask=mask)
-                    if NORM > 0:
-                        tl.store(y + at, ((v - mean_c[:, None]) * by_c[:, None]).to(y.dtype.element_ty), mask=mask)
+        n = unit + tl.arange(0, 1)
+        losses_of(scratch.g, scratch.d, loss, n, shape.B, shape.K, config.LOSS, 1, config.KP)
+    if config.NORM != NONE:
+        for m in tl.static_range(config.MEMBERS):
+            store_factors(scratch, unit + m * half, shape, eps, config)
+    if (grad_x is not None) or (config.NORM != NONE):
+        tl.debug_barrier()
+        for m in tl.static_range(config.MEMBERS):
+            store_channels(source, grad_x, normalized, scratch, unit + m * half, shape, config)
+
+
+@triton.jit
+def sum_positions(source: Input, b, p, shape: Shape, config: Config):
+    """Sums over the channels of positions p [R] of sample b: of x, of x^2, and goodness."""
+    total = tl.zeros([config.R], tl.float32)
+    square = tl.zeros([config.R], tl.float32)
+    terms = tl.zeros([config.R], tl.float32)
+    if config.GOODNESS or (config.NORM != NONE):
+        for c0 in range(0, shape.C, config.BC):
+            v, _, _ = load(source, b, c0 + tl.arange(0, config.BC), p, shape)
+            if config.NORM != NONE:
+                total += tl.sum(v, 0)
+                square += tl.sum(v * v, 0)
+            if config.TERMS == OWN_SUM:
+                terms += tl.sum(term(v, config.POWER), 0)
+    if config.TERMS == SUM:
+        terms = total
+    elif config.TERMS == SUM_OF_SQUARES:
+        terms = square
+    if config.MEAN:
+        terms /= shape.C
+    return total, square, terms
+
+
+@triton.jit
+def store_positions(
+    source: Input, grad_x, normalized, total, square, dp, b, p, shape: Shape, eps, config: Config
+):  # fmt: skip
+    """The second sweep over positions p of sample b, whose goodness has the gradient dp."""
+    if config.MEAN:
+        dp /= shape.C
+    if config.NORM != NONE:
+        mean, factor = factors(total, square, shape.C * 1.0, eps, config.NORM)
+    for c0 in range(0, shape.C, config.BC):
+        v, at, mask = load(source, b, c0 + tl.arange(0, config.BC), p, shape)
+        if grad_x is not None:
+            out = dp[None, :] * derivative(v, config.POWER)
+            tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=mask)
+        if config.NORM != NONE:
+            out = (v - mean[None, :]) * factor[None, :]
+            tl.store(normalized + at, out.to(normalized.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def positions(
-    x, scale_factor, d, g, loss, grad, y, C, P, half, xb, xc, xp, theta, scale, eps,
-    POWER: tl.constexpr, MEAN: tl.constexpr, LOSS: tl.constexpr, GOOD: tl.constexpr, NORM: tl.constexpr, PAIRED: tl.constexpr,
-    BC: tl.constexpr, R: tl.constexpr,
+    source: Input, grad_x, normalized, scratch: Scratch, loss: LossArguments, shape: Shape, eps, config: Config
 ):  # fmt: skip
-    """Program (b, j): positions j R .. of sample b, or of the pair b and b + half. loss [units, parts] gets sums over the program's positions."""
+    """Program (b, j): positions j R .. of sample b, or of the pair b and b + B / 2. losses [units, parts] gets sums over the program's positions."""
     unit = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    p = part * R + tl.arange(0, R)
-    inside = p < P
-    members: tl.constexpr = 2 if PAIRED else 1
-    for m in tl.static_range(members):
-        b = unit + m * half
-        total = tl.zeros([R], tl.float32)
-        square = tl.zeros([R], tl.float32)
-        if GOOD or NORM > 0:
-            for c0 in range(0, C, BC):
-                c = c0 + tl.arange(0, BC)
-                mask = (c[:, None] < C) & inside[None, :]
-                v = tl.load(x + b * xb + c[:, None] * xc + p[None, :] * xp, mask=mask, other=0.0).to(tl.float32)
-                total += tl.sum(v, 0)
-                square += tl.sum(v * v, 0)
-        good = square if POWER == 2 else total
-        good = good / C if MEAN else good
-        if GOOD:
-            tl.store(g + b * P + p, good, mask=inside)
-        if m == 0:
-            first, total_first, square_first = good, total, square
-        second, total_second, square_second = good, total, square
-    if LOSS >= 0:
-        factor = scale / P
-        if scale_factor is not None:
-            factor *= tl.load(scale_factor)
-        if LOSS == 5:
-            d_first = tl.load(d + unit * P + p, mask=inside, other=0.0)
+    partner = unit + shape.B // 2
+    p = part * config.R + tl.arange(0, config.R)
+    inside = p < shape.P
+    total, square, good = sum_positions(source, unit, p, shape, config)
+    if config.MEMBERS == 2:
+        total_2, square_2, good_2 = sum_positions(source, partner, p, shape, config)
+    if config.GOODNESS:
+        tl.store(scratch.g + unit * shape.P + p, good, mask=inside)
+        if config.MEMBERS == 2:
+            tl.store(scratch.g + partner * shape.P + p, good_2, mask=inside)
+    if config.LOSS is not None:
+        if config.MEMBERS == 2:
+            value, dp_2 = of_pairs(good, good_2, loss.alpha, config.LOSS)
+            dp_2 *= gradient_scale(loss) / shape.P
+            dp = -dp_2
         else:
-            if PAIRED:
-                value, slope = threshold(-theta * (first - second), LOSS == 4)
-                d_second = theta * slope * factor
-                d_first = -d_second
-            else:
-                sign = tl.where(unit < half, 1.0, -1.0)
-                value, slope = threshold(sign * (theta - first), LOSS == 2)
-                d_first = -sign * slope * factor
-            tl.store(loss + unit * tl.num_programs(1) + part, tl.sum(tl.where(inside, value, 0.0), 0) / P)
-        if not PAIRED:
-            d_second = d_first
-    if (grad is not None) or NORM > 0:
-        for m in tl.static_range(members):
-            b = unit + m * half
-            if grad is not None:
-                a = member(d_first, d_second, m) * POWER
-                a = a / C if MEAN else a
-            if NORM > 0:
-                mean, by = factors(
-                    member(total_first, total_second, m), member(square_first, square_second, m), C * 1.0, eps, NORM
-                )
-            for c0 in range(0, C, BC):
-                c = c0 + tl.arange(0, BC)
-                mask = (c[:, None] < C) & inside[None, :]
-                at = b * xb + c[:, None] * xc + p[None, :] * xp
-                v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-                if grad is not None:
-                    out = a[None, :] * v if POWER == 2 else a[None, :] + v * 0
-                    tl.store(grad + at, out.to(grad.dtype.element_ty), mask=mask)
-                if NORM > 0:
-                    tl.store(y + at, ((v - mean[None, :]) * by[None, :]).to(y.dtype.element_ty), mask=mask)
+            value, dp = of_samples(good, unit < shape.B // 2, loss.theta, config.LOSS)
+            dp *= gradient_scale(loss) / shape.P
+        own = loss.losses + unit * tl.num_programs(1) + part
+        tl.store(own, tl.sum(tl.where(inside, value, 0.0), 0) / shape.P)
+    elif grad_x is not None:
+        dp = tl.load(scratch.d + unit * shape.P + p, mask=inside, other=0.0)
+    else:
+        dp = good
+    if (grad_x is not None) or (config.NORM != NONE):
+        store_positions(source, grad_x, normalized, total, square, dp, unit, p, shape, eps, config)
+        if config.MEMBERS == 2:
+            store_positions(source, grad_x, normalized, total_2, square_2, dp_2, partner, p, shape, eps, config)
 
 
-def tiles(rows, C, P):
+def tiles(channels_last, C, P):
     """(channels, positions) of a tile of at most 2048 elements, 8 a thread (16 spill), long where memory is contiguous."""
-    if rows:
+    if channels_last:
         BC = min(64, triton.next_power_of_2(C))
         return BC, min(2048 // BC, triton.next_power_of_2(P))
     R = min(512, triton.next_power_of_2(P))
@@ -261,71 +290,99 @@ def groups_of(channels, groups, device):
     return *(torch.tensor(v, dtype=torch.int32, device=device) for v in (starts, group)), max(sizes)
 
 
-def _launch(x, how, by_position, *, good=False, loss=None, d=None, grad=None, norm="none", eps=0.0, y=None):
-    """One launch of `positions` or `samples`: (g, losses), None where not asked for."""
-    x = dense(x)
-    if loss is not None and loss.target is not None:
-        loss = loss._replace(target=loss.target.contiguous())
-    B, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    rows = is_rows(x)
-    BC, R = tiles(rows, C, P)
-    strides = (x.stride(0), 1, C) if rows else (x.stride(0), P, 1)
-    numbers = {"dtype": torch.float32, "device": x.device}
-    if loss is None:
-        loss = Loss("cross_entropy", 0.0, None, 1.0, 0.0, 0.0, 1.0, None)
-        kind, units = NO_LOSS if d is None else GIVEN, 0
-    else:
-        kind, units = reference.LOSSES.index(loss.name), loss.count(B)
-    fixed = {
-        "POWER": how.power, "MEAN": how.mean, "LOSS": kind, "GOOD": good, "NORM": NORMS[norm.removesuffix("_channels")],
-        "PAIRED": loss.name in reference.PAIRED, "BC": BC, "R": R, "num_warps": WARPS,
-    }  # fmt: skip
-    programs, half = units or B, B // 2
-    g = torch.empty(B, how.count(x), **numbers) if good else None
-    with on_device(x):
-        if by_position:
-            parts = -(-P // R)
-            losses = torch.empty(units, parts, **numbers) if units else None
-            positions[(programs, parts)](
-                x, loss.grad_scale, d, g, losses, grad, y, C, P, half, *strides, loss.theta, loss.scale, eps, **fixed
-            )
-            return g, None if losses is None else losses.sum(1)
-        starts, group_of, largest = groups_of(C, how.groups, x.device)
-        scratch = torch.empty(B, 2 * C + 3 * how.groups, **numbers)
-        losses = torch.empty(units, **numbers) if units else None
-        samples[(programs,)](
-            x, loss.target, loss.grad_scale, d, starts, group_of, scratch, g, losses, grad, y, C, P, how.groups, half, *strides, loss.theta,
-            loss.tau, loss.margin, loss.label_smoothing, loss.scale, eps, KP=triton.next_power_of_2(how.groups),
-            GP=triton.next_power_of_2(largest), **fixed,
+class _Launch:
+    """Launches of `samples` or `positions` on x: the same sizes and buffers for each."""
+
+    def __init__(self, x, groups):
+        self.x = dense(x)
+        B, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+        self.groups, self.shape = groups, Shape(B, C, P, groups.count)
+        self.source = Input(self.x, *strides(self.x))
+
+    def _new(self, *shape):
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+
+    def run(self, by_position, *, wanted=None, loss=None, d=None, grad_x=None, normalize=None, normalized=None):
+        """(g, losses), None where not asked for. wanted: whether g is."""
+        B, C, P, K = self.shape
+        normalize = normalize or spec.Normalization()
+        norm = normalization.constant(normalize)
+        paired = loss is not None and loss.name in spec.PAIRED_LOSSES
+        units, parts = B // 2 if paired else B, -(-P // self._tile()[1]) if by_position else 1
+        starts, group_of, largest = groups_of(C, K, self.x.device)
+        terms = self.groups.power - 1 if norm and self.groups.power <= 2 else 2
+        config = Config(
+            self.groups.power, self.groups.mean, terms if wanted else None, bool(wanted), None if loss is None else losses.constant(loss),
+            1 + paired, norm, *self._tile(), triton.next_power_of_2(K), triton.next_power_of_2(largest),
         )  # fmt: skip
-    return g, losses
+        columns = P if self.groups.positions else K
+        g = self._new(B, columns) if wanted else None
+        out = None if loss is None else self._new(units, parts)
+        needs_d = loss is not None and not by_position
+        scratch = Scratch(g, self._new(B, columns) if needs_d else d, None, None, starts, group_of)
+        if not by_position and (wanted or norm):
+            scratch = scratch._replace(sums=self._new(B, 3, C), factors=self._new(B, 2, K) if norm else None)
+        arguments = losses.NO_LOSS if loss is None else losses.arguments(loss, B, out)
+        kernel = positions if by_position else samples
+        kernel[units, parts](
+            self.source,
+            grad_x,
+            normalized,
+            scratch,
+            arguments,
+            self.shape,
+            normalize.eps,
+            constants(config),
+            num_warps=WARPS,
+        )
+        return g, None if out is None else out.sum(1) if by_position else out[:, 0]
+
+    def _tile(self):
+        return tiles(is_channels_last(self.x), self.shape.C, self.shape.P)
 
 
-def goodness(x, how):
-    """g [B, K] or [B, P]."""
-    return _launch(x, how, how.positions, good=True)[0]
+def goodness(x, groups):
+    """g [B, K] or [B, P] of spec.Groups."""
+    with on_device(x):
+        return _Launch(x, groups).run(groups.positions, wanted=True)[0]
 
 
-def goodness_backward(d, x, how):
+def goodness_backward(d, x, groups):
     """dL/dx as x."""
-    grad = empty_like(x)
-    _launch(x, how, how.positions, d=d.float().contiguous(), grad=grad)
-    return grad
+    grad_x = empty_like(x)
+    with on_device(x):
+        _Launch(x, groups).run(groups.positions, d=d.float().contiguous(), grad_x=grad_x)
+    return grad_x
 
 
-def goodness_step(x, how, loss, normalize_as, eps, need_x):
-    """(g, losses, dL/dx or None, the normalised x or None)."""
-    grad = empty_like(x) if need_x else None
-    if normalize_as == "none" or normalize_as.endswith("_channels") != how.positions:
-        g, losses = _launch(x, how, how.positions, good=True, loss=loss, grad=grad)
-        return g, losses, grad, None if normalize_as == "none" else normalize(x, normalize_as, how.groups, eps)
-    y = empty_like(x)
-    g, losses = _launch(x, how, how.positions, good=True, loss=loss, grad=grad, norm=normalize_as, eps=eps, y=y)
-    return g, losses, grad, y
+def normalize(x, normalization):
+    """x by a spec.Normalization, as x."""
+    if normalization.name == "layer_norm" and x.numel():
+        return layer_norm(x, normalization.eps)
+    normalized = empty_like(x)
+    if x.numel():
+        with on_device(x):
+            launch = _Launch(x, spec.Groups(normalization.groups))
+            launch.run(normalization.name.endswith("_channels"), normalize=normalization, normalized=normalized)
+    return normalized
 
 
-def normalize(x, how, groups, eps):
-    """x normalised, as x."""
-    y = empty_like(x)
-    _launch(x, Goodness(groups, 1, True, False), how.endswith("_channels"), norm=how, eps=eps, y=y)
-    return y
+def step(step):
+    """The StepResult of a spec.Step with Groups, its losses not reduced."""
+    return _step(step) if step.epilogue is None else step_in_parts(step, _step)
+
+
+def _step(step):
+    """A step without an epilogue."""
+    x, groups, wanted = step.x, step.goodness, step.normalization
+    by_channels = wanted.name.endswith("_channels")
+    one_launch = by_channels == groups.positions and (wanted.name != "group_norm" or wanted.groups == groups.count)
+    grad_x = empty_like(x) if step.need_grad_x else None
+    normalized = empty_like(x) if wanted.name != "none" and one_launch else None
+    with on_device(x):
+        launch = _Launch(x, groups)
+        together = {} if normalized is None else {"normalize": wanted, "normalized": normalized}
+        g, loss = launch.run(groups.positions, wanted=True, loss=step.loss, grad_x=grad_x, **together)
+    if normalized is None and wanted.name != "none":
+        normalized = normalize(x, wanted)
+    return spec.StepResult(loss, g, grad_x, normalized=normalized)

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastff.kernels.composed.goodness import dense, empty_like
-from fastff.kernels.triton.goodness import multiprocessors, on_device
-from fastff.kernels.triton.goodness_kernels import statistics
+from fastff.kernels.layout import dense, empty_like
+from fastff.kernels.triton.launch import multiprocessors, on_device
+from fastff.kernels.triton.normalization import statistics
 
 BLOCK = 4096  # elements a program has in registers: 16 a thread with 8 warps
 
@@ -56,15 +56,8 @@ def layer_norm(x, eps):
         share = -(-n // parts)
         sums = torch.empty(parts, 2, B, device=x.device, dtype=torch.float32)
         arguments = {
-            "x": x,
-            "B": B,
-            "n": n,
-            "share": share,
-            "xb": x.stride(0),
-            "eps": eps,
-            "BLOCK": BLOCK,
-            "num_warps": 8,
-        }
+            "x": x, "B": B, "n": n, "share": share, "xb": x.stride(0), "eps": eps, "BLOCK": BLOCK, "num_warps": 8
+        }  # fmt: skip
         if parts == 1:
             kernel[(B, 1)](y=y, sums=sums, SUMS=True, WRITE=True, **arguments)
         else:

@@ -5,8 +5,7 @@ import itertools
 
 import torch
 
-from fastff import cache
-from fastff.kernels.composed.goodness import Loss, Plan
+from fastff import cache, spec
 from fastff.kernels.triton import blocks, goodness
 
 SHAPES = [(C, H, K) for C, H in ((64, 32), (128, 16), (256, 8), (512, 4), (24, 56), (112, 14)) for K in (10, 100, 1000)]
@@ -28,12 +27,12 @@ def tune(device, time, shapes=None, dtype=torch.bfloat16, B=512, report=lambda t
     for C, H, K in shapes or SHAPES:
         x = torch.randn(B, C, H, H, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(K, C, 1, 1, device=device)
-        loss = Loss(torch.randint(K, (B,), device=device), 1.0, None, 0.0, 0.0, 1 / B, None)
+        loss = spec.Loss(target=torch.randint(K, (B,), device=device))
         for algorithm in ("direct",) + ("second_moment",) * (C <= goodness.SECOND_MOMENT_CHANNELS):
             start = blocks.table(algorithm, B, C, H * H, K, 0, x.element_size())
             seconds = {}
             for sizes in candidates(start):
-                step = functools.partial(_step, x, weight, Plan(algorithm, B, K), sizes, loss)
+                step = functools.partial(_step, x, weight, spec.Plan(algorithm, B, K), sizes, loss)
                 try:
                     seconds[sizes] = time(step)
                 except (
@@ -53,5 +52,5 @@ def tune(device, time, shapes=None, dtype=torch.bfloat16, B=512, report=lambda t
 
 
 def _step(x, weight, plan, sizes, loss):
-    launch = goodness.Launch(x, weight, None, None, plan, sizes=sizes)
-    return goodness.step(launch, loss, torch.empty_like(x), "layer_norm", 1e-5)
+    launch = goodness.Launch(x, spec.Projection(weight), plan, sizes=sizes)
+    return launch.step(loss, spec.Normalization("layer_norm"), torch.empty_like(x))

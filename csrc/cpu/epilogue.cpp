@@ -1,0 +1,323 @@
+// Batch norm with residual and activation (epilogue.h): Ioffe and Szegedy 2015, arXiv 1502.03167. Each loop is one pass over its samples.
+
+#include "epilogue.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "vec.h"
+
+namespace {
+
+using vec::kChunk;
+
+template <Activation A>
+FASTFF_INLINE float activate(float h) {
+  switch (A) {
+    case Activation::relu: return h < 0 ? 0.0f : h;  // NaN stays
+    case Activation::relu6: return h < 0 ? 0.0f : h > 6 ? 6.0f : h;
+    case Activation::hardswish: return h * (h < -3 ? 0.0f : h > 3 ? 6.0f : h + 3) * (1.0f / 6);
+    case Activation::silu: return h / (1 + exp_of(-h));
+    case Activation::gelu: return 0.5f * h * (1 + std::erf(h * 0.707106781f));
+    default: return h;
+  }
+}
+
+template <Activation A>
+FASTFF_INLINE float derivative(float h) {
+  switch (A) {
+    case Activation::relu: return h > 0 ? 1.0f : 0.0f;
+    case Activation::relu6: return h > 0 && h < 6 ? 1.0f : 0.0f;
+    case Activation::hardswish: return h <= -3 ? 0.0f : h >= 3 ? 1.0f : h * (1.0f / 3) + 0.5f;
+    case Activation::silu: {
+      const float s = 1 / (1 + exp_of(-h));
+      return s * (1 + h * (1 - s));
+    }
+    case Activation::gelu: return 0.5f * (1 + std::erf(h * 0.707106781f)) + h * 0.398942280f * std::exp(-0.5f * h * h);
+    default: return 1.0f;
+  }
+}
+
+// Calls f<activation, whether there is a residual>().
+template <Activation A, typename F>
+void with_residual(bool residual, const F& f) {
+  residual ? f.template operator()<A, true>() : f.template operator()<A, false>();
+}
+template <typename F>
+void with_activation(Activation activation, bool residual, const F& f) {
+  switch (activation) {
+    case Activation::relu: return with_residual<Activation::relu>(residual, f);
+    case Activation::relu6: return with_residual<Activation::relu6>(residual, f);
+    case Activation::hardswish: return with_residual<Activation::hardswish>(residual, f);
+    case Activation::silu: return with_residual<Activation::silu>(residual, f);
+    case Activation::gelu: return with_residual<Activation::gelu>(residual, f);
+    default: return with_residual<Activation::none>(residual, f);
+  }
+}
+
+template <Activation A, bool Residual, bool ChannelsLast>
+FASTFF_INLINE void forward_line(const float* __restrict y, const float* __restrict residual, const float* __restrict m,
+                                const float* __restrict a, const float* __restrict b, float* __restrict x, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t c = ChannelsLast ? i : 0;
+    float h = (y[i] - m[c]) * a[c] + b[c];
+    if (Residual) h += residual[i];
+    x[i] = activate<A>(h);
+  }
+}
+
+template <Activation A, bool Residual>
+FASTFF_INLINE void forward_samples(const EpilogueSamples& s, float* x) {
+  for (int64_t i = 0; i < s.lines; ++i) {
+    const int64_t at = i * s.length, c = s.channel(i);
+    if (s.channels_last) {
+      forward_line<A, Residual, true>(s.y + at, s.residual_at(at), s.mean, s.scale, s.shift, x + at, s.length);
+    } else {
+      forward_line<A, Residual, false>(s.y + at, s.residual_at(at), s.mean + c, s.scale + c, s.shift + c, x + at,
+                                       s.length);
+    }
+  }
+}
+
+template <Activation A, bool Residual>
+FASTFF_INLINE void backward_positions(const float* __restrict y, const float* __restrict residual,
+                                      const float* __restrict m, const float* __restrict a, const float* __restrict b,
+                                      float* __restrict grad, float* __restrict first, float* __restrict second,
+                                      int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float off = y[i] - m[i];
+    float h = off * a[i] + b[i];
+    if (Residual) h += residual[i];
+    const float g = grad[i] * derivative<A>(h);
+    grad[i] = g;
+    first[i] += g;
+    second[i] += g * off;
+  }
+}
+
+// Adds to *first and *second in chunks.
+template <Activation A, bool Residual>
+FASTFF_INLINE void backward_channel(const float* __restrict y, const float* __restrict residual, float m, float a,
+                                    float b, float* __restrict grad, double* first, double* second, int64_t n) {
+  for (int64_t start = 0; start < n; start += vec::kLongChunk) {
+    const int64_t end = std::min(start + vec::kLongChunk, n);
+    float sum = 0, product = 0;
+#pragma omp simd reduction(+ : sum, product)
+    for (int64_t i = start; i < end; ++i) {
+      const float off = y[i] - m;
+      float h = off * a + b;
+      if (Residual) h += residual[i];
+      const float g = grad[i] * derivative<A>(h);
+      grad[i] = g;
+      sum += g;
+      product += g * off;
+    }
+    *first += sum;
+    *second += product;
+  }
+}
+
+// own[c] += the sum of v[c], v[C + c], ...: adds up a vector that holds C elements several times, and clears it.
+void fold(float* v, int64_t size, int64_t C, double* own) {
+  for (int64_t start = 0; start < size; start += C) {
+    for (int64_t c = 0; c < C; ++c) own[c] += v[start + c];
+  }
+  std::fill_n(v, size, 0.0f);
+}
+
+// One sample. totals [2, C]; line: zeros, two lines long.
+template <Activation A, bool Residual>
+FASTFF_INLINE void backward_sample(const EpilogueSamples& s, float* grad, double* totals, float* line) {
+  for (int64_t c = 0; !s.channels_last && c < s.C; ++c) {
+    const int64_t at = c * s.length;
+    const float m = s.mean[c], a = s.scale[c], b = s.shift[c];
+    double *first = totals + c, *second = totals + s.C + c;
+    backward_channel<A, Residual>(s.y + at, s.residual_at(at), m, a, b, grad + at, first, second, s.length);
+  }
+  const int64_t chunk = std::max<int64_t>(1, kChunk * s.C / s.length);
+  for (int64_t start = 0; s.channels_last && start < s.lines; start += chunk) {
+    for (int64_t i = start; i < std::min(start + chunk, s.lines); ++i) {
+      const int64_t at = i * s.length;
+      const float *y = s.y + at, *residual = s.residual_at(at);
+      backward_positions<A, Residual>(y, residual, s.mean, s.scale, s.shift, grad + at, line, line + s.length,
+                                      s.length);
+    }
+    fold(line, s.length, s.C, totals);
+    fold(line + s.length, s.length, s.C, totals + s.C);
+  }
+}
+
+// sums[c] += y - pivot[c], squares[c] += its square, over n lines of C elements.
+void add_lines(const float* __restrict y, const float* __restrict pivot, float* __restrict sums,
+               float* __restrict squares, int64_t n, int64_t C) {
+  for (int64_t q = 0; q < n; ++q) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) {
+      const float d = y[q * C + c] - pivot[c];
+      sums[c] += d;
+      squares[c] += d * d;
+    }
+  }
+}
+void add_channel(const float* __restrict y, float pivot, float* sums, float* squares, int64_t n) {
+  float sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+  for (int64_t i = 0; i < n; ++i) {
+    const float d = y[i] - pivot;
+    sum += d;
+    square += d * d;
+  }
+  *sums += sum;
+  *squares += square;
+}
+
+// grad_y = (grad_h - first - (y - mean) second) scale, constants as in forward_line.
+template <bool ChannelsLast>
+FASTFF_INLINE void finish_line(const float* __restrict y, const float* __restrict m, const float* __restrict a,
+                               const float* __restrict first, const float* __restrict second, const float* grad_h,
+                               float* grad_y, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t c = ChannelsLast ? i : 0;
+    grad_y[i] = (grad_h[i] - first[c] - (y[i] - m[c]) * second[c]) * a[c];
+  }
+}
+void finish_samples(const EpilogueSamples& s, const float* first, const float* second, const float* grad_h,
+                    float* grad_y) {
+  for (int64_t i = 0; i < s.lines; ++i) {
+    const int64_t at = i * s.length, c = s.channel(i);
+    if (s.channels_last) {
+      finish_line<true>(s.y + at, s.mean, s.scale, first, second, grad_h + at, grad_y + at, s.length);
+    } else {
+      finish_line<false>(s.y + at, s.mean + c, s.scale + c, first + c, second + c, grad_h + at, grad_y + at, s.length);
+    }
+  }
+}
+
+// Positions per inner loop in channels_last. With few channels, a loop over C alone is too short to hide the latency of its accumulators.
+int64_t positions_of_a_line(int64_t C, int64_t P) {
+  int64_t repeat = 1;
+  while (C * repeat < 64 && P % (2 * repeat) == 0) repeat *= 2;
+  return repeat;
+}
+
+void repeat_in_place(std::vector<float>& v, int64_t times) {
+  const size_t n = v.size();
+  v.resize(n * times);
+  for (size_t i = n; i < v.size(); ++i) v[i] = v[i - n];
+}
+
+}  // namespace
+
+Epilogue::Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps, EpilogueShape shape,
+                   Activation activation, float* mean, float* var, bool known)
+    : y(y), residual(residual), B(shape.B), C(shape.C), P(shape.P), repeat(shape.channels_last ? positions_of_a_line(C, P) : 1),
+      channels_last(shape.channels_last), activation(activation), rstds(C), centre(C), scale(C), shift(C) {
+  if (!known) statistics(mean, var);
+  for (int64_t c = 0; c < C; ++c) {
+    centre[c] = mean[c];
+    rstds[c] = static_cast<float>(1 / std::sqrt(static_cast<double>(var[c]) + eps));
+    scale[c] = rstds[c] * (weight ? weight[c] : 1.0f);
+    shift[c] = bias ? bias[c] : 0.0f;
+  }
+  for (std::vector<float>* v : {&centre, &scale, &shift}) repeat_in_place(*v, repeat);
+}
+
+void Epilogue::statistics(float* mean, float* var) const {
+  // Sums are relative to about the mean of each channel, lest the squares cancel: that of some positions of the first sample.
+  std::vector<float> pivot(C, 0.0f);
+  const int64_t seen = std::min<int64_t>(P, 32), step = P / seen;
+  for (int64_t i = 0; i < seen; ++i) {
+    for (int64_t c = 0; c < C; ++c) pivot[c] += y[channels_last ? i * step * C + c : c * P + i * step] / seen;
+  }
+  repeat_in_place(pivot, repeat);
+  const int64_t groups = std::min<int64_t>(B, 16), width = C * repeat;  // groups: whatever the number of threads
+  std::vector<double> partial(groups * 2 * C, 0.0);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(2 * width);
+    for (int64_t group = begin; group < end; ++group) {
+      double* own = partial.data() + group * 2 * C;
+      for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
+        for (int64_t start = 0; start < P; start += kChunk) {
+          const int64_t n = std::min(kChunk, P - start);  // whole lines: `repeat` is a power of two that divides P
+          if (channels_last) {
+            add_lines(y + (b * P + start) * C, pivot.data(), sums.data(), sums.data() + width, n / repeat, width);
+          } else {
+            for (int64_t c = 0; c < C; ++c)
+              add_channel(y + (b * C + c) * P + start, pivot[c], &sums[c], &sums[C + c], n);
+          }
+          fold(sums.data(), width, C, own);
+          fold(sums.data() + width, width, C, own + C);
+        }
+      }
+    }
+  });
+  for (int64_t c = 0; c < C; ++c) {
+    double sum = 0, square = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      sum += partial[group * 2 * C + c];
+      square += partial[group * 2 * C + C + c];
+    }
+    const double off = sum / (B * P), variance = square / (B * P) - off * off;
+    mean[c] = static_cast<float>(pivot[c] + off);
+    var[c] = static_cast<float>(variance < 0 ? 0 : variance);  // NaN stays
+  }
+}
+
+void Epilogue::forward(int64_t first, int64_t n, float* x) const {
+  const EpilogueSamples s = samples(first, n);
+  with_activation(activation, residual, [&]<Activation A, bool Residual>() { forward_samples<A, Residual>(s, x); });
+}
+
+void Epilogue::backward(int64_t first, int64_t n, float* grad, float* sums) const {
+  std::vector<float> line(2 * C * repeat, 0.0f);
+  std::vector<double> totals(2 * C, 0.0);
+  with_activation(activation, residual, [&]<Activation A, bool Residual>() {
+    for (int64_t i = 0; i < n; ++i)
+      backward_sample<A, Residual>(samples(first + i, 1), grad + i * C * P, totals.data(), line.data());
+  });
+  for (int64_t c = 0; c < 2 * C; ++c) sums[c] += static_cast<float>(totals[c]);
+}
+
+void Epilogue::finish(const float* grad_h, const float* sums, float* grad_y) const {
+  std::vector<float> first(C), second(C);
+  for (int64_t c = 0; c < C; ++c) {
+    first[c] = sums[c] / (B * P);
+    second[c] = sums[C + c] * rstds[c] * rstds[c] / (B * P);
+  }
+  repeat_in_place(first, repeat);
+  repeat_in_place(second, repeat);
+  torch::stable::parallel_for(0, B, std::max<int64_t>(1, 32768 / (C * P)), [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * C * P;
+    finish_samples(samples(begin, end - begin), first.data(), second.data(), grad_h + at, grad_y + at);
+  });
+}
+
+void Epilogue::parameter_gradients(const float* sums, float* grad_weight, float* grad_bias) const {
+  for (int64_t c = 0; c < C; ++c) {
+    grad_bias[c] = sums[c];
+    grad_weight[c] = sums[C + c] * rstds[c];
+  }
+}
+
+void Epilogue::add_parameter_gradients(const float* grad_weight, const float* grad_bias, float* sums) const {
+  for (int64_t c = 0; c < C; ++c) {
+    sums[c] += grad_bias[c];
+    sums[C + c] += grad_weight[c] / rstds[c];
+  }
+}
+
+EpilogueSamples Epilogue::samples(int64_t first, int64_t n) const {
+  const int64_t at = first * C * P;
+  return {channels_last ? n * P / repeat : n * C,
+          channels_last ? C * repeat : P,
+          C,
+          channels_last,
+          y + at,
+          residual ? residual + at : nullptr,
+          centre.data(),
+          scale.data(),
+          shift.data()};
+}

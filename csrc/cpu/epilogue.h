@@ -1,0 +1,62 @@
+// The end of a block: batch norm, residual and activation of float32 samples on the CPU, forward and backward, for operators that own whole samples.
+//
+//   h = (y - mean) scale + shift + residual,  x = activation(h);   scale = weight / sqrt(var + eps), shift = bias
+//
+// y, x and the residual have the same layout: [B, C, P] with contiguous positions, or [B, P, C] with contiguous channels (channels_last).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "spec.h"
+
+using spec::Activation;
+
+// Samples of one memory layout: `lines` runs of `length` elements. In channels_last a line is some positions, and the vectors have an element for
+// each of its elements; otherwise a line is a channel of one sample, and they have one element for each channel.
+struct EpilogueSamples {
+  int64_t lines, length, C;
+  bool channels_last;
+  const float *y, *residual, *mean, *scale, *shift;
+
+  int64_t channel(int64_t line) const { return channels_last ? 0 : line % C; }
+  const float* residual_at(int64_t at) const { return residual ? residual + at : nullptr; }
+};
+
+struct EpilogueShape {
+  int64_t B, C, P;
+  bool channels_last;
+};
+
+class Epilogue {
+ public:
+  // weight, bias: [C] or null. mean, var [C]: the batch's biased statistics, results (the same for any number of threads) unless `known`.
+  Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps, EpilogueShape shape, Activation activation,
+           float* mean, float* var, bool known = false);
+
+  // x of samples first .. first + n - 1.
+  void forward(int64_t first, int64_t n, float* x) const;
+
+  // grad: dL/dx of these samples on entry, dL/dh on return. Adds sum dL/dh and sum dL/dh (y - mean) to sums [2, C].
+  void backward(int64_t first, int64_t n, float* grad, float* sums) const;
+
+  // dL/dy of all samples from dL/dh; may be the same memory. sums: the batch's.
+  void finish(const float* grad_h, const float* sums, float* grad_y) const;
+
+  // dL/dweight and dL/dbias [C] from the batch's sums.
+  void parameter_gradients(const float* sums, float* grad_weight, float* grad_bias) const;
+
+  // Adds to the sums those behind another loss's parameter gradients.
+  void add_parameter_gradients(const float* grad_weight, const float* grad_bias, float* sums) const;
+
+ private:
+  const float *y, *residual;
+  int64_t B, C, P;
+  int64_t repeat;  // channels_last: times that the vectors below are repeated, for as many positions in one inner loop
+  bool channels_last;
+  Activation activation;
+  std::vector<float> rstds, centre, scale, shift;
+
+  void statistics(float* mean, float* var) const;
+  EpilogueSamples samples(int64_t first, int64_t n) const;
+};

@@ -1,0 +1,341 @@
+"""The commands compare, train, predict, bench and info: arguments, tables, exit codes. fastff/training does the work."""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import fastff
+from fastff import bench as benchmark
+from fastff import cache, parallel
+from fastff.ops import plan
+from fastff.parallel.watch import RankFailed, speaks
+from fastff.training import checkpoint, experiment, plots
+from fastff.training import compare as comparison
+from fastff.training import environment as here
+from fastff.training.fit import Diverged
+
+app = typer.Typer(
+    help=fastff.__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def command(function):
+    """Add a command. Errors that a user can cause become one line on stderr; others are bugs and keep their traceback.
+
+    FASTFF_DEBUG=1 keeps all tracebacks."""
+
+    @functools.wraps(function)
+    def run(*args, **options):
+        try:
+            return function(*args, **options)
+        except KeyboardInterrupt as error:
+            message, code = str(error) or "stopped", 130
+        except BrokenPipeError:
+            raise
+        except torch.OutOfMemoryError as error:
+            advice = "Smaller --batch-size, more --micro-batches or --window 1 need less memory."
+            message, code = f"{str(error).splitlines()[0]} {advice}", 1
+        except (Diverged, RankFailed) as error:
+            message, code = str(error), 1
+        except (ValueError, OSError, ImportError) as error:
+            message, code = str(error), 2
+            if os.environ.get("FASTFF_DEBUG") == "1":
+                raise
+        if speaks():
+            print(f"fastff: {message}", file=sys.stderr, flush=True)
+        raise typer.Exit(code)
+
+    return app.command()(run)
+
+
+def say(text):
+    """Print a line as it is."""
+    Console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def table(*columns, title=None):
+    """Return an empty table. Columns whose names begin with > are aligned right."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in columns:
+        made.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    return made
+
+
+def show(filled):
+    """Print a table."""
+    Console().print(filled)
+
+
+def option(text, *names):
+    """Return the option of an argument: its help, and its names if they differ from the argument's."""
+    return typer.Option(*names, help=text)
+
+
+default = experiment.DEFAULTS
+data_sets = "digits, mnist, fashion-mnist, cifar10, cifar100, imagenette, or a folder of images by class."
+Data = Annotated[str | None, option(f"{data_sets} Default: {default['data']}.", "--data")]
+Root = Annotated[str | None, option("Folder with the data set's official files; nothing is downloaded then.")]
+Model = Annotated[str | None, option(f"{', '.join(experiment.MODELS)}. Default: {default['model']}.")]
+Width = Annotated[int | None, option(f"Channels that the network starts with. Default: {default['width']}.")]
+Epochs = Annotated[int | None, option(f"Times through the training images. Default: {default['epochs']}.")]
+Batch = Annotated[int | None, option(f"Images in a minibatch. Default: {default['batch_size']}.")]
+Lr = Annotated[float | None, option("Learning rate. Default: 4e-3 block by block, 2e-3 for backpropagation.")]
+Decay = Annotated[float | None, option(f"Weight decay. Default: {default['weight_decay']}.")]
+Subset = Annotated[int | None, option("Train on this many images, equally many of each class.")]
+Size = Annotated[int | None, option("Height and width of images from folders (64) and Imagenette (160).")]
+Seed = Annotated[int | None, option("Seed of weights, order, augmentation and subset. Default: 0.")]
+Device = Annotated[str | None, option("cpu or cuda. Default: cuda where there is one.")]
+Window = Annotated[int | None, option("Blocks that a local loss trains: its own and those before. Default: 2.")]
+Grid = Annotated[int | None, option("Cells on a side of the spatial term; 0 for none. Default: 4.")]
+
+Cut = Annotated[
+    str | None, option("layer, block, stage, model, or module paths that end blocks, with commas. Default: block.")
+]
+Schedule = Annotated[
+    str | None, option("all: every block in every minibatch; greedy: one after the other. Default: all.")
+]
+Layout = Annotated[bool | None, option("Memory format. Default: channels last.", "--channels-last/--contiguous")]
+
+
+@command
+def compare(
+    data: Data = None,
+    root: Root = None,
+    model: Model = None,
+    width: Width = None,
+    epochs: Epochs = None,
+    batch_size: Batch = None,
+    lr: Lr = None,
+    weight_decay: Decay = None,
+    subset: Subset = None,
+    image_size: Size = None,
+    seed: Seed = None,
+    window: Window = None,
+    grid: Grid = None,
+    device: Device = None,
+    modes: Annotated[str, option(f"Names out of {', '.join(comparison.MODES)}, with commas.")] = "backprop,block,layer",
+    out: Annotated[Path, option("Folder for the picture.")] = Path("runs/compare"),
+    json_file: Annotated[Path | None, option("Write all figures to this file.", "--json")] = None,
+):
+    """Train one network in several ways: table, picture, JSON."""
+    s = experiment.settings(**{key: value for key, value in locals().items() if key in experiment.DEFAULTS})
+    names, where = comparison.modes_named(modes), experiment.device_named(device)
+    experiment.writable_folder(out)
+    if json_file is not None:
+        experiment.writable_folder(json_file.parent, "json")
+        if json_file.is_dir():
+            raise ValueError(f"json: expected a file, got the folder {json_file}")
+    result = comparison.compare(s, names, where, say=say)
+    plots.picture(result, out / "compare.png")
+    if json_file is not None:
+        text = json.dumps(result, indent=1, allow_nan=False)
+        checkpoint.write_atomically(json_file, lambda file: file.write(text.encode()))
+    _show_comparison(result)
+    say(f"picture: {out / 'compare.png'}")
+    if json_file is not None:
+        say(f"figures: {json_file}")
+
+
+def _show_comparison(result):
+    shown = table("mode", ">test", ">train", ">s / epoch", ">time to backprop's", ">peak memory")
+    shown.caption = (
+        "time: of training, to the final test accuracy of backpropagation\n"
+        "memory: of a step, above parameters and optimiser state"
+    )
+    shown.caption_justify = "left"
+    based = any(run["mode"] == "backprop" for run in result["runs"])
+    for run in result["runs"]:
+        needed = run["seconds_to_backprop"]
+        shown.add_row(
+            run["mode"],
+            f"{run['test_accuracy']:.2%}",
+            f"{run['train_accuracy']:.2%}",
+            f"{run['seconds_per_epoch']:.2f}",
+            f"{needed:.1f} s" if needed is not None else "not reached" if based else "not trained",
+            f"{run['peak_memory_mb']:.1f} MiB",
+        )
+    show(shown)
+
+
+@command
+def train(
+    data: Data = None,
+    root: Root = None,
+    model: Model = None,
+    width: Width = None,
+    granularity: Cut = None,
+    mode: Annotated[str | None, option("sff or backprop. Default: sff.")] = None,
+    epochs: Epochs = None,
+    batch_size: Batch = None,
+    lr: Lr = None,
+    weight_decay: Decay = None,
+    subset: Subset = None,
+    image_size: Size = None,
+    seed: Seed = None,
+    window: Window = None,
+    grid: Grid = None,
+    schedule: Schedule = None,
+    micro_batches: Annotated[int | None, option("Parts a minibatch is cut into. Default: 1.")] = None,
+    clip: Annotated[float | None, option("Largest norm of a block's gradients.")] = None,
+    amp: Annotated[str | None, option("bf16 or fp16.")] = None,
+    compile: Annotated[bool | None, option("Run blocks through torch.compile.", "--compile/--no-compile")] = None,
+    channels_last: Layout = None,
+    device: Device = None,
+    out: Annotated[Path | None, option("New folder for everything about the run. Default: runs/train.")] = None,
+    save_every: Annotated[int, option("Steps between checkpoints, beside the one after each epoch.")] = 200,
+    start_from: Annotated[Path | None, option("Start with the blocks of this run (transfer).", "--from")] = None,
+    freeze: Annotated[int | None, option("First blocks that stay as --from gave them; their heads learn.")] = None,
+    resume: Annotated[Path | None, option("Go on with this run; only --epochs and --root can change.")] = None,
+    block_ranks: Annotated[int, option("Of torchrun's processes, how many share the blocks of one network.")] = 1,
+    batch_norm: Annotated[
+        str | None, option("Over a process's share of a minibatch, local, or all of it, synchronized. Default: local.")
+    ] = None,
+    shard_optimizer: Annotated[
+        bool, option("Split the optimiser's state over the processes.", "--shard-optimizer")
+    ] = False,
+    timeout: Annotated[float, option("Seconds to wait for another process before it counts as hanging.")] = 300,
+):
+    """Train a network and keep everything in a folder; with torchrun --nproc-per-node N -m fastff.cli train on several devices."""
+    given = {key: value for key, value in locals().items() if key in experiment.DEFAULTS}
+    where = experiment.device_named(device)
+    distributed = None
+    if parallel.world_size() > 1:
+        distributed = parallel.Distributed(
+            block_ranks=block_ranks, batch_norm=batch_norm or "local", shard_optimizer=shard_optimizer, timeout=timeout
+        )
+        parallel.start(where, timeout)
+        if block_ranks > 1 and window is None:
+            given["window"] = 1
+    elif block_ranks > 1:
+        raise ValueError(f"block_ranks: expected 1 for one process (torchrun starts several), got {block_ranks}")
+    if save_every < 1:
+        raise ValueError(f"save_every: expected a whole number of at least 1, got {save_every}")
+    if resume is not None and (start_from is not None or out is not None):
+        raise ValueError("resume: expected neither --from nor --out beside it; a run goes on in its own folder")
+    out = resume or out or Path("runs/train")
+    if resume is not None or experiment.restarted(out):
+        run = experiment.resume(out, where, distributed, **given)
+    elif (out / "checkpoint.pt").exists():
+        text = f"expected a new folder, {out} holds a run already; go on with --resume {out}, or remove it"
+        raise ValueError(f"out: {text}")
+    else:
+        run = experiment.start(experiment.settings(**given), where, start_from, distributed)
+    _finish(run, out, save_every, distributed)
+
+
+def _finish(run, out, save_every, distributed):
+    """Train to the end of the run, and say what came out."""
+    leads, trainer = run.trainer.ranks.leads, run.trainer
+    trainer.ranks.watch.on_terminate()
+    if leads:
+        experiment.writable_folder(out)
+        say(repr(trainer.sff))
+        if distributed is not None:
+            say(str(trainer.engine.place))
+        if run.finished:
+            say(f"all {run.settings['epochs']} epochs are done; --epochs can add more")
+    history = run.fit(out, save_every)
+    if distributed is not None:
+        torch.distributed.destroy_process_group()
+    if not leads:
+        return
+    accuracies = {k.removeprefix("test "): v for k, v in history[-1].items() if k.startswith("test ")}
+    shown = table(
+        ">block", "ends with", ">test accuracy", title=f"{run.dataset.name} after epoch {history[-1]['epoch']}"
+    )
+    for index, name in enumerate(trainer.names):
+        if f"block {index}" in accuracies:
+            shown.add_row(str(index), name, f"{accuracies[f'block {index}']:.2%}")
+    shown.add_row("", "all: their vote" if len(accuracies) > 1 else "backpropagation", f"{accuracies['vote']:.2%}")
+    show(shown)
+    events = ", events for tensorboard --logdir" if (out / "events").is_dir() else ""
+    say(f"{out}: checkpoint.pt, metrics.csv{events}")
+    say(f"try it: fastff predict {out} IMAGE...")
+
+
+@command
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of fastff train.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    exit_threshold: Annotated[
+        float | None, option("Stop at the first block where the vote so far is this sure (0 to 1).")
+    ] = None,
+    device: Device = None,
+):
+    """Classify images, with the votes of the blocks."""
+    answers = experiment.classify(run, images, experiment.device_named(device), exit_threshold)
+    shown = table("image", "class", ">confidence", "votes of the blocks")
+    for path, answer in zip(images, answers, strict=True):
+        counts: dict[str, int] = {}
+        for _, label, _ in answer.blocks:
+            counts[label] = counts.get(label, 0) + 1
+        votes = ", ".join(f"{label} {count}" for label, count in sorted(counts.items(), key=lambda item: -item[1]))
+        shown.add_row(str(path), answer.label, f"{answer.confidence:.1%}", votes or "none: backpropagation")
+    show(shown)
+    for path, answer in zip(images, answers, strict=True):
+        if not answer.blocks or len(images) > 4:
+            continue
+        shown = table(">block", "ends with", "class", ">confidence", title=str(path) if len(images) > 1 else None)
+        for index, (name, label, sure) in enumerate(answer.blocks):
+            shown.add_row(str(index), name, label, f"{sure:.1%}")
+        show(shown)
+
+
+@command
+def bench(
+    tune: Annotated[bool, option("Measure what is chosen by measurement first, and keep it.", "--tune")] = False,
+    rounds: Annotated[int, option("Number of timings of each kernel.")] = 9,
+    device: Device = None,
+):
+    """Time the kernels against eager PyTorch on this machine."""
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    where = experiment.device_named(device)
+    if tune:
+        benchmark.tune(where, say)
+    on_gpu = torch.device(where).type == "cuda"
+    shown = table(
+        "op", "B, C, H = W, K", "runs as", ">faster than eager", ">20 to 80 %", *([">milliseconds"] if on_gpu else [])
+    )
+    shown.title = f"{here.environment(where)['device']}, torch {torch.__version__}"
+    for row in benchmark.run(where, rounds):
+        cells = [
+            row.op,
+            row.shape.strip("()"),
+            row.implementation,
+            f"{row.speedup:.2f} x",
+            f"{row.low:.2f} to {row.high:.2f}",
+        ]
+        shown.add_row(*cells, *([f"{row.milliseconds:.3f}"] if on_gpu else []))
+    show(shown)
+
+
+@command
+def info():
+    """Show versions, and which implementations run on this machine and why."""
+    factor, source = plan.second_moment_factor()
+    if source == "default":
+        source = f"default; bench --tune measures it here and keeps it in {cache.file(plan.FILE)}"
+    lines = here.versions() | {"second moment": f"counted cost times {factor:.2f} ({source})"}
+    lines |= {"Triton sizes": here.tuned_sizes()}
+    for name, value in lines.items():
+        say(f"{name:17} {value}")
+    shown = table("op", "implementation", "on", "here", title="Implementations, in the order they are tried")
+    before = None
+    for op, *row in here.implementations():
+        shown.add_row("" if op == before else op, *row)
+        before = op
+    show(shown)

@@ -1,0 +1,254 @@
+"""The graph that a block trains with: opened down to PyTorch's own layers, with faster stand-ins for them, and the epilogue at its end apart.
+
+    y -> BatchNorm2d [+ residual] [-> activation]      an epilogue: at the block's end part of the step op (fastff/graph/epilogue.py), inside
+                                                       the block one kernel, together with the convolution behind it (fastff/graph/fused.py)
+    Linear or Conv2d -> ReLU                           at the block's end: the ReLU is applied in place
+    Conv2d                                             a convolution with faster gradients
+
+Training only: evaluation runs the block's own modules. What cannot be traced trains as it is.
+"""
+
+import operator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fastff.graph import fused
+from fastff.graph.epilogue import ACTIVATIONS, BatchNormEpilogue, ReLUEpilogue, activation_name
+
+FUNCTIONS = {
+    F.relu: "relu", torch.relu: "relu", "relu": "relu", "relu_": "relu", F.relu6: "relu6", F.hardswish: "hardswish", F.silu: "silu",
+    F.gelu: "gelu",
+}  # fmt: skip
+ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+OVERWRITABLE = (nn.Conv2d, nn.Linear)  # no gradient of theirs needs their output
+
+
+class _Tracer(fx.Tracer):
+    """Opens nn.Sequential, and where `custom` says so a model's own modules; torch.nn's layers are called whole."""
+
+    def __init__(self, custom):
+        super().__init__()
+        self.custom = custom
+
+    def is_leaf_module(self, module, name):
+        if type(module) is nn.Sequential:
+            return False
+        return not self.custom or type(module).__module__.startswith("torch.nn.")
+
+
+class TrainingGraph:
+    """How a block computes in training.
+
+    Attributes:
+        forward: GraphModule from the block's inputs to its outputs (a tuple).
+        ending: BatchNormEpilogue, ReLUEpilogue or None.
+        body: with an ending: GraphModule from the inputs to (y, residual or None, *further outputs), what the ending is applied to.
+        convolution: the fused.Convolution that is all of the body, on the block's first input; None for other bodies.
+    """
+
+    def __init__(self, module, custom):
+        modes = {m: m.training for m in module.modules()}
+        try:
+            module.train()
+            graph = _Tracer(custom).trace(module)
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+        modules = dict(module.named_modules())
+        inside = set(modules)
+        if isinstance(module, fx.GraphModule):  # a part of a model: only what it calls belongs to the block
+            inside = _below(modules, {n.target for n in module.graph.nodes if n.op == "call_module"})
+        self.inside = [modules[name] for name in inside]
+        self.ending, self.body, self.convolution = None, None, None
+        output = next(node for node in graph.nodes if node.op == "output")
+        if isinstance(output.args[0], fx.Node):
+            output.args = ((output.args[0],),)
+        self.forward = _optimized(module, modules, graph)
+        found = _ending(modules, graph)
+        if found is not None:
+            self.ending, body = found
+            self.body = _optimized(module, modules, body)
+            self.convolution = _single_convolution(self.body)
+        graphs = [self.forward, *([self.body] if self.body else [])]
+        whole = [{n.target for n in g.graph.nodes if n.op == "call_module"} & modules.keys() for g in graphs]
+        still = set.intersection(*whole)
+        plain = {name for name in still if all(g.get_submodule(name) is modules[name] for g in graphs)}
+        self.bypassed = [modules[name] for name in inside - _below(modules, plain)]
+
+    def ready(self):
+        """Whether the graph may stand in for the block now: all of it is in training mode, and no hook would be passed over."""
+        return all(m.training for m in self.inside) and not fused.hooked(self.bypassed)
+
+    def graph_modules(self):
+        return [self.forward] if self.body is None else [self.forward, self.body]
+
+
+def training_graph(module, custom=True):
+    """The TrainingGraph of a module, or None where it cannot be traced. custom: whether modules of the model's own are opened."""
+    try:
+        return TrainingGraph(module, custom)
+    except Exception:  # whatever a model's own code raises when it is traced
+        return None
+
+
+def _below(modules, paths):
+    """Names of these modules and of all inside them."""
+    return {name for name in modules for path in paths if name == path or name.startswith(path + ".")}
+
+
+class _Match(NamedTuple):
+    """An epilogue in a graph: its input, residual (or None), batch norm, activation, the nodes it stands for, the last of them."""
+
+    y: fx.Node
+    residual: fx.Node | None
+    norm: nn.BatchNorm2d
+    activation: str
+    apply: object
+    nodes: list
+    result: fx.Node
+
+
+def _module(modules, node):
+    return modules.get(node.target) if node.op == "call_module" else None
+
+
+def _only_user(node):
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _activation(modules, node):
+    """(name, callable) of an activation's node, or None."""
+    module = _module(modules, node)
+    if type(module) in ACTIVATIONS and activation_name(module) is not None:
+        return activation_name(module), module
+    called = node.op in ("call_function", "call_method") and node.target in FUNCTIONS
+    if called and len(node.all_input_nodes) == 1 and node.kwargs.get("approximate", "none") == "none":
+        return FUNCTIONS[node.target], getattr(F, FUNCTIONS[node.target])
+    return None
+
+
+def _is_identity(modules, node):
+    module = _module(modules, node)
+    return type(module) in (nn.Identity, nn.Dropout) and not getattr(module, "p", 0)
+
+
+def _match(modules, norm_node):
+    """The epilogue that begins with a batch norm's node."""
+    nodes, residual, name, apply = [norm_node], None, "none", nn.Identity()
+    user = _only_user(norm_node)
+    while user is not None and _is_identity(modules, user):
+        nodes.append(user)
+        user = _only_user(user)
+    if user is not None and user.target in ADDITIONS and _is_addition(user):
+        first, second = user.args
+        other = second if first is nodes[-1] else first
+        if first is nodes[-1] or type(_module(modules, first)) is not nn.BatchNorm2d:
+            residual = other
+            nodes.append(user)
+            user = _only_user(user)
+    while user is not None and _is_identity(modules, user):
+        nodes.append(user)
+        user = _only_user(user)
+    if user is not None and (found := _activation(modules, user)) is not None:
+        name, apply = found
+        nodes.append(user)
+    return _Match(norm_node.args[0], residual, _module(modules, norm_node), name, apply, nodes, nodes[-1])
+
+
+def _is_addition(node):
+    return len(node.args) == 2 and not node.kwargs and len(node.all_input_nodes) == 2
+
+
+def _norm_nodes(modules, graph):
+    return [n for n in graph.nodes if type(_module(modules, n)) is nn.BatchNorm2d and len(n.args) == 1]
+
+
+def _ending(modules, graph):
+    """(ending, graph of the body) or None."""
+    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    main = results[0]
+    if not isinstance(main, fx.Node) or len(main.users) > 1 or results.count(main) > 1:
+        return None
+    last = main
+    while _is_identity(modules, last) and len(last.all_input_nodes[0].users) == 1:
+        last = last.all_input_nodes[0]
+    for node in _norm_nodes(modules, graph):
+        m = _match(modules, node)
+        if m.result in (last, main) and m.y not in results and m.residual not in m.nodes:
+            nodes = {*m.nodes, *_between(m.result, main)}
+            ending = BatchNormEpilogue(m.norm, m.activation, m.apply, m.residual is not None)
+            return ending, _body(graph, nodes, [m.y, m.residual, *results[1:]])
+    if type(_module(modules, last)) is nn.ReLU or (last.target in FUNCTIONS and FUNCTIONS[last.target] == "relu"):
+        (before,) = last.all_input_nodes[:1]
+        if type(_module(modules, before)) in OVERWRITABLE and len(before.users) == 1:
+            return ReLUEpilogue(), _body(graph, {last, *_between(last, main)}, [before, None, *results[1:]])
+    return None
+
+
+def _between(first, last):
+    """The identities behind `first` up to `last`."""
+    nodes = []
+    while last is not first:
+        nodes.append(last)
+        last = last.all_input_nodes[0]
+    return nodes
+
+
+def _body(graph, left_out, results):
+    """A copy of the graph without some nodes and with other results."""
+    body, copies = fx.Graph(), {}
+    for node in graph.nodes:
+        if node.op != "output" and node not in left_out:
+            copies[node] = body.node_copy(node, copies.__getitem__)
+    body.output(tuple(None if node is None else copies.get(node, node) for node in results))
+    return body
+
+
+def _optimized(root, modules, graph):
+    """A GraphModule of a copy of the graph that calls the stand-ins of fastff/graph/fused.py."""
+    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    graph = _body(graph, (), results)
+    stand_ins = {}
+    for node in _norm_nodes(modules, graph):
+        _fuse(modules, graph, _match(modules, node), stand_ins)
+    owners = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = stand_ins.get(node.target) or fused.Convolution.of(modules[node.target]) or modules[node.target]
+            owners[node.target] = module
+        elif node.op == "get_attr":
+            owners[node.target] = operator.attrgetter(node.target)(root)
+    return fx.GraphModule(owners, graph)
+
+
+def _fuse(modules, graph, match, stand_ins):
+    """Replace an epilogue's nodes, and the convolution behind them where it is the only reader, by one call of a stand-in."""
+    stand_in = fused.Epilogue(match.norm, match.activation, match.apply)
+    arguments = (match.y,) if match.residual is None else (match.y, match.residual)
+    nodes, last = list(match.nodes), match.result
+    user = _only_user(last)
+    convolution = None if user is None or match.residual is not None else fused.Convolution.of(_module(modules, user))
+    if convolution is not None:
+        stand_in = fused.EpilogueConvolution(stand_in, convolution)
+        nodes.append(user)
+        last = user
+    name = f"fused_{len(stand_ins)}"
+    stand_ins[name] = stand_in
+    with graph.inserting_before(last):
+        call = graph.call_module(name, arguments)
+    last.replace_all_uses_with(call)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+
+
+def _single_convolution(body):
+    """The fused.Convolution that is all of a body, on its first input."""
+    calls = [n for n in body.graph.nodes if n.op not in ("placeholder", "output")]
+    first = next(n for n in body.graph.nodes if n.op == "placeholder")
+    if len(calls) == 1 and calls[0].op == "call_module" and calls[0].args == (first,):
+        module = body.get_submodule(calls[0].target)
+        return module if isinstance(module, fused.Convolution) else None
+    return None

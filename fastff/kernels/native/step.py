@@ -1,0 +1,31 @@
+"""A whole local step by the compiled library, torch.ops.fastff.step_native (csrc/cpu/step.cpp): its call from a Step of fastff/spec.py.
+
+A Projection and an Epilogue are computed in float32: 16-bit tensors are widened whole. Groups alone keep their type."""
+
+import torch
+
+from fastff import spec
+from fastff.spec import Projection, StepResult
+
+CHOICES = {
+    "epilogue_activation": spec.ACTIVATIONS, "loss_name": spec.LOSSES, "loss_reduction": spec.REDUCTIONS,
+    "normalization_name": spec.NORMALIZATIONS,
+}  # fmt: skip
+_ARGUMENTS = [argument.split() for argument in spec.schema().split(", ")]
+_CHOICES = {place: CHOICES[name] for place, (_, name) in enumerate(_ARGUMENTS) if name in CHOICES}
+_TENSORS = [place for place, (kind, _) in enumerate(_ARGUMENTS) if kind == "Tensor?"]
+
+
+def run(local, second_moment=False):
+    """Return the StepResult of a Step, its losses not reduced."""
+    wide = local.epilogue is not None or isinstance(local.goodness, Projection)
+    values = spec.flatten(local)
+    for place, names in _CHOICES.items():
+        values[place] = names.index(values[place])
+    for place in _TENSORS if wide else ():
+        t = values[place]
+        if t is not None and t.dtype != torch.float32 and t.is_floating_point():
+            values[place] = t.float()
+    x = local.x.float() if wide else local.x
+    results = torch.ops.fastff.step_native(x, *values, local.need_grad_x, second_moment)
+    return StepResult(*(t if t.numel() else None for t in results))

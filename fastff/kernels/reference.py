@@ -1,0 +1,81 @@
+"""The definitions of fastff/reference.py as an implementation of every op: whole tensors at a time, nothing fused."""
+
+import torch
+
+from fastff import reference
+from fastff.kernels.layout import as_result_of, widened
+from fastff.spec import Groups, StepResult
+
+
+def goodness(x, head, plan=None):
+    """Return g of a Projection, by the algorithm of the plan, or of Groups."""
+    if isinstance(head, Groups):
+        return reference.group_goodness(widened(x), *head)
+    x, weight, bias, grid_weight = _in_dtype(x, head)
+    if plan.algorithm != "second_moment" or weight is None:
+        return reference.goodness(x, weight, bias, grid_weight, head.padding)
+    g = reference.goodness_second_moment(x, weight, bias, head.padding)
+    return g if grid_weight is None else g + reference.goodness(x, grid_weight=grid_weight)
+
+
+def goodness_backward(d, x, head, plan=None, need_grad_x=True):
+    """Return dL/dx for Groups; for a Projection the gradients of x, weight, bias and grid_weight, None for absent ones."""
+    if isinstance(head, Groups):
+        return reference.group_goodness_gradient(d, widened(x), *head).to(x.dtype)
+    wide, weight, bias, grid_weight = _in_dtype(x, head)
+    d = d.to(wide.dtype)
+    grad_x, grad_weight, grad_bias, grad_grid = torch.zeros_like(wide), None, None, None
+    if weight is not None:
+        second = plan.algorithm == "second_moment"
+        gradients = reference.gradients_second_moment if second else reference.gradients_direct
+        grad_x, grad_weight, grad_bias = gradients(d, wide, weight, bias, head.padding)
+    if grid_weight is not None:
+        spread, grad_grid = reference.gradients_grid(d, wide, grid_weight)
+        grad_x = grad_x + spread
+    return grad_x if need_grad_x else None, grad_weight, grad_bias if bias is not None else None, grad_grid
+
+
+def normalize(x, normalization):
+    """Return x normalized, or None for "none"."""
+    return None if normalization.name == "none" else reference.normalized(widened(x), *normalization)
+
+
+def step(local, plan=None):
+    """Return the StepResult of a Step, its losses not reduced."""
+    y, head, epilogue = widened(local.x), local.goodness, local.epilogue
+    x = local.x
+    if epilogue is not None:
+        weight, bias, residual = map(widened, (epilogue.weight, epilogue.bias, epilogue.residual))
+        out, h, mean, var = reference.epilogue(y, weight, bias, epilogue.eps, residual, epilogue.activation)
+        x = as_result_of(x, out)
+    g = goodness(x, head, plan)
+    losses, (d, grad_tau) = (
+        reference.losses(g, local.loss),
+        reference.loss_gradient(g, local.loss, local.loss.scale(len(g))),
+    )
+    grads = goodness_backward(d, x, head, plan)
+    grad_x, *grads = (grads, None, None, None) if isinstance(head, Groups) else grads
+    result = StepResult(losses, g, grad_x, *grads, grad_tau, normalize(x, local.normalization))
+    if epilogue is None:
+        return result
+    grad_y, grad_h, grad_weight, grad_bias = reference.epilogue_gradients(
+        widened(as_result_of(x, grad_x)), y, h, mean, var, weight, epilogue.eps, epilogue.activation
+    )
+    return result._replace(
+        grad_x=grad_y, grad_residual=grad_h, grad_bn_weight=grad_weight, grad_bn_bias=grad_bias, mean=mean, var=var
+    )
+
+
+def _in_dtype(x, projection):
+    dtype = projection.dtype(x)
+    return [None if t is None else t.to(dtype) for t in (x, *projection[:3])]
+
+
+def layer_norm(x, eps):
+    """Return x normalized over each sample."""
+    return reference.layer_norm(widened(x), eps).view(x.shape)
+
+
+def weight_gradient(grad, x, kernel, stride, padding):
+    """Return dL/dweight of a convolution."""
+    return reference.convolution_weight_gradient(widened(grad), widened(x), kernel, stride, padding).to(x.dtype)

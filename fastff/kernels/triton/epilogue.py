@@ -1,0 +1,288 @@
+"""The epilogue of a block, x = activation(batch_norm(y) + residual), and its gradients: device functions for the goodness kernels, and kernels.
+
+    channel_sums   mean and variance of each channel: partial sums by program, added in a fixed order        reads y
+    apply          x                                                                                         reads y, residual; writes x
+    derive         dL/dh and its two sums by channel, h before the activation                  reads y, residual, dL/dx; writes dL/dh
+    finish         dL/dy = scale (dL/dh - mean(dL/dh) - (y - mean) mean(dL/dh (y - mean)) / var)             reads y, dL/dh; writes dL/dy
+
+The goodness kernels (goodness/) make x of every tile that they load and never write it; dL/dh and its sums leave with their second sweep, so
+only channel_sums and finish run beside them.
+
+Formulas: fastff/reference.py. Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
+"""
+
+from collections import namedtuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fastff import spec
+from fastff.kernels.layout import dense, empty_like, is_channels_last
+from fastff.kernels.torch import epilogue as torch_epilogue
+from fastff.kernels.torch.normalization import normalize
+from fastff.kernels.triton.launch import constants, multiprocessors, on_device, strides
+from fastff.spec import EpilogueGradients
+
+RELU, RELU6, HARDSWISH, SILU, GELU = (
+    tl.constexpr(spec.ACTIVATIONS.index(name)) for name in ("relu", "relu6", "hardswish", "silu", "gelu")
+)
+
+POSITIONS = 64  # of a tile
+
+
+Source = namedtuple("Source", "x residual affine sample_stride channel_stride position_stride")
+"""What a tile of the head's input is made of: x itself (affine None), or activation((x - mean) scale + shift + residual).
+
+affine [3, C] = mean, scale, shift; residual (or None) has the strides of x."""
+
+
+Extent = namedtuple("Extent", "positions C P")
+"""Positions of the whole batch, channels, and positions of a sample."""
+
+
+Tile = namedtuple("Tile", "ACTIVATION R BC")
+"""Constants of the kernels here: the activation, positions and channels of a tile."""
+
+
+@triton.jit
+def activate(h, ACTIVATION: tl.constexpr):
+    """The activation of h."""
+    if ACTIVATION == RELU:
+        h = tl.where(h < 0, 0.0, h)
+    elif ACTIVATION == RELU6:
+        h = tl.where(h < 0, 0.0, tl.where(h > 6, 6.0, h))
+    elif ACTIVATION == HARDSWISH:
+        h = h * tl.where(h < -3, 0.0, tl.where(h > 3, 6.0, h + 3)) / 6
+    elif ACTIVATION == SILU:
+        h = h * tl.sigmoid(h)
+    elif ACTIVATION == GELU:
+        h = 0.5 * h * (1 + tl.erf(h * 0.7071067811865476))
+    return h
+
+
+@triton.jit
+def slope(h, ACTIVATION: tl.constexpr):
+    """The activation's derivative at h."""
+    if ACTIVATION == RELU:
+        value = tl.where(h > 0, 1.0, 0.0)
+    elif ACTIVATION == RELU6:
+        value = tl.where((h > 0) & (h < 6), 1.0, 0.0)
+    elif ACTIVATION == HARDSWISH:
+        value = tl.where(h <= -3, 0.0, tl.where(h >= 3, 1.0, h / 3 + 0.5))
+    elif ACTIVATION == SILU:
+        s = tl.sigmoid(h)
+        value = s * (1 + h * (1 - s))
+    elif ACTIVATION == GELU:
+        value = 0.5 * (1 + tl.erf(h * 0.7071067811865476)) + h * tl.exp(-0.5 * h * h) * 0.3989422804014327
+    else:
+        value = tl.full(h.shape, 1.0, tl.float32)
+    return value
+
+
+@triton.jit
+def before_activation(source: Source, at, c, C, mask):
+    """h = (x - mean) scale + shift + residual of a tile [BC, R], and x - mean."""
+    mean = tl.load(source.affine + c, mask=c < C, other=0.0)
+    scale = tl.load(source.affine + C + c, mask=c < C, other=0.0)
+    shift = tl.load(source.affine + 2 * C + c, mask=c < C, other=0.0)
+    off = tl.where(mask, tl.load(source.x + at, mask=mask, other=0.0).to(tl.float32) - mean[:, None], 0.0)
+    h = off * scale[:, None] + shift[:, None]
+    if source.residual is not None:
+        h += tl.load(source.residual + at, mask=mask, other=0.0).to(tl.float32)
+    return h, off
+
+
+@triton.jit
+def load_tile(source: Source, at, c, C, mask, ACTIVATION: tl.constexpr):
+    """The head's input [BC, R], in the type of x."""
+    if source.affine is None:
+        X = tl.load(source.x + at, mask=mask, other=0.0)
+    else:
+        h, _ = before_activation(source, at, c, C, mask)
+        X = tl.where(mask, activate(h, ACTIVATION), 0.0).to(source.x.dtype.element_ty)
+    return X
+
+
+@triton.jit
+def through_activation(grad, source: Source, at, c, C, mask, ACTIVATION: tl.constexpr):
+    """dL/dh of a tile from dL/dx, and x - mean; dL/dx twice where there is no epilogue."""
+    if source.affine is None:
+        off = grad
+    else:
+        h, off = before_activation(source, at, c, C, mask)
+        grad = tl.where(mask, grad * slope(h, ACTIVATION), 0.0)
+    return grad, off
+
+
+@triton.jit
+def store_pair(sums, index, first, second, c, C):
+    """Write sums[index] of sums [.., 2, C]."""
+    at = sums + index * 2 * C + c
+    tl.store(at, first, mask=c < C)
+    tl.store(at + C, second, mask=c < C)
+
+
+@triton.jit
+def tile_at(source: Source, extent: Extent, start, end, c, R: tl.constexpr):
+    """Offsets and mask of a tile [BC, R] of the channels c, from position `start` of the batch on."""
+    row = start + tl.arange(0, R)
+    at = (row // extent.P) * source.sample_stride + (row % extent.P) * source.position_stride
+    mask = (c < extent.C)[:, None] & ((row < end) & (row < extent.positions))[None, :]
+    return at[None, :] + c[:, None] * source.channel_stride, mask
+
+
+@triton.jit
+def channel_sums(source: Source, partial, extent: Extent, share, tile: Tile):
+    """Program (i, j): sums of x - x[first position] and of its square over positions j share .. (j + 1) share - 1 of the batch; [parts, 2, C]."""
+    part = tl.program_id(1)
+    c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
+    pivot = tl.load(source.x + c * source.channel_stride, mask=c < extent.C, other=0.0).to(tl.float32)
+    total = tl.zeros([tile.BC, tile.R], tl.float32)
+    square = tl.zeros([tile.BC, tile.R], tl.float32)
+    start = part.to(tl.int64) * share
+    for r0 in range(0, share, tile.R):
+        at, mask = tile_at(source, extent, start + r0, start + share, c, tile.R)
+        value = tl.load(source.x + at, mask=mask, other=0.0).to(tl.float32)
+        off = tl.where(mask, value - pivot[:, None], 0.0)
+        total += off
+        square += off * off
+    store_pair(partial, part, tl.sum(total, 1), tl.sum(square, 1), c, extent.C)
+
+
+@triton.jit
+def apply(source: Source, x, extent: Extent, tile: Tile):
+    """x of R positions and BC channels."""
+    c = tl.program_id(1) * tile.BC + tl.arange(0, tile.BC)
+    start = tl.program_id(0).to(tl.int64) * tile.R
+    at, mask = tile_at(source, extent, start, extent.positions, c, tile.R)
+    tl.store(x + at, load_tile(source, at, c, extent.C, mask, tile.ACTIVATION), mask=mask)
+
+
+@triton.jit
+def derive(source: Source, grad_x, grad_h, partial, extent: Extent, share, tile: Tile):
+    """dL/dh from dL/dx (in the same memory, perhaps), and sums as in channel_sums: of dL/dh and of dL/dh (x - mean)."""
+    part = tl.program_id(1)
+    c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
+    total = tl.zeros([tile.BC, tile.R], tl.float32)
+    product = tl.zeros([tile.BC, tile.R], tl.float32)
+    start = part.to(tl.int64) * share
+    for r0 in range(0, share, tile.R):
+        at, mask = tile_at(source, extent, start + r0, start + share, c, tile.R)
+        value = tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
+        value, off = through_activation(value, source, at, c, extent.C, mask, tile.ACTIVATION)
+        tl.store(grad_h + at, value.to(grad_h.dtype.element_ty), mask=mask)
+        total += value
+        product += value * off
+    store_pair(partial, part, tl.sum(total, 1), tl.sum(product, 1), c, extent.C)
+
+
+@triton.jit
+def finish(source: Source, grad_h, grad_y, means, extent: Extent, tile: Tile):
+    """dL/dy of R positions and BC channels; means [2, C] of dL/dh and of dL/dh (x - mean) / var; grad_y may be grad_h."""
+    c = tl.program_id(1) * tile.BC + tl.arange(0, tile.BC)
+    has_c = c < extent.C
+    start = tl.program_id(0).to(tl.int64) * tile.R
+    at, mask = tile_at(source, extent, start, extent.positions, c, tile.R)
+    mean = tl.load(source.affine + c, mask=has_c, other=0.0)
+    scale = tl.load(source.affine + extent.C + c, mask=has_c, other=0.0)
+    first = tl.load(means + c, mask=has_c, other=0.0)
+    second = tl.load(means + extent.C + c, mask=has_c, other=0.0)
+    off = tl.load(source.x + at, mask=mask, other=0.0).to(tl.float32) - mean[:, None]
+    grad = tl.load(grad_h + at, mask=mask, other=0.0).to(tl.float32)
+    grad = (grad - first[:, None] - off * second[:, None]) * scale[:, None]
+    tl.store(grad_y + at, grad.to(grad_y.dtype.element_ty), mask=mask)
+
+
+def channels_of_a_tile(C):
+    return min(max(16, triton.next_power_of_2(C)), 64)
+
+
+class Launches:
+    """Launches of the kernels above for an epilogue of y: over all tiles, or over shares of the positions with partial sums added in a fixed
+    order. Without mean and var, they are those of this batch."""
+
+    def __init__(self, y, epilogue, mean=None, var=None):
+        self.y, self.epilogue = dense(y), epilogue
+        B, C, H, W = y.shape
+        self.extent = Extent(B * H * W, C, H * W)
+        self.config = Tile(spec.ACTIVATIONS.index(epilogue.activation), POSITIONS, channels_of_a_tile(C))
+        self.blocks = -(-C // self.config.BC)
+        self.source = Source(self.y, None, None, *strides(self.y))
+        if mean is None:
+            off, square = self._sums(channel_sums) / self.extent.positions
+            mean, var = self.y[0, :, 0, 0] + off, (square - off * off).clamp_(min=0)
+        self.mean, self.var, self.rstd = mean, var, (var + epilogue.eps).rsqrt()
+        scale = self.rstd if epilogue.weight is None else self.rstd * epilogue.weight.float()
+        shift = torch.zeros_like(mean) if epilogue.bias is None else epilogue.bias.float()
+        self.source = self.source._replace(
+            residual=None if epilogue.residual is None else self._laid_out(epilogue.residual),
+            affine=torch.stack([mean, scale, shift]),
+        )
+
+    def _laid_out(self, tensor):
+        """The tensor in the memory layout of y."""
+        tensor = dense(tensor)
+        return tensor if is_channels_last(tensor) == is_channels_last(self.y) else empty_like(self.y).copy_(tensor)
+
+    def _tiles(self, kernel, *tensors):
+        grid = -(-self.extent.positions // POSITIONS), self.blocks
+        kernel[grid](self.source, *tensors, self.extent, constants(self.config), num_warps=4)
+
+    def _sums(self, kernel, *tensors):
+        """[2, C]"""
+        positions = self.extent.positions
+        parts = max(1, min(4 * multiprocessors(self.y.device) // self.blocks, -(-positions // (4 * POSITIONS))))
+        share = -(-positions // (parts * POSITIONS)) * POSITIONS
+        parts = -(-positions // share)
+        partial = torch.empty((parts, 2, self.extent.C), device=self.y.device, dtype=torch.float32)
+        kernel[self.blocks, parts](
+            self.source, *tensors, partial, self.extent, share, constants(self.config), num_warps=8
+        )
+        return partial.sum(0)
+
+    def forward(self):
+        """x, as y."""
+        x = empty_like(self.y)
+        self._tiles(apply, x)
+        return x
+
+    def backward(self, grad_x, overwrite=False):
+        """(grad_y, grad_residual or None, grad_weight, grad_bias) from grad_x, in whose memory the result may lie."""
+        grad_x = self._laid_out(grad_x)
+        grad_h = grad_x if overwrite else empty_like(self.y)
+        return self.finish(grad_h, self._sums(derive, grad_x, grad_h))
+
+    def finish(self, grad_h, sums):
+        """The same from grad_h (overwritten) and the sums [2, C] of grad_h and of grad_h (y - mean)."""
+        keep = self.epilogue.wants_residual
+        grad_y = empty_like(self.y) if keep else grad_h
+        means = torch.stack([sums[0], sums[1] * self.rstd * self.rstd]) / self.extent.positions
+        self._tiles(finish, grad_h, grad_y, means)
+        return EpilogueGradients(grad_y, grad_h if keep else None, sums[1] * self.rstd, sums[0])
+
+
+def forward(y, epilogue, normalization=None, need_x=True, statistics=None):
+    """x as y, the normalized x or None, mean [C] and biased variance [C] of this batch; `statistics` (mean, var) where they are known already."""
+    with on_device(y):
+        launches = Launches(y, epilogue, *(statistics or ()))
+        x = launches.forward()
+        return x, None if normalization is None else normalize(x, normalization), launches.mean, launches.var
+
+
+def backward(
+    y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False
+):
+    """spec.EpilogueGradients from the gradient of x. That of the normalized x and `added` gradients go through PyTorch's operators."""
+    if grad_normalized is not None or added is not None:
+        return torch_epilogue.backward(y, epilogue, mean, var, grad_x, grad_normalized, normalization, added)
+    with on_device(y):
+        return Launches(y, epilogue, mean, var).backward(grad_x, overwrite)
+
+
+def step_in_parts(step, run):
+    """A spec.Step with an epilogue, by kernels around run(step without it), which read and write x."""
+    with on_device(step.x):
+        launches = Launches(step.x, step.epilogue)
+        inner = run(step._replace(x=launches.forward(), epilogue=None, need_grad_x=True))
+        return inner.before_epilogue(launches.backward(inner.grad_x, overwrite=True), launches.mean, launches.var)

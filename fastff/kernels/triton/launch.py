@@ -1,0 +1,31 @@
+"""What every launch of a Triton kernel needs: the device, strides, and arguments bundled into named tuples.
+
+Triton (3.4 and later) takes named tuples as kernel arguments and hands them on to device functions: a field is a pointer, a number, None, or a
+constant (`constants`), and each is specialised as an argument of its own would be. Subclasses of named tuples lose their names in it, and a
+constant that a device function returns is no longer one.
+"""
+
+import torch
+import triton.language as tl
+
+from fastff.kernels.layout import is_channels_last
+
+
+def multiprocessors(device):
+    """Number of multiprocessors of a GPU (4 for the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def on_device(x):
+    """Context in which kernels start on the device of x."""
+    return torch.cuda.device_of(x) if x.is_cuda else torch.no_grad()
+
+
+def strides(x):
+    """Strides of samples, channels and positions of x [B, C, H, W], dense in either layout."""
+    return (x.stride(0), 1, x.shape[1]) if is_channels_last(x) else (x.stride(0), x.shape[2] * x.shape[3], 1)
+
+
+def constants(config):
+    """The named tuple with its fields as compile-time constants of a kernel."""
+    return type(config)(*(None if value is None else tl.constexpr(value) for value in config))

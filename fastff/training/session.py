@@ -1,0 +1,123 @@
+"""What Trainer and Backprop offer alike: step, fit, evaluate, save, load. They differ in the engine they are made with."""
+
+from pathlib import Path
+
+from fastff.training import fit, graph, optim, state
+from fastff.training.engine import AMP, check_batch
+
+
+class Session:
+    """An engine (engine.py), and how far training with it has come (state.py).
+
+    Attributes: engine, state, sff, names (of the losses), optimizers, device, ranks (fastff.parallel.ranks.Ranks), result (StepResult of
+    the last step, or None).
+    """
+
+    def __init__(self, engine, options, lr_schedule):
+        if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:
+            known = ", ".join(optim.SCHEDULES)
+            raise ValueError(f"lr_schedule: expected one of {known} or a function, got {lr_schedule!r}")
+        self.engine, self.sff, self.names, self.optimizers = engine, engine.sff, engine.names, engine.optimizers
+        self.device, self.ranks = engine.device, engine.place.ranks
+        self.lr_schedule = lr_schedule if callable(lr_schedule) else optim.SCHEDULES[lr_schedule]
+        self.options, self.state, self.result = options, state.State(), None
+        self.fitting = False  # updates may wait for other ranks over the end of a step
+        self.run_step = engine.run_step
+        if options.cuda_graph:
+            self._record_steps()
+
+    def _record_steps(self):
+        graph.prepare(self.optimizers, self.device, AMP[self.options.amp])
+        self.run_step = graph.StepGraph(self.engine, graph.Cuda(self.device))
+
+    @property
+    def steps(self):
+        """Number of steps made in fit."""
+        return self.state.steps
+
+    @property
+    def position(self):
+        """Dict of the number of epochs done ("epoch") and of minibatches done in the next one ("batch")."""
+        return self.state.position
+
+    @property
+    def history(self):
+        """List of one dict per epoch, which fit returns."""
+        return self.state.history
+
+    @property
+    def correct(self):
+        """Number of samples [L] that each block, or the network, classified correctly in the last step."""
+        return self.result.correct
+
+    def train_mode(self):
+        """Put the network into training mode, frozen blocks into evaluation mode."""
+        self.engine.train_mode()
+
+    def step(self, images, target):
+        """Train on one minibatch, images [B, *input_shape] and target [B] (int64).
+
+        Returns the losses [L], 0 for a block that is not trained, or not by this rank. Nothing in it waits for the device."""
+        if self.ranks.feeds:
+            check_batch(self.sff, images, target)
+            images, target = (t.detach().to(self.device, non_blocking=True) for t in (images, target))
+        self.result = self.run_step(images, target)
+        if not self.fitting:
+            self.engine.place.settle()
+        return self.result.losses
+
+    def fit(
+        self, loader, epochs, validation=None, out=None, save_every=None, progress=True, evaluate_every=1, meta=None
+    ):
+        """Train for `epochs` from where this trainer stands (a loaded checkpoint goes on).
+
+        Args:
+            loader: minibatches (images, target); with set_epoch and iter_from (fastff.training.data.Loader) resuming skips nothing.
+            validation: minibatches to evaluate after every `evaluate_every` epochs and the last.
+            out: folder for checkpoint.pt, metrics.csv and TensorBoard events; None writes nothing.
+            save_every: steps between checkpoints; one is saved after each epoch in any case.
+            progress: whether to show a live display, or an object with the methods of fastff.training.report.Report, which is then called
+                in place of the display and of the metrics' writer (on rank 0 of several).
+            meta: a dict of plain values kept in the checkpoint (how to build the network again).
+
+        Returns the history: one dict per epoch (on rank 0 of several). Raises Diverged, Interrupted, RankFailed.
+        """
+        from fastff.training.report import Report
+
+        path = None if out is None else Path(out) / "checkpoint.pt"
+        if not self.ranks.leads:
+            progress = Report(None, show=False)
+        elif isinstance(progress, bool):
+            progress = Report(out, show=progress)
+        self.state.meta = self.state.meta if meta is None else meta
+        self.fitting = True
+        try:
+            with fit.failures_told(self, path):
+                return fit.fit(self, loader, epochs, validation, path, save_every, evaluate_every, progress)
+        finally:
+            self.fitting = False
+
+    def evaluate(self, loader):
+        """Return the accuracies over `loader` in evaluation mode, {name: 0..1}: of the vote, of each block, of the classifier.
+
+        Several ranks share out a fastff Loader; of another each counts what it gives this rank. Call it on all of them."""
+        self.synchronize()
+        return fit.evaluate(self.engine, loader)
+
+    def synchronize(self):
+        """Finish all updates, and bring the blocks of all ranks to every rank, the statistics of batch norm averaged.
+
+        Needed before the weights are used otherwise than by this trainer's steps; fit, evaluate and save do it. Call it on all ranks."""
+        self.engine.place.synchronize()
+
+    def save(self, path):
+        """Write everything needed to go on: weights, optimisers, scalers, random states, position in the data, history. Atomic.
+
+        Of several ranks the first writes, and all have to call it; the file does not say how many they were."""
+        state.save(path, self)
+
+    def load(self, path):
+        """Go on from what `save` wrote, bit for bit. Raises CheckpointError for a damaged file or another network."""
+        state.load(path, self)
+        if self.options.cuda_graph:  # the optimisers' tensors are new ones
+            self._record_steps()

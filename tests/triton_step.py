@@ -1,0 +1,53 @@
+"""Steps of every loss, normalization and epilogue under a head with weights, and the epilogue by itself, against float64: test_triton.py runs this
+interpreted, with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastff import spec
+from fastff.kernels.torch import goodness as plain
+from fastff.kernels.triton import epilogue, goodness
+
+
+def problem(channels_last=False):
+    torch.manual_seed(0)
+    x, residual = torch.randn(6, 16, 4, 4), torch.randn(6, 16, 4, 4)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    return x, residual, torch.randn(5, 16, 1, 1), torch.rand(16) + 0.5, torch.randn(16)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("name", spec.LOSSES)
+def test_step(name, activation):
+    x, residual, weight, bn_weight, bn_bias = problem(channels_last=activation is None)
+    loss = spec.Loss(name, torch.arange(6) % 5 if name == "cross_entropy" else None)
+    for normalize, algorithm in (("layer_norm", "direct"), ("layer_norm_channels", "second_moment"), ("rms", "direct")):
+
+        def step(dtype, implementation, normalize=normalize, algorithm=algorithm):
+            tensors = (t.to(dtype) for t in (x, residual, weight, bn_weight, bn_bias))
+            y, r, w, scale, shift = tensors
+            around = activation and spec.Epilogue(scale, shift, residual=r, activation=activation)
+            local = spec.Step(y, around, spec.Projection(w), loss, spec.Normalization(normalize))
+            return implementation.step(local, spec.Plan(algorithm, 6, 5))
+
+        got, exact = step(torch.float32, goodness), step(torch.float64, plain)
+        for field, a, b in zip(spec.StepResult._fields, got, exact, strict=True):
+            assert (a is None) == (b is None), field
+            assert a is None or (a - b).abs().max() < 1e-5 * b.abs().max(), field
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_epilogue_forward_and_backward(channels_last):
+    y, residual, _, weight, bias = problem(channels_last)
+    description = spec.Epilogue(weight, bias, residual=residual, activation="gelu")
+    x, _, mean, var = epilogue.forward(y, description)
+    grad_x = torch.randn_like(x)
+    kept = grad_x.clone()
+    got = epilogue.backward(y, description, mean, var, grad_x)
+    assert torch.equal(grad_x, kept)
+    inputs = [t.double().requires_grad_() for t in (y, residual, weight, bias)]
+    exact = F.gelu(F.batch_norm(inputs[0], None, None, *inputs[2:], training=True) + inputs[1])
+    assert (x - exact).abs().max() < 1e-5 * exact.abs().max()
+    for a, b in zip(got, torch.autograd.grad(exact, inputs, grad_x.double()), strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
