@@ -211,10 +211,11 @@ void repeat_in_place(std::vector<float>& v, int64_t times) {
 
 }  // namespace
 
-Epilogue::Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps, EpilogueShape shape,
-                   Activation activation, float* mean, float* var, bool known)
-    : y(y), residual(residual), B(shape.B), C(shape.C), P(shape.P), repeat(shape.channels_last ? positions_of_a_line(C, P) : 1),
-      channels_last(shape.channels_last), activation(activation), rstds(C), centre(C), scale(C), shift(C) {
+Epilogue::Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps,
+                   EpilogueShape shape, Activation activation, float* mean, float* var, bool known)
+    : y(y), residual(residual), B(shape.B), C(shape.C), P(shape.P),
+      repeat(shape.channels_last ? positions_of_a_line(C, P) : 1), channels_last(shape.channels_last),
+      activation(activation), rstds(C), centre(C), scale(C), shift(C) {
   if (!known) statistics(mean, var);
   for (int64_t c = 0; c < C; ++c) {
     centre[c] = mean[c];

@@ -61,8 +61,8 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   if (given.has_epilogue) {
     const spec::Epilogue& e = given.epilogue;
     r.mean = empty(x, {C}), r.var = empty(x, {C}), r.grad_bn_weight = empty(x, {C}), r.grad_bn_bias = empty(x, {C});
-    epilogue.emplace(floats(x), floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps), EpilogueShape{B, C, P, channels_last},
-                     e.activation, writable(r.mean), writable(r.var));
+    epilogue.emplace(floats(x), floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps),
+                     EpilogueShape{B, C, P, channels_last}, e.activation, writable(r.mean), writable(r.var));
   }
   const StepCall call{given, loss, epilogue ? &*epilogue : nullptr, sums.data(), grad_tau.data(), r};
   given.has_projection ? projection_step(call) : groups_step(call);
