@@ -127,11 +127,9 @@ std::vector<Tensor> backward(const Backward& given) {
   std::vector<float> sums(groups * 2 * C, 0.0f);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(given.added_grad_h ? 2 * n : given.grad_normalized ? n : 0);
-    for (int64_t group = begin; group < end; ++group) {
-      for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
+    for (int64_t group = begin; group < end; ++group)
+      for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b)
         sample_gradient(given, epilogue, b, n, to + b * n, scratch, sums.data() + group * 2 * C);
-      }
-    }
   });
   for (int64_t i = 2 * C; i < groups * 2 * C; ++i) sums[i % (2 * C)] += sums[i];
   if (given.added_grad_h)

@@ -59,11 +59,10 @@ class Task {
       const int64_t at = sample(first, i) * size;
       if (normalize) (*normalize)(input + i * size, p.normalized + at);
       if (grad_copy.empty()) continue;
-      if (transposed) {
+      if (transposed)
         gemm::transpose(p.P, p.C, grad_x + i * size, p.C, p.grad_x + at, p.P);
-      } else {
+      else
         std::copy_n(grad_x + i * size, size, p.grad_x + at);
-      }
     }
     for_runs(first, n, [&](int64_t b, int64_t length, int64_t) {
       if (p.epilogue) p.epilogue->backward(b, length, p.grad_x + b * size, sums.epilogue);
@@ -91,11 +90,10 @@ class Task {
   const float* input_of(int64_t first, int64_t n) {
     if (x_copy.empty()) return p.x + first * size;
     for_runs(first, n, [&](int64_t b, int64_t length, int64_t i) {
-      if (p.epilogue) {
+      if (p.epilogue)
         p.epilogue->forward(b, length, x_copy.data() + i * size);
-      } else {
+      else
         std::copy_n(p.x + b * size, length * size, x_copy.data() + i * size);
-      }
     });
     return x_copy.data();
   }
@@ -119,9 +117,8 @@ void run(Problem& p, const Sums& results, float* grad_grid_weight) {
     for (int64_t group = begin; group < end; ++group) {
       float* own = gradients ? partial.data() + group * size : nullptr;
       const Sums sums{own, own + weights, own + head};
-      for (int64_t i = group * tasks / groups; i < (group + 1) * tasks / groups; ++i) {
+      for (int64_t i = group * tasks / groups; i < (group + 1) * tasks / groups; ++i)
         task.run(i * step, std::min(step, units - i * step) * members, sums);
-      }
     }
   });
   const auto collect = [&](float* target, int64_t offset, int64_t n) {

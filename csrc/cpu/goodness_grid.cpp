@@ -28,15 +28,13 @@ void Grid::means_of(const float* x, float* means) {
     std::fill(totals.begin(), totals.end(), 0.0);
     for (int64_t start = rows.from; start < rows.to; start += vec::kChunk) {
       std::fill(row.begin(), row.end(), 0.0f);
-      for (int64_t l = 0; l < lines; ++l) {
+      for (int64_t l = 0; l < lines; ++l)
         for (int64_t h = start; h < std::min(start + vec::kChunk, rows.to); ++h)
           vec::add(row.data() + l * length, x + l * p.P + h * length, length);
-      }
       for (int64_t j = 0; j < p.GW; ++j) {
         const Span columns = cell_of(j, p.GW, p.W);
-        for (int64_t w = columns.from; w < columns.to; ++w) {
+        for (int64_t w = columns.from; w < columns.to; ++w)
           for (int64_t c = 0; c < p.C; ++c) totals[j * p.C + c] += row[w * next_w + c * next_c];
-        }
       }
     }
     for (int64_t j = 0; j < p.GW; ++j) {
@@ -90,9 +88,8 @@ void Grid::input_gradient(int64_t n, const float* d, float* grad_x) {
 void grid_weight_gradient(const Problem& p, const float* d, const float* means, float* grad) {
   constexpr int64_t kColumns = 256;
   torch::stable::parallel_for(0, (p.cells + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin * kColumns; n < std::min(end * kColumns, p.cells); n += kColumns) {
+    for (int64_t n = begin * kColumns; n < std::min(end * kColumns, p.cells); n += kColumns)
       gemm::multiply(p.K, std::min(kColumns, p.cells - n), p.B, d, 1, p.K, means + n, p.cells, grad + n, p.cells);
-    }
   });
 }
 

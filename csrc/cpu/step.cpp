@@ -77,11 +77,10 @@ std::vector<Tensor> step_native(const spec::Step& given) {
     double total = 0;
     for (const double summand : grad_tau) total += summand;
     r.grad_tau = empty(x, {}, dtype);
-    if (dtype == aoti_torch_dtype_float64()) {
+    if (dtype == aoti_torch_dtype_float64())
       *writable<double>(r.grad_tau) = total;
-    } else {
+    else
       *writable(r.grad_tau) = static_cast<float>(total);
-    }
   }
   return {r.loss,     r.goodness,   r.grad_x,        r.grad_weight,    r.grad_bias,    r.grad_grid_weight,
           r.grad_tau, r.normalized, r.grad_residual, r.grad_bn_weight, r.grad_bn_bias, r.mean,
