@@ -1,8 +1,8 @@
 // Losses of goodness and their gradients, for both kinds of goodness, with the arguments that describe them. Arithmetic is in double; formulas: fastff/reference.py.
 //
 //   cross_entropy        logsumexp(u) - sum_k q[k] u[k],  u = tau g, lowered by the margin at the target;  d = tau scale (softmax(u) - q)
-//   softplus, swish      mean over j of f(given.theta - g[j]) of a positive sample, f(g[j] - theta) of a negative one
-//   symba, swish_symba   mean over j of f(-given.alpha (g_positive[j] - g_negative[j])), one loss a pair
+//   softplus, swish      mean over j of f(theta - g[j]) of a positive sample, f(g[j] - theta) of a negative one
+//   symba, swish_symba   mean over j of f(-alpha (g_positive[j] - g_negative[j])), one loss a pair
 #pragma once
 
 #include <cmath>
@@ -71,7 +71,8 @@ class Loss {
 
   template <typename T>
   double cross_entropy(int64_t hit, int64_t K, const T* g, T* d, double* grad_tau) const {
-    const double t = tau, m = given.margin, factor = scale, label_smoothing = given.label_smoothing, smooth = label_smoothing / K;
+    const double t = tau, m = given.margin, factor = scale, label_smoothing = given.label_smoothing,
+                 smooth = label_smoothing / K;
     const auto logit = [&](int64_t k) { return t * g[k] - (k == hit ? m : 0); };
     double top = -std::numeric_limits<double>::infinity(), sum = 0, total = 0, product = 0;
     for (int64_t k = 0; k < K; ++k) {
