@@ -61,8 +61,7 @@ class Row(NamedTuple):
         op, shape: what was measured; the shape is "(B, C, H, K)".
         implementation: name of the row in the op's table that ran.
         speedup, low, high: time of eager PyTorch over that of fastff, the median and the 20 % and 80 % quantiles.
-        milliseconds: median time of fastff.
-    """
+        milliseconds: median time of fastff."""
 
     op: str
     shape: str
@@ -145,8 +144,7 @@ def run(device, rounds=9, shapes=None):
         rounds: number of timed rounds.
         shapes: [(B, C, H, K)], or None for those of this module.
 
-    Raises:
-        RuntimeError: a result is wrong; nothing is timed then."""
+    Raises RuntimeError: a result is wrong; nothing is timed then."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -172,8 +170,7 @@ def tune(device, report, shapes=None):
         report: function of one line of text, called with each result.
         shapes: [(B, C, H, K)] for the Triton kernels, or None.
 
-    Raises:
-        ValueError: the Triton kernels cannot run on `device`."""
+    Raises ValueError: the Triton kernels cannot run on `device`."""
     from fastff.ops import plan
 
     device = torch.device(device)

@@ -5,9 +5,9 @@ import sys
 
 def make_app():
     """Return the typer application. Raises ImportError without typer or rich."""
-    from fastff import commands
+    from fastff.commands import app
 
-    return commands.app
+    return app
 
 
 def main():

@@ -1,5 +1,6 @@
 """The commands compare, train, predict, bench and info: arguments, tables, exit codes. fastff/training does the work."""
 
+import collections
 import functools
 import json
 import os
@@ -17,19 +18,15 @@ import fastff
 from fastff import bench as benchmark
 from fastff import cache, parallel
 from fastff.ops import plan
-from fastff.parallel.watch import RankFailed, speaks
+from fastff.parallel.watch import RankFailed, prints_failure
 from fastff.training import checkpoint, experiment, plots
 from fastff.training import compare as comparison
 from fastff.training import environment as here
 from fastff.training.fit import Diverged
 
 app = typer.Typer(
-    help=fastff.__doc__,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+    help=fastff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
 
 
 def command(function):
@@ -54,7 +51,7 @@ def command(function):
             message, code = str(error), 2
             if os.environ.get("FASTFF_DEBUG") == "1":
                 raise
-        if speaks():
+        if prints_failure():
             print(f"fastff: {message}", file=sys.stderr, flush=True)
         raise typer.Exit(code)
 
@@ -72,11 +69,6 @@ def table(*columns, title=None):
     for name in columns:
         made.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
     return made
-
-
-def show(filled):
-    """Print a table."""
-    Console().print(filled)
 
 
 def option(text, *names):
@@ -101,35 +93,22 @@ Device = Annotated[str | None, option("cpu or cuda. Default: cuda where there is
 Window = Annotated[int | None, option("Blocks that a local loss trains: its own and those before. Default: 2.")]
 Grid = Annotated[int | None, option("Cells on a side of the spatial term; 0 for none. Default: 4.")]
 
-Cut = Annotated[
-    str | None, option("layer, block, stage, model, or module paths that end blocks, with commas. Default: block.")
-]
-Schedule = Annotated[
-    str | None, option("all: every block in every minibatch; greedy: one after the other. Default: all.")
-]
+cuts = "layer, block, stage, model, or module paths that end blocks, with commas. Default: block."
+Cut = Annotated[str | None, option(cuts)]
+schedules = "all: every block in every minibatch; greedy: one after the other. Default: all."
+Schedule = Annotated[str | None, option(schedules)]
 Layout = Annotated[bool | None, option("Memory format. Default: channels last.", "--channels-last/--contiguous")]
 
 
 @command
 def compare(
-    data: Data = None,
-    root: Root = None,
-    model: Model = None,
-    width: Width = None,
-    epochs: Epochs = None,
-    batch_size: Batch = None,
-    lr: Lr = None,
-    weight_decay: Decay = None,
-    subset: Subset = None,
-    image_size: Size = None,
-    seed: Seed = None,
-    window: Window = None,
-    grid: Grid = None,
-    device: Device = None,
+    data: Data = None, root: Root = None, model: Model = None, width: Width = None, epochs: Epochs = None,
+    batch_size: Batch = None, lr: Lr = None, weight_decay: Decay = None, subset: Subset = None, image_size: Size = None,
+    seed: Seed = None, window: Window = None, grid: Grid = None, device: Device = None,
     modes: Annotated[str, option(f"Names out of {', '.join(comparison.MODES)}, with commas.")] = "backprop,block,layer",
     out: Annotated[Path, option("Folder for the picture.")] = Path("runs/compare"),
     json_file: Annotated[Path | None, option("Write all figures to this file.", "--json")] = None,
-):
+):  # fmt: skip
     """Train one network in several ways: table, picture, JSON."""
     s = experiment.settings(**{key: value for key, value in locals().items() if key in experiment.DEFAULTS})
     names, where = comparison.modes_named(modes), experiment.device_named(device)
@@ -143,57 +122,35 @@ def compare(
     if json_file is not None:
         text = json.dumps(result, indent=1, allow_nan=False)
         checkpoint.write_atomically(json_file, lambda file: file.write(text.encode()))
-    _show_comparison(result)
-    say(f"picture: {out / 'compare.png'}")
-    if json_file is not None:
-        say(f"figures: {json_file}")
-
-
-def _show_comparison(result):
     shown = table("mode", ">test", ">train", ">s / epoch", ">time to backprop's", ">peak memory")
-    shown.caption = (
-        "time: of training, to the final test accuracy of backpropagation\n"
-        "memory: of a step, above parameters and optimiser state"
-    )
+    shown.caption = "time: of training, to the final test accuracy of backpropagation\n"
+    shown.caption += "memory: of a step, above parameters and optimiser state"
     shown.caption_justify = "left"
     based = any(run["mode"] == "backprop" for run in result["runs"])
     for run in result["runs"]:
         needed = run["seconds_to_backprop"]
         shown.add_row(
-            run["mode"],
-            f"{run['test_accuracy']:.2%}",
-            f"{run['train_accuracy']:.2%}",
-            f"{run['seconds_per_epoch']:.2f}",
+            run["mode"], f"{run['test_accuracy']:.2%}", f"{run['train_accuracy']:.2%}", f"{run['seconds_per_epoch']:.2f}",
             f"{needed:.1f} s" if needed is not None else "not reached" if based else "not trained",
             f"{run['peak_memory_mb']:.1f} MiB",
-        )
-    show(shown)
+        )  # fmt: skip
+    Console().print(shown)
+    say(f"picture: {out / 'compare.png'}")
+    if json_file is not None:
+        say(f"figures: {json_file}")
 
 
 @command
 def train(
-    data: Data = None,
-    root: Root = None,
-    model: Model = None,
-    width: Width = None,
-    granularity: Cut = None,
+    data: Data = None, root: Root = None, model: Model = None, width: Width = None, granularity: Cut = None,
     mode: Annotated[str | None, option("sff or backprop. Default: sff.")] = None,
-    epochs: Epochs = None,
-    batch_size: Batch = None,
-    lr: Lr = None,
-    weight_decay: Decay = None,
-    subset: Subset = None,
-    image_size: Size = None,
-    seed: Seed = None,
-    window: Window = None,
-    grid: Grid = None,
-    schedule: Schedule = None,
+    epochs: Epochs = None, batch_size: Batch = None, lr: Lr = None, weight_decay: Decay = None, subset: Subset = None,
+    image_size: Size = None, seed: Seed = None, window: Window = None, grid: Grid = None, schedule: Schedule = None,
     micro_batches: Annotated[int | None, option("Parts a minibatch is cut into. Default: 1.")] = None,
     clip: Annotated[float | None, option("Largest norm of a block's gradients.")] = None,
     amp: Annotated[str | None, option("bf16 or fp16.")] = None,
     compile: Annotated[bool | None, option("Run blocks through torch.compile.", "--compile/--no-compile")] = None,
-    channels_last: Layout = None,
-    device: Device = None,
+    channels_last: Layout = None, device: Device = None,
     out: Annotated[Path | None, option("New folder for everything about the run. Default: runs/train.")] = None,
     save_every: Annotated[int, option("Steps between checkpoints, beside the one after each epoch.")] = 200,
     start_from: Annotated[Path | None, option("Start with the blocks of this run (transfer).", "--from")] = None,
@@ -203,11 +160,9 @@ def train(
     batch_norm: Annotated[
         str | None, option("Over a process's share of a minibatch, local, or all of it, synchronized. Default: local.")
     ] = None,
-    shard_optimizer: Annotated[
-        bool, option("Split the optimiser's state over the processes.", "--shard-optimizer")
-    ] = False,
+    shard_optimizer: Annotated[bool, option("Split the optimiser's state over the processes.", "--shard-optimizer")] = False,
     timeout: Annotated[float, option("Seconds to wait for another process before it counts as hanging.")] = 300,
-):
+):  # fmt: skip
     """Train a network and keep everything in a folder; with torchrun --nproc-per-node N -m fastff.cli train on several devices."""
     given = {key: value for key, value in locals().items() if key in experiment.DEFAULTS}
     where = experiment.device_named(device)
@@ -260,7 +215,7 @@ def _finish(run, out, save_every, distributed):
         if f"block {index}" in accuracies:
             shown.add_row(str(index), name, f"{accuracies[f'block {index}']:.2%}")
     shown.add_row("", "all: their vote" if len(accuracies) > 1 else "backpropagation", f"{accuracies['vote']:.2%}")
-    show(shown)
+    Console().print(shown)
     events = ", events for tensorboard --logdir" if (out / "events").is_dir() else ""
     say(f"{out}: checkpoint.pt, metrics.csv{events}")
     say(f"try it: fastff predict {out} IMAGE...")
@@ -270,28 +225,24 @@ def _finish(run, out, save_every, distributed):
 def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a run of fastff train.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    exit_threshold: Annotated[
-        float | None, option("Stop at the first block where the vote so far is this sure (0 to 1).")
-    ] = None,
+    exit_threshold: Annotated[float | None, option("Stop at the first block where the vote so far is this sure (0 to 1).")] = None,
     device: Device = None,
-):
+):  # fmt: skip
     """Classify images, with the votes of the blocks."""
     answers = experiment.classify(run, images, experiment.device_named(device), exit_threshold)
     shown = table("image", "class", ">confidence", "votes of the blocks")
     for path, answer in zip(images, answers, strict=True):
-        counts: dict[str, int] = {}
-        for _, label, _ in answer.blocks:
-            counts[label] = counts.get(label, 0) + 1
-        votes = ", ".join(f"{label} {count}" for label, count in sorted(counts.items(), key=lambda item: -item[1]))
+        counts = collections.Counter(label for _, label, _ in answer.blocks)
+        votes = ", ".join(f"{label} {count}" for label, count in counts.most_common())
         shown.add_row(str(path), answer.label, f"{answer.confidence:.1%}", votes or "none: backpropagation")
-    show(shown)
+    Console().print(shown)
     for path, answer in zip(images, answers, strict=True):
         if not answer.blocks or len(images) > 4:
             continue
         shown = table(">block", "ends with", "class", ">confidence", title=str(path) if len(images) > 1 else None)
         for index, (name, label, sure) in enumerate(answer.blocks):
             shown.add_row(str(index), name, label, f"{sure:.1%}")
-        show(shown)
+        Console().print(shown)
 
 
 @command
@@ -307,20 +258,14 @@ def bench(
     if tune:
         benchmark.tune(where, say)
     on_gpu = torch.device(where).type == "cuda"
-    shown = table(
-        "op", "B, C, H = W, K", "runs as", ">faster than eager", ">20 to 80 %", *([">milliseconds"] if on_gpu else [])
-    )
-    shown.title = f"{here.environment(where)['device']}, torch {torch.__version__}"
+    columns = ("op", "B, C, H = W, K", "runs as", ">faster than eager", ">20 to 80 %", ">milliseconds")
+    title = f"{here.environment(where)['device']}, torch {torch.__version__}"
+    shown = table(*(columns if on_gpu else columns[:-1]), title=title)
     for row in benchmark.run(where, rounds):
-        cells = [
-            row.op,
-            row.shape.strip("()"),
-            row.implementation,
-            f"{row.speedup:.2f} x",
-            f"{row.low:.2f} to {row.high:.2f}",
-        ]
-        shown.add_row(*cells, *([f"{row.milliseconds:.3f}"] if on_gpu else []))
-    show(shown)
+        cells = (row.op, row.shape.strip("()"), row.implementation, f"{row.speedup:.2f} x")
+        time = [f"{row.milliseconds:.3f}"] if on_gpu else []
+        shown.add_row(*cells, f"{row.low:.2f} to {row.high:.2f}", *time)
+    Console().print(shown)
 
 
 @command
@@ -329,13 +274,12 @@ def info():
     factor, source = plan.second_moment_factor()
     if source == "default":
         source = f"default; bench --tune measures it here and keeps it in {cache.file(plan.FILE)}"
-    lines = here.versions() | {"second moment": f"counted cost times {factor:.2f} ({source})"}
-    lines |= {"Triton sizes": here.tuned_sizes()}
-    for name, value in lines.items():
+    lines = {"second moment": f"counted cost times {factor:.2f} ({source})", "Triton sizes": here.tuned_sizes()}
+    for name, value in (here.versions() | lines).items():
         say(f"{name:17} {value}")
     shown = table("op", "implementation", "on", "here", title="Implementations, in the order they are tried")
     before = None
     for op, *row in here.implementations():
         shown.add_row("" if op == before else op, *row)
         before = op
-    show(shown)
+    Console().print(shown)

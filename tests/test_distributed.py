@@ -75,7 +75,7 @@ def test_ranks_that_die(kind, kills, how, tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
     assert found["killed"] == kills and len(found["statuses"]) == kills
-    assert all(status == 1 for attempt in found["statuses"] for status in attempt)
+    assert all(status == 1 for attempt in found["statuses"] for status in attempt), found["statuses"]
     assert len(found["told"]) >= kills
     assert all(re.match(r"ranks? \d", line) and "ended or hangs" in line for line in found["told"])
     assert max(found["lost"]) <= 1  # a checkpoint is written after every step

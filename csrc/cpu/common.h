@@ -5,6 +5,7 @@
 #include <cstring>
 
 #define FASTFF_INLINE inline __attribute__((always_inline))
+#define FASTFF_UNROLL _Pragma("GCC unroll 16")  // before a loop over registers: none has more turns
 
 // 16-bit floats as bits, and their conversions as branch-free integer arithmetic, which GCC vectorises; it leaves the
 // conversions of torch's own BFloat16 and Half scalar (layer_norm_native took 5 and 3.5 times as long with them).

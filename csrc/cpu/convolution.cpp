@@ -59,11 +59,10 @@ void pack_x(const Shape& s, const Tile& t, const float* x, int64_t c, float* pan
           continue;
         }
         const float* source = x + (((t.image + b) * s.H + h) * s.W + w) * s.C + c;
-        if (lanes == wide) {
+        if (lanes == wide)
           for (int j = 0; j < N; ++j) write(panel + j * kLanes, read(source + j * kLanes));
-        } else {
+        else
           for (int64_t l = 0; l < wide; ++l) panel[l] = l < lanes ? source[l] : 0;
-        }
       }
     }
   }
@@ -99,26 +98,20 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
       const float* at = x + b * height + r * s.stride * width;
       for (int64_t q = 0; q < s.Q; ++q, at += step, dy += M) {
         Vector right[N];
-#pragma GCC unroll 2
-        for (int j = 0; j < N; ++j) right[j] = read(at + j * kLanes);
-#pragma GCC unroll 12
-        for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 2
-          for (int j = 0; j < N; ++j) sum[i][j] += dy[i] * right[j];
+        FASTFF_UNROLL for (int j = 0; j < N; ++j) right[j] = read(at + j * kLanes);
+        FASTFF_UNROLL for (int i = 0; i < M; ++i) {
+          FASTFF_UNROLL for (int j = 0; j < N; ++j) sum[i][j] += dy[i] * right[j];
         }
       }
     }
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < M; ++i) {
+  FASTFF_UNROLL for (int i = 0; i < M; ++i) {
     float* target = out + i * ldo;
     if (lanes == wide) {
-#pragma GCC unroll 2
-      for (int j = 0; j < N; ++j) write(target + j * kLanes, read(target + j * kLanes) + sum[i][j]);
+      FASTFF_UNROLL for (int j = 0; j < N; ++j) write(target + j * kLanes, read(target + j * kLanes) + sum[i][j]);
     } else {
       float some[wide];
-#pragma GCC unroll 2
-      for (int j = 0; j < N; ++j) write(some + j * kLanes, sum[i][j]);
+      FASTFF_UNROLL for (int j = 0; j < N; ++j) write(some + j * kLanes, sum[i][j]);
       for (int64_t l = 0; l < lanes; ++l) target[l] += some[l];
     }
   }

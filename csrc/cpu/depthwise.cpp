@@ -59,19 +59,15 @@ FASTFF_INLINE void outputs(const Correlation& f, const float* x, const float* w,
     for (int64_t v = v0; v < v1; ++v) {
       const float *tap = w + (u * f.L + v) * kPanel, *at = x + u * f.in.row + v * f.in.pitch;
       Vector weights[kVectors];
-#pragma GCC unroll 2
-      for (int h = 0; h < kVectors; ++h) weights[h] = read(tap + h * kLanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) {
-#pragma GCC unroll 2
-        for (int h = 0; h < kVectors; ++h) sum[j][h] += weights[h] * read(at + j * f.stride * f.in.pitch + h * kLanes);
+      FASTFF_UNROLL for (int h = 0; h < kVectors; ++h) weights[h] = read(tap + h * kLanes);
+      FASTFF_UNROLL for (int j = 0; j < J; ++j) {
+        FASTFF_UNROLL for (int h = 0; h < kVectors; ++h) sum[j][h] +=
+            weights[h] * read(at + j * f.stride * f.in.pitch + h * kLanes);
       }
     }
   }
-#pragma GCC unroll 4
-  for (int j = 0; j < J; ++j) {
-#pragma GCC unroll 2
-    for (int h = 0; h < kVectors; ++h) write(y + j * f.out.pitch + h * kLanes, sum[j][h]);
+  FASTFF_UNROLL for (int j = 0; j < J; ++j) {
+    FASTFF_UNROLL for (int h = 0; h < kVectors; ++h) write(y + j * f.out.pitch + h * kLanes, sum[j][h]);
   }
 }
 
@@ -95,13 +91,11 @@ void correlate_row(const Correlation& f, const float* x, const float* w, int64_t
     const int64_t v0 = std::max<int64_t>(0, f.left - j * f.stride), v1 = std::min(f.L, f.in.W + f.left - j * f.stride);
     const float* at = base + j * f.stride * f.in.pitch;
     float* target = y + i * f.out.row + j * f.out.pitch;
-    for (int64_t block = 0; block < blocks; ++block, at += kPanel, target += kPanel) {
-      if (inside) {
+    for (int64_t block = 0; block < blocks; ++block, at += kPanel, target += kPanel)
+      if (inside)
         outputs<4>(f, at, w + block * taps, u0, u1, 0, f.L, target);
-      } else {
+      else
         outputs<1>(f, at, w + block * taps, u0, u1, v0, v1, target);
-      }
-    }
     j += inside ? 4 : 1;
   }
 }
@@ -128,30 +122,24 @@ template <int K, int U>
 FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, int64_t start, int64_t stop, float* dw) {
   const int64_t step = f.stride * f.in.pitch;
   Vector sum[U][K];
-#pragma GCC unroll 10
-  for (int t = 0; t < U * K; ++t) sum[t / K][t % K] = read(dw + t * kPanel);
+  FASTFF_UNROLL for (int t = 0; t < U * K; ++t) sum[t / K][t % K] = read(dw + t * kPanel);
   const auto edge = [&](int64_t j) __attribute__((always_inline)) {
     const int64_t v0 = f.left - j * f.stride, v1 = f.in.W + f.left - j * f.stride;
     const Vector g = read(dy + j * f.out.pitch);
-#pragma GCC unroll 5
-    for (int v = 0; v < K; ++v) {
+    FASTFF_UNROLL for (int v = 0; v < K; ++v) {
       if (v < v0 || v >= v1) continue;
-#pragma GCC unroll 3
-      for (int u = 0; u < U; ++u) sum[u][v] += g * read(x + j * step + u * f.in.row + v * f.in.pitch);
+      FASTFF_UNROLL for (int u = 0; u < U; ++u) sum[u][v] += g * read(x + j * step + u * f.in.row + v * f.in.pitch);
     }
   };
   for (int64_t j = 0; j < start; ++j) edge(j);
   for (int64_t j = start; j < stop; ++j) {
     const Vector g = read(dy + j * f.out.pitch);
-#pragma GCC unroll 3
-    for (int u = 0; u < U; ++u) {
-#pragma GCC unroll 5
-      for (int v = 0; v < K; ++v) sum[u][v] += g * read(x + j * step + u * f.in.row + v * f.in.pitch);
+    FASTFF_UNROLL for (int u = 0; u < U; ++u) {
+      FASTFF_UNROLL for (int v = 0; v < K; ++v) sum[u][v] += g * read(x + j * step + u * f.in.row + v * f.in.pitch);
     }
   }
   for (int64_t j = std::max(start, stop); j < f.out.W; ++j) edge(j);
-#pragma GCC unroll 10
-  for (int t = 0; t < U * K; ++t) write(dw + t * kPanel, sum[t / K][t % K]);
+  FASTFF_UNROLL for (int t = 0; t < U * K; ++t) write(dw + t * kPanel, sum[t / K][t % K]);
 }
 
 // dw [blocks, K, K, 16] += what row i of dy meets: U rows of taps at a time, single ones where the image ends.
@@ -202,11 +190,10 @@ struct Images {
     const float* from = x + at(b, c);
     if (in_place(task)) return from;
     copy.resize(H * W * kPanel);
-    if (!channels_last) {
+    if (!channels_last)
       transpose(lanes, H * W, from, H * W, copy.data(), kPanel);
-    } else {
+    else
       for (int64_t q = 0; q < H * W; ++q) std::copy_n(from + q * C, lanes, copy.data() + q * kPanel);
-    }
     return copy.data();
   }
   float* target(float* y, int64_t b, int64_t task, std::vector<float>& copy) const {
@@ -223,9 +210,8 @@ struct Images {
     } else if (lanes == kPanel) {
       transpose(H * W, kPanel, copy.data(), kPanel, to, H * W);
     } else {
-      for (int64_t l = 0; l < lanes; ++l) {
+      for (int64_t l = 0; l < lanes; ++l)
         for (int64_t q = 0; q < H * W; ++q) to[l * H * W + q] = copy[q * kPanel + l];
-      }
     }
   }
 };
@@ -278,9 +264,8 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
   });
   for (int64_t c = 0; need_sums && c < C; ++c) {
     double total[2] = {};
-    for (int64_t b = 0; b < B; ++b) {
+    for (int64_t b = 0; b < B; ++b)
       for (int64_t s = 0; s < 2; ++s) total[s] += partial[((b * blocks + c / kPanel) * 2 + s) * kPanel + c % kPanel];
-    }
     for (int64_t s = 0; s < 2; ++s) writable(sums)[s * C + c] = static_cast<float>(total[s]);
   }
   return {y, sums};
@@ -354,12 +339,10 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t t = 0; t < k * k; ++t) {
         double total[kPanel] = {};
-        for (int64_t group = 0; group < groups; ++group) {
+        for (int64_t group = 0; group < groups; ++group)
           for (int64_t l = 0; l < kPanel; ++l) total[l] += partial[group * size + (block * k * k + t) * kPanel + l];
-        }
-        for (int64_t l = 0; l < std::min(kPanel, C - block * kPanel); ++l) {
+        for (int64_t l = 0; l < std::min(kPanel, C - block * kPanel); ++l)
           writable(dw)[(block * kPanel + l) * k * k + t] = static_cast<float>(total[l]);
-        }
       }
     }
   });

@@ -80,50 +80,52 @@ FASTFF_INLINE void forward_samples(const EpilogueSamples& s, float* x) {
   }
 }
 
-template <Activation A, bool Residual>
-FASTFF_INLINE void backward_positions(const float* __restrict y, const float* __restrict residual,
-                                      const float* __restrict m, const float* __restrict a, const float* __restrict b,
-                                      float* __restrict grad, float* __restrict first, float* __restrict second,
-                                      int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float off = y[i] - m[i];
-    float h = off * a[i] + b[i];
-    if (Residual) h += residual[i];
-    const float g = grad[i] * derivative<A>(h);
-    grad[i] = g;
-    first[i] += g;
-    second[i] += g * off;
-  }
-}
+struct Pair {
+  float first, second;
+};
 
-// Adds to *first and *second in chunks.
-template <Activation A, bool Residual>
-FASTFF_INLINE void backward_channel(const float* __restrict y, const float* __restrict residual, float m, float a,
-                                    float b, float* __restrict grad, double* first, double* second, int64_t n) {
-  for (int64_t start = 0; start < n; start += vec::kLongChunk) {
-    const int64_t end = std::min(start + vec::kLongChunk, n);
-    float sum = 0, product = 0;
+// Adds the two values of f(i, index of i's constants) to element i of the sums in channels_last, else to their only elements.
+template <bool ChannelsLast, typename F>
+FASTFF_INLINE void add_pairs(int64_t n, float* __restrict first, float* __restrict second, const F& f) {
+  float sum = 0, product = 0;
+  if constexpr (ChannelsLast) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const auto [p, q] = f(i, i);
+      first[i] += p;
+      second[i] += q;
+    }
+  } else {
 #pragma omp simd reduction(+ : sum, product)
-    for (int64_t i = start; i < end; ++i) {
-      const float off = y[i] - m;
-      float h = off * a + b;
-      if (Residual) h += residual[i];
-      const float g = grad[i] * derivative<A>(h);
-      grad[i] = g;
-      sum += g;
-      product += g * off;
+    for (int64_t i = 0; i < n; ++i) {
+      const auto [p, q] = f(i, 0);
+      sum += p;
+      product += q;
     }
     *first += sum;
     *second += product;
   }
 }
 
+// dL/dh of n elements of a line, and their two sums; constants as in forward_line.
+template <Activation A, bool Residual, bool ChannelsLast>
+FASTFF_INLINE void backward_line(const float* __restrict y, const float* __restrict residual, const float* __restrict m,
+                                 const float* __restrict a, const float* __restrict b, float* __restrict grad,
+                                 float* __restrict first, float* __restrict second, int64_t n) {
+  add_pairs<ChannelsLast>(n, first, second, [=](int64_t i, int64_t c) __attribute__((always_inline)) {
+    const float off = y[i] - m[c];
+    float h = off * a[c] + b[c];
+    if (Residual) h += residual[i];
+    const float g = grad[i] * derivative<A>(h);
+    grad[i] = g;
+    return Pair{g, g * off};
+  });
+}
+
 // own[c] += the sum of v[c], v[C + c], ...: adds up a vector that holds C elements several times, and clears it.
 void fold(float* v, int64_t size, int64_t C, double* own) {
-  for (int64_t start = 0; start < size; start += C) {
+  for (int64_t start = 0; start < size; start += C)
     for (int64_t c = 0; c < C; ++c) own[c] += v[start + c];
-  }
   std::fill_n(v, size, 0.0f);
 }
 
@@ -131,46 +133,36 @@ void fold(float* v, int64_t size, int64_t C, double* own) {
 template <Activation A, bool Residual>
 FASTFF_INLINE void backward_sample(const EpilogueSamples& s, float* grad, double* totals, float* line) {
   for (int64_t c = 0; !s.channels_last && c < s.C; ++c) {
-    const int64_t at = c * s.length;
-    const float m = s.mean[c], a = s.scale[c], b = s.shift[c];
-    double *first = totals + c, *second = totals + s.C + c;
-    backward_channel<A, Residual>(s.y + at, s.residual_at(at), m, a, b, grad + at, first, second, s.length);
+    for (int64_t start = 0; start < s.length; start += vec::kLongChunk) {
+      const int64_t at = c * s.length + start, n = std::min(vec::kLongChunk, s.length - start);
+      float first = 0, second = 0;
+      backward_line<A, Residual, false>(s.y + at, s.residual_at(at), s.mean + c, s.scale + c, s.shift + c, grad + at,
+                                        &first, &second, n);
+      totals[c] += first;
+      totals[s.C + c] += second;
+    }
   }
   const int64_t chunk = std::max<int64_t>(1, kChunk * s.C / s.length);
   for (int64_t start = 0; s.channels_last && start < s.lines; start += chunk) {
     for (int64_t i = start; i < std::min(start + chunk, s.lines); ++i) {
       const int64_t at = i * s.length;
       const float *y = s.y + at, *residual = s.residual_at(at);
-      backward_positions<A, Residual>(y, residual, s.mean, s.scale, s.shift, grad + at, line, line + s.length,
-                                      s.length);
+      backward_line<A, Residual, true>(y, residual, s.mean, s.scale, s.shift, grad + at, line, line + s.length,
+                                       s.length);
     }
     fold(line, s.length, s.C, totals);
     fold(line + s.length, s.length, s.C, totals + s.C);
   }
 }
 
-// sums[c] += y - pivot[c], squares[c] += its square, over n lines of C elements.
-void add_lines(const float* __restrict y, const float* __restrict pivot, float* __restrict sums,
-               float* __restrict squares, int64_t n, int64_t C) {
-  for (int64_t q = 0; q < n; ++q) {
-#pragma omp simd
-    for (int64_t c = 0; c < C; ++c) {
-      const float d = y[q * C + c] - pivot[c];
-      sums[c] += d;
-      squares[c] += d * d;
-    }
-  }
-}
-void add_channel(const float* __restrict y, float pivot, float* sums, float* squares, int64_t n) {
-  float sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum, square)
-  for (int64_t i = 0; i < n; ++i) {
-    const float d = y[i] - pivot;
-    sum += d;
-    square += d * d;
-  }
-  *sums += sum;
-  *squares += square;
+// Adds y - pivot and its square to the sums.
+template <bool ChannelsLast>
+FASTFF_INLINE void add_line(const float* __restrict y, const float* __restrict pivot, float* __restrict sums,
+                            float* __restrict squares, int64_t n) {
+  add_pairs<ChannelsLast>(n, sums, squares, [=](int64_t i, int64_t c) __attribute__((always_inline)) {
+    const float d = y[i] - pivot[c];
+    return Pair{d, d * d};
+  });
 }
 
 // grad_y = (grad_h - first - (y - mean) second) scale, constants as in forward_line.
@@ -188,11 +180,10 @@ void finish_samples(const EpilogueSamples& s, const float* first, const float* s
                     float* grad_y) {
   for (int64_t i = 0; i < s.lines; ++i) {
     const int64_t at = i * s.length, c = s.channel(i);
-    if (s.channels_last) {
+    if (s.channels_last)
       finish_line<true>(s.y + at, s.mean, s.scale, first, second, grad_h + at, grad_y + at, s.length);
-    } else {
+    else
       finish_line<false>(s.y + at, s.mean + c, s.scale + c, first + c, second + c, grad_h + at, grad_y + at, s.length);
-    }
   }
 }
 
@@ -211,10 +202,11 @@ void repeat_in_place(std::vector<float>& v, int64_t times) {
 
 }  // namespace
 
-Epilogue::Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps, EpilogueShape shape,
-                   Activation activation, float* mean, float* var, bool known)
-    : y(y), residual(residual), B(shape.B), C(shape.C), P(shape.P), repeat(shape.channels_last ? positions_of_a_line(C, P) : 1),
-      channels_last(shape.channels_last), activation(activation), rstds(C), centre(C), scale(C), shift(C) {
+Epilogue::Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps,
+                   EpilogueShape shape, Activation activation, float* mean, float* var, bool known)
+    : y(y), residual(residual), B(shape.B), C(shape.C), P(shape.P),
+      repeat(shape.channels_last ? positions_of_a_line(C, P) : 1), channels_last(shape.channels_last),
+      activation(activation), rstds(C), centre(C), scale(C), shift(C) {
   if (!known) statistics(mean, var);
   for (int64_t c = 0; c < C; ++c) {
     centre[c] = mean[c];
@@ -229,9 +221,8 @@ void Epilogue::statistics(float* mean, float* var) const {
   // Sums are relative to about the mean of each channel, lest the squares cancel: that of some positions of the first sample.
   std::vector<float> pivot(C, 0.0f);
   const int64_t seen = std::min<int64_t>(P, 32), step = P / seen;
-  for (int64_t i = 0; i < seen; ++i) {
+  for (int64_t i = 0; i < seen; ++i)
     for (int64_t c = 0; c < C; ++c) pivot[c] += y[channels_last ? i * step * C + c : c * P + i * step] / seen;
-  }
   repeat_in_place(pivot, repeat);
   const int64_t groups = std::min<int64_t>(B, 16), width = C * repeat;  // groups: whatever the number of threads
   std::vector<double> partial(groups * 2 * C, 0.0);
@@ -242,12 +233,10 @@ void Epilogue::statistics(float* mean, float* var) const {
       for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
         for (int64_t start = 0; start < P; start += kChunk) {
           const int64_t n = std::min(kChunk, P - start);  // whole lines: `repeat` is a power of two that divides P
-          if (channels_last) {
-            add_lines(y + (b * P + start) * C, pivot.data(), sums.data(), sums.data() + width, n / repeat, width);
-          } else {
-            for (int64_t c = 0; c < C; ++c)
-              add_channel(y + (b * C + c) * P + start, pivot[c], &sums[c], &sums[C + c], n);
-          }
+          for (int64_t q = 0; channels_last && q < n; q += repeat)
+            add_line<true>(y + (b * P + start + q) * C, pivot.data(), sums.data(), sums.data() + width, width);
+          for (int64_t c = 0; !channels_last && c < C; ++c)
+            add_line<false>(y + (b * C + c) * P + start, &pivot[c], &sums[c], &sums[C + c], n);
           fold(sums.data(), width, C, own);
           fold(sums.data() + width, width, C, own + C);
         }

@@ -31,8 +31,8 @@ struct EpilogueShape {
 class Epilogue {
  public:
   // weight, bias: [C] or null. mean, var [C]: the batch's biased statistics, results (the same for any number of threads) unless `known`.
-  Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps, EpilogueShape shape, Activation activation,
-           float* mean, float* var, bool known = false);
+  Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps,
+           EpilogueShape shape, Activation activation, float* mean, float* var, bool known = false);
 
   // x of samples first .. first + n - 1.
   void forward(int64_t first, int64_t n, float* x) const;

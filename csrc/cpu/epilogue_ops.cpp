@@ -20,7 +20,8 @@
 namespace {
 
 // grad_x += the gradient of (x - mean) / sqrt(var + eps) over the n elements of a sample, from that of the result.
-void add_layer_norm_gradient(const float* __restrict x, const float* __restrict grad, float* __restrict grad_x, int64_t n, double eps) {
+void add_layer_norm_gradient(const float* __restrict x, const float* __restrict grad, float* __restrict grad_x,
+                             int64_t n, double eps) {
   constexpr int64_t kChunk = 1024;  // float sums over a chunk, double ones over chunks
   double sum = 0, square = 0, sum_grad = 0, product = 0;
   const float pivot = x[0];
@@ -38,7 +39,8 @@ void add_layer_norm_gradient(const float* __restrict x, const float* __restrict 
     sum += s, square += q, sum_grad += g, product += p;
   }
   const double off = sum / n, variance = std::max(square / n - off * off, 0.0), rstd = 1 / std::sqrt(variance + eps);
-  const float mean = static_cast<float>(pivot + off), a = static_cast<float>(rstd), b = static_cast<float>(sum_grad / n);
+  const float mean = static_cast<float>(pivot + off), a = static_cast<float>(rstd),
+              b = static_cast<float>(sum_grad / n);
   const float c = static_cast<float>((product - off * sum_grad) / n * rstd * rstd);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) grad_x[i] += a * (grad[i] - b - (x[i] - mean) * c);
@@ -63,7 +65,8 @@ std::vector<Tensor> forward(const Forward& given) {
   const int64_t B = y.size(0), C = y.size(1), n = C * y.size(2) * y.size(3);
   const bool known = given.mean && given.var, channels_last = is_channels_last(y);
   Tensor mean = known ? *given.mean : empty(y, {C}), var = known ? *given.var : empty(y, {C});
-  Tensor x = given.need_x ? empty_like(y, channels_last) : absent(y), normalized = given.normalize ? empty_like(y, channels_last) : absent(y);
+  Tensor x = given.need_x ? empty_like(y, channels_last) : absent(y),
+         normalized = given.normalize ? empty_like(y, channels_last) : absent(y);
   const Epilogue epilogue = made(y, given.epilogue, writable(mean), writable(var), known);
   float *const to_x = writable(x), *const to_normalized = writable(normalized);
   torch::stable::parallel_for(0, B, std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
@@ -84,12 +87,14 @@ struct Backward : spec::Part {
   MaybeTensor mean = tensor("mean"), var = tensor("var");
   MaybeTensor grad_x = tensor_like_x("grad_x"), grad_normalized = tensor_like_x("grad_normalized");
   double normalization_eps = number("normalization_eps");
-  MaybeTensor added_grad_h = tensor_like_x("added_grad_h"), added_grad_weight = tensor("added_grad_weight"), added_grad_bias = tensor("added_grad_bias");
+  MaybeTensor added_grad_h = tensor_like_x("added_grad_h"), added_grad_weight = tensor("added_grad_weight"),
+              added_grad_bias = tensor("added_grad_bias");
   bool overwrite = flag("overwrite");  // whether dL/dh may take the memory of grad_x or added_grad_h
 };
 
 // dL/dh of one sample into `to`, which may be the memory of grad_x or of added_grad_h, and its sums.
-void sample_gradient(const Backward& given, const Epilogue& epilogue, int64_t b, int64_t n, float* to, std::vector<float>& scratch, float* sums) {
+void sample_gradient(const Backward& given, const Epilogue& epilogue, int64_t b, int64_t n, float* to,
+                     std::vector<float>& scratch, float* sums) {
   float *const x = scratch.data(), *const grad = given.added_grad_h ? scratch.data() + n : to;
   const int64_t at = b * n;
   if (given.grad_x) {
@@ -111,23 +116,24 @@ void sample_gradient(const Backward& given, const Epilogue& epilogue, int64_t b,
 std::vector<Tensor> backward(const Backward& given) {
   const Tensor& y = given.y;
   const int64_t B = y.size(0), C = y.size(1), n = C * y.size(2) * y.size(3);
-  const bool channels_last = is_channels_last(y), need_grad_h = given.epilogue.residual && given.epilogue.need_grad_residual;
+  const bool channels_last = is_channels_last(y),
+             need_grad_h = given.epilogue.residual && given.epilogue.need_grad_residual;
   const MaybeTensor& reused = given.added_grad_h ? given.added_grad_h : given.grad_x;
-  Tensor grad_h = given.overwrite && reused ? *reused : empty_like(y, channels_last), grad_weight = empty(y, {C}), grad_bias = empty(y, {C});
+  Tensor grad_h = given.overwrite && reused ? *reused : empty_like(y, channels_last), grad_weight = empty(y, {C}),
+         grad_bias = empty(y, {C});
   const Epilogue epilogue = made(y, given.epilogue, writable(*given.mean), writable(*given.var), true);
   float* const to = writable(grad_h);
   const int64_t groups = std::min<int64_t>(B, 16);  // whatever the number of threads
   std::vector<float> sums(groups * 2 * C, 0.0f);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(given.added_grad_h ? 2 * n : given.grad_normalized ? n : 0);
-    for (int64_t group = begin; group < end; ++group) {
-      for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
+    for (int64_t group = begin; group < end; ++group)
+      for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b)
         sample_gradient(given, epilogue, b, n, to + b * n, scratch, sums.data() + group * 2 * C);
-      }
-    }
   });
   for (int64_t i = 2 * C; i < groups * 2 * C; ++i) sums[i % (2 * C)] += sums[i];
-  if (given.added_grad_h) epilogue.add_parameter_gradients(floats(given.added_grad_weight), floats(given.added_grad_bias), sums.data());
+  if (given.added_grad_h)
+    epilogue.add_parameter_gradients(floats(given.added_grad_weight), floats(given.added_grad_bias), sums.data());
   Tensor grad_y = need_grad_h ? empty_like(y, channels_last) : grad_h;
   epilogue.finish(to, sums.data(), writable(grad_y));
   epilogue.parameter_gradients(sums.data(), writable(grad_weight), writable(grad_bias));
@@ -135,7 +141,8 @@ std::vector<Tensor> backward(const Backward& given) {
 }
 
 // running [C], contiguous float32, moves by `momentum` towards the batch's mean and its unbiased variance.
-void update_running_statistics(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, double momentum, double count) {
+void update_running_statistics(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, double momentum,
+                               double count) {
   const float m = static_cast<float>(momentum), unbiased = static_cast<float>(count / (count - 1));
   float *const to_mean = writable(running_mean), *const to_var = writable(running_var);
   for (int64_t c = 0; c < running_mean.size(0); ++c) {
@@ -147,10 +154,14 @@ void update_running_statistics(Tensor running_mean, Tensor running_var, Tensor m
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
-  m.def(spec::schema<Forward>("epilogue_forward_native", "(Tensor x, Tensor normalized, Tensor mean, Tensor var)").c_str());
-  m.def(spec::schema<Backward>("epilogue_backward_native", "(Tensor grad_y, Tensor grad_h, Tensor grad_weight, Tensor grad_bias)").c_str());
+  m.def(spec::schema<Forward>("epilogue_forward_native", "(Tensor x, Tensor normalized, Tensor mean, Tensor var)")
+            .c_str());
+  m.def(spec::schema<Backward>("epilogue_backward_native",
+                               "(Tensor grad_y, Tensor grad_h, Tensor grad_weight, Tensor grad_bias)")
+            .c_str());
   m.def(
-      "update_running_statistics_native(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, float count) "
+      "update_running_statistics_native(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+      "float momentum, float count) "
       "-> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {

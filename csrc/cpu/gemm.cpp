@@ -37,40 +37,33 @@ FASTFF_INLINE void multiply_block(int64_t K, const float* a, int64_t row_stride,
                                   int64_t ldb, float* c, int64_t ldc, bool add, Lanes lanes) {
   Vector sum[MR][NR] = {};
   const float* lefts[(MR + kNear - 1) / kNear];
-#pragma GCC unroll 4
-  for (int i = 0; i < MR; i += kNear) lefts[i / kNear] = a + i * row_stride;
+  FASTFF_UNROLL for (int i = 0; i < MR; i += kNear) lefts[i / kNear] = a + i * row_stride;
   for (int64_t k = 0; k < K; ++k) {
     Vector right[NR];
-#pragma GCC unroll 2
-    for (int j = 0; j < NR; ++j)
-      right[j] = j + 1 < NR ? read(b + k * ldb + j * kLanes) : read_some(b + k * ldb + j * kLanes, lanes);
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; ++i) {
+    FASTFF_UNROLL for (int j = 0; j < NR; ++j) right[j] =
+        j + 1 < NR ? read(b + k * ldb + j * kLanes) : read_some(b + k * ldb + j * kLanes, lanes);
+    FASTFF_UNROLL for (int i = 0; i < MR; ++i) {
       const float left = lefts[i / kNear][i % kNear * row_stride + k * col_stride];
-#pragma GCC unroll 2
-      for (int j = 0; j < NR; ++j) sum[i][j] += left * right[j];
+      FASTFF_UNROLL for (int j = 0; j < NR; ++j) sum[i][j] += left * right[j];
     }
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < NR; ++j) {
+  FASTFF_UNROLL for (int i = 0; i < MR; ++i) {
+    FASTFF_UNROLL for (int j = 0; j < NR; ++j) {
       float* target = c + i * ldc + j * kLanes;
-      if (j + 1 < NR || lanes.to - lanes.from == kLanes) {
+      if (j + 1 < NR || lanes.to - lanes.from == kLanes)
         write(target, add ? read(target) + sum[i][j] : sum[i][j]);
-      } else {
+      else
         write_some(target, sum[i][j], add, lanes);
-      }
     }
   }
 }
 
-// Calls f<rows>() for the run-time number 1 <= rows <= MR; does nothing for 0.
+// Calls f<rows>(m) for blocks of MR rows m .. of M, and for what is left.
 template <int MR, typename F>
-FASTFF_INLINE void with_rows(int64_t rows, const F& f) {
+FASTFF_INLINE void for_rows(int64_t m, int64_t M, const F& f) {
   if constexpr (MR > 0) {
-    if (rows == MR) return f.template operator()<MR>();
-    with_rows<MR - 1>(rows, f);
+    for (; m + MR <= M; m += MR) f.template operator()<MR>(m);
+    for_rows<MR - 1>(m, M, f);
   }
 }
 
@@ -80,11 +73,10 @@ FASTFF_INLINE void for_columns(int64_t from, int64_t N, const F& f) {
   int64_t n = from;
   for (; kMasks ? n < N : n + kPanel <= N; n += kPanel) {
     const int64_t width = kMasks ? std::min(kPanel, N - n) : kPanel;
-    if (width > kLanes) {
+    if (width > kLanes)
       f.template operator()<2>(n, Lanes{0, width - kLanes});
-    } else {
+    else
       f.template operator()<1>(n, Lanes{0, width});
-    }
   }
   for (; n < N; n += kLanes) {  // without masks: the last vector ends at the last column, and writes what is left
     const int64_t left = std::min(kLanes, N - n);
@@ -95,10 +87,7 @@ FASTFF_INLINE void for_columns(int64_t from, int64_t N, const F& f) {
 template <int NR>
 FASTFF_INLINE void multiply_rows(int64_t M, int64_t K, const float* a, int64_t row_stride, int64_t col_stride,
                                  const float* b, int64_t ldb, float* c, int64_t ldc, bool add, Lanes lanes) {
-  int64_t m = 0;
-  for (; m + kMR <= M; m += kMR)
-    multiply_block<kMR, NR>(K, a + m * row_stride, row_stride, col_stride, b, ldb, c + m * ldc, ldc, add, lanes);
-  with_rows<kMR - 1>(M - m, [&]<int MR>() __attribute__((always_inline)) {
+  for_rows<kMR>(0, M, [&]<int MR>(int64_t m) __attribute__((always_inline)) {
     multiply_block<MR, NR>(K, a + m * row_stride, row_stride, col_stride, b, ldb, c + m * ldc, ldc, add, lanes);
   });
 }
@@ -109,9 +98,8 @@ template <int MR>
 FASTFF_INLINE void multiply_packed(int64_t N, int64_t K, const float* a, int64_t col_stride, const float* b,
                                    int64_t ldb, float* c, int64_t ldc, bool add, int64_t from) {
   float packed[kKC * MR];
-  for (int64_t k = 0; k < K; ++k) {
+  for (int64_t k = 0; k < K; ++k)
     for (int i = 0; i < MR; ++i) packed[k * MR + i] = a[k * col_stride + i];
-  }
   for_columns(from, N, [&]<int NR>(int64_t n, Lanes lanes) __attribute__((always_inline)) {
     multiply_block<MR, NR>(K, packed, 1, MR, b + n, ldb, c + n, ldc, add, lanes);
   });
@@ -119,11 +107,8 @@ FASTFF_INLINE void multiply_packed(int64_t N, int64_t K, const float* a, int64_t
 
 FASTFF_INLINE void multiply_transposed(int64_t M, int64_t N, int64_t K, const float* a, int64_t col_stride,
                                        const float* b, int64_t ldb, float* c, int64_t ldc, bool add, bool upper) {
-  const auto from = [&](int64_t m) { return upper ? m / kWhole * kWhole : 0; };
-  int64_t m = 0;
-  for (; m + kMR <= M; m += kMR) multiply_packed<kMR>(N, K, a + m, col_stride, b, ldb, c + m * ldc, ldc, add, from(m));
-  with_rows<kMR - 1>(M - m, [&]<int MR>() __attribute__((always_inline)) {
-    multiply_packed<MR>(N, K, a + m, col_stride, b, ldb, c + m * ldc, ldc, add, from(m));
+  for_rows<kMR>(0, M, [&]<int MR>(int64_t m) __attribute__((always_inline)) {
+    multiply_packed<MR>(N, K, a + m, col_stride, b, ldb, c + m * ldc, ldc, add, upper ? m / kWhole * kWhole : 0);
   });
 }
 
@@ -162,25 +147,20 @@ FASTFF_INLINE void dots_block(int64_t K, const float* a, int64_t lda, const floa
   for (; kMasks ? k < K : k + kLanes <= K; k += kLanes) {
     const Lanes lanes{0, std::min(kLanes, K - k)};
     Vector right[NR];
-#pragma GCC unroll 4
-    for (int j = 0; j < NR; ++j) right[j] = read_some(b + j * ldb + k, lanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < MR; ++i) {
+    FASTFF_UNROLL for (int j = 0; j < NR; ++j) right[j] = read_some(b + j * ldb + k, lanes);
+    FASTFF_UNROLL for (int i = 0; i < MR; ++i) {
       const Vector left = read_some(a + i * lda + k, lanes);
-#pragma GCC unroll 4
-      for (int j = 0; j < NR; ++j) sum[i][j] += left * right[j];
+      FASTFF_UNROLL for (int j = 0; j < NR; ++j) sum[i][j] += left * right[j];
     }
   }
-#pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i) {
+  FASTFF_UNROLL for (int i = 0; i < MR; ++i) {
 #ifdef __AVX512F__
     if constexpr (NR == 4) {
       write_sums(sum[i], c + i * ldc, add);
       continue;
     }
 #endif
-#pragma GCC unroll 4
-    for (int j = 0; j < NR; ++j) {
+    FASTFF_UNROLL for (int j = 0; j < NR; ++j) {
       float total = sum_of(sum[i][j]);
       for (int64_t l = k; l < K; ++l) total += a[i * lda + l] * b[j * ldb + l];
       c[i * ldc + j] = add ? c[i * ldc + j] + total : total;
@@ -192,17 +172,13 @@ FASTFF_INLINE void dots_part(int64_t M, int64_t N, int64_t K, const float* a, in
                              float* c, int64_t ldc, bool add, bool upper) {
   for (int64_t n = 0; n < N; n += 4) {
     const int64_t width = std::min<int64_t>(4, N - n), reach = upper ? std::min(M, n + width) : M;
-    int64_t m = 0;
     if (width < 4) {
-      for (; m < reach; ++m) {
+      for (int64_t m = 0; m < reach; ++m)
         for (int64_t j = n; j < N; ++j)
           dots_block<1, 1>(K, a + m * lda, lda, b + j * ldb, ldb, c + m * ldc + j, ldc, add);
-      }
       return;
     }
-    for (; m + kDotMR <= reach; m += kDotMR)
-      dots_block<kDotMR, 4>(K, a + m * lda, lda, b + n * ldb, ldb, c + m * ldc + n, ldc, add);
-    with_rows<kDotMR - 1>(reach - m, [&]<int MR>() __attribute__((always_inline)) {
+    for_rows<kDotMR>(0, reach, [&]<int MR>(int64_t m) __attribute__((always_inline)) {
       dots_block<MR, 4>(K, a + m * lda, lda, b + n * ldb, ldb, c + m * ldc + n, ldc, add);
     });
   }
@@ -249,33 +225,27 @@ void transpose(int64_t M, int64_t N, const float* a, int64_t lda, float* b, int6
     int64_t n = 0;
     for (; n + kBlock <= N; n += kBlock) {
       eight::Vector r[8], s[8];
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) r[i] = eight::read(a + (m + i) * lda + n);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {  // pairs of rows: elements 0, 1 and 2, 3 of each half
+      FASTFF_UNROLL for (int i = 0; i < 8; ++i) r[i] = eight::read(a + (m + i) * lda + n);
+      FASTFF_UNROLL for (int i = 0; i < 4; ++i) {  // pairs of rows: elements 0, 1 and 2, 3 of each half
         s[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
         s[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
       }
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {  // fours of rows: one element of each half
+      FASTFF_UNROLL for (int i = 0; i < 2; ++i) {  // fours of rows: one element of each half
         r[4 * i] = __builtin_shufflevector(s[4 * i], s[4 * i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
         r[4 * i + 1] = __builtin_shufflevector(s[4 * i], s[4 * i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
         r[4 * i + 2] = __builtin_shufflevector(s[4 * i + 1], s[4 * i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
         r[4 * i + 3] = __builtin_shufflevector(s[4 * i + 1], s[4 * i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
       }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
+      FASTFF_UNROLL for (int i = 0; i < 4; ++i) {
         eight::write(b + (n + i) * ldb + m, __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
         eight::write(b + (n + i + 4) * ldb + m, __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
       }
     }
-    for (; n < N; ++n) {
+    for (; n < N; ++n)
       for (int64_t i = 0; i < kBlock; ++i) b[n * ldb + m + i] = a[(m + i) * lda + n];
-    }
   }
-  for (; m < M; ++m) {
+  for (; m < M; ++m)
     for (int64_t n = 0; n < N; ++n) b[n * ldb + m] = a[m * lda + n];
-  }
 }
 
 Panels::Panels(int64_t K, int64_t N, const float* source, int64_t row_stride, int64_t col_stride, int64_t padded_N)
@@ -283,11 +253,10 @@ Panels::Panels(int64_t K, int64_t N, const float* source, int64_t row_stride, in
   for (int64_t n = 0; n < N; n += kPanel) {
     const int64_t width = std::min(kPanel, N - n);
     float* target = data.data() + n * K;
-    if (row_stride == 1) {
+    if (row_stride == 1)
       transpose(width, K, source + n * col_stride, col_stride, target, kPanel);
-    } else {
+    else
       for (int64_t k = 0; k < K; ++k) std::copy_n(source + k * row_stride + n, width, target + k * kPanel);
-    }
   }
 }
 
@@ -298,11 +267,10 @@ void multiply(int64_t M, const float* a, int64_t row_stride, int64_t col_stride,
     for (int64_t n = 0; n < b.N; n += kPanel) {
       const float *left = a + k * col_stride, *right = b.data.data() + n * b.K + k * kPanel;
       const int64_t width = std::min(kPanel, b.N - n);
-      if (width > kLanes) {
+      if (width > kLanes)
         multiply_rows<2>(M, part, left, row_stride, col_stride, right, kPanel, c + n, ldc, add, {0, width - kLanes});
-      } else {
+      else
         multiply_rows<1>(M, part, left, row_stride, col_stride, right, kPanel, c + n, ldc, add, {0, width});
-      }
     }
   }
 }

@@ -43,7 +43,8 @@ class Task {
     float* const grad_x = !grad_copy.empty() ? grad_copy.data() : p.grad_x ? p.grad_x + first * size : nullptr;
     if (!squares) std::fill(g.begin(), g.end(), 0.0f);
     if (squares && (!p.d || squares->keeps())) squares->goodness(n, x, g.data());
-    if (grid) grid->add_goodness(n, x, g.data());
+    const int64_t apart = members > 1 ? sample(first, 1) - first : 1;  // of neighbouring samples of the task
+    if (grid) grid->add_goodness(n, x, p.cell_means + first * p.cells, apart * p.cells, g.data());
     for (int64_t i = 0; i < n; ++i) std::copy_n(g.data() + i * p.K, p.K, p.g + sample(first, i) * p.K);
     if (!p.loss && !p.d) return;
     if (p.d) std::copy_n(p.d + first * p.K, n * p.K, d.data());
@@ -51,17 +52,17 @@ class Task {
       p.losses[first + i] =
           static_cast<float>((*p.loss)(first + i, p.K, g.data() + i * p.K, d.data() + i * p.K, p.grad_tau + first + i));
     }
-    if (grid) grid->gradients(n, d.data(), grad_x, sums);
+    for (int64_t i = 0; p.all_d && i < n; ++i) std::copy_n(d.data() + i * p.K, p.K, p.all_d + sample(first, i) * p.K);
+    if (grid && grad_x) grid->input_gradient(n, d.data(), grad_x);
     if (squares) squares->gradients(n, x, d.data(), grad_x, p.cells > 0, sums);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = sample(first, i) * size;
       if (normalize) (*normalize)(input + i * size, p.normalized + at);
       if (grad_copy.empty()) continue;
-      if (transposed) {
+      if (transposed)
         gemm::transpose(p.P, p.C, grad_x + i * size, p.C, p.grad_x + at, p.P);
-      } else {
+      else
         std::copy_n(grad_x + i * size, size, p.grad_x + at);
-      }
     }
     for_runs(first, n, [&](int64_t b, int64_t length, int64_t) {
       if (p.epilogue) p.epilogue->backward(b, length, p.grad_x + b * size, sums.epilogue);
@@ -89,36 +90,35 @@ class Task {
   const float* input_of(int64_t first, int64_t n) {
     if (x_copy.empty()) return p.x + first * size;
     for_runs(first, n, [&](int64_t b, int64_t length, int64_t i) {
-      if (p.epilogue) {
+      if (p.epilogue)
         p.epilogue->forward(b, length, x_copy.data() + i * size);
-      } else {
+      else
         std::copy_n(p.x + b * size, length * size, x_copy.data() + i * size);
-      }
     });
     return x_copy.data();
   }
 };
 
-// Where the gradients of the head's parameters and the epilogue's sums go; null for those not wanted.
-void run(Problem& p, const Sums& results) {
+// results: where the gradients of the head's parameters and the epilogue's sums go; null for those not wanted, as is grad_grid_weight.
+void run(Problem& p, const Sums& results, float* grad_grid_weight) {
   p.lay_out_weights(p.grad_x);
   // Samples of a task: several where one is too small to fill a register block, or where the grid's products want more rows than one.
   const int64_t members = p.loss ? p.loss->samples() : 1, units = p.B / members;
   const int64_t wanted = std::max<int64_t>(p.cells ? 6 : 1, p.second_moment ? 1 : direct_samples(p));
   const int64_t step = members > 1 ? 1 : std::min(p.B, wanted), tasks = (units + step - 1) / step;
-  const int64_t weights = p.weight ? p.K * p.C : 0, head = weights + p.K + p.K * p.cells,
-                size = head + (p.epilogue ? 2 * p.C : 0);
+  const int64_t weights = p.weight ? p.K * p.C : 0, head = weights + p.K, size = head + (p.epilogue ? 2 * p.C : 0);
   const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / size, 2, 16));
   const bool gradients = p.loss || p.d;
-  std::vector<float> partial(gradients ? groups * size : 0, 0.0f);
+  std::vector<float> partial(gradients ? groups * size : 0, 0.0f), cell_means(p.B * p.cells),
+      all_d(grad_grid_weight ? p.B * p.K : 0);
+  p.cell_means = cell_means.data(), p.all_d = grad_grid_weight ? all_d.data() : nullptr;
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     Task task(p, step * members);
     for (int64_t group = begin; group < end; ++group) {
       float* own = gradients ? partial.data() + group * size : nullptr;
-      const Sums sums{own, own + weights, own + weights + p.K, own + head};
-      for (int64_t i = group * tasks / groups; i < (group + 1) * tasks / groups; ++i) {
+      const Sums sums{own, own + weights, own + head};
+      for (int64_t i = group * tasks / groups; i < (group + 1) * tasks / groups; ++i)
         task.run(i * step, std::min(step, units - i * step) * members, sums);
-      }
     }
   });
   const auto collect = [&](float* target, int64_t offset, int64_t n) {
@@ -131,8 +131,8 @@ void run(Problem& p, const Sums& results) {
   };
   collect(results.weight, 0, weights);
   collect(results.bias, weights, p.K);
-  collect(results.grid_weight, weights + p.K, p.K * p.cells);
   collect(results.epilogue, head, 2 * p.C);
+  if (grad_grid_weight) grid_weight_gradient(p, all_d.data(), cell_means.data(), grad_grid_weight);
 }
 
 // Empty tensors for the gradients of the parameters that there are.
@@ -141,7 +141,9 @@ struct ParameterGradients {
 
   ParameterGradients(const Tensor& x, const spec::Projection& given)
       : weight(of(x, given.weight)), bias(of(x, given.bias)), grid_weight(of(x, given.grid_weight)) {}
-  Sums sums(float* epilogue) const { return {writable(weight), writable(bias), writable(grid_weight), epilogue}; }
+  void run(Problem& p, float* epilogue) const {
+    goodness::run(p, {writable(weight), writable(bias), epilogue}, writable(grid_weight));
+  }
 
  private:
   static Tensor of(const Tensor& x, const MaybeTensor& t) {
@@ -179,7 +181,7 @@ void step(const StepCall& call) {
   p.losses = writable(result.loss), p.g = writable(result.goodness), p.grad_x = writable(result.grad_x),
   p.normalized = writable(result.normalized);
   if (p.normalized) p.normalization = &call.given.normalization;
-  run(p, gradients.sums(call.epilogue ? call.epilogue_sums : nullptr));
+  gradients.run(p, call.epilogue ? call.epilogue_sums : nullptr);
 }
 
 struct Forward : spec::Part {
@@ -199,7 +201,7 @@ std::vector<Tensor> forward(const Forward& given) {
   Problem p(given.x, given.projection, given.second_moment);
   const Tensor g = empty(given.x, {p.B, p.K});
   p.g = writable(g);
-  run(p, {});
+  run(p, {}, nullptr);
   return {g};
 }
 
@@ -209,7 +211,7 @@ std::vector<Tensor> backward(const Backward& given) {
                grad_x = given.need_grad_x ? empty_like(given.x, p.channels_last) : absent(given.x);
   const ParameterGradients gradients(given.x, given.projection);
   p.g = writable(g), p.d = floats(given.d), p.grad_x = writable(grad_x);
-  run(p, gradients.sums(nullptr));
+  gradients.run(p, nullptr);
   return {grad_x, gradients.weight, gradients.bias, gradients.grid_weight};
 }
 

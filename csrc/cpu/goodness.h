@@ -32,13 +32,14 @@ struct Problem {
   const float* d = nullptr;                      // or of sum(d * g); without either only goodness is computed
   const spec::Normalization* normalization = nullptr;
   float *g = nullptr, *losses = nullptr, *grad_x = nullptr, *normalized = nullptr;
-  double* grad_tau = nullptr;                    // a summand for each loss
-  gemm::Panels weight_t, weight_panels, grid_t;  // W^T [C, K] and W [K, C] of the direct algorithm, V^T [cells, K]
+  double* grad_tau = nullptr;                     // a summand for each loss
+  float *cell_means = nullptr, *all_d = nullptr;  // [B, cells], and [B, K] where dL/dV is wanted
+  gemm::Panels weight_t, weight_panels, grid_t;   // W^T [C, K] and W [K, C] of the direct algorithm, V^T [cells, K]
 };
 
-// Where a task adds up its share of dL/dW [K, C], dL/dbias [K], dL/dV [K, cells] and the epilogue's two sums [2, C].
+// Where a task adds up its share of dL/dW [K, C], dL/dbias [K] and the epilogue's two sums [2, C].
 struct Sums {
-  float *weight, *bias, *grid_weight, *epilogue;
+  float *weight, *bias, *epilogue;
 };
 
 // An algorithm for the squares of one task, at most `most` samples at a time: x [n, C, P], or [n, P, C] where it asked for channels last.
@@ -59,20 +60,24 @@ std::unique_ptr<Squares> direct(const Problem& p, int64_t most);
 std::unique_ptr<Squares> direct_channels_first(const Problem& p, int64_t most);
 std::unique_ptr<Squares> second_moment(const Problem& p, int64_t most);
 
-// The spatial term: means over cells [n, C, GH, GW] times V^T, and its two adjoints.
+// The spatial term: means over cells [n, C, GH, GW] times V^T, and its adjoint in x.
 class Grid {
  public:
   Grid(const Problem& p, int64_t most, bool channels_last);
-  void add_goodness(int64_t n, const float* x, float* g);
-  void gradients(int64_t n, const float* d, float* grad_x, const Sums& sums);  // writes grad_x
+  void add_goodness(int64_t n, const float* x, float* means, int64_t stride, float* g);  // means: n rows `stride` apart
+  void input_gradient(int64_t n, const float* d, float* grad_x);                         // writes grad_x
 
  private:
   const Problem& p;
-  bool channels_last;
-  std::vector<float> means, spread, scores, line;
+  int64_t lines, length, next_c, next_w;  // lines of a row of x, their length, distances in a row
+  std::vector<float> spread, scores, row, cell;
+  std::vector<double> totals;
 
-  template <typename F>
-  void for_cells(const F& f) const;
+  void means_of(const float* x, float* means);
+  void spread_over(const float* values, float* grad_x);
 };
+
+// dL/dV [K, cells] = d^T means, of the whole batch.
+void grid_weight_gradient(const Problem& p, const float* d, const float* means, float* grad);
 
 }  // namespace goodness

@@ -44,10 +44,8 @@ void add_squares(int64_t rows, int64_t KP, const float* a, double* sum) {
         }
       };
       int64_t r = start;
-      for (; r + kChains <= end; r += kChains) {
-#pragma GCC unroll 4
-        for (int chain = 0; chain < kChains; ++chain) add(r + chain, chain);
-      }
+      for (; r + kChains <= end; r += kChains)
+        FASTFF_UNROLL for (int chain = 0; chain < kChains; ++chain) add(r + chain, chain);
       for (; r < end; ++r) add(r, 0);
       float total[kPadding];
       for (int v = 0; v < kVectors; ++v) {
@@ -89,9 +87,8 @@ class Direct : public Squares {
       for_samples(start, count,
                   [&](int64_t i, int64_t rows, float* ai) { add_squares(rows, p.KP, ai, squares.data() + i * p.KP); });
     }
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < n; ++i)
       for (int64_t k = 0; k < p.K; ++k) g[i * p.K + k] = static_cast<float>(squares[i * p.KP + k] / p.P);
-    }
   }
 
   void gradients(int64_t n, const float* x, const float* d, float* grad_x, bool add, const Sums& sums) override {
@@ -142,9 +139,8 @@ class DirectChannelsFirst : public Squares {
     for (int64_t i = 0; i < n; ++i) {
       const float* xi = x + i * p.C * p.P;
       float* ai = a.data() + i * p.K * p.P;
-      for (int64_t c = 0; c < p.C; c += kStreams) {
+      for (int64_t c = 0; c < p.C; c += kStreams)
         gemm::multiply(p.K, p.P, std::min(kStreams, p.C - c), p.weight + c, p.C, 1, xi + c * p.P, p.P, ai, p.P, c > 0);
-      }
       for (int64_t k = 0; k < p.K; ++k) {
         float* ak = ai + k * p.P;
         if (p.bias) vec::add_constant(ak, p.bias[k], p.P);

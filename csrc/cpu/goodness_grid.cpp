@@ -1,69 +1,96 @@
 // The spatial term of goodness: g[b, k] += sum_cell V[k, cell] mean_cell(x_b), with the cells of adaptive average pooling.
+//
+// x is read once, and dL/dx written once, by lines: [W, C] a row of a sample in channels_last, [W] one of a channel otherwise.
 
 #include "goodness.h"
 #include "vec.h"
 
 namespace goodness {
+namespace {
+
+struct Span {
+  int64_t from, to;
+};
+Span cell_of(int64_t i, int64_t cells, int64_t size) {
+  return {i * size / cells, ((i + 1) * size + cells - 1) / cells};
+}
+
+}  // namespace
 
 Grid::Grid(const Problem& p, int64_t most, bool channels_last)
-    : p(p), channels_last(channels_last), means(most * p.cells), spread(most * p.cells), scores(most * p.KP),
-      line(p.C) {}
+    : p(p), lines(channels_last ? 1 : p.C), length(p.C * p.W / lines), next_c(channels_last ? 1 : p.W),
+      next_w(channels_last ? p.C : 1), spread(most * p.cells), scores(most * p.KP), row(p.C * p.W), cell(p.C),
+      totals(p.C * p.GW) {}
 
-// Calls f(cell, first row, end, first column, end, 1 / positions of the cell).
-template <typename F>
-void Grid::for_cells(const F& f) const {
+void Grid::means_of(const float* x, float* means) {
   for (int64_t i = 0; i < p.GH; ++i) {
-    const int64_t top = i * p.H / p.GH, bottom = ((i + 1) * p.H + p.GH - 1) / p.GH;
+    const Span rows = cell_of(i, p.GH, p.H);
+    std::fill(totals.begin(), totals.end(), 0.0);
+    for (int64_t start = rows.from; start < rows.to; start += vec::kChunk) {
+      std::fill(row.begin(), row.end(), 0.0f);
+      for (int64_t l = 0; l < lines; ++l)
+        for (int64_t h = start; h < std::min(start + vec::kChunk, rows.to); ++h)
+          vec::add(row.data() + l * length, x + l * p.P + h * length, length);
+      for (int64_t j = 0; j < p.GW; ++j) {
+        const Span columns = cell_of(j, p.GW, p.W);
+        for (int64_t w = columns.from; w < columns.to; ++w)
+          for (int64_t c = 0; c < p.C; ++c) totals[j * p.C + c] += row[w * next_w + c * next_c];
+      }
+    }
     for (int64_t j = 0; j < p.GW; ++j) {
-      const int64_t left = j * p.W / p.GW, right = ((j + 1) * p.W + p.GW - 1) / p.GW;
-      f(i * p.GW + j, top, bottom, left, right, 1.0f / ((bottom - top) * (right - left)));
+      const Span columns = cell_of(j, p.GW, p.W);
+      const float over = 1.0f / ((rows.to - rows.from) * (columns.to - columns.from));
+      for (int64_t c = 0; c < p.C; ++c)
+        means[(c * p.GH + i) * p.GW + j] = over * static_cast<float>(totals[j * p.C + c]);
     }
   }
 }
 
-void Grid::add_goodness(int64_t n, const float* x, float* g) {
-  vec::LineSum sum(p.C);
-  for (int64_t s = 0; s < n; ++s) {
-    const float* xs = x + s * p.C * p.P;
-    float* out = means.data() + s * p.cells;
-    for_cells([&](int64_t cell, int64_t top, int64_t bottom, int64_t left, int64_t right, float over) {
-      if (channels_last) {
-        for (int64_t h = top; h < bottom; ++h) {
-          for (int64_t w = left; w < right; ++w) sum.add(xs + (h * p.W + w) * p.C);
-        }
-        sum.take([&](int64_t c, double total) { out[c * p.GH * p.GW + cell] = over * static_cast<float>(total); });
-        return;
-      }
-      for (int64_t c = 0; c < p.C; ++c) {
-        double total = 0;
-        for (int64_t h = top; h < bottom; ++h) total += vec::total_of(xs + c * p.P + h * p.W + left, right - left);
-        out[c * p.GH * p.GW + cell] = over * static_cast<float>(total);
-      }
-    });
-  }
-  gemm::multiply(n, means.data(), p.cells, 1, p.grid_t, scores.data(), p.KP);
+void Grid::add_goodness(int64_t n, const float* x, float* means, int64_t stride, float* g) {
+  for (int64_t s = 0; s < n; ++s) means_of(x + s * p.C * p.P, means + s * stride);
+  gemm::multiply(n, means, stride, 1, p.grid_t, scores.data(), p.KP);
   for (int64_t s = 0; s < n; ++s) vec::add(g + s * p.K, scores.data() + s * p.KP, p.K);
 }
 
-// dL/dV += d^T means; dL/dx is one constant vector for each cell.
-void Grid::gradients(int64_t n, const float* d, float* grad_x, const Sums& sums) {
-  gemm::multiply(p.K, p.cells, n, d, 1, p.K, means.data(), p.cells, sums.grid_weight, p.cells, true);
-  if (!grad_x) return;
-  gemm::multiply(n, p.cells, p.K, d, p.K, 1, p.grid_weight, p.cells, spread.data(), p.cells);
-  std::fill_n(grad_x, n * p.C * p.P, 0.0f);
-  for (int64_t s = 0; s < n; ++s) {
-    float* out = grad_x + s * p.C * p.P;
-    for_cells([&](int64_t cell, int64_t top, int64_t bottom, int64_t left, int64_t right, float over) {
-      for (int64_t c = 0; c < p.C; ++c) line[c] = over * spread[s * p.cells + c * p.GH * p.GW + cell];
-      for (int64_t h = top; h < bottom; ++h) {
-        if (channels_last) {
-          for (int64_t w = left; w < right; ++w) vec::add(out + (h * p.W + w) * p.C, line.data(), p.C);
-        } else {
-          for (int64_t c = 0; c < p.C; ++c) vec::add_constant(out + c * p.P + h * p.W + left, line[c], right - left);
+// Each position gets the sum of its cells' values, divided by the cells' sizes: cells overlap where they do not divide the image.
+void Grid::spread_over(const float* values, float* grad_x) {
+  for (int64_t i = 0, rows_done = 0; i < p.GH; ++i) {
+    const Span rows = cell_of(i, p.GH, p.H);
+    for (int64_t j = 0, done = 0; j < p.GW; ++j) {
+      const Span columns = cell_of(j, p.GW, p.W);
+      const float over = 1.0f / ((rows.to - rows.from) * (columns.to - columns.from));
+      for (int64_t c = 0; c < p.C; ++c) cell[c] = over * values[(c * p.GH + i) * p.GW + j];
+      for (int64_t w = columns.from; w < columns.to; ++w) {
+        for (int64_t c = 0; c < p.C; ++c) {
+          float& at = row[w * next_w + c * next_c];
+          at = w < done ? at + cell[c] : cell[c];
         }
       }
-    });
+      done = columns.to;
+    }
+    for (int64_t l = 0; l < lines; ++l) {
+      const float* line = row.data() + l * length;
+      for (int64_t h = rows.from; h < rows.to; ++h) {
+        float* target = grad_x + l * p.P + h * length;
+        h < rows_done ? vec::add(target, line, length) : vec::copy(target, line, length);
+      }
+    }
+    rows_done = rows.to;
   }
+}
+
+void Grid::input_gradient(int64_t n, const float* d, float* grad_x) {
+  gemm::multiply(n, p.cells, p.K, d, p.K, 1, p.grid_weight, p.cells, spread.data(), p.cells);
+  for (int64_t s = 0; s < n; ++s) spread_over(spread.data() + s * p.cells, grad_x + s * p.C * p.P);
+}
+
+// By blocks of columns that stay in the cache; the order of a sum does not depend on them.
+void grid_weight_gradient(const Problem& p, const float* d, const float* means, float* grad) {
+  constexpr int64_t kColumns = 256;
+  torch::stable::parallel_for(0, (p.cells + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kColumns; n < std::min(end * kColumns, p.cells); n += kColumns)
+      gemm::multiply(p.K, std::min(kColumns, p.cells - n), p.B, d, 1, p.K, means + n, p.cells, grad + n, p.cells);
+  });
 }
 
 }  // namespace goodness

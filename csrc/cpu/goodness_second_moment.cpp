@@ -12,9 +12,8 @@ namespace {
 
 // The lower half of a square matrix from its upper half.
 void mirror(float* square, int64_t n) {
-  for (int64_t i = 1; i < n; ++i) {
+  for (int64_t i = 1; i < n; ++i)
     for (int64_t j = 0; j < i; ++j) square[i * n + j] = square[j * n + i];
-  }
 }
 
 class SecondMoment : public Squares {
@@ -42,11 +41,10 @@ class SecondMoment : public Squares {
 
   void goodness_of(const float* x, float* g, float* ti, float* mean) {
     float* S = square.data();
-    if (p.channels_last) {
+    if (p.channels_last)
       gemm::multiply(p.C, p.C, p.P, x, 1, p.C, x, p.C, S, p.C, false, true);
-    } else {
+    else
       gemm::dots(p.C, p.C, p.P, x, p.P, x, p.P, S, p.C, true);
-    }
     mirror(S, p.C);
     gemm::multiply(p.K, p.C, p.C, p.weight, p.C, 1, S, p.C, ti, p.C);
     if (p.bias) mean_of(x, mean);

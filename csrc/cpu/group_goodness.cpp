@@ -42,11 +42,10 @@ class Goodness {
     for (int64_t j = 0; j < count(); ++j) values[j] = d[j] * given.power / (given.mean ? groups.elements(j) : 1);
     sample.spread(groups, values, factors);
     const A* factor = factors.data();
-    if (given.power == 2) {
+    if (given.power == 2)
       sample.transform(x, grad_x, groups, [=](A v, int64_t i) { return factor[i] * v; });
-    } else {
+    else
       sample.transform(x, grad_x, groups, [=](A, int64_t i) { return factor[i]; });
-    }
   }
 
  private:
@@ -129,10 +128,9 @@ void step(const StepCall& call) {
   std::vector<float> sums(call.epilogue ? shares * 2 * C : 0);
   torch::stable::parallel_for(0, shares, call.epilogue ? 1 : grain(call.given.x), [&](int64_t begin, int64_t end) {
     Task<T> task(call);
-    for (int64_t share = begin; share < end; ++share) {
+    for (int64_t share = begin; share < end; ++share)
       for (int64_t unit = share * units / shares; unit < (share + 1) * units / shares; ++unit)
         task.run(unit, sums.data() + share * 2 * C);
-    }
   });
   for (size_t i = 0; i < sums.size(); ++i) call.epilogue_sums[i % (2 * C)] += sums[i];
 }

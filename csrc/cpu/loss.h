@@ -1,4 +1,4 @@
-// Losses of goodness and their gradients, for both kinds of goodness. Arithmetic is in double; formulas: fastff/reference.py.
+// Losses of goodness and their gradients, for both kinds of goodness, with the arguments that describe them. Arithmetic is in double; formulas: fastff/reference.py.
 //
 //   cross_entropy        logsumexp(u) - sum_k q[k] u[k],  u = tau g, lowered by the margin at the target;  d = tau scale (softmax(u) - q)
 //   softplus, swish      mean over j of f(theta - g[j]) of a positive sample, f(g[j] - theta) of a negative one
@@ -12,14 +12,34 @@
 #include "common.h"
 #include "spec.h"
 
+namespace spec {
+
+enum class LossName { cross_entropy, softplus, swish, symba, swish_symba };
+enum class Reduction { mean, sum, none };
+
+struct Loss : Part {
+  using Part::Part;
+  LossName name = choice<LossName>("name");
+  MaybeTensor target = tensor("target");  // [B] int64
+  double tau = number("tau");
+  MaybeTensor learned_tau = tensor("learned_tau");
+  double margin = number("margin");
+  double label_smoothing = number("label_smoothing");
+  double theta = number("theta");
+  double alpha = number("alpha");
+  Reduction reduction = choice<Reduction>("reduction");
+  MaybeTensor grad_scale = tensor("grad_scale");
+};
+
+}  // namespace spec
+
 class Loss {
  public:
   Loss(const spec::Loss& given, int64_t B)
-      : name(given.name), half(B / 2),
+      : given(given), half(B / 2),
         target(given.target ? static_cast<const int64_t*>(given.target->const_data_ptr()) : nullptr),
-        given_tau(given.tau), tau(given.tau * value_or_one(given.learned_tau)), margin(given.margin),
-        label_smoothing(given.label_smoothing), theta(given.theta), alpha(given.alpha),
-        members(name == spec::LossName::symba || name == spec::LossName::swish_symba ? 2 : 1), units(B / members),
+        tau(given.tau * value_or_one(given.learned_tau)), members(is(Name::symba) || is(Name::swish_symba) ? 2 : 1),
+        units(B / members),
         scale(value_or_one(given.grad_scale) / (given.reduction == spec::Reduction::mean ? units : 1)) {}
 
   // A loss is of a unit: one sample, or the pair of samples `unit` and `unit` + B / 2.
@@ -31,24 +51,28 @@ class Loss {
   template <typename T>
   double operator()(int64_t unit, int64_t J, const T* g, T* d, double* grad_tau) const {
     *grad_tau = 0;
-    if (name == spec::LossName::cross_entropy) return cross_entropy(target[unit], J, g, d, grad_tau);
+    if (is(Name::cross_entropy)) return cross_entropy(target[unit], J, g, d, grad_tau);
     return members == 2 ? of_pair(J, g, g + J, d, d + J) : of_sample(unit < half ? 1 : -1, J, g, d);
   }
 
  private:
-  spec::LossName name;
+  using Name = spec::LossName;
+  const spec::Loss& given;
   int64_t half;
   const int64_t* target;
-  double given_tau, tau, margin, label_smoothing, theta, alpha;
+  double tau;
   int64_t members, units;
   double scale;
+
+  bool is(Name name) const { return given.name == name; }
 
   static float exponential(float z) { return exp_of(z); }
   static double exponential(double z) { return std::exp(z); }
 
   template <typename T>
   double cross_entropy(int64_t hit, int64_t K, const T* g, T* d, double* grad_tau) const {
-    const double t = tau, m = margin, smooth = label_smoothing / K, factor = scale;
+    const double t = tau, m = given.margin, factor = scale, label_smoothing = given.label_smoothing,
+                 smooth = label_smoothing / K;
     const auto logit = [&](int64_t k) { return t * g[k] - (k == hit ? m : 0); };
     double top = -std::numeric_limits<double>::infinity(), sum = 0, total = 0, product = 0;
     for (int64_t k = 0; k < K; ++k) {
@@ -68,14 +92,14 @@ class Loss {
       product += dk * g[k];
       d[k] = static_cast<T>(t * dk);
     }
-    *grad_tau = given_tau * product;
+    *grad_tau = given.tau * product;
     return top + std::log(total) - (1 - label_smoothing) * logit(hit) - smooth * sum;
   }
 
   // The value of softplus or swish at z, and its derivative.
   std::pair<double, double> f(double z) const {
     const double s = z >= 0 ? 1 / (1 + std::exp(-z)) : std::exp(z) / (1 + std::exp(z));
-    if (name == spec::LossName::swish || name == spec::LossName::swish_symba) return {z * s, s * (1 + z * (1 - s))};
+    if (is(Name::swish) || is(Name::swish_symba)) return {z * s, s * (1 + z * (1 - s))};
     return {z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z)), s};
   }
 
@@ -83,7 +107,7 @@ class Loss {
   double of_sample(double sign, int64_t J, const T* g, T* d) const {
     double total = 0;
     for (int64_t j = 0; j < J; ++j) {
-      const auto [value, slope] = f(sign * (theta - g[j]));
+      const auto [value, slope] = f(sign * (given.theta - g[j]));
       total += value;
       d[j] = static_cast<T>(-sign * slope * scale / J);
     }
@@ -94,9 +118,9 @@ class Loss {
   double of_pair(int64_t J, const T* positive, const T* negative, T* d_positive, T* d_negative) const {
     double total = 0;
     for (int64_t j = 0; j < J; ++j) {
-      const auto [value, slope] = f(-alpha * (static_cast<double>(positive[j]) - negative[j]));
+      const auto [value, slope] = f(-given.alpha * (static_cast<double>(positive[j]) - negative[j]));
       total += value;
-      d_negative[j] = static_cast<T>(alpha * slope * scale / J);
+      d_negative[j] = static_cast<T>(given.alpha * slope * scale / J);
       d_positive[j] = -d_negative[j];
     }
     return total / J;

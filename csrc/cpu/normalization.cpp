@@ -72,9 +72,8 @@ namespace {
 bool samples_are_dense(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   std::vector<int64_t> order;
-  for (int64_t d = 1; d < x.dim(); ++d) {
+  for (int64_t d = 1; d < x.dim(); ++d)
     if (sizes[d] != 1) order.push_back(d);
-  }
   std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
   int64_t expected = 1;
   for (const int64_t d : order) {

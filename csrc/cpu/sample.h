@@ -54,15 +54,13 @@ class Sample {
       }
       return totals;
     }
-    if (index_is_row(groups)) {
+    if (index_is_row(groups))
       for (int64_t o = 0; o < outer; ++o)
         index_sums[o] = row_sum(x + o * inner, inner, [&](A v, int64_t) { return f(v, o); });
-    } else {
+    else
       column_sums(x, f);
-    }
-    for (int64_t j = 0; j < groups.count(); ++j) {
+    for (int64_t j = 0; j < groups.count(); ++j)
       for (int64_t i = groups.bounds[j]; i < groups.bounds[j + 1]; ++i) totals[j] += index_sums[i];
-    }
     return totals;
   }
 
@@ -86,9 +84,8 @@ class Sample {
   // to[i]: the value of the group of index i.
   static void spread(const Partition& groups, const std::vector<double>& values, std::vector<A>& to) {
     to.resize(groups.bounds.back());
-    for (int64_t j = 0; j < groups.count(); ++j) {
+    for (int64_t j = 0; j < groups.count(); ++j)
       std::fill(to.begin() + groups.bounds[j], to.begin() + groups.bounds[j + 1], static_cast<A>(values[j]));
-    }
   }
 
  private:

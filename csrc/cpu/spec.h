@@ -1,4 +1,4 @@
-// The arguments of the operators, as structs that mirror fastff/spec.py: one line a field, from which an operator's schema is made too.
+// Arguments of the operators, as structs that mirror fastff/spec.py: one line a field, from which an operator's schema is made too.
 //
 // A field is initialised by reading the next argument, in the order of declaration. Here, and nowhere else, small tensors are made contiguous,
 // x dense, and what has x's shape is given x's layout. Names and orders are those of spec.py (tests/test_step_native.py).
@@ -13,8 +13,6 @@
 namespace spec {
 
 enum class Activation { none, relu, relu6, hardswish, silu, gelu };
-enum class LossName { cross_entropy, softplus, swish, symba, swish_symba };
-enum class Reduction { mean, sum, none };
 enum class NormalizationName { none, layer_norm, group_norm, l2, rms, layer_norm_channels, l2_channels, rms_channels };
 
 // Takes the arguments of an operator off its stack, or without a stack writes down their schema.
@@ -92,46 +90,11 @@ struct Groups : Part {
   bool positions = flag("positions");
 };
 
-struct Loss : Part {
-  using Part::Part;
-  LossName name = choice<LossName>("name");
-  MaybeTensor target = tensor("target");  // [B] int64
-  double tau = number("tau");
-  MaybeTensor learned_tau = tensor("learned_tau");
-  double margin = number("margin");
-  double label_smoothing = number("label_smoothing");
-  double theta = number("theta");
-  double alpha = number("alpha");
-  Reduction reduction = choice<Reduction>("reduction");
-  MaybeTensor grad_scale = tensor("grad_scale");
-};
-
 struct Normalization : Part {
   using Part::Part;
   NormalizationName name = choice<NormalizationName>("name");
   int64_t groups = integer("groups");
   double eps = number("eps");
-};
-
-struct Step : Part {
-  using Part::Part;
-  Tensor x = input("x");
-  bool has_epilogue = flag("has_epilogue");
-  Epilogue epilogue{in, "epilogue_"};
-  bool has_projection = flag("has_projection");
-  Projection projection{in, "projection_"};
-  bool has_groups = flag("has_groups");
-  Groups groups{in, "groups_"};
-  Loss loss{in, "loss_"};
-  Normalization normalization{in, "normalization_"};
-  bool need_grad_x = flag("need_grad_x");
-  bool second_moment = flag("second_moment");
-};
-
-// Results of a step, empty where absent. loss: [B], or [B / 2] of pairs, unreduced; grad_tau: one element, the sum over the batch.
-struct StepResult {
-  Tensor loss, goodness, grad_x, grad_weight, grad_bias, grad_grid_weight, grad_tau, normalized, grad_residual,
-      grad_bn_weight, grad_bn_bias, mean, var;
 };
 
 // A boxed kernel that reads Arguments and calls function(const Arguments&) -> std::vector<Tensor>. An exception becomes an error of PyTorch's.

@@ -61,8 +61,8 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   if (given.has_epilogue) {
     const spec::Epilogue& e = given.epilogue;
     r.mean = empty(x, {C}), r.var = empty(x, {C}), r.grad_bn_weight = empty(x, {C}), r.grad_bn_bias = empty(x, {C});
-    epilogue.emplace(floats(x), floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps), EpilogueShape{B, C, P, channels_last},
-                     e.activation, writable(r.mean), writable(r.var));
+    epilogue.emplace(floats(x), floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps),
+                     EpilogueShape{B, C, P, channels_last}, e.activation, writable(r.mean), writable(r.var));
   }
   const StepCall call{given, loss, epilogue ? &*epilogue : nullptr, sums.data(), grad_tau.data(), r};
   given.has_projection ? projection_step(call) : groups_step(call);
@@ -77,11 +77,10 @@ std::vector<Tensor> step_native(const spec::Step& given) {
     double total = 0;
     for (const double summand : grad_tau) total += summand;
     r.grad_tau = empty(x, {}, dtype);
-    if (dtype == aoti_torch_dtype_float64()) {
+    if (dtype == aoti_torch_dtype_float64())
       *writable<double>(r.grad_tau) = total;
-    } else {
+    else
       *writable(r.grad_tau) = static_cast<float>(total);
-    }
   }
   return {r.loss,     r.goodness,   r.grad_x,        r.grad_weight,    r.grad_bias,    r.grad_grid_weight,
           r.grad_tau, r.normalized, r.grad_residual, r.grad_bn_weight, r.grad_bn_bias, r.mean,

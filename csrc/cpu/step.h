@@ -1,8 +1,33 @@
-// What step_native (step.cpp) hands to the kernels of the two kinds of goodness.
+// The arguments and results of step_native (step.cpp), and what it hands to the kernels of the two kinds of goodness.
 #pragma once
 
 #include "epilogue.h"
 #include "loss.h"
+
+namespace spec {
+
+struct Step : Part {
+  using Part::Part;
+  Tensor x = input("x");
+  bool has_epilogue = flag("has_epilogue");
+  Epilogue epilogue{in, "epilogue_"};
+  bool has_projection = flag("has_projection");
+  Projection projection{in, "projection_"};
+  bool has_groups = flag("has_groups");
+  Groups groups{in, "groups_"};
+  Loss loss{in, "loss_"};
+  Normalization normalization{in, "normalization_"};
+  bool need_grad_x = flag("need_grad_x");
+  bool second_moment = flag("second_moment");
+};
+
+// Results of a step, empty where absent. loss: [B], or [B / 2] of pairs, unreduced; grad_tau: one element, the sum over the batch.
+struct StepResult {
+  Tensor loss, goodness, grad_x, grad_weight, grad_bias, grad_grid_weight, grad_tau, normalized, grad_residual,
+      grad_bn_weight, grad_bn_bias, mean, var;
+};
+
+}  // namespace spec
 
 struct StepCall {
   const spec::Step& given;

@@ -65,7 +65,8 @@ FASTFF_INLINE void write_some(float* p, Vector v, bool add, Lanes lanes) {
 
 #endif
 
-// y += x, y += factor * x, y = factor * x, y += constant
+// y = x, y += x, y += factor * x, y = factor * x, y += constant
+inline void copy(float* __restrict y, const float* __restrict x, int64_t n) { std::copy_n(x, n, y); }
 inline void add(float* __restrict y, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += x[i];
 }

@@ -31,36 +31,19 @@ class Row(NamedTuple):
 RE, HS = "relu", "hardswish"
 
 LARGE = [
-    Row(3, 16, 16, False, RE, 1),
-    Row(3, 64, 24, False, RE, 2),
-    Row(3, 72, 24, False, RE, 1),
-    Row(5, 72, 40, True, RE, 2),
-    Row(5, 120, 40, True, RE, 1),
-    Row(5, 120, 40, True, RE, 1),
-    Row(3, 240, 80, False, HS, 2),
-    Row(3, 200, 80, False, HS, 1),
-    Row(3, 184, 80, False, HS, 1),
-    Row(3, 184, 80, False, HS, 1),
-    Row(3, 480, 112, True, HS, 1),
-    Row(3, 672, 112, True, HS, 1),
-    Row(5, 672, 160, True, HS, 2),
-    Row(5, 960, 160, True, HS, 1),
-    Row(5, 960, 160, True, HS, 1),
-]
+    Row(3, 16, 16, False, RE, 1), Row(3, 64, 24, False, RE, 2), Row(3, 72, 24, False, RE, 1),
+    Row(5, 72, 40, True, RE, 2), Row(5, 120, 40, True, RE, 1), Row(5, 120, 40, True, RE, 1),
+    Row(3, 240, 80, False, HS, 2), Row(3, 200, 80, False, HS, 1), Row(3, 184, 80, False, HS, 1),
+    Row(3, 184, 80, False, HS, 1), Row(3, 480, 112, True, HS, 1), Row(3, 672, 112, True, HS, 1),
+    Row(5, 672, 160, True, HS, 2), Row(5, 960, 160, True, HS, 1), Row(5, 960, 160, True, HS, 1),
+]  # fmt: skip
 
 SMALL = [
-    Row(3, 16, 16, True, RE, 2),
-    Row(3, 72, 24, False, RE, 2),
-    Row(3, 88, 24, False, RE, 1),
-    Row(5, 96, 40, True, HS, 2),
-    Row(5, 240, 40, True, HS, 1),
-    Row(5, 240, 40, True, HS, 1),
-    Row(5, 120, 48, True, HS, 1),
-    Row(5, 144, 48, True, HS, 1),
-    Row(5, 288, 96, True, HS, 2),
-    Row(5, 576, 96, True, HS, 1),
-    Row(5, 576, 96, True, HS, 1),
-]
+    Row(3, 16, 16, True, RE, 2), Row(3, 72, 24, False, RE, 2), Row(3, 88, 24, False, RE, 1),
+    Row(5, 96, 40, True, HS, 2), Row(5, 240, 40, True, HS, 1), Row(5, 240, 40, True, HS, 1),
+    Row(5, 120, 48, True, HS, 1), Row(5, 144, 48, True, HS, 1), Row(5, 288, 96, True, HS, 2),
+    Row(5, 576, 96, True, HS, 1), Row(5, 576, 96, True, HS, 1),
+]  # fmt: skip
 
 
 def round_channels(channels: float) -> int:
@@ -73,14 +56,8 @@ class ConvNormActivation(nn.Sequential):
     """Convolution without bias (padded to keep the resolution), batch norm, and an activation if one is named."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        stride: int = 1,
-        groups: int = 1,
-        activation: str | None = None,
-    ):
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, activation: str | None = None
+    ):  # fmt: skip
         conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
         layers = [conv, _norm(out_channels)]
         if activation is not None:
@@ -107,8 +84,7 @@ class SqueezeExcite(nn.Module):
 class InvertedResidual(nn.Module):
     """Inverted residual: expansion, depthwise convolution, squeeze-excite, projection: [B, C, H, W] -> [B, K, H / stride, W / stride].
 
-    The input is added to the output if both have the same shape. The expansion is left out if it would add no channels.
-    """
+    The input is added to the output if both have the same shape. The expansion is left out if it would add no channels."""
 
     def __init__(self, in_channels: int, expanded: int, out_channels: int, row: Row, activation: str):
         super().__init__()
@@ -130,20 +106,12 @@ class MobileNetV3(nn.Module):
     """MobileNetV3 from a table of inverted residuals: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `rows` is the table and `hidden` the number of outputs of the classifier's first layer. The other arguments and the
-    errors are those of `mobilenet_v3_small`.
-    """
+    errors are those of `mobilenet_v3_small`."""
 
     def __init__(
-        self,
-        rows: list[Row],
-        hidden: int,
-        num_classes: int = 1000,
-        stem: str = "imagenet",
-        width_mult: float = 1.0,
-        in_channels: int = 3,
-        dropout: float = 0.2,
-        activation: str | None = None,
-    ):
+        self, rows: list[Row], hidden: int, num_classes: int = 1000, stem: str = "imagenet", width_mult: float = 1.0,
+        in_channels: int = 3, dropout: float = 0.2, activation: str | None = None,
+    ):  # fmt: skip
         super().__init__()
         whole_number("num_classes", num_classes)
         whole_number("in_channels", in_channels)
@@ -160,22 +128,16 @@ class MobileNetV3(nn.Module):
             expanded, out = round_channels(row.expanded * width_mult), round_channels(row.out * width_mult)
             features.append(InvertedResidual(channels, expanded, out, row, activation or row.activation))
             channels = out
-        last = 6 * channels
-        features.append(ConvNormActivation(channels, last, 1, activation=hard))
+        features.append(ConvNormActivation(channels, 6 * channels, 1, activation=hard))
         hidden = round_channels(hidden * width_mult)
 
         self.features = nn.Sequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.classifier = nn.Sequential(
-            nn.Linear(last, hidden),
-            ACTIVATIONS[hard](inplace=True),
-            nn.Dropout(dropout, inplace=True),
+            nn.Linear(6 * channels, hidden), ACTIVATIONS[hard](inplace=True), nn.Dropout(dropout, inplace=True),
             nn.Linear(hidden, num_classes),
-        )
-        self._initialise()
-
-    def _initialise(self) -> None:
+        )  # fmt: skip
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -189,13 +151,9 @@ class MobileNetV3(nn.Module):
 
 
 def mobilenet_v3_small(
-    num_classes: int = 1000,
-    stem: str = "imagenet",
-    width_mult: float = 1.0,
-    in_channels: int = 3,
-    dropout: float = 0.2,
+    num_classes: int = 1000, stem: str = "imagenet", width_mult: float = 1.0, in_channels: int = 3, dropout: float = 0.2,
     activation: str | None = None,
-) -> MobileNetV3:
+) -> MobileNetV3:  # fmt: skip
     """MobileNetV3-small: images [B, in_channels, H, W] of any floating dtype -> logits [B, num_classes].
 
     Args:
@@ -208,22 +166,15 @@ def mobilenet_v3_small(
         activation: "relu", "relu6" or "hardswish" for all activations except the gates. None is the choice of the
             paper: ReLU in the first blocks and hard-swish in the later ones.
 
-    Raises:
-        ValueError: an argument is out of range. The message names it, what was expected and what was given.
-    """
+    Raises ValueError for an argument out of range."""
     return MobileNetV3(SMALL, 1024, num_classes, stem, width_mult, in_channels, dropout, activation)
 
 
 def mobilenet_v3_large(
-    num_classes: int = 1000,
-    stem: str = "imagenet",
-    width_mult: float = 1.0,
-    in_channels: int = 3,
-    dropout: float = 0.2,
+    num_classes: int = 1000, stem: str = "imagenet", width_mult: float = 1.0, in_channels: int = 3, dropout: float = 0.2,
     activation: str | None = None,
-) -> MobileNetV3:
+) -> MobileNetV3:  # fmt: skip
     """MobileNetV3-large. It differs from `mobilenet_v3_small` in its 15 inverted residuals.
 
-    With stem="cifar", inverted residuals 2, 4, 7 and 13, counted from 1, have stride 2 (output resolution H / 16).
-    """
+    With stem="cifar", inverted residuals 2, 4, 7 and 13, counted from 1, have stride 2 (output resolution H / 16)."""
     return MobileNetV3(LARGE, 1280, num_classes, stem, width_mult, in_channels, dropout, activation)

@@ -14,14 +14,9 @@ ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 class BasicBlock(nn.Module):
     """Residual block of two 3x3 convolutions: [B, C, H, W] -> [B, K, H / stride, W / stride].
 
-    The shortcut is the identity, or a strided 1x1 convolution if the number of channels or the resolution changes.
-
-    Args:
-        in_channels: C.
-        channels: K.
-        stride: of the first convolution and of the shortcut.
-        activation: class of the activations, nn.ReLU or nn.ReLU6.
-    """
+       The shortcut is the identity, or a strided 1x1 convolution if the number of channels or the resolution changes.
+    `stride` is that of
+       the first convolution and of the shortcut, `activation` is nn.ReLU or nn.ReLU6."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, activation: type[nn.Module]):
         super().__init__()
@@ -46,18 +41,12 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual network of basic blocks: images [B, in_channels, H, W] -> logits [B, num_classes].
 
-    `depths` is the number of blocks in each of the four stages. The other arguments and the errors are those of `resnet18`.
-    """
+    `depths` is the number of blocks in each of the four stages. The other arguments and the errors are those of `resnet18`."""
 
     def __init__(
-        self,
-        depths: tuple[int, int, int, int],
-        num_classes: int = 1000,
-        stem: str = "imagenet",
-        width: int = 64,
-        in_channels: int = 3,
-        activation: str = "relu",
-    ):
+        self, depths: tuple[int, int, int, int], num_classes: int = 1000, stem: str = "imagenet", width: int = 64,
+        in_channels: int = 3, activation: str = "relu",
+    ):  # fmt: skip
         super().__init__()
         whole_number("num_classes", num_classes)
         whole_number("width", width)
@@ -66,10 +55,8 @@ class ResNet(nn.Module):
         one_of("activation", activation, ACTIVATIONS)
         act = ACTIVATIONS[activation]
 
-        if stem == "imagenet":
-            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = act(inplace=True)
         # None and not nn.Identity: SFF would count a module that does nothing as a layer when it cuts the network.
@@ -115,9 +102,7 @@ def resnet18(
         in_channels: number of channels of the images, 1 for grey images.
         activation: "relu" as in the paper, or "relu6".
 
-    Raises:
-        ValueError: an argument is out of range. The message names it, what was expected and what was given.
-    """
+    Raises ValueError for an argument out of range."""
     return ResNet((2, 2, 2, 2), num_classes, stem, width, in_channels, activation)
 
 

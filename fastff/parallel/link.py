@@ -31,8 +31,7 @@ class Part(NamedTuple):
         alive: the tensors (and other values) that later blocks still read; the first is the next block's input [b, ...].
         target: labels [b] int64.
         share: b / samples, the weight of the micro-batch in the minibatch's gradients.
-        samples: number of samples in the whole minibatch.
-    """
+        samples: number of samples in the whole minibatch."""
 
     alive: tuple
     target: torch.Tensor

@@ -12,8 +12,7 @@ def balanced(seconds, parts):
         seconds: time of each block in a step.
         parts: number of ranks.
 
-    Raises:
-        ValueError: there are more ranks than blocks, or less than one."""
+    Raises ValueError: there are more ranks than blocks, or less than one."""
     count = len(seconds)
     if not 1 <= parts <= count:
         raise ValueError(f"block_ranks: expected at most {count}, one for each block, got {parts}")

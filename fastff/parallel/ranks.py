@@ -34,9 +34,7 @@ class Distributed:
         timeout: seconds that a rank waits for another before it fails. It has no effect if torch.distributed was initialized before.
         mesh: a torch DeviceMesh with dimensions named "data" or "block" or both, instead of block_ranks.
 
-    Raises:
-        ValueError: an argument is out of range.
-    """
+    Raises ValueError: an argument is out of range."""
 
     block_ranks: int = 1
     placement: Sequence[int] | None = None
@@ -84,8 +82,7 @@ def start(device, timeout):
         device: torch.device of this process; it selects gloo, or gloo and nccl.
         timeout: seconds that a collective waits for the other ranks.
 
-    Raises:
-        ValueError: the process was not started by torchrun."""
+    Raises ValueError: the process was not started by torchrun."""
     if dist.is_initialized():
         return
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
@@ -130,8 +127,7 @@ class Ranks:
         block_rank, block_size: rank and size in the group that shares the blocks of one replica.
         leads: whether this process prints and writes files (rank 0).
         feeds: whether this process reads the minibatches (the first of its replica).
-        watch: the Watch that explains failures of other ranks.
-    """
+        watch: the Watch that explains failures of other ranks."""
 
     def __init__(self, distributed=None, device=None):
         self.distributed = distributed or Distributed()

@@ -48,8 +48,7 @@ class Reduction:
     Args:
         ranks: the Ranks of this process.
         optimizers: optimizer of each block, or None. An update uses the learning rates of the moment when its reduction started.
-        update: function of a block's index, called when the gradients of that block are the averages over the samples of all ranks.
-    """
+        update: function of a block's index, called when the gradients of that block are the averages over the samples of all ranks."""
 
     def __init__(self, ranks, optimizers, update):
         self.ranks, self.optimizers, self.update = ranks, optimizers, update

@@ -128,9 +128,6 @@ def prints_failure():
     return answer in (rank, None)
 
 
-speaks = prints_failure  # the name that fastff/cli.py still imports
-
-
 def _ask_store(question):
     """Return question(), a call to the store, or None if it takes too long: it blocks if the process that hosts the store has failed."""
     answers = []

@@ -46,8 +46,7 @@ class Entry(NamedTuple):
         path: name of the module in the module that was given, such as "layers.0".
         place: method and line of the expression, or "" for a whole module.
         pattern: what was found, such as "1 x 1 goodness".
-        result: "replaced", or the reason why it was not.
-    """
+        result: "replaced", or the reason why it was not."""
 
     path: str
     place: str
@@ -60,8 +59,7 @@ class Report:
 
     Attributes:
         module: the module that was given.
-        entries: [Entry] in the order of the modules.
-    """
+        entries: [Entry] in the order of the modules."""
 
     def __init__(self, module):
         self.module, self.entries, self._classes = module, [], []

@@ -18,11 +18,7 @@ class Row(NamedTuple):
 
 
 class Verification:
-    """Result of `verify`. Printing it shows a table; in a condition it is `ok`.
-
-    Attributes:
-        rows: [Row], one for each output, gradient and buffer.
-    """
+    """Result of `verify`. Printing it shows a table; in a condition it is `ok`. `rows` has a Row for each output, gradient and buffer."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -39,9 +35,8 @@ class Verification:
         width = max(len(row.name) for row in self.rows)
         lines = [f"{'':{width}}  {'difference':>10}  {'largest':>10}"]
         for row in self.rows:
-            lines.append(
-                f"{row.name:{width}}  {row.difference:10.1e}  {row.largest:10.1e}{'' if row.difference <= row.allowed else '  differs'}"
-            )
+            mark = "" if row.difference <= row.allowed else "  differs"
+            lines.append(f"{row.name:{width}}  {row.difference:10.1e}  {row.largest:10.1e}{mark}")
         return "\n".join([*lines, "the same but for rounding" if self.ok else "not the same"])
 
 
@@ -87,10 +82,8 @@ def verify(before, after, batch, *, loss=None, tolerance=1e-4):
 def _with_state(after, before):
     """Return a copy of `after` with the parameters and buffers of `before`, assigned in order."""
     result = copy.deepcopy(after)
-    for what, targets, sources in (
-        ("parameters", list(result.parameters()), list(before.parameters())),
-        ("buffers", list(result.buffers()), list(before.buffers())),
-    ):
+    for what in ("parameters", "buffers"):
+        targets, sources = (list(getattr(module, what)()) for module in (result, before))
         if [t.numel() for t in targets] != [t.numel() for t in sources]:
             expected = f"the {what} of before in their order, {[list(t.shape) for t in sources]}"
             raise ValueError(f"after: expected {expected}, got {[list(t.shape) for t in targets]}")
@@ -120,15 +113,9 @@ def _run(module, batch, loss):
         total = sum(((w * t).sum() for w, t in zip(weights, outputs, strict=True)), torch.zeros(()))
     if isinstance(total, torch.Tensor) and total.requires_grad:
         total.backward()
-    parameters, inputs = list(module.named_parameters()), [x for x in batch if isinstance(x, torch.Tensor)]
-    names = [f"output {i}" for i in range(len(outputs))] + [f"gradient of {name}" for name, _ in parameters]
-    names += [f"gradient of input {i}" for i in range(len(inputs))] + [
-        f"buffer {name}" for name, _ in module.named_buffers()
-    ]
-    tensors = [
-        *outputs,
-        *(p.grad for _, p in parameters),
-        *(x.grad for x in inputs),
-        *(b for _, b in module.named_buffers()),
-    ]
-    return names, [None if t is None else t.detach() for t in tensors]
+    inputs = [x for x in batch if isinstance(x, torch.Tensor)]
+    found = [(f"output {i}", t) for i, t in enumerate(outputs)]
+    found += [(f"gradient of {name}", p.grad) for name, p in module.named_parameters()]
+    found += [(f"gradient of input {i}", x.grad) for i, x in enumerate(inputs)]
+    found += [(f"buffer {name}", b) for name, b in module.named_buffers()]
+    return [name for name, _ in found], [None if t is None else t.detach() for _, t in found]

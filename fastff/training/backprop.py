@@ -22,8 +22,7 @@ class Backprop(Session):
         deep_supervision: add the local loss of each block's head, with gradients through all blocks before it.
         lr_schedule, options: as in fastff.Trainer.
 
-    Raises ValueError.
-    """
+    Raises ValueError."""
 
     def __init__(
         self, sff, optimizer=None, *, checkpointing=False, deep_supervision=False, lr_schedule="cosine", **options

@@ -12,8 +12,7 @@ MODES = ("backprop", "block", "layer", "stage")
 def modes_named(text):
     """Split a comma-separated list of modes, such as "backprop,block".
 
-    Raises:
-        ValueError: a name is not in MODES or occurs twice."""
+    Raises ValueError: a name is not in MODES or occurs twice."""
     modes = [name.strip() for name in text.split(",")]
     if any(mode not in MODES for mode in modes) or len(set(modes)) < len(modes):
         known = ", ".join(MODES)

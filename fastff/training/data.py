@@ -29,8 +29,7 @@ class Dataset:
         train_labels, test_labels: int64 [N].
         classes: names of the classes.
         mean, std: C numbers each, of the training pixels scaled to 0..1.
-        augment: the augmentation that `train_loader` uses, or None.
-    """
+        augment: the augmentation that `train_loader` uses, or None."""
 
     name: str
     train_images: Tensor
@@ -71,8 +70,7 @@ class Source:
         urls: mirrors; each holds all files.
         md5: {file: MD5 hash}, of the files or of one archive.
         folders: subfolders of `root` in which the files may lie, the official one first.
-        augment: the augmentation of the training images.
-    """
+        augment: the augmentation of the training images."""
 
     urls: tuple[str, ...]
     md5: dict[str, str]
@@ -143,17 +141,10 @@ _CIFAR100 = """
 """
 CIFAR100 = tuple(_CIFAR100.split())
 IMAGENETTE = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-}
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",
+    "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
+    "n03445777": "golf ball", "n03888257": "parachute",
+}  # fmt: skip
 CIFAR_FILES = {
     "cifar10": ([f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", (10,)),
     "cifar100": (["train.bin"], "test.bin", (20, 100)),
@@ -161,14 +152,9 @@ CIFAR_FILES = {
 
 
 def load(
-    name: str,
-    root: str | Path | None = None,
-    subset: int | None = None,
-    seed: int = 0,
-    image_size: int | None = None,
-    download: bool = True,
-    test_subset: int | None = None,
-) -> Dataset:
+    name: str, root: str | Path | None = None, subset: int | None = None, seed: int = 0, image_size: int | None = None,
+    download: bool = True, test_subset: int | None = None,
+) -> Dataset:  # fmt: skip
     """Load a data set.
 
     Args:
@@ -190,8 +176,7 @@ def load(
     Raises:
         DataError (a ValueError): something is missing, damaged, of the wrong kind or out of range. The message names
             the file, what is wrong and what to do.
-        ImportError: scikit-learn, pooch or pillow is needed and not installed.
-    """
+        ImportError: scikit-learn, pooch or pillow is needed and not installed."""
     path = None
     if name not in NAMES:
         path = Path(name).expanduser()
@@ -207,7 +192,8 @@ def load(
         image_size = whole_number("image_size", image_size, error=DataError)
 
     if path is not None:
-        data = _folder(path, image_size or 64)
+        size = image_size or 64
+        data = *read_folder(path, size), Augment(padding=size // 8, flip=True)
     elif name == "digits":
         data = _digits()
     else:
@@ -231,8 +217,7 @@ def load(
 def balanced(labels: Tensor, count: int, num_classes: int, seed: int = 0, argument: str = "subset") -> Tensor:
     """Draw `count` items with classes as equally frequent as `labels` [N] allows; returns their indices, int64 [count], sorted.
 
-    Raises DataError, which names `argument`, if `count` is below the number of classes or above N.
-    """
+    Raises DataError, which names `argument`, if `count` is below the number of classes or above N."""
     if isinstance(count, bool) or not isinstance(count, int) or not num_classes <= count <= len(labels):
         text = f"expected a whole number from {num_classes} (one image per class) to {len(labels)} (all of them)"
         raise DataError(f"{argument}: {text}, got {count!r}")
@@ -271,10 +256,6 @@ def _digits():
         indices = (labels == label).nonzero().flatten()
         test[indices] = torch.tensor(held_out(len(indices)))
     return images[~test], labels[~test], images[test], labels[test], DIGITS, None
-
-
-def _folder(path: Path, size: int):
-    return *read_folder(path, size), Augment(padding=size // 8, flip=True)
 
 
 def _published(name: str, root: str | Path | None, image_size: int | None, download: bool):

@@ -41,8 +41,7 @@ class Options:
         compile: whether to run forward passes through torch.compile.
         cuda_graph: record the whole step as a CUDA graph (graph.py) and replay it; CUDA only, with an optimiser that can be captured.
 
-    Raises ValueError.
-    """
+    Raises ValueError."""
 
     micro_batches: int = 1
     amp: str | None = None

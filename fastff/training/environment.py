@@ -82,9 +82,8 @@ def implementations():
                 runs = "runs, auto takes it" if row is chosen else "runs"
                 note = f"; {row.note}" if row.note else ""
                 passed = row.skip_reason(x)
-                found.append(
-                    (op, row.name, device, reason or (f"runs; auto skips it: {passed}" if passed else runs) + note)
-                )
+                state = reason or (f"runs; auto skips it: {passed}" if passed else runs) + note
+                found.append((op, row.name, device, state))
             if problem:
                 found.append((op, "auto", device, problem))
     return found
@@ -100,15 +99,16 @@ def versions():
         triton_version = triton.__version__
     except ImportError:
         triton_version = "not installed: the GPU kernels do not run"
+    compiled = f"loaded, for {native.level()} (FASTFF_CPU overrides it)"
+    if native.reason():
+        compiled = f"not loaded: {native.reason()}"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "fastff": fastff.__version__ + (f" (commit {commit()})" if commit() else ""),
         "torch": torch.__version__,
         "triton": triton_version,
         "python": f"{platform.python_version()} ({sys.executable})",
-        "compiled library": f"not loaded: {native.reason()}"
-        if native.reason()
-        else f"loaded, for {native.level()} (FASTFF_CPU overrides it)",
+        "compiled library": compiled,
         "CPU": f"{processor()}, {torch.get_num_threads()} threads",
         "GPU": ", ".join(gpus) or "none that this torch can use",
         "FASTFF_IMPL": os.environ.get("FASTFF_IMPL") or "not set",
@@ -117,9 +117,8 @@ def versions():
 
 def tuned_sizes():
     """Return a sentence about the block sizes that `fastff bench --tune` has measured for the GPUs of this machine."""
-    found = cache.read("blocks.json")
+    found, path = cache.read("blocks.json"), cache.file("blocks.json")
     names = ", ".join(f"{len(sizes)} launches measured on {name}" for name, sizes in found.items())
-    path = cache.file("blocks.json")
     return (
-        f"{names} ({path})" if names else f"by the table; bench --tune measures them on a GPU and keeps them in {path}"
+        f"{names} ({path})" if found else f"by the table; bench --tune measures them on a GPU and keeps them in {path}"
     )

@@ -22,45 +22,18 @@ from fastff.training.trainer import Trainer
 MODELS = ("resnet18", "resnet34", "mobilenet_v3_small", "mobilenet_v3_large")
 
 DEFAULTS = {
-    "data": "digits",
-    "root": None,
-    "subset": None,
-    "image_size": None,
-    "model": "resnet18",
-    "width": 16,
-    "mode": "sff",
-    "granularity": "block",
-    "epochs": 15,
-    "batch_size": 64,
-    "lr": None,
-    "weight_decay": 0.05,
-    "grid": 4,
-    "scale": None,
-    "window": 2,
-    "vote": "softmax",
-    "schedule": "all",
-    "micro_batches": 1,
-    "clip": None,
-    "amp": None,
-    "compile": False,
-    "channels_last": True,
-    "seed": 0,
-    "freeze": 0,
-    "batch_norm": "local",
-}
+    "data": "digits", "root": None, "subset": None, "image_size": None,
+    "model": "resnet18", "width": 16, "mode": "sff", "granularity": "block",
+    "epochs": 15, "batch_size": 64, "lr": None, "weight_decay": 0.05,
+    "grid": 4, "scale": None, "window": 2, "vote": "softmax", "schedule": "all",
+    "micro_batches": 1, "clip": None, "amp": None, "compile": False, "channels_last": True,
+    "seed": 0, "freeze": 0, "batch_norm": "local",
+}  # fmt: skip
 CHOICES = {
     "model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": tuple(AMP), "batch_norm": BATCH_NORMS,
 }  # fmt: skip
-LEAST = {  # smallest allowed value of each whole number
-    "epochs": 1,
-    "batch_size": 2,  # batch norm needs two values of each channel, and a channel may have one position
-    "width": 1,
-    "micro_batches": 1,
-    "window": 1,
-    "grid": 0,
-    "freeze": 0,
-    "seed": 0,
-}
+# Smallest allowed value of each whole number. Batch norm needs two values of each channel, and a channel may have one position.
+LEAST = {"epochs": 1, "batch_size": 2, "width": 1, "micro_batches": 1, "window": 1, "grid": 0, "freeze": 0, "seed": 0}
 # The weight gradient of a strided 1 x 1 convolution in channels_last writes past the end of oneDNN's buffer if the
 # convolution has fewer channels than a vector register has floats (oneDNN issue 6035; seen with torch 2.13 and AVX2 at 2
 # to 6 channels). The process crashes then, possibly later. The shortcuts of a ResNet are such convolutions. The longest
@@ -73,8 +46,7 @@ LAUNCH = "TORCHELASTIC_RUN_ID"  # torchrun's name of a job, the same after resta
 def device_named(name=None):
     """Return the torch.device of `name`. None is cuda if there is a GPU, else cpu.
 
-    Raises:
-        ValueError: the device does not work on this machine, or FASTFF_IMPL names an implementation that cannot run there."""
+    Raises ValueError: the device does not work on this machine, or FASTFF_IMPL names an implementation that cannot run there."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -93,8 +65,7 @@ def device_named(name=None):
 def settings(**given):
     """Return DEFAULTS updated with `given`, as a dict. A None in `given` leaves the default.
 
-    Raises:
-        ValueError: a setting is out of range or contradicts another one, as far as this can be checked without data."""
+    Raises ValueError: a setting is out of range or contradicts another one, as far as this can be checked without data."""
     given = {key: value for key, value in given.items() if value is not None}
     s = DEFAULTS | given
     for key, allowed in CHOICES.items():
@@ -135,8 +106,7 @@ def settings(**given):
 def writable_folder(out, argument="out"):
     """Create the folder `out` and check that it can be written, before any training is done. Returns its Path.
 
-    Raises:
-        ValueError: the folder cannot be written; the message names `argument`."""
+    Raises ValueError: the folder cannot be written; the message names `argument`."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -170,13 +140,9 @@ def _micro_batch_sizes(size, micro_batches):
 
 
 def build_network(s, num_classes, input_shape, device="cpu"):
-    """Return the SFF of the settings `s`. The seed determines its weights; those of the model are drawn before those of the heads.
+    """Return the SFF of the settings `s` for images of input_shape (C, H, W), on `device`.
 
-    Args:
-        s: settings.
-        num_classes: number of classes.
-        input_shape: (C, H, W) of an image.
-        device: where to put the parameters."""
+    The seed determines its weights; those of the model are drawn before those of the heads."""
     torch.manual_seed(s["seed"])
     stem = "cifar" if max(input_shape[1:]) <= 96 else "imagenet"
     # The MobileNets of the paper start with 16 channels.
@@ -196,20 +162,9 @@ def build_network(s, num_classes, input_shape, device="cpu"):
 def build_trainer(s, sff, distributed=None):
     """Return the Trainer of the settings `s` for the SFF `sff`, or a Backprop if the mode is "backprop".
 
-    Args:
-        s: settings.
-        sff: what `build_network` returned.
-        distributed: fastff.Distributed, or None for one process.
-
-    Raises:
-        ValueError: several processes with "backprop", or all blocks frozen."""
+    Raises ValueError: several processes with "backprop", or all blocks frozen."""
     lr = s["lr"] or (optim.BACKPROP_LR if s["mode"] == "backprop" else optim.LOCAL_LR)
-    options = {
-        "micro_batches": s["micro_batches"],
-        "amp": s["amp"],
-        "clip_grad_norm": s["clip"],
-        "compile": s["compile"],
-    }
+    options = {key: s[key] for key in ("micro_batches", "amp", "compile")} | {"clip_grad_norm": s["clip"]}
     make = optim.adamw(lr, s["weight_decay"])
     if s["mode"] == "backprop":
         if distributed is not None:
@@ -227,14 +182,10 @@ def build_trainer(s, sff, distributed=None):
 def describe(s, dataset):
     """Return the dict that a checkpoint keeps as `meta`: the settings, and the facts about the data set that the network depends on."""
     return {
-        "settings": s,
-        "num_classes": dataset.num_classes,
-        "input_shape": list(dataset.input_shape),
-        "classes": list(dataset.classes),
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
+        "settings": s, "num_classes": dataset.num_classes, "input_shape": list(dataset.input_shape),
+        "classes": list(dataset.classes), "mean": list(dataset.mean), "std": list(dataset.std),
         "train_images": len(dataset.train_images),
-    }
+    }  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -292,8 +243,7 @@ def resume(folder, device, distributed=None, **given):
         distributed: fastff.Distributed, or None for one process.
         given: settings; those in RESUMABLE may differ from the run's.
 
-    Raises:
-        ValueError: another setting differs, or the data set is not that of the run."""
+    Raises ValueError: another setting differs, or the data set is not that of the run."""
     _, meta = read_run(folder)
     s = dict(meta["settings"])
     given = {key: value for key, value in given.items() if value is not None}
@@ -333,8 +283,7 @@ def _short(value):
 def read_run(folder, device="cpu"):
     """Read the checkpoint in the folder of a run and return (state, meta).
 
-    Raises:
-        CheckpointError: the folder holds no checkpoint of `fastff train`."""
+    Raises CheckpointError: the folder holds no checkpoint of `fastff train`."""
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: expected the folder of a run (fastff train --out), there is no such folder")
     file = Path(folder) / "checkpoint.pt"
@@ -354,8 +303,7 @@ def transfer(sff, folder):
     Heads and classifier are copied too if the number of classes is the same. Heads are matched by the names of their
     blocks, which depend on the granularity.
 
-    Raises:
-        CheckpointError: `folder` holds no run, or a block is missing in it or has another shape."""
+    Raises CheckpointError: `folder` holds no run, or a block is missing in it or has another shape."""
     state, meta = read_run(folder)
     has_heads = any(
         key.startswith("model.") for key in state["module"]
@@ -395,8 +343,7 @@ class Answer(NamedTuple):
     Fields:
         label: name of the class.
         confidence: its probability.
-        blocks: [(name, class, probability)] of each block that was computed.
-    """
+        blocks: [(name, class, probability)] of each block that was computed."""
 
     label: str
     confidence: float

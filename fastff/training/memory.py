@@ -20,8 +20,7 @@ def peak_memory(step, device="cpu"):
 
     Args:
         step: function without arguments.
-        device: the device whose memory is measured.
-    """
+        device: the device whose memory is measured."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

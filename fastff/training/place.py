@@ -37,8 +37,7 @@ class Place:
 
     Attributes: own (range of this rank's blocks), own_optimizers (their places among the optimisers that are not None), counted ([L], 1 for
     the blocks whose losses this rank computes, else 0), placed (the blocks of each rank that shares them), link (to the neighbours, or
-    None), reduction (or None).
-    """
+    None), reduction (or None)."""
 
     def __init__(self, ranks, sff, parameters, optimizers, update, measure):
         self.ranks, self.sff, self.parameters, self.update = ranks, sff, parameters, update

@@ -16,8 +16,7 @@ STYLES = {
 def picture(result, path):
     """Draw the result of `fastff.training.compare.compare` and write it to `path` as PNG.
 
-    Raises:
-        ImportError: matplotlib is not installed."""
+    Raises ImportError: matplotlib is not installed."""
     optional("matplotlib", "the picture").use("Agg")
     import matplotlib.pyplot as plt
 

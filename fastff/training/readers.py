@@ -26,8 +26,7 @@ class DataError(ValueError):
 def optional(module: str, purpose: str) -> ModuleType:
     """Import and return a module that is installed with the extra `train`.
 
-    Raises ImportError, which says what `purpose` needs and how to install it.
-    """
+    Raises ImportError, which says what `purpose` needs and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -42,9 +41,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     The file holds two zero bytes, the number 8 (unsigned bytes), the number of dimensions, the size of each dimension
     as a big-endian 32-bit integer, and the values in C order.
 
-    Raises:
-        DataError: the file cannot be read, is truncated, too long or empty, or has another format.
-    """
+    Raises DataError: the file cannot be read, is truncated, too long or empty, or has another format."""
     try:
         raw = Path(path).read_bytes()
         if raw[:2] == b"\x1f\x8b":
@@ -75,9 +72,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 def read_idx_pair(images_path: Path, labels_path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
     """Read the two IDX files of a split and return images uint8 [N, 1, H, W] and labels int64 [N].
 
-    Raises:
-        DataError: as `read_idx`; or the files have different lengths, or a label is out of range.
-    """
+    Raises DataError: as `read_idx`; or the files have different lengths, or a label is out of range."""
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
         text = f"{len(labels)} labels, but {images_path} holds {len(images)} images"
@@ -92,9 +87,7 @@ def read_cifar(path: Path, label_classes: tuple[int, ...]) -> tuple[Tensor, Tens
     A record holds one byte for each entry of `label_classes`, then 3072 bytes of pixels, channel by channel. An entry is
     the number of classes of that label; CIFAR-100 has a coarse label and then a fine one.
 
-    Raises:
-        DataError: the file cannot be read, is empty, has an incomplete record, or a label is out of range.
-    """
+    Raises DataError: the file cannot be read, is empty, has an incomplete record, or a label is out of range."""
     try:
         raw = bytearray(Path(path).read_bytes())
     except OSError as error:
@@ -129,8 +122,7 @@ def read_image(path: str | Path, size: tuple[int, int] | int, channels: int = 3)
 
     Raises:
         DataError: there is no such file, or it is not an image that pillow can read.
-        ValueError: `channels` is neither 1 nor 3.
-    """
+        ValueError: `channels` is neither 1 nor 3."""
     image_module, ops = (optional(f"PIL.{name}", "reading images") for name in ("Image", "ImageOps"))
     height, width = (size, size) if isinstance(size, int) else size
     longer = max(height, width)  # the orientation in the EXIF data may swap height and width
@@ -160,9 +152,7 @@ def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
     Returns: training images uint8 [N, 3, size, size], training labels int64 [N], test images, test labels, class names.
 
-    Raises:
-        DataError: there are no classes, a class is empty, train and test have different classes, or a file is no image.
-    """
+    Raises DataError: there are no classes, a class is empty, train and test have different classes, or a file is no image."""
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. Expected one of images by class: <class>/<image>.")
@@ -208,8 +198,7 @@ def _files_by_class(folder: Path) -> dict[str, list[Path]]:
 def held_out(count: int) -> list[bool]:
     """Return which of the `count` items of a class become test data if a data set has none: every fifth.
 
-    Returns: [count] bools, True for test data.
-    """
+    Returns: [count] bools, True for test data."""
     return [index % 5 == 1 for index in range(count)]
 
 

@@ -23,8 +23,7 @@ class Report:
     """Shows and writes what fit does: a live display, and with a folder metrics.csv and TensorBoard events.
 
     On a terminal with rich the display is a bar and a table of the blocks, elsewhere one line per epoch. metrics.csv is always written as
-    a whole, so that a resumed run leaves no row twice. fit calls start, update, epoch and close, in this order.
-    """
+    a whole, so that a resumed run leaves no row twice. fit calls start, update, epoch and close, in this order."""
 
     def __init__(self, out, show):
         self.out, self.show = out, show

@@ -10,8 +10,7 @@ class Session:
     """An engine (engine.py), and how far training with it has come (state.py).
 
     Attributes: engine, state, sff, names (of the losses), optimizers, device, ranks (fastff.parallel.ranks.Ranks), result (StepResult of
-    the last step, or None).
-    """
+    the last step, or None)."""
 
     def __init__(self, engine, options, lr_schedule):
         if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:
@@ -80,8 +79,7 @@ class Session:
                 in place of the display and of the metrics' writer (on rank 0 of several).
             meta: a dict of plain values kept in the checkpoint (how to build the network again).
 
-        Returns the history: one dict per epoch (on rank 0 of several). Raises Diverged, Interrupted, RankFailed.
-        """
+        Returns the history: one dict per epoch (on rank 0 of several). Raises Diverged, Interrupted, RankFailed."""
         from fastff.training.report import Report
 
         path = None if out is None else Path(out) / "checkpoint.pt"

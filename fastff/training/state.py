@@ -19,8 +19,7 @@ class State:
         history: list with one dict per epoch.
         totals: [3, L], sums of losses, right answers and samples over the epoch so far, or None.
         epoch_random: random state at the start of the epoch.
-        meta: what the user wants to have kept, or None.
-    """
+        meta: what the user wants to have kept, or None."""
 
     steps: int = 0
     position: dict = field(default_factory=lambda: {"epoch": 0, "batch": 0})

@@ -36,8 +36,7 @@ class Trainer(Session):
 
     Attributes: engine (the LocalEngine), state, history, correct, names, optimizers (those of the blocks, then the classifier's).
 
-    Raises TypeError, ValueError.
-    """
+    Raises TypeError, ValueError."""
 
     def __init__(
         self,
@@ -95,8 +94,7 @@ class LocalEngine:
     Args: make makes the optimiser of a block from its parameter groups; the others are those of Trainer, checked.
 
     Attributes beyond the interface: step (LocalStep), parameters (lists by block, then the classifier's), block_optimizers (optimiser or
-    None by block), classifier_optimizer (or None).
-    """
+    None by block), classifier_optimizer (or None)."""
 
     def __init__(self, sff, make, options, ranks, schedule, window, frozen):
         self.sff, self.module, self.schedule, self.frozen = sff, sff, schedule, frozen
