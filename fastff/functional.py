@@ -186,8 +186,7 @@ def group_goodness_step(
     """Run the local training step of a layer whose goodness has no weights: loss, goodness, dL/dx and the next layer's input, outside autograd.
 
     Arguments beyond those of `group_goodness` and those at the head of this file:
-        target: [B] int64 for "cross_entropy" over tau * g; None for the losses of `forward_forward_loss`, whose batch is positive
-            samples and then as many negative ones.
+        target: [B] int64 for "cross_entropy" over tau * g; None for the losses of `forward_forward_loss`, whose batch is two halves.
         loss, theta, alpha: as in `forward_forward_loss`, or "cross_entropy", whose tau is a number here.
         need_grad_x: False where nothing before this layer learns.
 
