@@ -33,9 +33,7 @@ def _sum(old, new):
 
 def _without_images(step):
     """A step's result without its tensors of x's size, which are held elsewhere for as long as they are needed."""
-    return step._replace(
-        **{name: None for name in ("grad_x", "grad_y", "grad_residual", "normalized") if name in step._fields}
-    )
+    return step._replace(grad_x=None, grad_residual=None, normalized=None)
 
 
 class FinishedVisit:
@@ -160,5 +158,5 @@ class EpilogueVisit(Visit):
             grad_y, grad_residual = found.y.add_(grad_y), _sum(grad_residual, found.residual)
             grad_weight, grad_bias = _sum(grad_weight, found.weight), _sum(grad_bias, found.bias)
         self.ending.add_gradients(grad_weight, grad_bias)
-        self.later = None
+        self.later = self.epilogue = None  # with it the residual, before the backward pass starts
         return [grad_y, grad_residual, *others]
