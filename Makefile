@@ -42,7 +42,7 @@ test: install
 bench: install
 	@mkdir -p benchmarks/results
 	set -e; run() { OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(PY) -m benchmarks.$$1 --csv benchmarks/results/$$2.csv "$${@:3}"; }; \
-	for name in goodness tail layer_norm group_goodness convolution depthwise; do run $$name $$name --quick; done; \
+	for name in goodness epilogue layer_norm group_goodness convolution depthwise; do run $$name $$name --quick; done; \
 	run step step-resnet18-64 --quick --rounds 5 --no-compile; \
 	run step step-mobilenet_v3_small --model mobilenet_v3_small --quick --no-compile; \
 	for axis in depth classes; do run scaling scaling-$$axis --axis $$axis --quick; done; \
@@ -62,8 +62,8 @@ sanitize: install
 	  $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} FASTFF_DRAWS=$${FASTFF_DRAWS:-1000} $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
-	  tests/test_goodness.py tests/test_layer_norm.py tests/test_tail.py tests/test_convolution.py tests/test_depthwise.py \
-	  tests/test_group_goodness.py tests/test_group_tail.py tests/test_drawn.py -k "native or drawn_calls"
+	  tests/test_goodness.py tests/test_layer_norm.py tests/test_epilogue_step.py tests/test_convolution.py tests/test_depthwise.py \
+	  tests/test_group_goodness.py tests/test_group_epilogue_step.py tests/test_drawn.py -k "native or drawn_calls"
 
 # 100,000 drawn calls of the compiled operators, and 2,500 for each of goodness's two property tests, whose tolerances are narrower. Half an hour.
 fuzz: install

@@ -24,11 +24,11 @@ from fastff.ops.goodness import plan_for
 PARTS = {
     "convolution, backward": ("convolution_backward", "convolution_weight_gradient", "depthwise_backward"),
     "convolution, forward": ("convolution", "conv2d", "depthwise"),
-    "goodness head, layer norm, fused tail": (
+    "goodness head, layer norm, fused epilogue": (
         "fastff::step",
         "fastff.step",
         "goodness_native",
-        "tail_native",
+        "epilogue_",
         "step_native",
     ),
     "batch norm": ("batch_norm",),

@@ -1,11 +1,11 @@
 """Everything that needs a GPU, in one run of a few minutes: it checks the Triton kernels, and times kernels and training steps.
 
-    python -m benchmarks.gpu [--out FOLDER] [--only check kernels tails step scale]      (make gpu)
+    python -m benchmarks.gpu [--out FOLDER] [--only check kernels epilogues step scale]      (make gpu)
 
 A kernel with a wrong result prints no time.
 
     check          results of the kernels against float64 on the CPU, and steps as a CUDA graph against ordinary ones
-    kernels, tails goodness_step and tail_step with layer normalization, bfloat16, channels_last: against PyTorch eager and compiled, against
+    kernels, epilogues goodness_step and tail_step with layer normalization, bfloat16, channels_last: against PyTorch eager and compiled, against
                    the torch implementation, and against the floor: the bytes that must move (x three times; y three
                    times, the residual, dL/dy and the next input) at the measured copy bandwidth
     step           ResNet18 and MobileNetV3-large with bfloat16 autocast, against backpropagation eager, compiled and as a CUDA graph
@@ -31,7 +31,7 @@ from fastff.bench import interleave, quantile, ratios
 from fastff.training import Backprop, Trainer
 from fastff.training.memory import peak_memory
 
-PARTS = ["check", "kernels", "tails", "step", "scale"]
+PARTS = ["check", "kernels", "epilogues", "step", "scale"]
 CHECKED = [(5, 24, 9, 7), (3, 64, 32, 100), (40, 128, 4, 11), (6, 256, 7, 33), (70, 96, 1, 10), (2, 64, 56, 1000)]
 
 
@@ -73,7 +73,7 @@ def check(device):
         print(f"checked: goodness_step in {dtype} on {len(CHECKED)} shapes, within {most:.0e}", flush=True)
 
 
-def check_tail(device):
+def check_epilogue(device):
     """Compare every output of tail_step with float64 on the CPU. Exits at the first error that is too large."""
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)):
         for shape in CHECKED:
@@ -110,7 +110,7 @@ def check_tail(device):
                             if not error < most
                             else "other bits the second time"
                         )
-                        sys.exit(f"wrong result: {name} of the tail, {shape}, {dtype}, {activation}: {what}")
+                        sys.exit(f"wrong result: {name} of the epilogue, {shape}, {dtype}, {activation}: {what}")
         print(f"checked: tail_step in {dtype} on {len(CHECKED)} shapes, within {most:.0e}", flush=True)
 
 
@@ -188,7 +188,7 @@ def kernels(device, rounds):
     return rows
 
 
-def tails(device, rounds):
+def epilogues(device, rounds):
     rate = bandwidth(device)
     rows = []
     for B, C, H, K in SHAPES:
@@ -215,7 +215,7 @@ def tails(device, rounds):
         row["speedup"], row["speedup_20"], row["speedup_80"] = ratios(times, "compiled", "triton")
         rows.append(row)
         print(
-            "tail  " + "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+            "epilogue  " + "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
             flush=True,
         )
     return rows
@@ -292,10 +292,10 @@ def main():
     name = torch.cuda.get_device_name(device).replace(" ", "-").lower()
     if "check" in a.only:
         check(device)
-        check_tail(device)
+        check_epilogue(device)
         check_step(device)
         check_graph(device)
-    for part, measure in (("kernels", kernels), ("tails", tails), ("step", steps), ("scale", scales)):
+    for part, measure in (("kernels", kernels), ("epilogues", epilogues), ("step", steps), ("scale", scales)):
         if part in a.only and (part != "scale" or torch.cuda.device_count() > 1):
             write_csv(a.out / f"gpu-{part}-{name}.csv", measure(device, a.rounds))
 

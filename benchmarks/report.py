@@ -19,7 +19,7 @@ def of(module, function="table", *args):
 
 TABLES = {
     "goodness": of("goodness"),
-    "tail": of("tail"),
+    "epilogue": of("epilogue"),
     "depthwise": of("depthwise"),
     "convolution": of("convolution"),
     "layer-norm": of("layer_norm"),

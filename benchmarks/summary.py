@@ -9,7 +9,7 @@ KERNELS = {
         {"B": 8, "C": 64, "H": 56, "K": 1000}, {"B": 32, "C": 64, "H": 32, "K": 100}, {"B": 32, "C": 64, "H": 32, "K": 10},
         {"B": 32, "C": 128, "H": 16, "K": 100}, {"B": 32, "C": 512, "H": 4, "K": 10}, {"B": 8, "C": 960, "H": 7, "K": 1000},
     ]),
-    "tail": ("fused", "tail of a block: batch norm to the head", "eager", [
+    "epilogue": ("fused", "epilogue of a block with its goodness step", "eager", [
         {"B": 32, "C": 64, "H": 32, "K": 100, "residual": "gradient"}, {"B": 32, "C": 256, "H": 8, "K": 100, "residual": "gradient"},
     ]),
     "layer_norm": ("fastff", "layer normalisation of a sample", "F.layer_norm", [{"B": 32, "C": 64, "H": 32, "over": "sample"}]),

@@ -99,13 +99,13 @@ def cases(shape, device, dtype):
         s = ff.goodness_step(x, weight, None, target)
         return s.loss, s.normalized, s.grad_x, s.grad_weight
 
-    def tail_eager(y, weight, bn_weight, bn_bias, residual):
+    def epilogue_eager(y, weight, bn_weight, bn_bias, residual):
         x = F.relu(F.batch_norm(y, None, None, bn_weight, bn_bias, training=True) + residual)
         loss = loss_of(x, weight)
         grads = torch.autograd.grad(loss, (y, weight, bn_weight, bn_bias))
         return loss.detach(), F.layer_norm(x.detach(), x.shape[1:]), *grads
 
-    def tail(y, weight, bn_weight, bn_bias, residual):
+    def epilogue(y, weight, bn_weight, bn_bias, residual):
         s = ff.tail_step(
             y, weight, None, target, bn_weight=bn_weight, bn_bias=bn_bias, residual=residual, need_grad_residual=False
         )
@@ -119,7 +119,7 @@ def cases(shape, device, dtype):
 
     return {
         "goodness": (step_eager, step, (x, weight)),
-        "tail": (tail_eager, tail, (x, weight, bn_weight, bn_bias, residual)),
+        "epilogue": (epilogue_eager, epilogue, (x, weight, bn_weight, bn_bias, residual)),
         "layer_norm": (norm_eager, norm, (x.detach(),)),
     }
 
@@ -154,7 +154,7 @@ def run(device, rounds=9, shapes=None):
             times = interleave(
                 {"eager": functools.partial(eager, *tensors), "fastff": functools.partial(ours, *tensors)}, rounds
             )
-            table = "goodness" if op == "tail" else op
+            table = "goodness" if op == "epilogue" else op
             name = choose(table, TABLES[table], "auto", tensors[0]).name
             yield Row(op, str(shape), name, *ratios(times, "eager", "fastff"), quantile(times["fastff"], 0.5) * 1e3)
 

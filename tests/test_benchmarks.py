@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fastff.functional as ff
 import fastff.graph.fused
-from benchmarks import convolution, depthwise, goodness, group_goodness, layer_norm, runner, tables, tail
+from benchmarks import convolution, depthwise, epilogue, goodness, group_goodness, layer_norm, runner, tables
 
 FAMILIES = [shape[0] for shape in group_goodness.SHAPES]
 CASES = {  # name: (module, what makes it one small case, its contenders)
     "goodness": (goodness, {"SHAPES": [(4, 16, 8, 10)]}, ["eager", "fastff"]),
-    "tail": (tail, {"SHAPES": [(4, 16, 8, 10)], "RESIDUALS": ["gradient"]}, ["eager", "by parts", "fused"]),
+    "epilogue": (epilogue, {"SHAPES": [(4, 16, 8, 10)], "RESIDUALS": ["gradient"]}, ["eager", "by parts", "fused"]),
     "depthwise": (depthwise, {"SHAPES": [(4, 16, 8, 3, 1)], "GRADIENTS": ["x and weight"]}, ["pytorch", "fastff"]),
     "convolution": (convolution, {"SHAPES": [(4, 16, 8, 16, 3, 1)]}, ["onednn", "fastff", "forward"]),
     "layer_norm": (layer_norm, {"SHAPES": [(4, 16, 8)], "OVER": ["sample"]}, ["eager", "fastff"]),
@@ -51,10 +51,10 @@ def result(f):
 WRONG = [  # (case, owner and name of the function that goes wrong, how)
     *(("goodness", ff, "goodness_step", of_a_step(field)) for field in ("loss", "grad_x", "grad_weight")),
     *(
-        ("tail", ff, "tail_step", of_a_step(field))
+        ("epilogue", ff, "tail_step", of_a_step(field))
         for field in ("loss", "normalized", "grad_x", "grad_residual", "grad_bn_weight", "grad_bn_bias", "grad_weight")
     ),
-    ("tail", ff, "goodness_step", of_a_step("grad_x")),
+    ("epilogue", ff, "goodness_step", of_a_step("grad_x")),
     ("convolution", torch.ops.fastff, "convolution_weight_gradient", result),
     ("depthwise", fastff.graph.fused, "convolve", result),
     ("depthwise", fastff.graph.fused, "convolve", lambda f: lambda x, *args: f(gradient_too_large(x), *args)),
@@ -126,7 +126,7 @@ def test_line_rows_and_table(run, name):
 
 def test_torch_compile_is_a_contender(run, monkeypatch):
     monkeypatch.setattr(runner, "compiled", lambda function: function)
-    for name in ("goodness", "tail", "layer_norm", "hinton"):
+    for name in ("goodness", "epilogue", "layer_norm", "hinton"):
         lines, _ = run(name, "--compile")
         assert "| compiled " in lines[0]
         assert "| than compiled |" in CASES[name][0].table()

@@ -162,7 +162,7 @@ def differentiated(draw):
         close(f"dL/d{name}", a, b, 0.1)
 
 
-def tail(draw):
+def epilogue_step(draw):
     y = draw.images()
     C = y.shape[1]
     if y.numel() == C:
@@ -303,7 +303,7 @@ def block(draw):
         close(name, a, b.double(), 1.0)
 
 
-OPS = (goodness, differentiated, tail, convolution, depthwise, group_goodness, group_differentiated, block)
+OPS = (goodness, differentiated, epilogue_step, convolution, depthwise, group_goodness, group_differentiated, block)
 
 
 @pytest.mark.parametrize("part", range(PARTS))

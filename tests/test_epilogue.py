@@ -278,3 +278,24 @@ def test_every_goodness_and_normalization_trains_a_network(goodness, normalize):
 def test_layer_norm_of_the_oracle_is_the_reference_s():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     torch.testing.assert_close(reference.normalized(x, "layer_norm"), eager_layer_norm(x))
+
+
+def test_hooks_on_parameters_run_in_a_step():
+    """A gradient's hook changes what the parameter gets, as in plain PyTorch, and a hook on .grad is called once."""
+    calls = []
+    for granularity in ("layer", "block"):
+        torch.manual_seed(0)
+        net = fastff.models.resnet18(num_classes=5, stem="cifar", width=8)
+        sff = SFF(net, 5, granularity, input_shape=(3, 8, 8), window=1)
+        trainer = Trainer(sff, lambda groups: torch.optim.SGD(groups, lr=0.1))
+        trainer.train_mode()
+        weights = {name: p for name, p in net.named_parameters() if name.endswith("conv1.weight")}
+        before = {name: p.detach().clone() for name, p in weights.items()}
+        for p in weights.values():
+            p.register_hook(torch.zeros_like)
+            p.register_post_accumulate_grad_hook(calls.append)
+        trainer.step(torch.randn(4, 3, 8, 8), torch.randint(5, (4,)))
+        for name, p in weights.items():
+            torch.testing.assert_close(p, before[name], rtol=0, atol=0, msg=name)
+        assert len(calls) == len(weights), granularity
+        calls.clear()

@@ -45,17 +45,21 @@ class BatchNormEpilogue:
 
     def fits(self, y, residual):
         """Whether the step op takes these tensors: images, no broadcasting, one dtype, more than one value a channel."""
-        same = residual is None or (residual.shape == y.shape and residual.dtype == y.dtype)
-        return same and y.dim() == 4 and y.numel() > y.shape[1]
+        shapes = y.shape, None if residual is None else residual.shape
+        return self.takes(*shapes) and (residual is None or residual.dtype == y.dtype)
+
+    def takes(self, y, residual):
+        """Whether the step op takes tensors of one dtype and these shapes; None for no residual."""
+        return residual in (None, y) and len(y) == 4 and y.numel() > y[1]
 
     def finish(self, y, residual):
         """The block's output, by its own modules."""
         h = self.batch_norm(y)
         return self.apply(h if residual is None else h + residual)
 
-    def description(self, y, residual):
-        """The spec.Epilogue of these tensors."""
-        return fused.description(self.batch_norm, self.activation, residual)
+    def description(self, residual, need_grad_residual):
+        """The spec.Epilogue with this residual (or None)."""
+        return fused.description(self.batch_norm, self.activation, residual, need_grad_residual)
 
     def update(self, y, step):
         """Update the running statistics from a step's result."""

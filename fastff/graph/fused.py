@@ -15,7 +15,6 @@ from fastff import spec
 from fastff.ops import epilogue as epilogue_op
 from fastff.ops import gradients as partial
 from fastff.ops.convolution import convolve, forward, gradients, way
-from fastff.ops.gradients import add_gradient
 
 
 def hooked(modules):
@@ -41,22 +40,60 @@ def update_statistics(norm, mean, var, count):
     epilogue_op.update_running_statistics(running_mean, running_var, mean, var, norm.momentum, count)
 
 
-def description(norm, activation, residual=None):
+def description(norm, activation, residual=None, need_grad_residual=False):
     """The spec.Epilogue of a batch norm module, an activation's name and a residual."""
-    need = residual is not None and residual.requires_grad
-    return spec.Epilogue(norm.weight, norm.bias, norm.eps, residual, need, activation)
+    return spec.Epilogue(norm.weight, norm.bias, norm.eps, residual, need_grad_residual, activation)
 
 
-class Convolution(nn.Module):
+class StandIn(nn.Module):
+    """What the stand-ins have in common: a forward pass and a backward pass that do without autograd.
+
+    record(*inputs)      -> output, tensors, how: the inputs come first among the tensors; both are handed to `gradients`
+    gradients(grad, tensors, how, wanted, parameters)
+                         -> gradients of the inputs, those of learned(): what `wanted` (of each input) and `parameters` ask for, else None
+    learned()            parameters, or None for one that is not there
+    ready()              whether the modules are in a mode that record and gradients are for
+    output_shape(*shapes)   from the inputs' shapes; None for inputs that record does not take
+    """
+
+    def ready(self):
+        return True
+
+    def learns(self):
+        """Whether a parameter wants a gradient."""
+        return any(p is not None and p.requires_grad for p in self.learned())
+
+    def recorded(self, *inputs):
+        """`record` as a differentiable function."""
+        return _Recorded.apply(self, len(inputs), *inputs, *self.learned())
+
+
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, stand_in, count, *values):
+        output, tensors, ctx.how = stand_in.record(*values[:count])
+        ctx.save_for_backward(*tensors)
+        ctx.stand_in, ctx.count = stand_in, count
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        tensors, count = ctx.saved_tensors, ctx.count
+        needed = ctx.needs_input_grad[2 : 2 + count]
+        wanted = [partial.needs_input(t, need) for t, need in zip(tensors, needed, strict=False)]
+        parameters = partial.needs_parameters()
+        of_inputs, of_parameters = ctx.stand_in.gradients(grad, tensors, ctx.how, wanted, parameters)
+        return None, None, *of_inputs, *of_parameters
+
+
+class Convolution(StandIn):
     """The values and gradients of an nn.Conv2d with square filters in one group, or one for each channel."""
 
     def __init__(self, convolution):
         super().__init__()
         self.convolution = convolution
         self.options = convolution.stride[0], convolution.padding[0], convolution.groups
-
-    def forward(self, x):
-        return convolve(x, self.convolution.weight, self.convolution.bias, *self.options)
 
     @staticmethod
     def of(module):
@@ -70,104 +107,117 @@ class Convolution(nn.Module):
         depthwise = channels == (module.groups, module.groups) and module.padding[0] < module.kernel_size[0]
         return Convolution(module) if module.groups == 1 or depthwise else None
 
-    def add_gradients(self, grad_output, x):
-        """Add to .grad of weight and bias what a backward pass from the gradient of the output would, without an autograd graph."""
-        weight, bias = self.convolution.weight, self.convolution.bias
-        wanted = (False, weight.requires_grad, bias is not None and bias.requires_grad)
-        found = gradients(grad_output, x, weight.detach(), *self.options, way(x, weight, *self.options), wanted)
-        add_gradient(weight, found[1])
-        add_gradient(bias, found[2])
+    def learned(self):
+        return self.convolution.weight, self.convolution.bias
+
+    def output_shape(self, x):
+        stride, padding, _ = self.options
+        positions = [(n + 2 * padding - self.convolution.kernel_size[0]) // stride + 1 for n in x[2:]]
+        fits = len(x) == 4 and min(positions) > 0 and x[1] == self.convolution.in_channels
+        return torch.Size((x[0], self.convolution.out_channels, *positions)) if fits else None
+
+    def forward(self, x):
+        return convolve(x, *self.learned(), *self.options)
+
+    def record(self, x):
+        weight, bias = self.learned()
+        how = way(x, weight, *self.options)
+        return forward(x, weight, bias, *self.options, how), (x,), how
+
+    def gradients(self, grad, tensors, how, wanted, parameters):
+        weight, bias = self.learned()
+        need = [parameters and p is not None and p.requires_grad for p in (weight, bias)]
+        grad_x, *found = gradients(grad, tensors[0], weight, *self.options, how, [wanted[0], *need])
+        return (grad_x,), found
 
 
-class Epilogue(nn.Module):
+class Epilogue(StandIn):
     """x = activation(batch_norm(y) + residual). `apply` is the callable that computes the activation where no kernel runs."""
 
     def __init__(self, batch_norm, activation, apply):
         super().__init__()
         self.batch_norm, self.activation, self.apply_activation = batch_norm, activation, apply
 
-    def kernel(self, y, residual=None):
-        """The kernel that runs for these tensors now, or None."""
-        fits = (
+    def learned(self):
+        return self.batch_norm.weight, self.batch_norm.bias
+
+    def ready(self):
+        return uses_batch_statistics(self.batch_norm)
+
+    def output_shape(self, y, residual=None):
+        fits = len(y) == 4 and y.numel() > y[1] and residual in (None, y)
+        return y if fits else None
+
+    def has_kernel(self, y, residual=None):
+        """Whether a kernel runs for these tensors now."""
+        return (
             not torch.compiler.is_compiling()
-            and uses_batch_statistics(self.batch_norm)
-            and y.dim() == 4
-            and y.numel() > y.shape[1]
-            and (residual is None or (residual.shape == y.shape and residual.dtype == y.dtype))
+            and self.ready()
+            and self.output_shape(*(t.shape for t in (y, residual) if t is not None)) is not None
+            and (residual is None or residual.dtype == y.dtype)
             and not torch.is_autocast_enabled(y.device.type)
+            and epilogue_op.kernel(y) is not None
         )
-        return epilogue_op.kernel(y) if fits else None
 
     def forward(self, y, residual=None):
-        kernel = self.kernel(y, residual)
-        if kernel is None:
-            h = self.batch_norm(y)
-            return self.apply_activation(h if residual is None else h + residual)
+        inputs = (y,) if residual is None else (y, residual)
+        if self.has_kernel(*inputs):
+            return self.recorded(*inputs)
+        h = self.batch_norm(y)
+        return self.apply_activation(h if residual is None else h + residual)
+
+    def activated(self, y, residual=None):
+        """x, mean, var; the running statistics are updated."""
         e = description(self.batch_norm, self.activation, residual)
-        x, mean, var = _Epilogue.apply(y, e.weight, e.bias, e.residual, e, kernel)
+        x, _, mean, var = epilogue_op.kernel(y).forward(y, e)
         update_statistics(self.batch_norm, mean, var, y.numel() / y.shape[1])
-        return x
-
-
-class _Epilogue(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, weight, bias, residual, epilogue, kernel):
-        x, _, mean, var = kernel.forward(y, epilogue)
-        ctx.save_for_backward(y, weight, bias, residual, mean, var)
-        ctx.kernel, ctx.options = kernel, epilogue._replace(weight=None, bias=None, residual=None)
-        ctx.mark_non_differentiable(mean, var)
         return x, mean, var
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_x, *_):
-        y, weight, bias, residual, mean, var = ctx.saved_tensors
-        e = ctx.options._replace(weight=weight, bias=bias, residual=residual)
-        found = ctx.kernel.backward(y, e, mean, var, grad_x)
-        return found.y, *found.of_parameters(e), found.residual, None, None
+    def record(self, *inputs):
+        x, *statistics = self.activated(*inputs)
+        return x, (*inputs, *statistics), None
+
+    def gradients(self, grad, tensors, how, wanted, parameters):
+        y, *residual, mean, var = tensors
+        e = description(self.batch_norm, self.activation, *residual, need_grad_residual=wanted[-1])
+        found = epilogue_op.kernel(y).backward(y, e, mean, var, grad)
+        of_inputs = (found.y, found.residual) if residual else (found.y,)
+        return of_inputs, found.of_parameters(e) if parameters else (None, None)
 
 
-class EpilogueConvolution(nn.Module):
+class EpilogueConvolution(StandIn):
     """convolution(activation(batch_norm(y))). It keeps y, and computes the convolution's input again for its weight's gradient."""
 
     def __init__(self, epilogue, convolution):
         super().__init__()
         self.epilogue, self.convolution = epilogue, convolution
 
+    def learned(self):
+        return *self.epilogue.learned(), *self.convolution.learned()
+
+    def ready(self):
+        return self.epilogue.ready()
+
+    def output_shape(self, y):
+        return self.epilogue.output_shape(y) and self.convolution.output_shape(y)
+
     def forward(self, y):
-        kernel = self.epilogue.kernel(y)
-        if kernel is None:
-            return self.convolution(self.epilogue(y))
-        norm, layer = self.epilogue.batch_norm, self.convolution.convolution
-        e = description(norm, self.epilogue.activation)
-        z, mean, var = _EpilogueConvolution.apply(
-            y, e.weight, e.bias, layer.weight, layer.bias, e, kernel, self.convolution.options
-        )
-        update_statistics(norm, mean, var, y.numel() / y.shape[1])
-        return z
+        if self.epilogue.has_kernel(y):
+            return self.recorded(y)
+        return self.convolution(self.epilogue(y))
 
+    def record(self, y):
+        x, mean, var = self.epilogue.activated(y)
+        z, _, how = self.convolution.record(x)
+        return z, (y, mean, var), how
 
-class _EpilogueConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, norm_weight, norm_bias, weight, bias, epilogue, kernel, options):
-        x, _, mean, var = kernel.forward(y, epilogue)
-        ctx.how = way(x, weight, *options)
-        ctx.save_for_backward(y, norm_weight, norm_bias, weight, mean, var)
-        ctx.epilogue, ctx.kernel, ctx.options = epilogue._replace(weight=None, bias=None), kernel, options
-        ctx.mark_non_differentiable(mean, var)
-        return forward(x, weight, bias, *options, ctx.how), mean, var
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        y, norm_weight, norm_bias, weight, mean, var = ctx.saved_tensors
-        e = ctx.epilogue._replace(weight=norm_weight, bias=norm_bias)
-        _, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-        wanted = [True, *(partial.needs_parameters() and need for need in (need_weight, need_bias))]
-        x = y  # of the same shape and layout, where its values do not matter
-        if wanted[1]:
-            x = ctx.kernel.forward(y, e, statistics=(mean, var))[0]
-        grad_x, grad_weight, grad_bias = gradients(grad, x, weight, *ctx.options, ctx.how, wanted)
+    def gradients(self, grad, tensors, how, wanted, parameters):
+        y, mean, var = tensors
+        e = description(self.epilogue.batch_norm, self.epilogue.activation)
+        kernel = epilogue_op.kernel(y)
+        # without the weight's gradient, x's values do not matter: y is of the same shape and layout
+        x = kernel.forward(y, e, statistics=(mean, var))[0] if parameters and self.convolution.learns() else y
+        (grad_x,), of_convolution = self.convolution.gradients(grad, (x,), how, (True,), parameters)
         del x
-        found = ctx.kernel.backward(y, e, mean, var, grad_x, overwrite=True)
-        return found.y, *found.of_parameters(e), grad_weight, grad_bias, None, None, None
+        found = kernel.backward(y, e, mean, var, grad_x, overwrite=True)
+        return (found.y,), (*(found.of_parameters(e) if parameters else (None, None)), *of_convolution)

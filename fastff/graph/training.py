@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from fastff.graph import fused
 from fastff.graph.epilogue import ACTIVATIONS, BatchNormEpilogue, ReLUEpilogue, activation_name
+from fastff.graph.tape import Steps
 
 FUNCTIONS = {
     F.relu: "relu", torch.relu: "relu", "relu": "relu", "relu_": "relu", F.relu6: "relu6", F.hardswish: "hardswish", F.silu: "silu",
@@ -45,8 +46,9 @@ class TrainingGraph:
     Attributes:
         forward: GraphModule from the block's inputs to its outputs (a tuple).
         ending: BatchNormEpilogue, ReLUEpilogue or None.
-        body: with an ending: GraphModule from the inputs to (y, residual or None, *further outputs), what the ending is applied to.
-        convolution: the fused.Convolution that is all of the body, on the block's first input; None for other bodies.
+        body: with an ending: GraphModule from the inputs to what the ending is applied to, (y, residual or None, *further outputs) for a
+            BatchNormEpilogue, (y, *further outputs) for a ReLUEpilogue.
+        steps: of `body` where there is one, else of `forward`: tape.Steps, or None where they call more than stand-ins.
     """
 
     def __init__(self, module, custom):
@@ -62,7 +64,7 @@ class TrainingGraph:
         if isinstance(module, fx.GraphModule):  # a part of a model: only what it calls belongs to the block
             inside = _below(modules, {n.target for n in module.graph.nodes if n.op == "call_module"})
         self.inside = [modules[name] for name in inside]
-        self.ending, self.body, self.convolution = None, None, None
+        self.ending, self.body = None, None
         output = next(node for node in graph.nodes if node.op == "output")
         if isinstance(output.args[0], fx.Node):
             output.args = ((output.args[0],),)
@@ -71,7 +73,7 @@ class TrainingGraph:
         if found is not None:
             self.ending, body = found
             self.body = _optimized(module, modules, body)
-            self.convolution = _single_convolution(self.body)
+        self.steps = Steps.of(self.body or self.forward)
         graphs = [self.forward, *([self.body] if self.body else [])]
         whole = [{n.target for n in g.graph.nodes if n.op == "call_module"} & modules.keys() for g in graphs]
         still = set.intersection(*whole)
@@ -184,7 +186,7 @@ def _ending(modules, graph):
     if type(_module(modules, last)) is nn.ReLU or (last.target in FUNCTIONS and FUNCTIONS[last.target] == "relu"):
         (before,) = last.all_input_nodes[:1]
         if type(_module(modules, before)) in OVERWRITABLE and len(before.users) == 1:
-            return ReLUEpilogue(), _body(graph, {last, *_between(last, main)}, [before, None, *results[1:]])
+            return ReLUEpilogue(), _body(graph, {last, *_between(last, main)}, [before, *results[1:]])
     return None
 
 
@@ -242,13 +244,3 @@ def _fuse(modules, graph, match, stand_ins):
     last.replace_all_uses_with(call)
     for node in reversed(nodes):
         graph.erase_node(node)
-
-
-def _single_convolution(body):
-    """The fused.Convolution that is all of a body, on its first input."""
-    calls = [n for n in body.graph.nodes if n.op not in ("placeholder", "output")]
-    first = next(n for n in body.graph.nodes if n.op == "placeholder")
-    if len(calls) == 1 and calls[0].op == "call_module" and calls[0].args == (first,):
-        module = body.get_submodule(calls[0].target)
-        return module if isinstance(module, fused.Convolution) else None
-    return None

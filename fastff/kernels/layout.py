@@ -21,10 +21,12 @@ def empty_like(x, dtype=None):
 
 def as_result_of(x, y):
     """Return y in the dtype and with the strides of a result of x's shape, copied only if it must."""
+    strides = result_strides(x)
+    if y.dtype == x.dtype and y.stride() == strides:
+        return y
     if y.dtype != x.dtype or not (is_channels_last(y) if is_channels_last(x) else y.is_contiguous()):
         return empty_like(x).copy_(y)
-    strides = result_strides(x)  # those of y may differ in dimensions of one element
-    return y if y.stride() == strides else y.as_strided(y.shape, strides)
+    return y.as_strided(y.shape, strides)  # they differ in dimensions of one element alone
 
 
 def dense(x):

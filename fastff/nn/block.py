@@ -14,10 +14,11 @@ import fastff.functional as ff
 from fastff import spec
 from fastff.graph.epilogue import BatchNormEpilogue, ReLUEpilogue
 from fastff.graph.fused import hooked
+from fastff.graph.tape import AutogradTape
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
-from fastff.nn.visit import EpilogueVisit, FinishedVisit, Visit, detached
+from fastff.nn.visit import EpilogueVisit, Visit, detached
 
 
 class LocalBlock(nn.Module):
@@ -85,30 +86,36 @@ class LocalBlock(nn.Module):
             return ff.layer_norm(output, over=over, channel_dim=self.head.channel_dim)
         return ff.normalize(output, self.normalize, self.head.groups, channel_dim=self.head.channel_dim)
 
-    def visit(self, inputs, target, grad_scale=None, autocast=None, single=True):
+    def visit(self, inputs, target, grad_scale=None, autocast=None):
         """Forward pass and goodness step on `inputs`, a tuple. Returns the Visit to call backward on, whose `following` is passed on.
 
         grad_scale: 0-dimensional tensor that multiplies the gradients, or None. autocast: a function that makes a context for the forward
-        pass, or None. single: whether a block of one convolution may train without an autograd graph (then nothing can reach back into it)."""
+        pass, or None."""
         form, ending, context = self.module, None, autocast or contextlib.nullcontext
         graph = self.graph
         if graph is not None and graph.ready():
             ending = self._ending(graph)
             form = graph.forward if ending is None else graph.body
         epilogue = isinstance(ending, BatchNormEpilogue)
-        convolution = graph.convolution if epilogue and single and autocast is None and not self._compiled else None
-        with torch.set_grad_enabled(convolution is None), context():
-            outputs = self._run(form, *inputs)
-        if epilogue and ending.fits(*outputs[:2]):
-            return self._epilogue_visit(inputs, outputs, target, grad_scale, ending, convolution)
-        if epilogue:
-            y, residual, *others = outputs
+        tape = None if autocast is not None or self._compiled else self._tape(graph, form, inputs, ending)
+        if tape is None:
             with torch.enable_grad(), context():
-                whole = convolution is not None  # then nothing was recorded
-                outputs = self._run(graph.forward, *inputs) if whole else (ending.finish(y, residual), *others)
-        elif ending is not None:
-            outputs = (outputs[0], *outputs[2:])
-        return self._plain_visit(inputs, outputs, target, grad_scale, relu=ending is not None and not epilogue)
+                outputs = self._run(form, *inputs)
+                if epilogue and not ending.fits(*outputs[:2]):
+                    outputs, epilogue = (ending.finish(*outputs[:2]), *outputs[2:]), False
+            tape = AutogradTape(inputs, outputs)
+        if epilogue:
+            return self._epilogue_visit(tape, target, grad_scale, ending)
+        return self._plain_visit(tape, target, grad_scale, relu=isinstance(ending, ReLUEpilogue))
+
+    def _tape(self, graph, form, inputs, ending):
+        """A run of the training graph without autograd, or None where it takes autograd."""
+        if graph is None or graph.steps is None or form is not (graph.body or graph.forward):
+            return None
+        shapes = graph.steps.shapes(inputs)
+        if shapes is None or (isinstance(ending, BatchNormEpilogue) and not ending.takes(*shapes[:2])):
+            return None
+        return graph.steps.run(inputs)
 
     def _ending(self, graph):
         """The end of the block that its training graph leaves to the step, in its present mode, or None."""
@@ -117,28 +124,21 @@ class LocalBlock(nn.Module):
             return epilogue
         return graph.ending if isinstance(graph.ending, ReLUEpilogue) else None
 
-    def _plain_visit(self, inputs, outputs, target, grad_scale, relu=False):
-        main, needed = outputs[0].detach(), outputs[0].requires_grad
+    def _plain_visit(self, tape, target, grad_scale, relu=False):
+        main = tape.outputs[0].detach()
         if relu:
             main = torch.relu_(main)
-        step = self.head.local_step(main, target, self.normalize, grad_scale=grad_scale, need_grad_x=needed)
+        step = self.head.local_step(main, target, self.normalize, grad_scale=grad_scale, need_grad_x=tape.needed[0])
         following = main if step.normalized is None else step.normalized
-        return Visit(inputs, outputs, step, (following, *detached(outputs[1:])), self.next_input, relu)
+        return Visit(tape, step, (following, *detached(tape.outputs[1:])), self.next_input, relu)
 
-    def _epilogue_visit(self, inputs, outputs, target, grad_scale, epilogue, convolution):
-        y, residual, *others = outputs
-        description = epilogue.description(y, residual)
-        normalization = spec.Normalization(self.normalize, self.head.groups)
+    def _epilogue_visit(self, tape, target, grad_scale, ending):
+        y, residual, *others = tape.outputs
+        description = ending.description(residual, tape.needed[1])
         step = self.head.local_step(y.detach(), target, self.normalize, grad_scale=grad_scale, epilogue=description)
-        epilogue.update(y, step)
-        following = (step.normalized, *detached(others))
-        if convolution is None:
-            return EpilogueVisit(inputs, outputs, step, following, epilogue, description, normalization)
-        epilogue.add_gradients(step.grad_bn_weight, step.grad_bn_bias)
-        del y, outputs
-        with torch.no_grad():
-            convolution.add_gradients(step.grad_y, inputs[0])
-        return FinishedVisit(step, following)
+        ending.update(y, step)
+        normalization = spec.Normalization(self.normalize, self.head.groups)
+        return EpilogueVisit(tape, step, (step.normalized, *detached(others)), ending, description, normalization)
 
     def local_step(self, x, target=None):
         """One local training step: (next block's input, loss), both detached. x gets no gradient.

@@ -7,8 +7,8 @@ at the last convolution's output, and a later loss's gradient goes back through 
 
 import torch
 
+from fastff.graph.tape import plus
 from fastff.ops.epilogue import implementation
-from fastff.ops.gradients import Seed, inputs_only, parameters_only
 from fastff.spec import EpilogueGradients
 
 
@@ -17,72 +17,39 @@ def detached(values):
     return tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in values)
 
 
-def _pairs(outputs, grads):
-    """The outputs that have a gradient, and their gradients."""
-    found = [
-        (output, grad)
-        for output, grad in zip(outputs, grads, strict=True)
-        if grad is not None and output is not None and output.requires_grad
-    ]
-    return ([], []) if not found else tuple(map(list, zip(*found, strict=True)))
-
-
-def _sum(old, new):
-    return new if old is None else old if new is None else old + new
-
-
 def _without_images(step):
     """A step's result without its tensors of x's size, which are held elsewhere for as long as they are needed."""
     return step._replace(grad_x=None, grad_residual=None, normalized=None)
 
 
-class FinishedVisit:
-    """A block whose backward pass is done already."""
-
-    def __init__(self, step, following):
-        self.step, self.following = _without_images(step), following
-
-    def backward(self, parameters=None):
-        """Nothing is left to do."""
-
-
 class Visit:
     """A block whose loss is computed on its output.
 
-    Attributes: inputs, outputs (tuples; the first output is the one that the goodness is of), step (spec.StepResult), following (the next
-    block's inputs, detached). relu: whether a ReLU was applied over the first output, which the graph has still to go back through."""
+    Attributes: tape (fastff/graph/tape.py; its first output is the one that the goodness is of), step (spec.StepResult), following (the
+    next block's inputs, detached). relu: whether a ReLU was applied over the first output, which has still to be gone back through."""
 
-    def __init__(self, inputs, outputs, step, following, normalize, relu=False):
-        self.inputs, self.outputs, self.following = inputs, outputs, following
-        self.step = _without_images(step)
+    def __init__(self, tape, step, following, normalize, relu=False):
+        self.tape, self.step, self.following = tape, _without_images(step), following
         self.normalize, self.relu = normalize, relu
-        self.grads = [self._through_relu(step.grad_x), *[None] * (len(outputs) - 1)]
+        self.grads = [self._through_relu(step.grad_x), *[None] * (len(tape.outputs) - 1)]
 
     def input_gradients(self):
         """Gradients of this block's own loss with respect to its inputs; the graph is kept."""
-        return self._to_inputs(self.grads)
+        return self.tape.to_inputs(self.grads)
 
     def through(self, grads):
         """Gradients with respect to the inputs, from those of a later loss with respect to `following`; the graph is kept."""
-        return self._to_inputs(self._to_outputs(grads))
+        return self.tape.to_inputs(self._to_outputs(grads))
 
     def add(self, grads):
         """Take in a later loss's gradients with respect to `following`."""
-        self.grads = [_sum(old, new) for old, new in zip(self.grads, self._to_outputs(grads), strict=True)]
+        self.grads = [plus(old, new) for old, new in zip(self.grads, self._to_outputs(grads), strict=True)]
 
     def backward(self, parameters=None):
         """Add the gradients of the block's parameters (or of these alone) to their .grad, and let go of the graph."""
-        outputs, grads = _pairs(self.outputs, self._final())
-        self.inputs = self.outputs = self.grads = self.step = None
-        if not outputs:
-            return
-        seed = Seed.apply(grads, *outputs)
-        del outputs, grads
-        if parameters is None:
-            seed.backward()
-        elif parameters:
-            with parameters_only():
-                seed.backward(inputs=parameters)
+        tape, grads = self.tape, self._final()
+        self.tape = self.grads = self.step = None
+        tape.to_parameters(grads, parameters)
 
     def _final(self):
         return self.grads
@@ -90,7 +57,7 @@ class Visit:
     def _to_outputs(self, grads):
         main, *others = grads
         if main is not None and self.normalize is not None:
-            leaf = self.outputs[0].detach().requires_grad_()
+            leaf = self.tape.outputs[0].detach().requires_grad_()
             with torch.enable_grad():
                 normalized = self.normalize(leaf)
             (main,) = torch.autograd.grad(normalized, leaf, main)
@@ -100,40 +67,30 @@ class Visit:
         """dL/dy from dL/drelu(y), where the first output is y overwritten by relu(y)."""
         if not self.relu or grad is None:
             return grad
-        return torch.ops.aten.threshold_backward(grad, self.outputs[0].detach(), 0)
-
-    def _to_inputs(self, grads):
-        outputs, grads = _pairs(self.outputs, grads)
-        wanted = [t for t in self.inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-        if not outputs or not wanted:
-            return [None] * len(self.inputs)
-        with inputs_only():
-            found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True))
-        return [next(found) if isinstance(t, torch.Tensor) and t.requires_grad else None for t in self.inputs]
+        return torch.ops.aten.threshold_backward(grad, self.tape.outputs[0].detach(), 0)
 
 
 class EpilogueVisit(Visit):
-    """A block whose loss is computed together with its epilogue: outputs are (y, residual or None, *others).
+    """A block whose loss is computed together with its epilogue: the tape's outputs are (y, residual or None, *others).
 
     ending: BatchNormEpilogue; normalization: spec.Normalization of `following`."""
 
-    def __init__(self, inputs, outputs, step, following, ending, epilogue, normalization):
-        self.inputs, self.outputs, self.following = inputs, outputs, following
-        self.step = _without_images(step)
+    def __init__(self, tape, step, following, ending, epilogue, normalization):
+        self.tape, self.step, self.following = tape, _without_images(step), following
         self.ending, self.epilogue, self.normalization, self.later = ending, epilogue, normalization, None
-        self.grads = [step.grad_y, step.grad_residual, *[None] * (len(outputs) - 2)]
+        self.grads = [step.grad_y, step.grad_residual, *[None] * (len(tape.outputs) - 2)]
         # the gradients of both losses can be added before batch norm's backward pass where all of these are there
-        self.adds_early = None not in (step.grad_residual, step.grad_bn_weight, step.grad_bn_bias)
+        self.adds_early = all(g is not None for g in (step.grad_residual, step.grad_bn_weight, step.grad_bn_bias))
 
     def add(self, grads):
         main, *others = grads
-        self.later = _sum(self.later, main)
-        self.grads[2:] = [_sum(old, new) for old, new in zip(self.grads[2:], others, strict=True)]
+        self.later = plus(self.later, main)
+        self.grads[2:] = [plus(old, new) for old, new in zip(self.grads[2:], others, strict=True)]
         if self.later is not None and self.adds_early:
             self.grads[0] = None  # `_final` computes it from dL/dh
 
     def _epilogue_backward(self, grad, added=None):
-        y, step = self.outputs[0].detach(), self.step
+        y, step = self.tape.outputs[0].detach(), self.step
         with torch.no_grad():
             return implementation(y).backward(
                 y, self.epilogue, step.mean, step.var, None, grad, self.normalization, added, overwrite=True
@@ -155,8 +112,8 @@ class EpilogueVisit(Visit):
             grad_y, grad_residual, grad_weight, grad_bias = self._epilogue_backward(later, added)
         elif later is not None:
             found = self._epilogue_backward(later)
-            grad_y, grad_residual = found.y.add_(grad_y), _sum(grad_residual, found.residual)
-            grad_weight, grad_bias = _sum(grad_weight, found.weight), _sum(grad_bias, found.bias)
+            grad_y, grad_residual = found.y.add_(grad_y), plus(grad_residual, found.residual)
+            grad_weight, grad_bias = plus(grad_weight, found.weight), plus(grad_bias, found.bias)
         self.ending.add_gradients(grad_weight, grad_bias)
         self.later = self.epilogue = None  # with it the residual, before the backward pass starts
         return [grad_y, grad_residual, *others]

@@ -123,7 +123,7 @@ class LocalStep:
                     main, *others = block.outputs(*part.alive)
                 return None, (block.next_input(main), *others)
         scale = self._grad_scale(index, part)
-        visit = block.visit(part.alive, part.target, scale, self.autocast, single=self.window == 1)
+        visit = block.visit(part.alive, part.target, scale, self.autocast)
         self.losses[index] += visit.step.loss * part.share
         if part.target is not None:
             self.correct[index] += (visit.step.goodness.argmax(1) == part.target).sum()

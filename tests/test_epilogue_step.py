@@ -197,7 +197,7 @@ def test_tail_step(data, dtype, impl):
 
 
 class Shared(nn.Module):
-    """What ends like a tail but is none: the normalised tensor is used twice; and one whose activation has an argument."""
+    """What ends like an epilogue but is none: the normalised tensor is used twice; and one whose activation has an argument."""
 
     def __init__(self, kind):
         super().__init__()
@@ -229,7 +229,7 @@ NETS = {
 }  # fmt: skip
 
 
-def tails_of(sff):
+def epilogues_of(sff):
     return [sff.local_blocks[index].epilogue for index in range(len(sff.blocks))]
 
 
@@ -243,7 +243,7 @@ def trained(sff, batches, **options):
 @pytest.mark.skipif(TRITON, reason="nothing of the kernels")
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 @pytest.mark.parametrize("name", NETS)
-def test_training_with_fused_tails_is_training_without(name, granularity):
+def test_training_with_fused_epilogues_is_training_without(name, granularity):
     torch.manual_seed(0)
     make, kind = NETS[name]
     net = make().double()
@@ -252,18 +252,18 @@ def test_training_with_fused_tails_is_training_without(name, granularity):
     options = {"input_shape": (3, size, size), "window": 1, "granularity": granularity}
     fused, plain = (SFF(copy.deepcopy(net), 5, **options, fuse=fuse) for fuse in (True, False))
     plain.load_state_dict(fused.state_dict())
-    tails = tails_of(fused)
-    assert kind in {str(tail) for tail in tails}
-    assert all(tail is None for tail in tails_of(plain))
+    epilogues = epilogues_of(fused)
+    assert kind in {str(epilogue) for epilogue in epilogues}
+    assert all(epilogue is None for epilogue in epilogues_of(plain))
     calls = []
-    for tail in tails:
-        if tail is not None:
-            tail.update = lambda *a, run=tail.update, **k: (calls.append(1), run(*a, **k))[1]
+    for epilogue in epilogues:
+        if epilogue is not None:
+            epilogue.update = lambda *a, run=epilogue.update, **k: (calls.append(1), run(*a, **k))[1]
     start = {k: v.clone() for k, v in fused.state_dict().items()}
     (losses, state), (plain_losses, plain_state) = (
         trained(sff, batches, micro_batches=micro_batches) for sff in (fused, plain)
     )
-    assert len(calls) == sum(tail is not None for tail in tails) * micro_batches * len(batches)
+    assert len(calls) == sum(epilogue is not None for epilogue in epilogues) * micro_batches * len(batches)
     torch.testing.assert_close(losses, plain_losses, rtol=1e-7, atol=1e-7)
     moved = max(float((plain_state[k].double() - v.double()).norm()) for k, v in start.items())
     off = {k: float((state[k].double() - v.double()).norm()) for k, v in plain_state.items()}
@@ -271,17 +271,17 @@ def test_training_with_fused_tails_is_training_without(name, granularity):
 
 
 @pytest.mark.skipif(TRITON, reason="nothing of the kernels")
-def test_what_is_no_tail_and_what_turns_one_off():
+def test_what_is_no_epilogue_and_what_turns_one_off():
     for kind in ("twice", "doubled", "other"):
         net = with_classifier(nn.Conv2d(3, 3, 1), Shared(kind))
         net(torch.zeros(2, 3, 8, 8))
-        assert tails_of(SFF(net, 5, input_shape=(3, 8, 8))) == [None, None], kind
+        assert epilogues_of(SFF(net, 5, input_shape=(3, 8, 8))) == [None, None], kind
     net = with_classifier(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
     net(torch.zeros(2, 3, 8, 8))
     sff = SFF(net, 5, input_shape=(3, 8, 8), window=1)
-    assert tails_of(SFF(net, 5, input_shape=(3, 8, 8), normalize=None)) == [None]
-    (tail,) = tails_of(sff)
-    assert str(tail) == "batch norm + relu"
+    assert epilogues_of(SFF(net, 5, input_shape=(3, 8, 8), normalize=None)) == [None]
+    (epilogue,) = epilogues_of(sff)
+    assert str(epilogue) == "batch norm + relu"
     (block,) = sff.local_blocks
     ready = lambda: block.graph.ready() and block.epilogue.ready()  # noqa: E731
     assert ready()
@@ -300,7 +300,7 @@ def test_what_is_no_tail_and_what_turns_one_off():
 
 @pytest.mark.skipif(TRITON, reason="nothing of the kernels")
 def test_mixed_dtypes_and_broadcasting_go_through_the_modules(monkeypatch):
-    """A residual of another shape or dtype than the convolution's output: the tail's modules run as they are."""
+    """A residual of another shape or dtype than the convolution's output: the epilogue's modules run as they are."""
 
     class Block(nn.Module):
         def __init__(self):

@@ -1,6 +1,6 @@
 """Local step with an epilogue (batch norm, residual, ReLU), goodness head, layer norm and all gradients: ff.tail_step against eager PyTorch.
 
-    python -m benchmarks.tail [--csv FILE] [--rounds N] [--quick] [--compile]
+    python -m benchmarks.epilogue [--csv FILE] [--rounds N] [--quick] [--compile]
 
 The eager code is what a user would write: autograd from the loss back to the last convolution's output and the residual, and layer norm of the
 block's output, in float32. "by parts" is fastff without the fused epilogue: batch norm, addition and ReLU of PyTorch, and ff.goodness_step. The bytes
@@ -92,7 +92,7 @@ def table():
         return f"{r['B']}, {r['C']}, {r['H']}, {r['K']}", tables.words(r["layout"]), r["residual"]
 
     against = {"by parts": "than by parts"}
-    return tables.speedups("tail", "fused", ("B, C, H, K", "layout", "residual"), cells, against=against)
+    return tables.speedups("epilogue", "fused", ("B, C, H, K", "layout", "residual"), cells, against=against)
 
 
 def main():
