@@ -26,7 +26,23 @@ from fastff.training.fit import Diverged
 
 app = typer.Typer(
     help=fastff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
+
+
+def _print_version(wanted):
+    if wanted:
+        say(f"fastff {fastff.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=fastff.__doc__)
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+):
+    """Options of no command."""
 
 
 def command(function):
