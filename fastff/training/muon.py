@@ -90,7 +90,11 @@ class Muon(torch.optim.Optimizer):
     def _adamw(self, group, params):
         for p in params:
             if not self.state[p]:
-                self.state[p] |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p] |= {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
         states = [self.state[p] for p in params]
         lists = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
         beta1, beta2 = group["betas"]
