@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from fastff.training.muon import Muon, splits
+
 # The better learning rate of 2e-3 and 4e-3 for each kind of training (docs/learning.md).
 LOCAL_LR, BACKPROP_LR = 4e-3, 2e-3
 
@@ -21,9 +23,23 @@ def adamw(lr=LOCAL_LR, weight_decay=0.05):
     return lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
-def build(make, parameters):
-    """Return the optimiser that make(groups) makes for these parameters, or None if none of them is trained. Raises TypeError."""
-    groups = parameter_groups(parameters)
+def muon(lr=LOCAL_LR, weight_decay=0.05, momentum=0.95):
+    """Return a function that makes a Muon optimiser (muon.py): orthogonalised updates of convolution weights, AdamW for the rest.
+
+    It learns more in an epoch than AdamW, block by block and by backpropagation (docs/learning.md); a step takes longer."""
+
+    def make(groups):
+        return Muon(groups, lr=lr, weight_decay=weight_decay, momentum=momentum)
+
+    make.groups = splits  # instead of parameter_groups
+    return make
+
+
+def build(make, parameters, heads=frozenset()):
+    """Return the optimiser that make(groups) makes for these parameters, or None if none of them is trained. Raises TypeError.
+
+    heads: ids of the parameters of goodness heads."""
+    groups = make.groups(parameters, heads) if hasattr(make, "groups") else parameter_groups(parameters)
     if not groups:
         return None
     optimizer = make(groups)

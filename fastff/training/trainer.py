@@ -105,7 +105,8 @@ class LocalEngine:
         classifier = sff.readout[0] if sff.readout else None
         if classifier is not None:
             self.parameters.append([p for p in classifier.parameters() if p.requires_grad])
-        every = [optim.build(make, parameters) for parameters in self.parameters]
+        heads = {id(p) for p in sff.heads.parameters()}
+        every = [optim.build(make, parameters, heads) for parameters in self.parameters]
         self.block_optimizers = every[: len(sff.blocks)]
         self.classifier_optimizer = None if classifier is None else every[-1]
         self.optimizers = [optimizer for optimizer in every if optimizer is not None]
