@@ -68,6 +68,7 @@ class SFF(nn.Module):
         self.model = model
         self.blocks = tuple(blocks)  # not registered: their parameters are the model's
         self.readout = (classifier,) if readout else None
+        self._check_shared()
         self.num_classes, self.input_shape, self.granularity = num_classes, tuple(input_shape), granularity
         self.window, self.vote, self.normalize, self.goodness_name = window, vote, normalize, goodness
         like = next(model.parameters())
@@ -80,6 +81,19 @@ class SFF(nn.Module):
         )
         for block in self.local_blocks:
             block.graph  # noqa: B018  traced here, while the model is as the user made it
+
+    def _check_shared(self):
+        """Raise ValueError for a parameter of two blocks: one would update it while the other's graph still needs the former value."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        owners: dict = {}
+        for index, block in enumerate((*self.blocks, *(self.readout or ()))):
+            place = f"block {index} ({block.name})"
+            for parameter in block.parameters():
+                owner = owners.setdefault(id(parameter), place)
+                if owner != place and parameter.requires_grad:
+                    got = f"{names[id(parameter)]} in {owner} and {place}"
+                    hint = "a granularity that puts both into one block, such as 'model', trains it"
+                    raise ValueError(f"model: expected no parameter that two blocks share, got {got}; {hint}")
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -83,7 +83,7 @@ def same(a, b):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    return a == b or (a != a and b != b)  # NaN in the history is of a block that was not trained
 
 
 def main(folder, kind, kills):

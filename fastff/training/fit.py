@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from fastff.parallel.watch import RankFailed
+from fastff.spec import check_labels
 from fastff.training import optim
+from fastff.training.batch import check_batch, unpack
 from fastff.training.state import means, random_state, set_random_state
 
 
@@ -41,8 +43,10 @@ def fit(trainer, loader, epochs, validation, path, save_every, evaluate_every, r
     path: the checkpoint's, or None. report: an object with the methods of fastff.training.report.Report. Returns the history."""
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs: expected a whole number of at least 1, got {epochs!r}")
-    if len(loader) == 0:
+    if _length(loader) == 0:
         raise ValueError("loader: expected at least one minibatch, got an empty loader")
+    if validation is not None:
+        _check_classes(trainer.engine, "validation")
     state, ranks = trainer.state, trainer.ranks
     total = epochs * trainer.engine.phases
     epoch = _Epoch(trainer, share_of(loader, ranks), epochs, path, save_every, report)
@@ -62,6 +66,21 @@ def fit(trainer, loader, epochs, validation, path, save_every, evaluate_every, r
         report.close()
     trainer.synchronize()
     return state.history
+
+
+def _length(loader):
+    """Return the number of minibatches in an epoch. Raises TypeError."""
+    try:
+        return len(loader)
+    except TypeError:
+        text = "expected a number of minibatches, len(loader), along which the learning rate is scheduled"
+        raise TypeError(f"loader: {text}, got {type(loader).__name__} without one") from None
+
+
+def _check_classes(engine, name):
+    if not engine.classifies:
+        text = f"expected a goodness with classes, of which an accuracy is computed, got {engine.sff.goodness_name!r}"
+        raise ValueError(f"{name}: {text}")
 
 
 @contextlib.contextmanager
@@ -100,13 +119,14 @@ class _Epoch:
         engine.train_mode()
         if state.position["batch"] == 0:
             state.totals, state.epoch_random = None, random_state()
-        start, images_seen = time.perf_counter(), 0
-        for images, target in _batches(self.loader, state, trainer.ranks):
+        start, images_seen, counted = time.perf_counter(), 0, engine.counted()
+        for batch in _batches(self.loader, state, trainer.ranks):
+            images, target = unpack(batch, engine.labelled) if trainer.ranks.feeds else (None, None)
             done = (epoch % self.epochs) * len(self.loader) + state.position["batch"]
             progress = min(1.0, (done + 1) / (self.epochs * len(self.loader)))
             optim.set_progress(engine.optimizers, trainer.lr_schedule, progress)
             trainer.step(images, target)
-            state.add(trainer.result, engine.place.counted)
+            state.add(trainer.result, counted)
             trainer.ranks.watch.steps = state.steps
             images_seen += trainer.result.samples * trainer.ranks.data_size
             self.after_step(images_seen / (time.perf_counter() - start))
@@ -166,7 +186,7 @@ def _batches(loader, state, ranks):
     """Yield the minibatches of an epoch from the position on."""
     epoch, skip = state.position["epoch"], state.position["batch"]
     if not ranks.feeds:
-        yield from [(None, None)] * (len(loader) - skip)
+        yield from [None] * (len(loader) - skip)
         return
     if hasattr(loader, "iter_from"):
         loader.set_epoch(epoch)
@@ -208,6 +228,7 @@ def _caught_interrupt(ranks):
 @torch.no_grad()
 def evaluate(engine, loader):
     """Return {name: accuracy} of everything `engine.scores` gives, over `loader`, in evaluation mode."""
+    _check_classes(engine, "loader")
     ranks = engine.place.ranks
     if ranks.size > 1 and hasattr(loader, "shared"):
         loader = loader.shared(ranks.rank, ranks.size)
@@ -215,7 +236,10 @@ def evaluate(engine, loader):
     engine.module.eval()
     hits, names, count = None, [], 0
     try:
-        for images, target in loader:
+        for batch in loader:
+            images, target = unpack(batch)
+            check_batch(engine.sff, images, target)
+            check_labels(target, engine.sff.num_classes)
             if len(target) == 0:
                 continue
             images, target = (t.detach().to(engine.device, non_blocking=True) for t in (images, target))
