@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastff import spec
+from fastff.arguments import plain, whole_number
 from fastff.graph.cut import cut
 from fastff.nn.block import LocalBlock, make_head
 from fastff.nn.head import GoodnessHead
@@ -56,8 +57,7 @@ class SFF(nn.Module):
         super().__init__()
         if vote not in VOTES:
             raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {vote!r}")
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
+        window, num_classes, input_shape = whole_number("window", window), plain(num_classes), plain(input_shape)
         if channel_dim not in (None, 1, -1):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
@@ -73,7 +73,8 @@ class SFF(nn.Module):
         self.window, self.vote, self.normalize, self.goodness_name = window, vote, normalize, goodness
         like = next(model.parameters())
         self.heads = nn.ModuleList(
-            _head(block, num_classes, goodness, channel_dim, dict(head), like) for block in blocks
+            _head(block, num_classes, goodness, channel_dim, {k: plain(v) for k, v in head.items()}, like)
+            for block in blocks
         )
         self.local_blocks = tuple(
             LocalBlock(block, head, normalize, fuse, open_modules=True)

@@ -3,7 +3,9 @@
 import copy
 import csv
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -215,3 +217,82 @@ def test_what_needs_labels_is_refused():
         Trainer(small(goodness="sum_of_squares", readout=True))
     with pytest.raises(TypeError, match="target: expected int64 labels, got NoneType"):
         Trainer(small()).step(X)
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, torch.tensor, lambda n: torch.tensor([n])])
+def test_whole_numbers_of_numpy_and_torch(number):
+    torch.manual_seed(0)
+    shape = (number(3), number(8), number(8))
+    sff = SFF(Plain(), number(CLASSES), input_shape=shape, window=number(2), grid=number(2), kernel_size=number(3))
+    assert (sff.num_classes, sff.window, sff.input_shape, sff.heads[0].grid) == (CLASSES, 2, (3, 8, 8), (2, 2))
+    trainer, data = Trainer(sff, sgd, window=number(1), frozen=number(1), micro_batches=number(2)), data_of(sff)
+    history = trainer.fit(
+        data, number(2), validation=data, evaluate_every=number(2), save_every=number(1), progress=False
+    )
+    assert [("test vote" in row) for row in history] == [False, True]
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, torch.tensor])
+def test_numbers_of_numpy_and_torch(number):
+    sff = small(tau=number(0.5), margin=number(0.25), label_smoothing=number(0.125), scale=number(2.0))
+    plain = small(tau=0.5, margin=0.25, label_smoothing=0.125, scale=2.0)
+    train(Trainer(sff, sgd, clip_grad_norm=number(0.5)), data_of(sff))
+    train(Trainer(plain, sgd, clip_grad_norm=0.5), data_of(sff))
+    assert torch.equal(vector(sff), vector(plain))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, None, np.float64(2), torch.tensor([1, 2])])
+@pytest.mark.parametrize("name", ["epochs", "evaluate_every", "save_every"])
+def test_other_numbers_are_refused(name, value):
+    if (name, value) == ("save_every", None):
+        return
+    with pytest.raises(ValueError, match=f"{name}: expected a whole number of at least 1, got"):
+        Trainer(small()).fit([(X, Y)], **{"epochs": 1, "progress": False} | {name: value})
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("make", [Trainer, Backprop])
+def test_a_step_without_gradients_is_refused(make, mode):
+    trainer = make(small(readout=True))
+    with mode(), pytest.raises(RuntimeError, match="step: expected gradients to be on"):
+        trainer.step(X, Y)
+
+
+def test_nothing_left_to_train_is_said():
+    trainer, data = Trainer(small(), sgd), data_of(small())
+    first = trainer.fit(data, 2, progress=False)
+    with pytest.warns(UserWarning, match="epochs: nothing to train, all 2 epochs are done already"):
+        assert trainer.fit(data, 2, progress=False) == first
+    assert len(trainer.fit(data, 3, progress=False)) == 3
+
+
+def test_optimizers_that_need_a_closure_are_refused():
+    def make(groups):
+        return torch.optim.LBFGS([p for group in groups for p in group["params"]])
+
+    for trainer in (Trainer, Backprop):
+        with pytest.raises(TypeError, match="optimizer: expected one whose step needs no closure, .* got LBFGS"):
+            trainer(small(readout=True), make)
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+@pytest.mark.parametrize("make", [Trainer, Backprop, lambda sff: sff])
+def test_copies_go_on_to_the_same_bits(make, copied):
+    sff = made("mobilenet_v3_small", dtype=torch.float32, readout=True)
+    first, data = make(sff), data_of(sff)
+    if first is not sff:
+        train(first, data)  # the optimisers have their states
+    results = []
+    for value in (first, copied(first)):
+        torch.manual_seed(1)
+        trainer = Trainer(value, sgd) if isinstance(value, SFF) else value
+        losses = train(trainer, data)
+        trainer.fit(data, 1, progress=False)
+        results.append((losses, vector(trainer.sff)))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastff.arguments import plain, whole_number
+
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,8 +57,8 @@ class Options:
     cuda_graph: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.micro_batches, int) or self.micro_batches < 1:
-            raise ValueError(f"micro_batches: expected a whole number of at least 1, got {self.micro_batches!r}")
+        object.__setattr__(self, "micro_batches", whole_number("micro_batches", self.micro_batches))
+        object.__setattr__(self, "clip_grad_norm", plain(self.clip_grad_norm))
         if self.amp not in AMP:
             raise ValueError(f"amp: expected None, 'bf16' or 'fp16', got {self.amp!r}")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:

@@ -8,6 +8,7 @@ import copy
 
 import torch
 
+from fastff.arguments import plain, whole_number
 from fastff.parallel import placement
 from fastff.parallel.ranks import Distributed, Ranks
 from fastff.sff import SFF
@@ -55,11 +56,10 @@ class Trainer(Session):
             raise TypeError(f"sff: expected fastff.SFF (wrap the model in it first), got {type(sff).__name__}")
         if schedule not in ("all", "greedy"):
             raise ValueError(f"schedule: expected 'all' or 'greedy', got {schedule!r}")
-        if not isinstance(frozen, int) or not 0 <= frozen < len(sff.blocks):
+        frozen = plain(frozen)
+        if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen < len(sff.blocks):
             raise ValueError(f"frozen: expected 0 to {len(sff.blocks) - 1} blocks, got {frozen!r}")
-        window = sff.window if window is None else window
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
+        window = sff.window if window is None else whole_number("window", window)
         if window > 1 and schedule == "greedy":
             raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {window}")
         options = Options(**options)
