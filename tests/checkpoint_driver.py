@@ -110,7 +110,7 @@ def main(folder, kind, kills):
     assert status == 0
     whole = load(folder / "whole" / "checkpoint.pt")
     ends = [load(folder / f"killed-{i}" / "checkpoint.pt") for i in range(finished + 1)]
-    left = [p.name for p in folder.glob("killed-*/.*") if not p.name.endswith(".tmp")]
+    left = [p.name for p in folder.glob("killed-*/.*")]
     print(json.dumps({
         "killed": killed, "runs": finished + 1, "positions": positions, "same": [same(end, whole) for end in ends], "left": left,
         "steps": whole["steps"], "epochs": len(whole["history"]),

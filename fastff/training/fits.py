@@ -106,6 +106,10 @@ def _check_optimizer(what, optimizer, saved):
         _same_form(
             f"{what} does not fit", {k: group[k] for k in group if k in mine}, {k: mine[k] for k in mine if k in group}
         )
+        if group.get("params") != mine["params"]:
+            raise CheckpointError(
+                f"{what} does not fit: expected parameters {mine['params']}, got {group.get('params')}"
+            )
         _of_type(f"base_lr of {what}", group.get("base_lr", _Nothing), (int, float))
     try:
         expected = _state_after_a_step(optimizer, {}, saved["param_groups"])
