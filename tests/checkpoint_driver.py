@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.utils.tensorboard  # what fit imports, once for all children
 from torch import nn
@@ -26,6 +27,8 @@ EPOCHS, CLASSES = 4, 4
 
 def network():
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     layers = []
     for a, b in ((3, 6), (6, 6), (6, 8)):
         layers += [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.Dropout(0.2))]
