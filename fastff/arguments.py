@@ -3,9 +3,20 @@
 from collections.abc import Iterable
 from numbers import Integral, Real
 
+import numpy as np
+import torch
+
+
+def plain(value):
+    """Return numbers of numpy, and tensors and arrays of one element, as Python's numbers; lists and tuples element by element."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return value.item() if np.prod(value.shape) == 1 else value
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
 
 def whole_number(name: str, value: int, least: int = 1, error: type[Exception] = ValueError) -> int:
     """Return `value` as an int. Raises `error` unless it is an integer of at least `least`; a bool is none."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise error(f"{name}: expected a whole number of at least {least}, got {value!r}")
     return int(value)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastff import spec
+from fastff.arguments import plain, whole_number
 from fastff.graph.cut import cut
 from fastff.nn.block import LocalBlock, make_head
 from fastff.nn.head import GoodnessHead
@@ -56,8 +57,7 @@ class SFF(nn.Module):
         super().__init__()
         if vote not in VOTES:
             raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {vote!r}")
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
+        window, num_classes, input_shape = whole_number("window", window), plain(num_classes), plain(input_shape)
         if channel_dim not in (None, 1, -1):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
@@ -68,11 +68,13 @@ class SFF(nn.Module):
         self.model = model
         self.blocks = tuple(blocks)  # not registered: their parameters are the model's
         self.readout = (classifier,) if readout else None
+        self._check_shared()
         self.num_classes, self.input_shape, self.granularity = num_classes, tuple(input_shape), granularity
         self.window, self.vote, self.normalize, self.goodness_name = window, vote, normalize, goodness
         like = next(model.parameters())
         self.heads = nn.ModuleList(
-            _head(block, num_classes, goodness, channel_dim, dict(head), like) for block in blocks
+            _head(block, num_classes, goodness, channel_dim, {k: plain(v) for k, v in head.items()}, like)
+            for block in blocks
         )
         self.local_blocks = tuple(
             LocalBlock(block, head, normalize, fuse, open_modules=True)
@@ -80,6 +82,19 @@ class SFF(nn.Module):
         )
         for block in self.local_blocks:
             block.graph  # noqa: B018  traced here, while the model is as the user made it
+
+    def _check_shared(self):
+        """Raise ValueError for a parameter of two blocks: one would update it while the other's graph still needs the former value."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        owners: dict = {}
+        for index, block in enumerate((*self.blocks, *(self.readout or ()))):
+            place = f"block {index} ({block.name})"
+            for parameter in block.parameters():
+                owner = owners.setdefault(id(parameter), place)
+                if owner != place and parameter.requires_grad:
+                    got = f"{names[id(parameter)]} in {owner} and {place}"
+                    hint = "a granularity that puts both into one block, such as 'model', trains it"
+                    raise ValueError(f"model: expected no parameter that two blocks share, got {got}; {hint}")
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

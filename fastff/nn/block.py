@@ -40,6 +40,7 @@ class LocalBlock(nn.Module):
         self.module, self.head = module, head
         self.normalize = None if normalize == "none" else normalize
         self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}
+        self._writes = None  # whether the module writes to its inputs, as a ReLU in place does; None until it has run
 
     @property
     def graph(self):
@@ -73,6 +74,15 @@ class LocalBlock(nn.Module):
         outputs = self._compiled.get(form, form)(*inputs)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
+    def _run_on_leaves(self, form, inputs):
+        """Run on inputs that gradients may be asked for. PyTorch lets no module write to such leaves: one that does gets copies."""
+        if self._writes is False or not any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs):
+            return self._run(form, *inputs)
+        copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in inputs]
+        outputs = self._run(form, *copies)
+        self._writes = any(isinstance(t, torch.Tensor) and t._version > 0 for t in copies)
+        return outputs
+
     def outputs(self, *inputs):
         """The module's outputs as a tuple."""
         return self._run(self.module, *inputs)
@@ -100,7 +110,7 @@ class LocalBlock(nn.Module):
         tape = None if autocast is not None or self._compiled else self._tape(graph, form, inputs, ending)
         if tape is None:
             with torch.enable_grad(), context():
-                outputs = self._run(form, *inputs)
+                outputs = self._run_on_leaves(form, inputs)
                 if epilogue and not ending.fits(*outputs[:2]):
                     outputs, epilogue = (ending.finish(*outputs[:2]), *outputs[2:]), False
             tape = AutogradTape(inputs, outputs)

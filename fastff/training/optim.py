@@ -1,5 +1,7 @@
 """Optimisers: parameter groups, one optimiser for each block, updates, and learning-rate schedules as functions of progress."""
 
+import functools
+import inspect
 import math
 
 import torch
@@ -20,7 +22,7 @@ def parameter_groups(parameters):
 
 def adamw(lr=LOCAL_LR, weight_decay=0.05):
     """Return a function that makes the default optimiser, fused AdamW, from parameter groups."""
-    return lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    return functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def muon(lr=LOCAL_LR, weight_decay=0.05, momentum=0.95):
@@ -47,6 +49,10 @@ def build(make, parameters, heads=frozenset()):
         raise TypeError(
             f"optimizer: expected a function of parameter groups that makes a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        text = "expected one whose step needs no closure, since a block's gradients are computed once a step"
+        raise TypeError(f"optimizer: {text}, got {type(optimizer).__name__}")
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
@@ -54,13 +60,13 @@ def build(make, parameters, heads=frozenset()):
 
 def cosine(warmup=0.05):
     """Return the factor of the learning rate as a function of progress t in [0, 1]: linear warm-up, then half a cosine to zero."""
+    return functools.partial(_cosine, warmup)
 
-    def factor(t):
-        if t < warmup:
-            return t / warmup
-        return 0.5 * (1 + math.cos(math.pi * (t - warmup) / (1 - warmup)))
 
-    return factor
+def _cosine(warmup, t):
+    if t < warmup:
+        return t / warmup
+    return 0.5 * (1 + math.cos(math.pi * (t - warmup) / (1 - warmup)))
 
 
 def constant(t):
@@ -88,6 +94,9 @@ class Updates:
 
     def __init__(self, clip_grad_norm=None):
         self.clip_grad_norm, self.steppers = clip_grad_norm, {}
+
+    def __getstate__(self):
+        return {"clip_grad_norm": self.clip_grad_norm, "steppers": {}}  # a copy collects its own lists
 
     def __call__(self, optimizer, scaler, parameters):
         """Update `parameters`, which are those of `optimizer`. scaler: a GradScaler or None."""
