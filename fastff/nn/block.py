@@ -18,6 +18,7 @@ from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
 from fastff.nn.visit import EpilogueVisit, FinishedVisit, Visit, detached
+from fastff.ops.gradients import GroupNormGuard
 
 
 class LocalBlock(nn.Module):
@@ -39,6 +40,7 @@ class LocalBlock(nn.Module):
         self.module, self.head = module, head
         self.normalize = None if normalize == "none" else normalize
         self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}
+        self._without_group_norm = set()  # forms of the module that were seen to call none
 
     @property
     def graph(self):
@@ -49,6 +51,7 @@ class LocalBlock(nn.Module):
         if self._graph is None or list(map(id, self._graph[0])) != list(map(id, layers)):
             if hooked(self.module.modules()):
                 return None  # tracing would run the hooks
+            self._without_group_norm.clear()
             self._graph = layers, training_graph(getattr(self.module, "training_module", self.module), self._open)
         return self._graph[1]
 
@@ -69,7 +72,13 @@ class LocalBlock(nn.Module):
             self._compiled[form] = torch.compile(form, dynamic=False)
 
     def _run(self, form, *inputs):
-        outputs = self._compiled.get(form, form)(*inputs)
+        if form in self._compiled or form in self._without_group_norm:
+            outputs = self._compiled.get(form, form)(*inputs)
+        else:
+            with GroupNormGuard() as guard:
+                outputs = form(*inputs)
+            if not guard.used:
+                self._without_group_norm.add(form)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def outputs(self, *inputs):
