@@ -225,8 +225,8 @@ def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):
     """Normalize x to length or variance 1, without affine. Returns a tensor as x; differentiable.
 
     Args:
-        how: "layer_norm", "l2" (x / (|x| + eps)) or "rms" over all of a sample, with "_channels" over C at each position; "group_norm"
-            over each of `groups` groups of neighbouring channels; "none" gives x itself.
+        how: "layer_norm", "l2" (x / (|x| + eps); what is all zero stays zero and gets no gradient) or "rms" over all of a sample, with
+            "_channels" over C at each position; "group_norm" over each of `groups` groups of neighbouring channels; "none" gives x itself.
         eps: is added to the variance, or to the length."""
     x4 = spec.canonical_x(x, channel_dim)
     Groups.checked(x4, groups)
