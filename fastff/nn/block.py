@@ -37,6 +37,9 @@ class LocalBlock(nn.Module):
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             expected = f"one of {', '.join(spec.NORMALIZATIONS)} or None"
             raise ValueError(f"normalize: expected {expected}, got {normalize!r}")
+        if normalize == "group_norm" and head.groups > head.channels:
+            expected = f"another one than group_norm, which takes a group of channels for each of {head.groups} classes"
+            raise ValueError(f"normalize: expected {expected}, got it for {head.channels} channels")
         self.module, self.head = module, head
         self.normalize = None if normalize == "none" else normalize
         self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}

@@ -48,9 +48,13 @@ def needs_input(x, needed):
 
 
 def add_gradient(parameter, grad):
-    """Add grad to parameter.grad, where there is a parameter and it learns."""
-    if parameter is not None and grad is not None and parameter.requires_grad:
-        grad = grad.to(parameter.dtype)
+    """Add grad to parameter.grad, or to those of what it was computed from (by a parametrization), where there is a parameter and it learns."""
+    if parameter is None or grad is None or not parameter.requires_grad:
+        return
+    grad = grad.to(parameter.dtype)
+    if not parameter.is_leaf:
+        parameter.backward(grad)
+    else:
         parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
 
