@@ -1,5 +1,6 @@
 """Checks of arguments that several public functions share. Each error names the argument, what was expected and what came."""
 
+import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 
@@ -27,8 +28,9 @@ def number_between(name: str, value: float, low: float, high: float, *, low_allo
     inside = isinstance(value, Real) and not isinstance(value, bool)
     inside = inside and (low <= value if low_allowed else low < value) and value < high
     if not inside:
-        bounds = f"{'at least' if low_allowed else 'above'} {low:g} and below {high:g}"
-        raise ValueError(f"{name}: expected a number {bounds}, got {value!r}")
+        above = "" if low == -math.inf else f" {'of at least' if low_allowed else 'above'} {low:g}"
+        bounds = f"a finite number{above}" if high == math.inf else f"a number{above} and below {high:g}"
+        raise ValueError(f"{name}: expected {bounds}, got {value!r}")
     return float(value)
 
 

@@ -252,7 +252,8 @@ def normalized(x, how, groups=1, eps=1e-5):
     """x [B, C, H, W] brought to length or variance 1, without affine.
 
     "layer_norm", "l2", "rms" over a sample, with "_channels" over C at each position, "group_norm" over each group of channels.
-    Norms (x - mean) / sqrt(var + eps); l2 x / (|x| + eps); rms x / sqrt(mean of x^2 + eps)."""
+    Norms (x - mean) / sqrt(var + eps); l2 x / (|x| + eps), where what is all zero stays zero and gets no gradient; rms x / sqrt(mean of
+    x^2 + eps)."""
     name = how.removesuffix("_channels")
     if name != how:
         dims, parts = (1,), [x]
@@ -261,7 +262,8 @@ def normalized(x, how, groups=1, eps=1e-5):
     done = []
     for part in parts:
         if name == "l2":
-            done.append(part / (part.square().sum(dims, keepdim=True).sqrt() + eps))
+            square = part.square().sum(dims, keepdim=True)
+            done.append(part / (square.masked_fill(square == 0, torch.inf).sqrt() + eps))
         elif name == "rms":
             done.append(part / (part.square().mean(dims, keepdim=True) + eps).sqrt())
         else:

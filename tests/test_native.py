@@ -265,6 +265,7 @@ WITH_KERNELS = (
     "test_convolution.py",
     "test_depthwise.py",
     "test_layer_norm.py",
+    "test_sums.py",
 )
 
 

@@ -19,6 +19,7 @@ from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
 from fastff.nn.visit import EpilogueVisit, Visit, detached
+from fastff.ops.gradients import GroupNormGuard
 
 
 class LocalBlock(nn.Module):
@@ -37,10 +38,14 @@ class LocalBlock(nn.Module):
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             expected = f"one of {', '.join(spec.NORMALIZATIONS)} or None"
             raise ValueError(f"normalize: expected {expected}, got {normalize!r}")
+        if normalize == "group_norm" and head.groups > head.channels:
+            expected = f"another one than group_norm, which takes a group of channels for each of {head.groups} classes"
+            raise ValueError(f"normalize: expected {expected}, got it for {head.channels} channels")
         self.module, self.head = module, head
         self.normalize = None if normalize == "none" else normalize
         self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}
         self._writes = None  # whether the module writes to its inputs, as a ReLU in place does; None until it has run
+        self._without_group_norm = set()  # forms of the module that were seen to call none
 
     @property
     def graph(self):
@@ -51,6 +56,7 @@ class LocalBlock(nn.Module):
         if self._graph is None or list(map(id, self._graph[0])) != list(map(id, layers)):
             if hooked(self.module.modules()):
                 return None  # tracing would run the hooks
+            self._without_group_norm.clear()
             self._graph = layers, training_graph(getattr(self.module, "training_module", self.module), self._open)
         return self._graph[1]
 
@@ -71,7 +77,13 @@ class LocalBlock(nn.Module):
             self._compiled[form] = torch.compile(form, dynamic=False)
 
     def _run(self, form, *inputs):
-        outputs = self._compiled.get(form, form)(*inputs)
+        if form in self._compiled or form in self._without_group_norm:
+            outputs = self._compiled.get(form, form)(*inputs)
+        else:
+            with GroupNormGuard() as guard:
+                outputs = form(*inputs)
+            if not guard.used:
+                self._without_group_norm.add(form)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def _run_on_leaves(self, form, inputs):

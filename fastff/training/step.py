@@ -17,6 +17,7 @@ import math
 import torch
 
 from fastff.nn.visit import detached
+from fastff.ops.gradients import GroupNormGuard
 from fastff.parallel.link import Part
 
 UNIT = 64  # samples: gradients of ranks with different numbers of samples are weighted in this unit, so that usual numbers scale exactly
@@ -173,7 +174,7 @@ class LocalStep:
         index = len(self.blocks)
         self.place.settle(index)
         for part in parts:
-            with torch.enable_grad(), self._context():
+            with torch.enable_grad(), self._context(), GroupNormGuard():
                 logits = self.classifier(*detached(part.alive))[0]
             loss = torch.nn.functional.cross_entropy(logits.to(self.losses.dtype), part.target)
             (loss * part.share * self.weight).backward()
