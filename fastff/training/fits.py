@@ -36,11 +36,11 @@ def check(saved, kind, engine):
 
 
 def _check_progress(saved, losses):
-    for key in ("epoch", "batch"):
-        _of_type(f"position[{key!r}]", saved["position"].get(key, _Nothing), int)
-    if min(saved["steps"], *saved["position"].values()) < 0:
-        text = f"got steps {saved['steps']} and position {saved['position']}"
-        raise CheckpointError(f"expected numbers of steps, epochs and minibatches of at least 0, {text}")
+    counts = {f"position[{key!r}]": saved["position"].get(key, _Nothing) for key in ("epoch", "batch")}
+    for name, count in ({"steps": saved["steps"]} | counts).items():
+        _of_type(name, count, int)
+        if count < 0:
+            raise CheckpointError(f"expected {name} of at least 0, got {count}")
     for index, row in enumerate(saved["history"]):
         _of_type(f"history[{index}]", row, dict)
     if saved["totals"] is not None:
