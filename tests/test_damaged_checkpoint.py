@@ -351,3 +351,16 @@ def test_what_cannot_be_resumed_is_said(loader, reason, tmp_path):
     second.load(tmp_path / "checkpoint.pt")
     with pytest.warns(UserWarning, match=f"loader: going on from a checkpoint is not bit for bit with it: {reason}"):
         second.fit(loader(), 2, progress=False)
+
+
+def test_a_learning_rate_may_be_a_tensor_here_and_a_number_there(tmp_path):
+    """As with and without recorded CUDA graphs."""
+    for first, second in ((0.1, torch.tensor(0.1)), (torch.tensor(0.1), 0.1)):
+        saved, loaded = (
+            small(optimizer=lambda groups, lr=lr: torch.optim.Adam(groups, lr=lr, foreach=False), window=1)
+            for lr in (first, second)
+        )
+        saved.step(*batches(1)[0])
+        saved.save(tmp_path / "checkpoint.pt")
+        loaded.load(tmp_path / "checkpoint.pt")
+        assert float(loaded.optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.1)

@@ -8,11 +8,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from training_oracle import CLASSES, Plain, assert_same_training, batches, grouped, made, sgd, train, vector
 
 from fastff import SFF, Backprop, Trainer
 from fastff.reference import train_step
+from fastff.training import Diverged
 from fastff.training.batch import IMAGES, LABELS, unpack
 
 
@@ -22,6 +24,84 @@ def small(**options):
 
 def data_of(sff, steps=2, size=6):
     return batches(sff, steps, size, dtype=torch.float32)
+
+
+# --- epochs
+
+
+def test_fit_learns_and_evaluates():
+    """A problem a linear layer can solve: every block must, and the learning rate must end at zero."""
+    torch.manual_seed(0)
+    target = torch.randint(CLASSES, (64,))
+    images = (
+        torch.randn(64, 3, 8, 8) * 0.3
+        + F.one_hot(target, CLASSES)[:, :3, None, None] * 2
+        - F.one_hot(target, CLASSES)[:, None, None, 2:].sum(3, keepdim=True)
+    )
+    images[target == 4, :, 4:] += 3
+    loader = list(zip(images.split(16), target.split(16), strict=True))
+    sff = made(dtype=torch.float32)
+    sff.eval()
+    trainer = Trainer(sff)
+    history = trainer.fit(loader, epochs=8, validation=loader, progress=False)
+    assert [row["epoch"] for row in history] == list(range(1, 9))
+    assert trainer.steps == 32
+    assert history[-1]["test vote"] >= 0.95
+    for name in trainer.names:
+        assert history[-1][f"train loss {name}"] < 0.5 * history[0][f"train loss {name}"]
+    assert all(group["lr"] == pytest.approx(0, abs=1e-9) for o in trainer.optimizers for group in o.param_groups)
+    assert sff.training, "evaluation leaves the mode as it was"
+    again = trainer.evaluate(iter(loader))
+    assert again["vote"] == history[-1]["test vote"]
+    sff.eval()
+    with torch.no_grad():
+        right = sum(int((sff(x).argmax(1) == y).sum()) for x, y in loader)
+    assert again["vote"] == pytest.approx(right / 64)
+
+
+class Reports:
+    """In place of the display and the writer of metrics."""
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self, trainer, epochs, batches):
+        self.calls.append(("start", trainer.names, epochs, batches))
+
+    def update(self, state, images_per_second):
+        assert images_per_second > 0
+        self.calls.append(("update", state.steps))
+
+    def epoch(self, history):
+        self.calls.append(("epoch", history[-1]["epoch"]))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+def test_fit_reports_to_what_it_is_given(tmp_path):
+    """Also after an error; a checkpoint is saved all the same, and nothing else written."""
+    sff = made()
+    trainer, data, reports = Trainer(sff, sgd), batches(sff, 3), Reports()
+    trainer.fit(data, 2, out=tmp_path, progress=reports)
+    first, second = ([("update", step) for step in steps] for steps in ((1, 2, 3), (4, 5, 6)))
+    start = ("start", trainer.names, 2, 3)
+    assert reports.calls == [start, *first, ("epoch", 1), *second, ("epoch", 2), ("close",)]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    data[0][0].fill_(float("nan"))
+    again = Reports()
+    with pytest.raises(Diverged):
+        trainer.fit(data, 3, progress=again)
+    assert again.calls == [("start", trainer.names, 3, 3), ("close",)]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_readout_is_evaluated_in_16_bits(amp):
+    sff = made(dtype=torch.float32, readout=True)
+    data = batches(sff, 2, dtype=torch.float32)
+    trainer = Trainer(sff, sgd, amp=amp)
+    train(trainer, data)
+    assert 0 <= trainer.evaluate(data)["readout"] <= 1
 
 
 # --- minibatches

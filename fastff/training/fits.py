@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastff.arguments import plain
 from fastff.training.checkpoint import CheckpointError
 from fastff.training.randomness import random_state, set_random_state
 
@@ -36,11 +37,11 @@ def check(saved, kind, engine):
 
 
 def _check_progress(saved, losses):
-    for key in ("epoch", "batch"):
-        _of_type(f"position[{key!r}]", saved["position"].get(key, _Nothing), int)
-    if min(saved["steps"], *saved["position"].values()) < 0:
-        text = f"got steps {saved['steps']} and position {saved['position']}"
-        raise CheckpointError(f"expected numbers of steps, epochs and minibatches of at least 0, {text}")
+    counts = {f"position[{key!r}]": saved["position"].get(key, _Nothing) for key in ("epoch", "batch")}
+    for name, count in ({"steps": saved["steps"]} | counts).items():
+        _of_type(name, count, int)
+        if count < 0:
+            raise CheckpointError(f"expected {name} of at least 0, got {count}")
     for index, row in enumerate(saved["history"]):
         _of_type(f"history[{index}]", row, dict)
     if saved["totals"] is not None:
@@ -64,14 +65,11 @@ class _Nothing:
     """Stands for a key that is missing."""
 
 
-def _name(value):
-    return "nothing" if value is _Nothing else f"a {type(value).__name__}"
-
-
 def _of_type(what, value, types):
     if not isinstance(value, types) or isinstance(value, bool):
+        got = "nothing" if value is _Nothing else f"a {type(value).__name__}"
         names = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
-        raise CheckpointError(f"expected {what} as {names}, got {_name(value)}")
+        raise CheckpointError(f"expected {what} as {names}, got {got}")
 
 
 def _form(value):
@@ -100,20 +98,18 @@ def _check_optimizer(what, optimizer, saved):
     made = saved.get("class", type(optimizer).__name__)
     if made != type(optimizer).__name__:
         raise CheckpointError(f"{what} does not fit: it is of {made}, expected {type(optimizer).__name__}")
-    own = optimizer.state_dict()
-    for group, mine in zip(saved["param_groups"], own["param_groups"], strict=False):
+    for group, mine in zip(saved["param_groups"], optimizer.state_dict()["param_groups"], strict=False):
         _of_type(f"a group of {what}", group, dict)
-        _same_form(
-            f"{what} does not fit", {k: group[k] for k in group if k in mine}, {k: mine[k] for k in mine if k in group}
-        )
+        _of_type(f"base_lr of {what}", group.get("base_lr", _Nothing), (int, float, torch.Tensor))
         if group.get("params") != mine["params"]:
             raise CheckpointError(
                 f"{what} does not fit: expected parameters {mine['params']}, got {group.get('params')}"
             )
-        _of_type(f"base_lr of {what}", group.get("base_lr", _Nothing), (int, float))
+        both = group.keys() & mine.keys()  # the trial finds what is missing
+        _same_form(f"{what} does not fit", *({key: plain(d[key]) for key in both} for d in (group, mine)))
     try:
-        expected = _state_after_a_step(optimizer, {}, saved["param_groups"])
-        _trial(optimizer, saved)
+        expected = _state_after_a_step(optimizer, saved["param_groups"])
+        _copy(optimizer, saved["state"], saved["param_groups"])
     except Exception as error:
         if not _can_be_tried(optimizer):
             return
@@ -126,30 +122,29 @@ def _check_optimizer(what, optimizer, saved):
         _same_form(f"{what} does not fit: state[{index}]", state, expected[index])
 
 
-def _trial(optimizer, state):
-    """Return a copy of the optimizer, of its parameters too, in this state. Hooks are not copied."""
-    trial = copy.deepcopy(optimizer)
-    trial.load_state_dict(copy.deepcopy({key: state[key] for key in ("state", "param_groups")}))
-    return trial
+def _copy(optimizer, state, groups):
+    """Return a copy of the optimizer, and of its parameters, with this state. Hooks are not copied."""
+    copied = copy.deepcopy(optimizer)
+    copied.load_state_dict({"state": state, "param_groups": groups})
+    return copied
 
 
-def _state_after_a_step(optimizer, state, groups):
-    """Return the state of each parameter that a step with these groups leaves: its form is that of every state saved."""
-    trial = _trial(optimizer, {"state": state, "param_groups": groups})
-    for group in trial.param_groups:
+def _state_after_a_step(optimizer, groups):
+    """Return the state that a first step with these groups gives each parameter, which has the form of every later one."""
+    copied = _copy(optimizer, {}, groups)
+    for group in copied.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-    trial.step()
-    return trial.state_dict()["state"]
+    copied.step()
+    return copied.state_dict()["state"]
 
 
 def _can_be_tried(optimizer):
     """Whether a copy of the optimizer makes a step with its own groups. Some classes keep attributes that copies do not have."""
     try:
-        _state_after_a_step(optimizer, {}, optimizer.state_dict()["param_groups"])
+        return _state_after_a_step(optimizer, optimizer.state_dict()["param_groups"]) is not None
     except Exception:
         return False
-    return True
 
 
 def _reason(error):

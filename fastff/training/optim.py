@@ -54,7 +54,7 @@ def build(make, parameters, heads=frozenset()):
         text = "expected one whose step needs no closure, since a block's gradients are computed once a step"
         raise TypeError(f"optimizer: {text}, got {type(optimizer).__name__}")
     for group in optimizer.param_groups:
-        group["base_lr"] = group["lr"]
+        group["base_lr"] = float(group["lr"])  # of a tensor not the same one, which the schedule fills
     return optimizer
 
 

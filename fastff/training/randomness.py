@@ -29,8 +29,8 @@ def set_random_state(state, generators=()):
         np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
     for generator, saved in zip(generators, state.get("loader", ()), strict=False):
         generator.set_state(saved.cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    for device, saved in zip(range(torch.cuda.device_count()), state.get("cuda", ()), strict=False):
+        torch.cuda.set_rng_state(saved.cpu(), device)
 
 
 def generators_of(loader):
