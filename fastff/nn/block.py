@@ -108,7 +108,8 @@ class LocalBlock(nn.Module):
             ending = self._ending(graph)
             form = graph.forward if ending is None else graph.body
         epilogue = isinstance(ending, BatchNormEpilogue)
-        convolution = graph.convolution if epilogue and single and autocast is None and not self._compiled else None
+        single = single and autocast is None and not torch.is_autocast_enabled(inputs[0].device.type)
+        convolution = graph.convolution if epilogue and single and not self._compiled else None
         with torch.set_grad_enabled(convolution is None), context():
             outputs = self._run(form, *inputs)
         if epilogue and ending.fits(*outputs[:2]):

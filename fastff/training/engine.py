@@ -75,10 +75,15 @@ def loss_dtype(images):
     return torch.float64 if images.dtype == torch.float64 else torch.float32
 
 
-def check_batch(sff, images, target):
-    """Raise TypeError or ValueError unless images [B, *sff.input_shape] and target [B] make a minibatch."""
+def check_batch(sff, images, target, amp=False):
+    """Raise TypeError or ValueError unless images [B, *sff.input_shape] and target [B] make a minibatch. amp: whether autocast is on in any case."""
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         raise TypeError(f"images: expected a floating-point tensor, got {_kind(images)}")
+    dtype, autocast = next(sff.parameters()).dtype, amp or torch.is_autocast_enabled(images.device.type)
+    if images.dtype != dtype and not (
+        autocast and torch.float64 not in (images.dtype, dtype)
+    ):  # which it leaves as it is
+        raise TypeError(f"images: expected {dtype} as the model's parameters are, got {images.dtype}")
     if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
         raise TypeError(f"target: expected int64 labels, got {_kind(target)}")
     sff.check_images(images)

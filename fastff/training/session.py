@@ -58,7 +58,7 @@ class Session:
 
         Returns the losses [L], 0 for a block that is not trained, or not by this rank. Nothing in it waits for the device."""
         if self.ranks.feeds:
-            check_batch(self.sff, images, target)
+            check_batch(self.sff, images, target, self.options.amp is not None)
             images, target = (t.detach().to(self.device, non_blocking=True) for t in (images, target))
         self.result = self.run_step(images, target)
         if not self.fitting:
