@@ -348,6 +348,21 @@ def test_heads_without_weights():
         block.module.load_state_dict({k.removeprefix("module."): v for k, v in block.state_dict().items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_inside_the_users_autocast(dtype):
+    """Of a block that is one convolution and its epilogue: the loss and the gradients are about those without autocast."""
+    torch.manual_seed(0)
+    block, x, target = FFConv2d(3, 8, 3, num_classes=4), torch.randn(5, 3, 6, 6), torch.tensor([0, 1, 2, 3, 0])
+    _, loss = block.local_step(x, target)
+    expected = {name: p.grad for name, p in block.named_parameters()}
+    block.zero_grad()
+    with torch.autocast("cpu", dtype):
+        _, found = block.local_step(x, target)
+    torch.testing.assert_close(found, loss, rtol=2e-2, atol=2e-2)
+    for name, p in block.named_parameters():
+        assert (p.grad - expected[name]).norm() < 0.1 * expected[name].norm(), name
+
+
 @pytest.mark.parametrize("parametrization", ["weight_norm", "spectral_norm"])
 def test_parametrized_weights_learn(parametrization):
     """Those of the head and of the block's module: their gradients are those of plain PyTorch."""

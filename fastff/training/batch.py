@@ -27,12 +27,16 @@ def unpack(batch, labelled=True):
     return images, target if labelled else None
 
 
-def check_batch(sff, images, target, labelled=True):
+def check_batch(sff, images, target, labelled=True, amp=False):
     """Raise TypeError or ValueError unless images [B, *sff.input_shape] and target [B] make a minibatch.
 
-    labelled: False where the first half of the images is positive and the second negative, and the target None."""
+    labelled: False where the first half of the images is positive and the second negative, and the target None. amp: whether autocast, which
+    converts all but float64, is on in any case."""
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         raise TypeError(f"images: expected a floating-point tensor, got {_kind(images)}")
+    dtype, autocast = next(sff.parameters()).dtype, amp or torch.is_autocast_enabled(images.device.type)
+    if images.dtype != dtype and not (autocast and torch.float64 not in (images.dtype, dtype)):
+        raise TypeError(f"images: expected {dtype} as the model's parameters are, got {images.dtype}")
     sff.check_images(images)
     if not labelled:
         if target is not None:

@@ -265,7 +265,7 @@ def evaluate(engine, loader):
     try:
         for batch in loader:
             images, target = unpack(batch)
-            check_batch(engine.sff, images, target)
+            check_batch(engine.sff, images, target, amp=engine.options.amp is not None)
             check_labels(target, engine.sff.num_classes)
             if len(target) == 0:
                 continue

@@ -65,7 +65,7 @@ class Session:
         if not torch.is_grad_enabled():
             raise RuntimeError("step: expected gradients to be on, got torch.no_grad() or torch.inference_mode()")
         if self.ranks.feeds:
-            check_batch(self.sff, images, target, self.engine.labelled)
+            check_batch(self.sff, images, target, self.engine.labelled, self.options.amp is not None)
             if len(images) == 0:
                 raise ValueError("images: expected at least one image, got an empty batch")
             images = images.detach().to(self.device, non_blocking=True)
