@@ -168,7 +168,13 @@ class SFF(nn.Module):
             options.insert(2, f"grid={self.heads[0].grid[0]}")
         else:
             options.insert(0, f"goodness={self.goodness_name}")
-        return "\n".join([head, *_aligned(rows), ", ".join(options) + (", read-out kept" if self.readout else "")])
+        whole = {}
+        for block in self.local_blocks:
+            for module, reason in (block.module.whole | block.whole()).items():
+                whole.setdefault(reason, {})[module] = None
+        notes = [f"called as they are: {', '.join(modules)}: {reason}" for reason, modules in whole.items()]
+        options = ", ".join(options) + (", read-out kept" if self.readout else "")
+        return "\n".join([head, *_aligned(rows), options, *notes])
 
 
 def _aligned(rows):

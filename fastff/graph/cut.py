@@ -55,7 +55,10 @@ class Block(nn.Module):
         self._root = (root,)  # in a tuple, so as not to be a submodule
         self.graph_module = evaluate
         self.train_graph_module = train  # only where it differs
-        self.watches = ()  # plain.Watch of the modules that the cut runs through
+        self.watches, self.whole = (
+            (),
+            {},
+        )  # plain.Watch of the modules that the cut runs through; {name: reason} of those it does not open
 
     @property
     def modules_called(self):
@@ -123,8 +126,9 @@ def cut(model, granularity, input_shape):
         graphs = {mode: traced.graph for mode, traced in traces.items()}
         if not is_chain and code(graphs[True]) == code(graphs[False]):
             del graphs[True]
-        for graph in graphs.values():
-            record_shapes(model, graph, example)
+        for mode, graph in graphs.items():
+            model.train(mode)
+            record_shapes(model, graph, example, is_chain)
         mains = {mode: _mains(model, graph, granularity, paths) for mode, graph in graphs.items()}
     finally:
         for module, mode in modes.items():

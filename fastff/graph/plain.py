@@ -49,16 +49,16 @@ def trace(root, opens, needed=lambda name: False):
     whole = {}
     while True:
         try:
-            return _trace(root, opens, whole)
+            return _trace(root, opens, needed, whole)
         except NotPlain as fault:
             if not fault.name or needed(fault.name):
                 raise
             whole[fault.name] = fault.reason
 
 
-def _trace(root, opens, whole):
+def _trace(root, opens, needed, whole):
     modules = dict(root.named_modules())
-    tracer = _Tracer(modules, opens, whole)
+    tracer = _Tracer(modules, opens, needed, whole)
     before = Snapshot(modules)
     try:
         with _watched(tracer):
@@ -76,7 +76,7 @@ def _trace(root, opens, whole):
     for names, what in changed:
         name = next((n for n in map(tracer.opened_at, names) if n in tracer.opened), "")
         faults.append(NotPlain(name, what))
-    faults += [NotPlain(tracer.scopes.get(n, ""), f"computes {n.name} and does not use it") for n in _unused(graph)]
+    faults += [NotPlain(tracer.scopes.get(n, ""), "computes what it does not use") for n in _unused(graph)]
     tracer.parameters.clear()
     if any(ref() is not None for ref, _ in tracer.proxies):
         gc.collect()
@@ -86,14 +86,27 @@ def _trace(root, opens, whole):
     return Trace(graph, dict(whole), {modules[name]: tracer.reads[modules[name]] for name in tracer.opened})
 
 
+class _Proxy(fx.Proxy):
+    """A traced tensor that notices isinstance(x, torch.Tensor) in a model's code, which is False of it."""
+
+    @property
+    def __class__(self):
+        frame = sys._getframe(1)
+        if frame.f_code is torch.is_tensor.__code__:
+            frame = frame.f_back
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fastff"):
+            self.tracer.asked_for_class()
+        return _Proxy
+
+
 class _Tracer(fx.Tracer):
     """Notes the first thing that a module does beside computing with traced tensors, and stops."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, modules, opens, whole):
+    def __init__(self, modules, opens, needed, whole):
         super().__init__()
-        self.modules, self.opens, self.whole = modules, opens, whole
+        self.modules, self.opens, self.needed, self.whole = modules, opens, needed, whole
         self.names = {id(t): n for m in (modules[""].named_buffers, modules[""].named_parameters) for n, t in m()}
         self.stack, self.opened = [""], {""}
         self.fault, self.scopes, self.proxies, self.parameters = None, {}, [], {}
@@ -148,15 +161,19 @@ class _Tracer(fx.Tracer):
             name = self.stack[-1]
             counts = f"{name}.num_batches_tracked".lstrip(".")
             if attribute != counts or not isinstance(self.modules[name], nn.BatchNorm2d):
-                raise self.note(f"writes to {attribute} in place")
+                raise self.note(f"writes to {attribute.rpartition('.')[2]} in place")
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
         self.scopes[node] = self.stack[-1]
         return node
 
     def proxy(self, node):
-        proxy = super().proxy(node)
+        proxy = _Proxy(node, self)
         self.proxies.append((weakref.ref(proxy), self.stack[-1]))
         return proxy
+
+    def asked_for_class(self):
+        if self.stack[-1] and not self.needed(self.stack[-1]):
+            raise self.note("asks for the class of a tensor")
 
     def to_bool(self, obj):
         raise self.note("decides by the value of a tensor")
@@ -218,13 +235,12 @@ def _writes(kind, target, kwargs):
     return target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
 
 
-def _attribute_behind(proxy):
-    """The parameter or buffer that a traced value is, or is a view of as far as can be told; None for others."""
-    node = getattr(proxy, "node", None)
-    while node is not None and node.op in ("call_method", "call_function") and node.args:
+def _attribute_behind(node):
+    """The parameter or buffer that a node's value is, or is a view of as far as can be told; None for others."""
+    while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
         views = node.op == "call_method" or node.target in (getattr, operator.getitem)
-        node = node.args[0] if views and isinstance(node.args[0], fx.Node) else None
-    return node.target if node is not None and node.op == "get_attr" else None
+        node = node.args[0] if views else None
+    return node.target if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
 def _is_shape(node):
@@ -280,16 +296,12 @@ def _is_base_call(norm, name, call, counts):
     for key in names[1:5]:
         tensor = getattr(norm, key)
         expected = None if tensor is None or (key.startswith("running") and not tracked) else f"{name}.{key}"
-        if _attribute_behind(given.get(key) and _Holder(given[key])) != expected:
+        if _attribute_behind(given.get(key)) != expected:
             return False
     counted = [tuple(node.args[1:]) for node in counts if not node.users and not node.kwargs]
     same_rate = not tracked or (norm.momentum is not None and given.get("momentum", 0.1) == norm.momentum)
     same_options = given.get("training") is True and given.get("eps", 1e-5) == norm.eps and same_rate
     return same_options and len(counts) == len(counted) and counted == [(1,)] * bool(tracked) and "input" in given
-
-
-class _Holder(NamedTuple):
-    node: object
 
 
 def is_norm(node, modules):

@@ -10,6 +10,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils._pytree import tree_flatten
 
 from fastff.graph import plain
 
@@ -34,7 +35,8 @@ class CutError(ValueError):
 
 def example_input(model, input_shape):
     like = next(iter(model.parameters()), torch.empty(0))
-    example = torch.zeros(2, *input_shape, device=like.device, dtype=like.dtype)
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(2, *input_shape, generator=generator).to(like.device, like.dtype)
     if len(input_shape) == 3 and any(
         p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters()
     ):
@@ -161,19 +163,35 @@ def code(graph):
     return graph.python_code("self").src
 
 
-def record_shapes(model, graph, example):
+def record_shapes(model, graph, example, is_chain):
+    """Note the shape of each node's result, for an example. Raises CutError unless a graph of the whole model computes what the model does."""
+
     class Recorder(fx.Interpreter):
         def run_node(self, node):
             result = super().run_node(node)
             node.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
             return result
 
-    with plain.preserved(model):
-        try:
-            Recorder(fx.GraphModule(model, graph)).run(example)
-        except (RuntimeError, ValueError, TypeError) as error:
-            shape, says = list(example.shape), str(error).splitlines()[0]
-            raise CutError(f"input_shape: the model does not run on images of shape {shape}: {says}") from error
+    found = []
+    graph_run = Recorder(fx.GraphModule(model, graph)).run
+    for run in (graph_run if is_chain else model, graph_run):
+        with plain.preserved(model):
+            try:
+                outputs, _ = tree_flatten(run(example))
+            except (RuntimeError, ValueError, TypeError) as error:
+                shape, says = list(example.shape), str(error).splitlines()[0]
+                raise CutError(f"input_shape: the model does not run on images of shape {shape}: {says}") from error
+            found.append([t.clone() for t in (*outputs, *model.buffers()) if isinstance(t, torch.Tensor)])
+    if len(found[0]) != len(found[1]) or not all(map(_close, *found)):
+        raise CutError(
+            "the model computes something else when it is traced. Name the modules that end blocks instead, granularity=[path, ...]"
+        )
+
+
+def _close(a, b):
+    return a.shape == b.shape and torch.allclose(
+        a, b, 1e-3, 1e-4 * float(a.abs().max()) if a.numel() else 0, equal_nan=True
+    )
 
 
 def warn_of_hooks(model, graph):

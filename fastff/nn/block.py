@@ -48,8 +48,16 @@ class LocalBlock(nn.Module):
             self._graph = training_graph(getattr(self.module, "training_module", self.module), self._open)
         return None if isinstance(self._graph, str) else self._graph
 
+    def whole(self):
+        """{name: reason} of modules that training does not open because their Python does more than compute with tensors."""
+        if isinstance(self._graph, str):
+            return {"the block itself": self._graph}
+        return {} if self._graph is None else self._graph.whole
+
     def ready_graph(self):
         """The TrainingGraph for a step now, made again where what it depends on has changed; None where the module itself has to run."""
+        if self._open:
+            self.module.check()
         graph = self.graph
         if graph is None or graph.ready():
             return graph
