@@ -81,15 +81,6 @@ class SFF(nn.Module):
         for block in self.local_blocks:
             block.graph  # noqa: B018  traced here, while the model is as the user made it
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        for block in (*self.blocks, *(self.readout or ())):
-            block.rebind(block.graph_module, block.train_graph_module)
-        for block in self.local_blocks:
-            if block.graph is not None:
-                block.module.rebind(*block.graph.graph_modules())
-        return self
-
     def block_parameters(self, index):
         """The parameters that block `index` trains: its own and its head's."""
         return [*self.blocks[index].parameters(), *self.heads[index].parameters()]
@@ -177,7 +168,13 @@ class SFF(nn.Module):
             options.insert(2, f"grid={self.heads[0].grid[0]}")
         else:
             options.insert(0, f"goodness={self.goodness_name}")
-        return "\n".join([head, *_aligned(rows), ", ".join(options) + (", read-out kept" if self.readout else "")])
+        whole = {}
+        for block in self.local_blocks:
+            for module, reason in (block.module.whole | block.whole()).items():
+                whole.setdefault(reason, {})[module] = None
+        notes = [f"called as they are: {', '.join(modules)}: {reason}" for reason, modules in whole.items()]
+        options = ", ".join(options) + (", read-out kept" if self.readout else "")
+        return "\n".join([head, *_aligned(rows), options, *notes])
 
 
 def _aligned(rows):

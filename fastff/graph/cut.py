@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastff.graph.plain import Read, Watch, graph_module
 from fastff.graph.trace import (
     WEIGHT_FUNCTIONS,
     CutError,
@@ -54,10 +55,14 @@ class Block(nn.Module):
         self._root = (root,)  # in a tuple, so as not to be a submodule
         self.graph_module = evaluate
         self.train_graph_module = train  # only where it differs
+        self.watches, self.whole = (
+            (),
+            {},
+        )  # plain.Watch of the modules that the cut runs through; {name: reason} of those it does not open
 
     @property
     def modules_called(self):
-        return list(dict.fromkeys(n.target for n in self.graph_module.graph.nodes if n.op == "call_module"))
+        return _called(self.graph_module)
 
     @property
     def training_module(self):
@@ -65,6 +70,7 @@ class Block(nn.Module):
         return self.graph_module if self.train_graph_module is None else self.train_graph_module
 
     def forward(self, *alive):
+        self.check()
         if self.train_graph_module is not None and self._root[0].training:
             return self.train_graph_module(*alive)
         return self.graph_module(*alive)
@@ -76,13 +82,12 @@ class Block(nn.Module):
         train = evaluate if self.train_graph_module is None else torch.compile(self.train_graph_module, **options)
         return lambda *alive: (train if self._root[0].training else evaluate)(*alive)
 
-    def rebind(self, *graph_modules):
-        """Point parameters and buffers used directly in these graphs at the model's own again (after .to() replaced them)."""
-        for module in graph_modules:
-            for node in module.graph.nodes if module is not None else ():
-                if node.op == "get_attr":
-                    *path, name = node.target.split(".")
-                    setattr(module.get_submodule(".".join(path)), name, _attribute(self._root[0], node.target))
+    def check(self):
+        """Raises RuntimeError where an attribute of the model has changed that the blocks were cut by."""
+        for watch in self.watches:
+            change = watch.change()
+            if change is not None:
+                raise RuntimeError(f"the model was cut into blocks before a change of {change}; make the SFF after it")
 
 
 def cut(model, granularity, input_shape):
@@ -112,22 +117,29 @@ def cut(model, granularity, input_shape):
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        graph, is_chain = trace(model, granularity, paths, example)
-        graphs = {False: graph}
+        traces = {}
+        traces[False], is_chain = trace(model, granularity, paths, example)
         if not is_chain:
             model.train()
-            graphs[True], _ = trace(model, granularity, paths, example)
+            traces[True], _ = trace(model, granularity, paths, example)
             model.eval()
-            if code(graphs[True]) == code(graphs[False]):
-                del graphs[True]
-        for graph in graphs.values():
-            record_shapes(model, graph, example)
+        graphs = {mode: traced.graph for mode, traced in traces.items()}
+        if not is_chain and code(graphs[True]) == code(graphs[False]):
+            del graphs[True]
+        for mode, graph in graphs.items():
+            model.train(mode)
+            record_shapes(model, graph, example, is_chain)
         mains = {mode: _mains(model, graph, granularity, paths) for mode, graph in graphs.items()}
     finally:
         for module, mode in modes.items():
             module.training = mode
     warn_of_hooks(model, graphs[False])
-    return _build(model, graphs, mains, input_shape)
+    blocks, tail = _build(model, graphs, mains, input_shape)
+    watches = tuple(Watch(traced.reads) for traced in traces.values())
+    for block in (*blocks, *([tail] if tail is not None else [])):
+        block.watches = watches
+        block.whole = traces[False].whole | traces[max(traces)].whole
+    return blocks, tail
 
 
 def _checked_paths(model, paths):
@@ -290,7 +302,7 @@ def _build(model, graphs, mains, input_shape):
     blocks = []
     for i, (main, module, _) in enumerate(evaluate[: len(mains[False])]):
         train = parts[True][i][1] if True in parts else None
-        called = [n.target for n in module.graph.nodes if n.op == "call_module"]
+        called = _called(module)
         blocks.append(
             Block(
                 _name(model, called) or main.name,
@@ -381,7 +393,13 @@ def _graph_module(model, inputs, nodes, outputs):
         copies[node] = graph.node_copy(node, copy_of)
     results = tuple(copy_of(node) for node in outputs)
     graph.output(results)
-    return fx.GraphModule(model, graph)
+    return graph_module(model, graph)
+
+
+def _called(module):
+    """Paths of the model's modules that a GraphModule calls."""
+    targets = dict.fromkeys(n.target for n in module.graph.nodes if n.op == "call_module")
+    return [target for target in targets if not isinstance(module.get_submodule(target), Read)]
 
 
 def _attribute(model, path):
