@@ -7,6 +7,7 @@ is then called as it is, so that its Python runs in every step, and the trace st
 
 import collections
 import contextlib
+import functools
 import gc
 import operator
 import random
@@ -76,10 +77,11 @@ def _trace(root, opens, needed, whole):
     for names, what in changed:
         name = next((n for n in map(tracer.opened_at, names) if n in tracer.opened), "")
         faults.append(NotPlain(name, what))
-    faults += [NotPlain(tracer.scopes.get(n, ""), "computes what it does not use") for n in _unused(graph)]
+    faults += [NotPlain(tracer.scopes.get(n, ""), "computes what it does not use") for n in _unused(graph, modules)]
     tracer.parameters.clear()
-    if any(ref() is not None for ref, _ in tracer.proxies):
-        gc.collect()
+    for generation in range(3):  # a proxy in a cycle is not kept
+        if any(ref() is not None for ref, _ in tracer.proxies):
+            gc.collect(generation)
     faults += [NotPlain(name, "keeps a tensor for later") for ref, name in tracer.proxies if ref() is not None]
     for fault in faults:
         raise fault
@@ -90,13 +92,20 @@ class _Proxy(fx.Proxy):
     """A traced tensor that notices isinstance(x, torch.Tensor) in a model's code, which is False of it."""
 
     @property
-    def __class__(self):
+    def __class__(self):  # type: ignore[override, misc]
         frame = sys._getframe(1)
+        named = frame.f_code.co_names + frame.f_code.co_freevars
+        asks = "Tensor" in named or "Parameter" in named
         if frame.f_code is torch.is_tensor.__code__:
-            frame = frame.f_back
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fastff"):
+            frame, asks = frame.f_back, True
+        if asks and frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fastff"):
             self.tracer.asked_for_class()
         return _Proxy
+
+    def _value(self):
+        raise self.tracer.note("needs the value of a tensor")
+
+    __float__ = __int__ = __index__ = __complex__ = __len__ = _value
 
 
 class _Tracer(fx.Tracer):
@@ -176,7 +185,7 @@ class _Tracer(fx.Tracer):
             raise self.note("asks for the class of a tensor")
 
     def to_bool(self, obj):
-        raise self.note("decides by the value of a tensor")
+        raise self.note("needs the value of a tensor")
 
     def iter(self, obj):
         try:
@@ -243,21 +252,36 @@ def _attribute_behind(node):
     return node.target if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
-def _is_shape(node):
-    """Whether a node only looks at a tensor's shape or the like, and may as well be left out."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel", "ndimension", "stride")
-    module = getattr(node.target, "__module__", None)
-    arithmetic = module in ("_operator", "builtins", "math") and node.target not in IN_PLACE
-    return node.op == "get_attr" or (node.op == "call_function" and (arithmetic or node.target is torch._assert))
+DRAWS_OR_COUNTS = ("drop", "rand", "bernoulli", "normal", "multinomial", "rrelu", "batch_norm", "instance_norm")
 
 
-def _unused(graph):
-    """Nodes whose results nobody uses; those that only look at shapes are erased, but for assertions."""
+def _is_harmless(node, modules):
+    """Whether a node has no effect but its result, as far as is known."""
+    if node.op == "call_module":
+        module = modules[node.target]
+        state = next(module.buffers(), None) is not None or any(
+            name in type(module).__name__.lower() for name in DRAWS_OR_COUNTS
+        )
+        return type(module).__module__.startswith("torch.nn.modules.") and not state and not any(module.children())
+    if node.op == "get_attr" or _writes(node.op, node.target, node.kwargs):
+        return node.op == "get_attr"
+    name = node.target if node.op == "call_method" else node.target.__name__
+    known = (
+        hasattr(torch.Tensor, name)
+        if node.op == "call_method"
+        else hasattr(torch, name) or hasattr(nn.functional, name)
+    )
+    where = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    known = where in ("_operator", "builtins", "math") or (known and where in ("torch", "str"))
+    return known and not any(word in name for word in (*DRAWS_OR_COUNTS, "backward", "hook", "retain"))
+
+
+def _unused(graph, modules):
+    """Nodes whose results nobody uses and that may have an effect; those without one are erased, but for assertions."""
     found = []
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op not in ("placeholder", "output") and node.target is not torch._assert:
-            if _is_shape(node):
+            if _is_harmless(node, modules):
                 graph.erase_node(node)
             else:
                 found.append(node)
@@ -340,12 +364,15 @@ def _access(holder):
     return _access(inside) if isinstance(inside, dict) and not isinstance(holder, skipped) else None
 
 
-GLOBAL_GENERATORS = (random.random.__self__, np.random.random.__self__, torch.default_generator)  # type: ignore[attr-defined]
+@functools.cache
+def global_generators():
+    """The generators behind the functions of Python, NumPy and torch."""
+    return random.random.__self__, np.random.random.__self__, torch.default_generator  # type: ignore[attr-defined]
 
 
 def random_states():
     """The states of the global generators of Python and NumPy."""
-    return [_access(generator)[0]() for generator in GLOBAL_GENERATORS[:2]]
+    return [_access(generator)[0]() for generator in global_generators()[:2]]
 
 
 def same(a, b):
@@ -389,7 +416,7 @@ class Snapshot:
         for owner, names in users.items():
             holder = owner if isinstance(owner, type) else vars(owner or types)
             self._keep(names, holder, 2, "changes attributes of its class or globals of its file")
-        for generator in GLOBAL_GENERATORS:
+        for generator in global_generators():
             self._keep([""], generator, 0, "draws random numbers in Python")
 
     def _keep(self, names, holder, depth, what):
@@ -435,7 +462,7 @@ def cuda_devices(model):
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-READY = (True, {}, {}, {}, {})  # a module in training mode without hooks
+READY: tuple = (True, {}, {}, {}, {})  # a module in training mode without hooks
 _readiness = operator.itemgetter("training", *HOOKS)
 
 

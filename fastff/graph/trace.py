@@ -178,8 +178,8 @@ def record_shapes(model, graph, example, is_chain):
         with plain.preserved(model):
             try:
                 outputs, _ = tree_flatten(run(example))
-            except (RuntimeError, ValueError, TypeError) as error:
-                shape, says = list(example.shape), str(error).splitlines()[0]
+            except Exception as error:  # whatever the model's own code raises
+                shape, says = list(example.shape), (str(error).splitlines() or [repr(error)])[0]
                 raise CutError(f"input_shape: the model does not run on images of shape {shape}: {says}") from error
             found.append([t.clone() for t in (*outputs, *model.buffers()) if isinstance(t, torch.Tensor)])
     if len(found[0]) != len(found[1]) or not all(map(_close, *found)):
