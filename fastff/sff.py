@@ -62,7 +62,7 @@ class SFF(nn.Module):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             raise ValueError(f"normalize: expected one of {', '.join(spec.NORMALIZATIONS)} or None, got {normalize!r}")
-        blocks, classifier = cut(model, granularity, input_shape)
+        blocks, classifier = cut(model, granularity, input_shape, num_classes)
         if readout and classifier is None:
             raise ValueError("readout: the model has nothing behind its last block to keep")
         self.model = model
@@ -148,7 +148,7 @@ class SFF(nn.Module):
             label[rows[leave]], confidence[rows[leave]], block_of[rows[leave]] = best[leave], sure[leave].float(), index
             stay = ~leave
             rows, seen = rows[stay], [g[stay] for g in seen]
-            others = (t[stay] if isinstance(t, torch.Tensor) else t for t in others)
+            others = (t[stay] if rows else t for t, rows in zip(others, block.module.rows[1:], strict=True))
             alive = (block.next_input(main[stay]), *others)
         return Prediction(label, confidence, block_of)
 

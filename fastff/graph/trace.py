@@ -10,9 +10,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten
 
-from fastff.graph import plain
+from fastff.graph import plain, values
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -33,10 +32,10 @@ class CutError(ValueError):
     """The model cannot be cut as asked; the text says where it stopped and what to do instead."""
 
 
-def example_input(model, input_shape):
+def example_input(model, input_shape, size):
     like = next(iter(model.parameters()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    example = torch.randn(2, *input_shape, generator=generator).to(like.device, like.dtype)
+    example = torch.randn(size, *input_shape, generator=generator).to(like.device, like.dtype)
     if len(input_shape) == 3 and any(
         p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters()
     ):
@@ -58,9 +57,21 @@ def count_weights(module):
 
 
 def _holds_blocks(module):
-    """Whether a list in it has two or more members with two or more weight layers each."""
-    lists = (m for m in module.modules() if isinstance(m, CONTAINERS))
-    return any(sum(count_weights(child) >= 2 for child in m.children()) >= 2 for m in lists)
+    """Whether in it a list has two or more members with two or more weight layers each, or a module of the model's own has two or more
+    children of one such class of the model's own."""
+    return any(_is_row_of_blocks(m) for m in module.modules())
+
+
+def _is_row_of_blocks(module):
+    large = [child for child in module.children() if count_weights(child) >= 2]
+    if isinstance(module, CONTAINERS):
+        return len(large) >= 2
+    own = [type(child) for child in large if not isinstance(child, CONTAINERS) and not _is_torchs(child)]
+    return not _is_torchs(module) and len(set(own)) < len(own)
+
+
+def _is_torchs(module):
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _normalises_first(module):
@@ -69,30 +80,30 @@ def _normalises_first(module):
 
 
 def _opener(model, granularity, paths):
-    """(whether the cut opens a module, whether it must): functions of the module, or of its name."""
+    """(whether the cut opens a module, whether it must): functions of the module, or of its name. A module that cannot be opened is one block."""
 
     def opens(module, name):
         if paths is not None:
             return any(path.startswith(name + ".") for path in paths)
         if type(module) in CONTAINERS:
             return True
-        if type(module).__module__.startswith("torch.nn."):
+        if _is_torchs(module):
             return False
         if _holds_blocks(module):
             return True
         return granularity == "layer" and count_weights(module) >= 2 and not _normalises_first(module)
 
-    return opens, lambda name: paths is not None or _holds_blocks(model.get_submodule(name))
+    return opens, lambda name: paths is not None
 
 
-def trace(model, granularity, paths, example):
+def trace(model, granularity, paths, examples):
     """(plain.Trace of the model in its present mode, whether it is a mere chain of the named modules, the same in every mode)."""
     try:
         traced = plain.trace(model, *_opener(model, granularity, paths))
     except plain.NotPlain as fault:
         where = _where(model, fault)
         if paths is not None:
-            return _chain(model, paths, example, where), True
+            return _chain(model, paths, examples[0], where), True
         raise CutError(
             f"the model cannot be traced: {where}. Name the modules that end blocks instead, "
             f"granularity=[path, ...] (paths as in model.named_modules()): then only what lies between them is traced"
@@ -163,32 +174,27 @@ def code(graph):
     return graph.python_code("self").src
 
 
-def record_shapes(model, graph, example, is_chain):
-    """Note the shape of each node's result, for an example. Raises CutError unless a graph of the whole model computes what the model does."""
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, node):
-            result = super().run_node(node)
-            node.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
-            return result
-
+def record_values(model, graph, examples, is_chain):
+    """Note what the values in a graph are, for two examples (fastff/graph/values.py). Raises CutError unless a graph of the whole model
+    computes what the model does."""
+    run = values.Recorder(fx.GraphModule(model, graph)).run
     found = []
-    graph_run = Recorder(fx.GraphModule(model, graph)).run
-    for run in (graph_run if is_chain else model, graph_run):
+    for function, example in ((run, examples[0]), (run, examples[1]), (model, examples[1]))[: 2 if is_chain else 3]:
         with plain.preserved(model):
             try:
-                outputs, _ = tree_flatten(run(example))
-            except Exception as error:  # whatever the model's own code raises
-                shape, says = list(example.shape), (str(error).splitlines() or [repr(error)])[0]
+                result = function(example)
+            except Exception as error:
+                shape, says = list(example.shape), (str(error) or type(error).__name__).splitlines()[0]
                 raise CutError(f"input_shape: the model does not run on images of shape {shape}: {says}") from error
-            found.append([t.clone() for t in (*outputs, *model.buffers()) if isinstance(t, torch.Tensor)])
-    if len(found[0]) != len(found[1]) or not all(map(_close, *found)):
+            outputs = values.tensors(result)
+            found.append([t.clone() for t in (*outputs, *model.buffers())])
+    if len(found[1]) != len(found[-1]) or not all(map(close, found[1], found[-1])):
         raise CutError(
             "the model computes something else when it is traced. Name the modules that end blocks instead, granularity=[path, ...]"
         )
 
 
-def _close(a, b):
+def close(a, b):
     return a.shape == b.shape and torch.allclose(
         a, b, 1e-3, 1e-4 * float(a.abs().max()) if a.numel() else 0, equal_nan=True
     )
