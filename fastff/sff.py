@@ -62,7 +62,7 @@ class SFF(nn.Module):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             raise ValueError(f"normalize: expected one of {', '.join(spec.NORMALIZATIONS)} or None, got {normalize!r}")
-        blocks, classifier = cut(model, granularity, input_shape)
+        blocks, classifier = cut(model, granularity, input_shape, num_classes)
         if readout and classifier is None:
             raise ValueError("readout: the model has nothing behind its last block to keep")
         self.model = model
@@ -95,15 +95,6 @@ class SFF(nn.Module):
                     got = f"{names[id(parameter)]} in {owner} and {place}"
                     hint = "a granularity that puts both into one block, such as 'model', trains it"
                     raise ValueError(f"model: expected no parameter that two blocks share, got {got}; {hint}")
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        for block in (*self.blocks, *(self.readout or ())):
-            block.rebind(block.graph_module, block.train_graph_module)
-        for block in self.local_blocks:
-            if block.graph is not None:
-                block.module.rebind(*block.graph.graph_modules())
-        return self
 
     def block_parameters(self, index):
         """The parameters that block `index` trains: its own and its head's."""
@@ -172,7 +163,7 @@ class SFF(nn.Module):
             label[rows[leave]], confidence[rows[leave]], block_of[rows[leave]] = best[leave], sure[leave].float(), index
             stay = ~leave
             rows, seen = rows[stay], [g[stay] for g in seen]
-            others = (t[stay] if isinstance(t, torch.Tensor) else t for t in others)
+            others = (t[stay] if rows else t for t, rows in zip(others, block.module.rows[1:], strict=True))
             alive = (block.next_input(main[stay]), *others)
         return Prediction(label, confidence, block_of)
 
@@ -192,7 +183,13 @@ class SFF(nn.Module):
             options.insert(2, f"grid={self.heads[0].grid[0]}")
         else:
             options.insert(0, f"goodness={self.goodness_name}")
-        return "\n".join([head, *_aligned(rows), ", ".join(options) + (", read-out kept" if self.readout else "")])
+        whole = {}
+        for block in self.local_blocks:
+            for module, reason in (block.module.whole | block.whole()).items():
+                whole.setdefault(reason, {})[module] = None
+        notes = [f"called as they are: {', '.join(modules)}: {reason}" for reason, modules in whole.items()]
+        options = ", ".join(options) + (", read-out kept" if self.readout else "")
+        return "\n".join([head, *_aligned(rows), options, *notes])
 
 
 def _aligned(rows):

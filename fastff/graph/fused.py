@@ -16,6 +16,13 @@ from fastff.ops import epilogue as epilogue_op
 from fastff.ops import gradients as partial
 from fastff.ops.convolution import convolve, forward, gradients, way
 
+# Attributes of layers that a stand-in reads once; batch norm's are read in every step.
+READS = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.GELU: ("approximate",),
+    nn.Dropout: ("p",),
+}
+
 
 def hooked(modules):
     """Whether one of the modules has a hook, which would not run where the module is not called."""
@@ -25,7 +32,7 @@ def hooked(modules):
 def uses_batch_statistics(norm):
     """Whether a batch norm module normalises with the statistics of the batch and updates running ones as `update_statistics` does."""
     return (
-        type(norm) is nn.BatchNorm2d
+        isinstance(norm, nn.BatchNorm2d)
         and norm.training
         and (norm.momentum is not None or not norm.track_running_stats)
     )  # fmt: skip
@@ -163,7 +170,7 @@ class Epilogue(StandIn):
         inputs = (y,) if residual is None else (y, residual)
         if self.has_kernel(*inputs):
             return self.recorded(*inputs)
-        h = self.batch_norm(y)
+        h = nn.BatchNorm2d.forward(self.batch_norm, y)  # of a subclass, what follows it is in the graph
         return self.apply_activation(h if residual is None else h + residual)
 
     def activated(self, y, residual=None):

@@ -13,7 +13,6 @@ from torch import nn
 import fastff.functional as ff
 from fastff import spec
 from fastff.graph.epilogue import BatchNormEpilogue, ReLUEpilogue
-from fastff.graph.fused import hooked
 from fastff.graph.tape import AutogradTape
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
@@ -49,16 +48,34 @@ class LocalBlock(nn.Module):
 
     @property
     def graph(self):
-        """The TrainingGraph that the block trains with, or None. It is made again when modules of an nn.Sequential were replaced."""
+        """The TrainingGraph that the block trains with, or None."""
         if not self._fuse or not (self._open or type(self.module) is nn.Sequential):
             return None
-        layers = [] if self._open else list(self.module.modules())
-        if self._graph is None or list(map(id, self._graph[0])) != list(map(id, layers)):
-            if hooked(self.module.modules()):
-                return None  # tracing would run the hooks
-            self._without_group_norm.clear()
-            self._graph = layers, training_graph(getattr(self.module, "training_module", self.module), self._open)
-        return self._graph[1]
+        if self._graph is None:
+            self._graph = training_graph(getattr(self.module, "training_module", self.module), self._open)
+        return None if isinstance(self._graph, str) else self._graph
+
+    def whole(self):
+        """{name: reason} of modules that training does not open because their Python does more than compute with tensors."""
+        if isinstance(self._graph, str):
+            return {"the block itself": self._graph}
+        return {} if self._graph is None else self._graph.whole
+
+    def ready_graph(self):
+        """The TrainingGraph for a step now, made again where what it depends on has changed; None where the module itself has to run."""
+        if self._open:
+            self.module.check()
+        graph = self.graph
+        if graph is None or graph.ready():
+            return graph
+        if graph.watch.change() is None:
+            return None  # a mode or a hook
+        self._graph = None
+        self._without_group_norm.clear()
+        if self._compiled:
+            self.compile_forward()
+        graph = self.graph
+        return graph if graph is not None and graph.ready() else None
 
     @property
     def epilogue(self):
@@ -114,8 +131,8 @@ class LocalBlock(nn.Module):
         grad_scale: 0-dimensional tensor that multiplies the gradients, or None. autocast: a function that makes a context for the forward
         pass, or None."""
         form, ending, context = self.module, None, autocast or contextlib.nullcontext
-        graph = self.graph
-        if graph is not None and graph.ready():
+        graph = self.ready_graph()
+        if graph is not None:
             ending = self._ending(graph)
             form = graph.forward if ending is None else graph.body
         epilogue = isinstance(ending, BatchNormEpilogue)
