@@ -69,6 +69,7 @@ class SFF(nn.Module):
         self.blocks = tuple(blocks)  # not registered: their parameters are the model's
         self.readout = (classifier,) if readout else None
         self._check_shared()
+        self.resting: list = []  # modules that a trainer has put into evaluation mode, and the next one puts back
         self.num_classes, self.input_shape, self.granularity = num_classes, tuple(input_shape), granularity
         self.window, self.vote, self.normalize, self.goodness_name = window, vote, normalize, goodness
         like = next(model.parameters())

@@ -117,6 +117,22 @@ def test_every_entry_removed_or_changed(how, contents, tmp_path):
     assert not driver.same(everything(trainer), before)
 
 
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        (("scalers", 0, "scale"), None), (("scalers", 0, "_growth_tracker"), None), (("scalers", 1, "growth_factor"), None),
+        (("random", "loader"), "abcd"), (("epoch_random", "loader"), [3]),
+    ],
+)  # fmt: skip
+def test_values_that_would_fail_later(place, value, contents, tmp_path):
+    trainer, path = trained(amp="fp16"), tmp_path / "changed.pt"
+    before = everything(trainer)
+    torch.save(changed(contents, place, lambda _: value), path)
+    with pytest.raises(CheckpointError, match=place[-1] if place[0] == "scalers" else place[0]):
+        trainer.load(path)
+    assert driver.same(everything(trainer), before)
+
+
 OPTIMIZERS = {
     "AdamW": None,
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),

@@ -248,6 +248,24 @@ def test_a_greedy_trainer_that_goes_back_trains_its_first_block_again(tmp_path):
     assert torch.equal(vector(sff), first)
 
 
+def test_another_trainer_of_the_same_network_trains_what_the_first_let_rest():
+    """Fine-tuning: blocks that a former trainer had frozen, or had finished with, are put back into training mode."""
+    for options in ({"schedule": "greedy", "window": 1}, {"frozen": 2}):
+        sff = normed()
+        data = data_of(sff)
+        Trainer(sff, sgd, **options).fit(data, 1, progress=False)
+        for parameter in sff.parameters():
+            parameter.requires_grad_(True)
+        norms = [block[1] for block in sff.model.features]
+        before = [int(norm.num_batches_tracked) for norm in norms]
+        Trainer(sff, sgd).fit(data, 1, progress=False)
+        after = [int(norm.num_batches_tracked) for norm in norms]
+        assert (
+            all(norm.training for norm in norms)
+            and [b - a for a, b in zip(before, after, strict=True)] == [len(data)] * 4
+        )
+
+
 # --- goodness without labels
 
 

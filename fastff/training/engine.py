@@ -18,6 +18,7 @@ The rest of the training code (session.py, fit.py, state.py, graph.py) uses this
 
 import contextlib
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ class Options:
         object.__setattr__(self, "clip_grad_norm", plain(self.clip_grad_norm))
         if self.amp not in AMP:
             raise ValueError(f"amp: expected None, 'bf16' or 'fp16', got {self.amp!r}")
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+        clip = self.clip_grad_norm
+        if clip is not None and not (isinstance(clip, Real) and clip > 0):
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {self.clip_grad_norm!r}")
 
     def autocast(self, device):

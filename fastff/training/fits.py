@@ -33,6 +33,8 @@ def check(saved, kind, engine):
         _of_type(f"scalers[{index}]", state, OPTIONAL)
         if scaler is not None and state is not None:
             _same_form(f"scalers[{index}] does not fit", state, scaler.state_dict())
+            for name, value in state.items():
+                _of_type(f"scalers[{index}][{name!r}]", value, (int, float))
     _check_progress(saved, len(engine.names))
 
 
@@ -54,6 +56,9 @@ def _check_progress(saved, losses):
             try:
                 if saved[key] is not None:
                     set_random_state(saved[key])
+                    states = saved[key].get("loader", [])
+                    if not isinstance(states, list) or not all(isinstance(t, torch.Tensor) for t in states):
+                        raise TypeError("its loader's are no list of tensors")
             except Exception as error:
                 text = f"expected the states of random generators as {key}, got others"
                 raise CheckpointError(f"{text} ({_reason(error)})") from error

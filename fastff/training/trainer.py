@@ -113,7 +113,6 @@ class LocalEngine:
         if sff.readout and not self.labelled:
             text = "expected False with a loss of positive and negative images, which has no labels for a classifier"
             raise ValueError(f"readout: {text}, got True")
-        self.still: list = []  # modules that train_mode has put into evaluation mode
         self.parameters = [[p for p in sff.block_parameters(i) if p.requires_grad] for i in range(len(sff.blocks))]
         classifier = sff.readout[0] if sff.readout else None
         if classifier is not None:
@@ -158,12 +157,12 @@ class LocalEngine:
         """Put the network into training mode, the blocks that are not trained any more into evaluation mode.
 
         Modules that the user put into evaluation mode while the network was in training mode stay there."""
-        for module in self.still:
+        for module in self.sff.resting:
             module.training = True
         train_mode(self.sff)
         done = self.sff.blocks[: self.frozen + self.phase]
-        self.still = [module for block in done for module in block.modules() if module.training]
-        for module in self.still:
+        self.sff.resting = [module for block in done for module in block.modules() if module.training]
+        for module in self.sff.resting:
             module.training = False
 
     def _trained(self):
