@@ -70,7 +70,7 @@ def assert_same_bits(a, b, where="checkpoint"):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same_bits(x, y, f"{where}[{i}]")
     else:
-        assert a == b, where
+        assert a == b or (a != a and b != b), where  # NaN is of a block that was not trained
 
 
 @pytest.fixture(scope="module")
