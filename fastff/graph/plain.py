@@ -5,6 +5,7 @@ torch.no_grad, statistics updated by hand, a counter, a print) would happen whil
 is then called as it is, so that its Python runs in every step, and the trace starts again without opening it. The model is left as it was.
 """
 
+import builtins
 import collections
 import contextlib
 import functools
@@ -44,20 +45,24 @@ class Trace(NamedTuple):
     reads: dict
 
 
-def trace(root, opens, needed=lambda name: False):
-    """Trace a module. opens(module, name): whether a module may be opened. Raises NotPlain for the root, and where `needed(name)` says that a
-    module must be opened."""
+def trace(root, opens, needed=lambda name: False, in_order=True):
+    """Trace a module.
+
+    opens(module, name): whether a module may be opened. needed(name): whether it must be. in_order: whether all nodes will run, in their order,
+    or only those whose results are used. Raises NotPlain for the root and for modules that are needed."""
     whole = {}
     while True:
-        try:
-            return _trace(root, opens, needed, whole)
-        except NotPlain as fault:
+        found, faults = _trace(root, opens, needed, whole, in_order)
+        for fault in faults:
             if not fault.name or needed(fault.name):
-                raise
+                raise fault
             whole[fault.name] = fault.reason
+        if not faults:
+            return found
 
 
-def _trace(root, opens, needed, whole):
+def _trace(root, opens, needed, whole, in_order):
+    """(Trace, faults)"""
     modules = dict(root.named_modules())
     tracer = _Tracer(modules, opens, needed, whole)
     before = Snapshot(modules)
@@ -65,11 +70,10 @@ def _trace(root, opens, needed, whole):
         with _watched(tracer):
             graph = tracer.trace(root)
     except Exception as error:
-        if tracer.fault is None:
-            tracer.note(
-                f"cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            )
-        raise tracer.fault from error
+        fault = tracer.note(f"cannot be traced ({type(error).__name__}: {_first_line(error)})")
+        if error is not fault:
+            fault.__cause__ = error
+        return None, [fault]
     finally:
         changed = before.restore()
     _forget_batch_norm_counts(graph, tracer)
@@ -77,22 +81,25 @@ def _trace(root, opens, needed, whole):
     for names, what in changed:
         name = next((n for n in map(tracer.opened_at, names) if n in tracer.opened), "")
         faults.append(NotPlain(name, what))
-    faults += [NotPlain(tracer.scopes.get(n, ""), "computes what it does not use") for n in _unused(graph, modules)]
+    unused = [tracer.scopes.get(node, "") for node in _unused(graph, modules)]
+    faults += [] if in_order else [NotPlain(name, "computes what it does not use") for name in unused]
     tracer.parameters.clear()
     for generation in range(3):  # a proxy in a cycle is not kept
         if any(ref() is not None for ref, _ in tracer.proxies):
             gc.collect(generation)
     faults += [NotPlain(name, "keeps a tensor for later") for ref, name in tracer.proxies if ref() is not None]
-    for fault in faults:
-        raise fault
-    return Trace(graph, dict(whole), {modules[name]: tracer.reads[modules[name]] for name in tracer.opened})
+    return Trace(graph, dict(whole), {modules[name]: tracer.reads[modules[name]] for name in tracer.opened}), faults
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [""])[0]
 
 
 class _Proxy(fx.Proxy):
     """A traced tensor that notices isinstance(x, torch.Tensor) in a model's code, which is False of it."""
 
-    @property
-    def __class__(self):  # type: ignore[override, misc]
+    @property  # type: ignore[misc]
+    def __class__(self):
         frame = sys._getframe(1)
         named = frame.f_code.co_names + frame.f_code.co_freevars
         asks = "Tensor" in named or "Parameter" in named
@@ -146,7 +153,7 @@ class _Tracer(fx.Tracer):
         try:
             result = super().call_module(module, module.forward, args, kwargs)  # without hooks, which would run once
         except Exception as error:
-            raise self.note(f"cannot be traced ({str(error).splitlines()[0] if str(error) else error!r})") from error
+            raise self.note(f"cannot be traced ({type(error).__name__}: {_first_line(error)})") from error
         if not same(random_states(), before):
             raise self.note("draws random numbers in Python")
         self.stack.pop()
@@ -242,6 +249,13 @@ def _writes(kind, target, kwargs):
     """Whether a node writes to its first argument."""
     name = target if kind == "call_method" else getattr(target, "__name__", "") if kind == "call_function" else ""
     return target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+
+
+def writes(node, modules):
+    """Whether a node of a graph writes to its first argument."""
+    if node.op == "call_module":
+        return getattr(modules.get(node.target), "inplace", False) is True
+    return bool(node.all_input_nodes) and _writes(node.op, node.target, node.kwargs)
 
 
 def _attribute_behind(node):
@@ -415,7 +429,7 @@ class Snapshot:
             self._keep([name], vars(module), 4, "changes its attributes")
         for owner, names in users.items():
             holder = owner if isinstance(owner, type) else vars(owner or types)
-            self._keep(names, holder, 2, "changes attributes of its class or globals of its file")
+            self._keep(names, holder, 1, "changes attributes of its class or globals of its file")
         for generator in global_generators():
             self._keep([""], generator, 0, "draws random numbers in Python")
 
@@ -429,7 +443,7 @@ class Snapshot:
             self.kept.append((names, access, inside, what))
         if depth and isinstance(inside, (dict, list, set, tuple)) and len(inside) <= LARGEST:
             for value in inside.values() if isinstance(inside, dict) else inside:
-                if not isinstance(value, (*PLAIN, type)):
+                if not isinstance(value, (*PLAIN, type)) and value is not vars(builtins):
                     self._keep(names, value, depth - 1, what)
 
     def restore(self):

@@ -159,7 +159,16 @@ def _match(modules, norm_node):
     if user is not None and (found := _activation(modules, user)) is not None:
         name, apply = found
         nodes.append(user)
+    if _written_meanwhile(norm_node.graph, modules, nodes):
+        nodes, residual, name, apply = [norm_node], None, "none", nn.Identity()
     return _Match(norm_node.args[0], residual, _module(modules, norm_node), name, apply, nodes, nodes[-1])
+
+
+def _written_meanwhile(graph, modules, nodes, last=None):
+    """Whether something else is written to in place between the first of these nodes and the last, where all of them would be computed."""
+    order = list(graph.nodes)
+    between = order[order.index(nodes[0]) : order.index(last or nodes[-1])]
+    return any(node not in nodes and plain.writes(node, modules) for node in between)
 
 
 def _is_addition(node):
@@ -181,7 +190,9 @@ def _ending(modules, graph):
         last = last.all_input_nodes[0]
     for node in _norm_nodes(modules, graph):
         m = _match(modules, node)
-        if m.result in (last, main) and m.y not in results and m.residual not in m.nodes:
+        end = next(n for n in graph.nodes if n.op == "output")
+        late = _written_meanwhile(graph, modules, m.nodes, end)
+        if m.result in (last, main) and m.y not in results and m.residual not in m.nodes and not late:
             nodes = {*m.nodes, *_between(m.result, main)}
             ending = BatchNormEpilogue(m.norm, m.activation, m.apply, m.residual is not None)
             return ending, _body(graph, nodes, [m.y, m.residual, *results[1:]])
