@@ -496,3 +496,50 @@ class Drawn(Plain):
 def test_a_cut_through_such_python_is_refused(kind, reason):
     with pytest.raises(CutError, match=f"the model itself.*{reason}.*granularity="):
         SFF(kind(), CLASSES, input_shape=(3, 8, 8))
+
+
+class DropsInPlace(Base):
+    """The results of writes in place are not used, but what was written to is."""
+
+    def more(self, x):
+        mask = x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5)
+        mask.div_(0.5)
+        y = x * mask
+        y.add_(1)
+        return y
+
+
+class WritesBehindTheNorm(nn.Module):
+    """What an epilogue at the end would read is written to between batch norm and the block's end."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(inputs, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = y + 0
+        h = self.norm(y) + z
+        z.mul_(3)
+        return F.relu(h)
+
+
+@pytest.mark.parametrize("kind", [DropsInPlace, WritesBehindTheNorm])
+def test_writes_in_place_keep_their_order(kind):
+    test_what_python_does_in_a_block_is_done_in_every_step(kind, 2)
+
+
+class DropsBetweenBlocks(Plain):
+    def forward(self, x):
+        x = F.dropout(self.features[0](x), 0.5, self.training)
+        return self.fc(self.pool(self.features[1](x)).flatten(1))
+
+
+def test_frozen_blocks_run_in_evaluation_mode_where_the_model_s_own_forward_is_cut():
+    torch.manual_seed(0)
+    sff = SFF(DropsBetweenBlocks(2, 4), CLASSES, input_shape=(3, 8, 8))
+    Trainer(sff, sgd, frozen=1).train_mode()
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(sff.blocks[0](images)[0], sff.model.features[0](images))
+    Trainer(sff, sgd).train_mode()
+    assert not torch.equal(sff.blocks[0](images)[0], sff.model.features[0](images))

@@ -71,7 +71,7 @@ class Block(nn.Module):
 
     def forward(self, *alive):
         self.check()
-        if self.train_graph_module is not None and self._root[0].training:
+        if self.train_graph_module is not None and self.training and self._root[0].training:
             return self.train_graph_module(*alive)
         return self.graph_module(*alive)
 
@@ -80,7 +80,7 @@ class Block(nn.Module):
         for eight sets of shapes at most."""
         evaluate = torch.compile(self.graph_module, **options)
         train = evaluate if self.train_graph_module is None else torch.compile(self.train_graph_module, **options)
-        return lambda *alive: (train if self._root[0].training else evaluate)(*alive)
+        return lambda *alive: (train if self.training and self._root[0].training else evaluate)(*alive)
 
     def check(self):
         """Raises RuntimeError where an attribute of the model has changed that the blocks were cut by."""

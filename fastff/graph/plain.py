@@ -152,6 +152,8 @@ class _Tracer(fx.Tracer):
         before = random_states()
         try:
             result = super().call_module(module, module.forward, args, kwargs)  # without hooks, which would run once
+        except NotPlain:
+            raise
         except Exception as error:
             raise self.note(f"cannot be traced ({type(error).__name__}: {_first_line(error)})") from error
         if not same(random_states(), before):

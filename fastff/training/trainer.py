@@ -143,8 +143,8 @@ class LocalEngine:
     def train_mode(self):
         """Put the network into training mode, the blocks that are not trained any more into evaluation mode."""
         self.sff.train()
-        for block in self.sff.blocks[: self.frozen + self.phase]:
-            block.eval()
+        for index, block in enumerate(self.sff.blocks):
+            block.train(index >= self.frozen + self.phase)
 
     def run_step(self, images, target):
         """Train on one minibatch. Returns StepResult."""
