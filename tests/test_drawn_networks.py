@@ -143,7 +143,7 @@ def seeded(function, *args):
 
 
 def check(seed):
-    """In float64, and in float32 about as far from it as naive training in float32 is."""
+    """In float64; every second network in float32, too, about as far from float64 as naive training in float32 is."""
     model, options, channels_last = network(seed)
     sff = SFF(model, CLASSES, **options)
     copies = [copy.deepcopy(sff) for _ in range(3)]
@@ -161,6 +161,8 @@ def check(seed):
     losses = seeded(train, Trainer(sff, sgd), data)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-7, atol=1e-7)
     assert_same_training(sff, naive, 1e-7)
+    if seed % 2:
+        return
     narrow = [(x.float(), y) for x, y in data[:1]]
     exact = copy.deepcopy(SFF(network(seed)[0], CLASSES, **options))
     exact.load_state_dict(single.state_dict())

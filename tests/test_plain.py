@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from training_oracle import CLASSES, Plain, assert_same_training, batches, naive_training, sgd, train
+from vision import import_torchvision
 
 from fastff import SFF, Trainer
+from fastff.graph.cut import cut
 from fastff.graph.trace import CutError
+from fastff.graph.training import TrainingGraph
 
 SEEN = []
 
@@ -543,3 +546,53 @@ def test_frozen_blocks_run_in_evaluation_mode_where_the_model_s_own_forward_is_c
     assert torch.equal(sff.blocks[0](images)[0], sff.model.features[0](images))
     Trainer(sff, sgd).train_mode()
     assert not torch.equal(sff.blocks[0](images)[0], sff.model.features[0](images))
+
+
+# --- models of libraries
+
+
+MODELS = {
+    "torchvision": ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "mnasnet0_5", "shufflenet_v2_x0_5"],
+    "timm": ["mobilenetv3_small_050", "regnetx_002", "edgenext_xx_small", "lcnet_050", "dla34", "selecsls42"],
+}
+
+
+def library_model(library, name):
+    torchvision = import_torchvision()
+    torch.manual_seed(0)
+    if library == "torchvision":
+        return getattr(torchvision.models, name)(num_classes=CLASSES)
+    return pytest.importorskip("timm").create_model(name, num_classes=CLASSES)
+
+
+@pytest.mark.parametrize(("library", "name"), [(library, name) for library, names in MODELS.items() for name in names])
+def test_models_of_libraries_are_left_as_they_were(library, name):
+    model = library_model(library, name)
+    before, states = (
+        copy.deepcopy(model.state_dict()),
+        (torch.get_rng_state(), random.getstate(), repr(np.random.get_state())),
+    )
+    attributes = {n: dict(vars(m)) for n, m in model.named_modules()}
+    blocks, _ = cut(model, "block", (3, 48, 48))
+    for block in blocks:
+        TrainingGraph(block.training_module, True)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1] and repr(np.random.get_state()) == states[2]
+    assert {n: dict(vars(m)) for n, m in model.named_modules()} == attributes
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "regnetx_002", "edgenext_xx_small"])
+def test_models_with_their_own_batch_norm_train_fused_as_unfused(name):
+    sffs = []
+    for fuse in (True, False):
+        model = library_model("timm", name).double()
+        torch.manual_seed(1)
+        sffs.append(SFF(model, CLASSES, input_shape=(3, 48, 48), fuse=fuse))
+    for sff in sffs:
+        torch.manual_seed(2)
+        train(Trainer(sff, sgd), batches(sff, 1, 4))
+    assert_same_training(*sffs, 1e-8)
+    if name != "edgenext_xx_small":
+        assert sum(block.epilogue is not None for block in sffs[0].local_blocks) >= 5
