@@ -356,7 +356,15 @@ def replace_conv(b):
         b.second.weight.fill_(0.2), b.second.bias.fill_(0.1)
 
 
+class Doubled(DropBlock):
+    factor = 1.0  # of the class
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
 CHANGES = {
+    "default of the class": lambda b: setattr(b, "factor", 3.0),
     "drop_prob": lambda b: setattr(b, "drop_prob", 0.5),
     "list": lambda b: b.scales.__setitem__(0, 3.0),
     "dropout": lambda b: setattr(b.drop, "p", 0.5),
@@ -380,7 +388,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_changed_after_sff_counts(name):
-    sff = SFF(network(DropBlock), CLASSES, input_shape=(3, 8, 8))
+    sff = SFF(network(Doubled), CLASSES, input_shape=(3, 8, 8))
     data = batches(sff, 2)
     train(Trainer(sff, sgd), data)
     for module in sff.model.features:
@@ -573,7 +581,7 @@ def test_models_of_libraries_are_left_as_they_were(library, name):
         (torch.get_rng_state(), random.getstate(), repr(np.random.get_state())),
     )
     attributes = {n: dict(vars(m)) for n, m in model.named_modules()}
-    blocks, _ = cut(model, "block", (3, 48, 48))
+    blocks, _ = cut(model, "block", (3, 64, 64))
     for block in blocks:
         TrainingGraph(block.training_module, True)
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -589,7 +597,7 @@ def test_models_with_their_own_batch_norm_train_fused_as_unfused(name):
     for fuse in (True, False):
         model = library_model("timm", name).double()
         torch.manual_seed(1)
-        sffs.append(SFF(model, CLASSES, input_shape=(3, 48, 48), fuse=fuse))
+        sffs.append(SFF(model, CLASSES, input_shape=(3, 64, 64), fuse=fuse))
     for sff in sffs:
         torch.manual_seed(2)
         train(Trainer(sff, sgd), batches(sff, 1, 4))

@@ -55,10 +55,7 @@ class Block(nn.Module):
         self._root = (root,)  # in a tuple, so as not to be a submodule
         self.graph_module = evaluate
         self.train_graph_module = train  # only where it differs
-        self.watches, self.whole = (
-            (),
-            {},
-        )  # plain.Watch of the modules that the cut runs through; {name: reason} of those it does not open
+        self.watch, self.whole = None, {}  # of the modules that the cut opens; {name: reason} of those that it does not
 
     @property
     def modules_called(self):
@@ -84,10 +81,10 @@ class Block(nn.Module):
 
     def check(self):
         """Raises RuntimeError where an attribute of the model has changed that the blocks were cut by."""
-        for watch in self.watches:
-            change = watch.change()
-            if change is not None:
-                raise RuntimeError(f"the model was cut into blocks before a change of {change}; make the SFF after it")
+        if self.watch is not None and not self.watch.unchanged():
+            raise RuntimeError(
+                f"the model was cut into blocks before a change of {self.watch.change()}; make the SFF after it"
+            )
 
 
 def cut(model, granularity, input_shape):
@@ -135,10 +132,10 @@ def cut(model, granularity, input_shape):
             module.training = mode
     warn_of_hooks(model, graphs[False])
     blocks, tail = _build(model, graphs, mains, input_shape)
-    watches = tuple(Watch(traced.reads) for traced in traces.values())
+    reads = [traced.reads for traced in traces.values()]
+    watch = Watch({m: set().union(*(r.get(m, ()) for r in reads)) for m in {m: None for r in reads for m in r}})
     for block in (*blocks, *([tail] if tail is not None else [])):
-        block.watches = watches
-        block.whole = traces[False].whole | traces[max(traces)].whole
+        block.watch, block.whole = watch, traces[False].whole | traces[max(traces)].whole
     return blocks, tail
 
 
@@ -393,7 +390,7 @@ def _graph_module(model, inputs, nodes, outputs):
         copies[node] = graph.node_copy(node, copy_of)
     results = tuple(copy_of(node) for node in outputs)
     graph.output(results)
-    return graph_module(model, graph)
+    return graph_module(model, graph, {})
 
 
 def _called(module):

@@ -268,28 +268,28 @@ def _attribute_behind(node):
     return node.target if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
-DRAWS_OR_COUNTS = ("drop", "rand", "bernoulli", "normal", "multinomial", "rrelu", "batch_norm", "instance_norm")
+# In names of functions that draw random numbers, update statistics or change what autograd does.
+HAVE_EFFECTS = (
+    "drop", "rand", "bernoulli", "normal", "multinomial", "rrelu", "batch_norm", "instance_norm", "backward", "hook", "retain",
+)  # fmt: skip
 
 
 def _is_harmless(node, modules):
     """Whether a node has no effect but its result, as far as is known."""
+    if node.op == "get_attr":
+        return True
     if node.op == "call_module":
         module = modules[node.target]
-        state = next(module.buffers(), None) is not None or any(
-            name in type(module).__name__.lower() for name in DRAWS_OR_COUNTS
+        name, where = type(module).__name__.lower(), type(module).__module__
+        known = where.startswith("torch.nn.modules.") and not list(module.children()) and not list(module.buffers())
+    else:
+        name = node.target if node.op == "call_method" else node.target.__name__
+        where = "torch" if node.op == "call_method" else (getattr(node.target, "__module__", None) or "torch")
+        spaces = [torch.Tensor] if node.op == "call_method" else [torch, nn.functional]
+        known = where in ("_operator", "builtins", "math") or (
+            where.startswith("torch") and any(hasattr(space, name) for space in spaces)
         )
-        return type(module).__module__.startswith("torch.nn.modules.") and not state and not any(module.children())
-    if node.op == "get_attr" or _writes(node.op, node.target, node.kwargs):
-        return node.op == "get_attr"
-    name = node.target if node.op == "call_method" else node.target.__name__
-    known = (
-        hasattr(torch.Tensor, name)
-        if node.op == "call_method"
-        else hasattr(torch, name) or hasattr(nn.functional, name)
-    )
-    where = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
-    known = where in ("_operator", "builtins", "math") or (known and where in ("torch", "str"))
-    return known and not any(word in name for word in (*DRAWS_OR_COUNTS, "backward", "hook", "retain"))
+    return known and not writes(node, modules) and not any(word in name for word in HAVE_EFFECTS)
 
 
 def _unused(graph, modules):
@@ -357,8 +357,9 @@ def is_norm(node, modules):
 def _access(holder):
     """(a function that copies what an object holds, a function that puts a copy back), or None where nothing is known of it."""
     if isinstance(holder, type):
-        own = lambda: {k: v for k, v in vars(holder).items() if not k.startswith("__")}  # noqa: E731
-        return own, lambda old: [setattr(holder, k, v) for k, v in old.items() if vars(holder).get(k) is not v]
+        return lambda: {k: v for k, v in vars(holder).items() if not k.startswith("__")}, lambda old: _reset(
+            holder, old
+        )
     if isinstance(holder, dict):
         drop = lambda old: [holder.pop(k) for k in holder.keys() - old.keys()]  # noqa: E731
         return lambda: dict(holder), lambda old: (drop(old), holder.update(old))
@@ -378,6 +379,14 @@ def _access(holder):
     skipped = (nn.Module, torch.Tensor, types.ModuleType, types.FunctionType)
     inside = getattr(holder, "__dict__", None)
     return _access(inside) if isinstance(inside, dict) and not isinstance(holder, skipped) else None
+
+
+def _reset(cls, old):
+    for name, value in list(vars(cls).items()):
+        if not name.startswith("__") and name not in old:
+            delattr(cls, name)
+        elif old.get(name, value) is not value:
+            setattr(cls, name, old[name])
 
 
 @functools.cache
@@ -427,10 +436,11 @@ class Snapshot:
             for cls in type(module).__mro__:
                 if not cls.__module__.startswith(("torch.", "builtins", "fastff.")):
                     users[cls].append(name)
-                    users[sys.modules.get(cls.__module__)].append(name)
+                    if cls.__module__ in sys.modules:
+                        users[cls.__module__].append(name)
             self._keep([name], vars(module), 4, "changes its attributes")
         for owner, names in users.items():
-            holder = owner if isinstance(owner, type) else vars(owner or types)
+            holder = owner if isinstance(owner, type) else vars(sys.modules[owner])
             self._keep(names, holder, 1, "changes attributes of its class or globals of its file")
         for generator in global_generators():
             self._keep([""], generator, 0, "draws random numbers in Python")
@@ -487,37 +497,41 @@ class Watch:
 
     def __init__(self, names):
         self.entries = []
-        for module, wanted in names.items():
-            wanted = ["_modules", "_modules", *(n for n in wanted if n in vars(module) and n != "training")]
-            get = operator.itemgetter(*wanted)
-            values = tuple(v.copy() if isinstance(v, (list, dict)) else v for v in get(vars(module)))
-            self.entries.append((module, type(module), get, values, wanted))
+        for module, read in names.items():
+            wanted = [
+                n for n in read if n != "training" and (n in vars(module) or is_plain(getattr(type(module), n, ...)))
+            ]
+            of_class = not vars(module).keys() >= set(wanted)  # a default that an attribute may yet replace
+            wanted = ["_modules", "_modules", *wanted]
+            get = (operator.attrgetter if of_class else operator.itemgetter)(*wanted)
+            found = get(module if of_class else vars(module))
+            values = tuple(v.copy() if isinstance(v, (list, dict)) else v for v in found)
+            self.entries.append((module, type(module), get, of_class, values, wanted))
 
     def ready(self):
         """Whether nothing has changed, all modules are in training mode, and none has a hook."""
+        return all(_readiness(module.__dict__) == READY for module, *_ in self.entries) and self.unchanged()
+
+    def unchanged(self):
+        """Whether nothing has changed. Modes and hooks do not count."""
         try:
-            for module, cls, get, values, _ in self.entries:
-                attributes = module.__dict__
-                if _readiness(attributes) != READY or get(attributes) != values or type(module) is not cls:
+            for module, cls, get, of_class, values, _ in self.entries:
+                if type(module) is not cls or get(module if of_class else module.__dict__) != values:
                     return False
-        except (KeyError, RuntimeError):  # an attribute is gone, or has become a tensor
+        except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or has become a tensor
             return False
         return True
 
     def change(self):
-        """What has changed, as a text, or None. Modes and hooks do not count."""
-        for module, cls, get, values, wanted in self.entries:
-            try:
-                if type(module) is cls and get(module.__dict__) == values:
-                    continue
-            except (KeyError, RuntimeError):
-                pass
+        """What has changed, as a text."""
+        for module, cls, _, _, values, wanted in self.entries:
             for name, old in zip(wanted, values, strict=True):
-                now = vars(module).get(name)
+                now = getattr(module, name, None)
                 if name != "_modules" and not same(now, old):
                     return f"{name} of a {cls.__name__} from {old!r} to {now!r}"
-            return f"the modules of a {cls.__name__}"
-        return None
+            if type(module) is not cls or dict(module._modules) != values[0]:
+                return f"the modules of a {cls.__name__}"
+        return "an attribute"
 
 
 # --- graphs as modules
@@ -543,17 +557,17 @@ class Read(nn.Module):
     _buffers = property(lambda self: self._only("_buffers"), lambda self, value: None)
 
 
-def graph_module(root, graph, modules=None):
+def graph_module(root, graph, modules):
     """A GraphModule that calls root's own modules, or those in `modules` by path, and reads its parameters when they are needed."""
     owners = {}
     for number, node in enumerate(list(graph.nodes)):
         if node.op == "get_attr":
-            name = f"read_{number}"
+            name = f"fastff_read_{number}"
             owners[name] = Read(root, node.target)
             with graph.inserting_before(node):
                 call = graph.call_module(name, ())
             node.replace_all_uses_with(call)
             graph.erase_node(node)
         elif node.op == "call_module":
-            owners[node.target] = (modules or {}).get(node.target) or root.get_submodule(node.target)
+            owners[node.target] = modules.get(node.target) or root.get_submodule(node.target)
     return fx.GraphModule(owners, graph)
