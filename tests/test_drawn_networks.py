@@ -25,7 +25,7 @@ ACTIVATIONS = {
 
 def convolution(draw, inputs, outputs, stride=1):
     mode, kernel = draw.choice(["zeros", "zeros", "zeros", "reflect", "circular"]), draw.choice([1, 3, 3])
-    dilation = draw.choice([1, 1, 2]) if kernel == 3 else 1
+    dilation = draw.choice([1, 1, 2]) if kernel == 3 and mode == "zeros" else 1
     groups = draw.choice([1, 1, 2, outputs]) if inputs == outputs else 1
     padding = draw.choice([dilation * (kernel // 2)] * 3 + ["same"]) if stride == 1 else kernel // 2 * dilation
     bias = draw.random() < 0.5

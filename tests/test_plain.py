@@ -1,6 +1,7 @@
 """Blocks whose Python does more than compute with tensors: they train as plain PyTorch trains them, and SFF leaves the model as it was."""
 
 import copy
+import pickle
 import random
 
 import numpy as np
@@ -470,6 +471,19 @@ def test_the_model_s_present_parameters_train(change, make):
     assert all(n.startswith("fc") or n.endswith(".conv.bias") for n in still), (
         "biases in front of batch norm have no gradient"
     )
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda sff: pickle.loads(pickle.dumps(sff))])
+def test_the_blocks_of_a_copy_read_the_copy_s_parameters(copied):
+    torch.manual_seed(0)
+    sff = SFF(Scaled(), CLASSES, input_shape=(3, 8, 8), fuse=False)
+    twin = copied(sff)
+    used = {id(p) for block in twin.blocks for p in block.parameters()}
+    assert used == {id(p) for n, p in twin.model.named_parameters() if not n.startswith("fc")}
+    with torch.no_grad():
+        twin.model.shift.fill_(5)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(twin.blocks[0](images)[0], sff.blocks[0](images)[0] + 5)
 
 
 class ReadsItsConvolution(Base):
