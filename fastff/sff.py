@@ -41,7 +41,8 @@ class SFF(nn.Module):
         channel_dim: of the blocks' outputs, 1 or -1; None finds out from their shapes.
         fuse: train opened blocks (fastff/graph/training.py): with faster gradients of convolutions, and BatchNorm2d [+ residual]
             [+ activation] in one pass, at a block's end together with the goodness step. Modules inside a block are not all called as such
-            then; a hook on one of these turns it off for its block.
+            then; a hook on one of these turns it off for its block. Modules whose Python does more than compute with tensors are called as they
+            are (fastff/graph/plain.py); print(sff) names them.
         head: the heads' further keywords: grid (default 4), kernel_size, squares, bias, scale, tau, learn_tau, margin, label_smoothing, impl,
             algorithm of fastff.nn.GoodnessHead; loss, theta, alpha, ... of fastff.nn.GroupGoodness.
             The paper's setting: grid=0, scale=1, window=1, vote="goodness".

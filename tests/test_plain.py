@@ -1,6 +1,7 @@
 """Blocks whose Python does more than compute with tensors: they train as plain PyTorch trains them, and SFF leaves the model as it was."""
 
 import copy
+import pickle
 import random
 
 import numpy as np
@@ -9,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from training_oracle import CLASSES, Plain, assert_same_training, batches, naive_training, sgd, train
+from vision import import_torchvision
 
 from fastff import SFF, Trainer
+from fastff.graph.cut import cut
 from fastff.graph.trace import CutError
+from fastff.graph.training import TrainingGraph
 
 SEEN = []
 
@@ -353,7 +357,15 @@ def replace_conv(b):
         b.second.weight.fill_(0.2), b.second.bias.fill_(0.1)
 
 
+class Doubled(DropBlock):
+    factor = 1.0  # of the class
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
 CHANGES = {
+    "default of the class": lambda b: setattr(b, "factor", 3.0),
     "drop_prob": lambda b: setattr(b, "drop_prob", 0.5),
     "list": lambda b: b.scales.__setitem__(0, 3.0),
     "dropout": lambda b: setattr(b.drop, "p", 0.5),
@@ -377,7 +389,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_changed_after_sff_counts(name):
-    sff = SFF(network(DropBlock), CLASSES, input_shape=(3, 8, 8))
+    sff = SFF(network(Doubled), CLASSES, input_shape=(3, 8, 8))
     data = batches(sff, 2)
     train(Trainer(sff, sgd), data)
     for module in sff.model.features:
@@ -461,6 +473,19 @@ def test_the_model_s_present_parameters_train(change, make):
     )
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda sff: pickle.loads(pickle.dumps(sff))])
+def test_the_blocks_of_a_copy_read_the_copy_s_parameters(copied):
+    torch.manual_seed(0)
+    sff = SFF(Scaled(), CLASSES, input_shape=(3, 8, 8), fuse=False)
+    twin = copied(sff)
+    used = {id(p) for block in twin.blocks for p in block.parameters()}
+    assert used == {id(p) for n, p in twin.model.named_parameters() if not n.startswith("fc")}
+    with torch.no_grad():
+        twin.model.shift.fill_(5)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(twin.blocks[0](images)[0], sff.blocks[0](images)[0] + 5)
+
+
 class ReadsItsConvolution(Base):
     def more(self, x):
         assert self.gate.in_channels == self.gate.weight.shape[1]
@@ -496,3 +521,100 @@ class Drawn(Plain):
 def test_a_cut_through_such_python_is_refused(kind, reason):
     with pytest.raises(CutError, match=f"the model itself.*{reason}.*granularity="):
         SFF(kind(), CLASSES, input_shape=(3, 8, 8))
+
+
+class DropsInPlace(Base):
+    """The results of writes in place are not used, but what was written to is."""
+
+    def more(self, x):
+        mask = x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5)
+        mask.div_(0.5)
+        y = x * mask
+        y.add_(1)
+        return y
+
+
+class WritesBehindTheNorm(nn.Module):
+    """What an epilogue at the end would read is written to between batch norm and the block's end."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(inputs, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = y + 0
+        h = self.norm(y) + z
+        z.mul_(3)
+        return F.relu(h)
+
+
+@pytest.mark.parametrize("kind", [DropsInPlace, WritesBehindTheNorm])
+def test_writes_in_place_keep_their_order(kind):
+    test_what_python_does_in_a_block_is_done_in_every_step(kind, 2)
+
+
+class DropsBetweenBlocks(Plain):
+    def forward(self, x):
+        x = F.dropout(self.features[0](x), 0.5, self.training)
+        return self.fc(self.pool(self.features[1](x)).flatten(1))
+
+
+def test_frozen_blocks_run_in_evaluation_mode_where_the_model_s_own_forward_is_cut():
+    torch.manual_seed(0)
+    sff = SFF(DropsBetweenBlocks(2, 4), CLASSES, input_shape=(3, 8, 8))
+    Trainer(sff, sgd, frozen=1).train_mode()
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(sff.blocks[0](images)[0], sff.model.features[0](images))
+    Trainer(sff, sgd).train_mode()
+    assert not torch.equal(sff.blocks[0](images)[0], sff.model.features[0](images))
+
+
+# --- models of libraries
+
+
+MODELS = {
+    "torchvision": ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "mnasnet0_5", "shufflenet_v2_x0_5"],
+    "timm": ["mobilenetv3_small_050", "regnetx_002", "edgenext_xx_small", "lcnet_050", "dla34", "selecsls42"],
+}
+
+
+def library_model(library, name):
+    torchvision = import_torchvision()
+    torch.manual_seed(0)
+    if library == "torchvision":
+        return getattr(torchvision.models, name)(num_classes=CLASSES)
+    return pytest.importorskip("timm").create_model(name, num_classes=CLASSES)
+
+
+@pytest.mark.parametrize(("library", "name"), [(library, name) for library, names in MODELS.items() for name in names])
+def test_models_of_libraries_are_left_as_they_were(library, name):
+    model = library_model(library, name)
+    before, states = (
+        copy.deepcopy(model.state_dict()),
+        (torch.get_rng_state(), random.getstate(), repr(np.random.get_state())),
+    )
+    attributes = {n: dict(vars(m)) for n, m in model.named_modules()}
+    blocks, _ = cut(model, "block", (3, 64, 64))
+    for block in blocks:
+        TrainingGraph(block.training_module, True)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1] and repr(np.random.get_state()) == states[2]
+    assert {n: dict(vars(m)) for n, m in model.named_modules()} == attributes
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "regnetx_002", "edgenext_xx_small"])
+def test_models_with_their_own_batch_norm_train_fused_as_unfused(name):
+    sffs = []
+    for fuse in (True, False):
+        model = library_model("timm", name).double()
+        torch.manual_seed(1)
+        sffs.append(SFF(model, CLASSES, input_shape=(3, 64, 64), fuse=fuse))
+    for sff in sffs:
+        torch.manual_seed(2)
+        train(Trainer(sff, sgd), batches(sff, 1, 4))
+    assert_same_training(*sffs, 1e-8)
+    if name != "edgenext_xx_small":
+        assert sum(block.epilogue is not None for block in sffs[0].local_blocks) >= 5

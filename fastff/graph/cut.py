@@ -65,8 +65,7 @@ class Block(nn.Module):
         self._root = (root,)  # in a tuple, so as not to be a submodule
         self.graph_module = evaluate
         self.train_graph_module = train  # only where it differs
-        self.watches = ()  # plain.Watch of the modules that the cut runs through
-        self.whole = {}  # {name: reason} of the modules that it does not open
+        self.watch, self.whole = None, {}  # of the modules that the cut opens; {name: reason} of those that it does not
 
     @property
     def modules_called(self):
@@ -79,7 +78,7 @@ class Block(nn.Module):
 
     def forward(self, *alive):
         self.check()
-        if self.train_graph_module is not None and self._root[0].training:
+        if self.train_graph_module is not None and self.training and self._root[0].training:
             return self.train_graph_module(*alive)
         return self.graph_module(*alive)
 
@@ -88,14 +87,14 @@ class Block(nn.Module):
         for eight sets of shapes at most."""
         evaluate = torch.compile(self.graph_module, **options)
         train = evaluate if self.train_graph_module is None else torch.compile(self.train_graph_module, **options)
-        return lambda *alive: (train if self._root[0].training else evaluate)(*alive)
+        return lambda *alive: (train if self.training and self._root[0].training else evaluate)(*alive)
 
     def check(self):
         """Raises RuntimeError where an attribute of the model has changed that the blocks were cut by."""
-        for watch in self.watches:
-            change = watch.change()
-            if change is not None:
-                raise RuntimeError(f"the model was cut into blocks before a change of {change}; make the SFF after it")
+        if self.watch is not None and not self.watch.unchanged():
+            raise RuntimeError(
+                f"the model was cut into blocks before a change of {self.watch.change()}; make the SFF after it"
+            )
 
 
 def cut(model, granularity, input_shape, num_classes=None):
@@ -153,10 +152,10 @@ def cut(model, granularity, input_shape, num_classes=None):
     finally:
         for module, mode in modes.items():
             module.training = mode
-    watches = tuple(Watch(traced.reads) for traced in traces.values())
+    reads = [traced.reads for traced in traces.values()]
+    watch = Watch({m: set().union(*(r.get(m, ()) for r in reads)) for m in {m: None for r in reads for m in r}})
     for block in everything:
-        block.watches = watches
-        block.whole = traces[False].whole | traces[max(traces)].whole
+        block.watch, block.whole = watch, traces[False].whole | traces[max(traces)].whole
     return blocks, classifier
 
 

@@ -44,7 +44,8 @@ def update_statistics(norm, mean, var, count):
     if not norm.track_running_stats or running_mean is None:
         return
     norm.num_batches_tracked.add_(1)
-    epilogue_op.update_running_statistics(running_mean, running_var, mean, var, norm.momentum, count)
+    # .data: the backward pass of an earlier call of the same module by PyTorch must not see the write, as with F.batch_norm
+    epilogue_op.update_running_statistics(running_mean.data, running_var.data, mean, var, norm.momentum, count)
 
 
 def description(norm, activation, residual=None, need_grad_residual=False):

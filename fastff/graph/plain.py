@@ -5,6 +5,7 @@ torch.no_grad, statistics updated by hand, a counter, a print) would happen whil
 is then called as it is, so that its Python runs in every step, and the trace starts again without opening it. The model is left as it was.
 """
 
+import builtins
 import collections
 import contextlib
 import functools
@@ -44,20 +45,24 @@ class Trace(NamedTuple):
     reads: dict
 
 
-def trace(root, opens, needed=lambda name: False):
-    """Trace a module. opens(module, name): whether a module may be opened. Raises NotPlain for the root, and where `needed(name)` says that a
-    module must be opened."""
+def trace(root, opens, needed=lambda name: False, in_order=True):
+    """Trace a module.
+
+    opens(module, name): whether a module may be opened. needed(name): whether it must be. in_order: whether all nodes will run, in their order,
+    or only those whose results are used. Raises NotPlain for the root and for modules that are needed."""
     whole = {}
     while True:
-        try:
-            return _trace(root, opens, needed, whole)
-        except NotPlain as fault:
+        found, faults = _trace(root, opens, needed, whole, in_order)
+        for fault in faults:
             if not fault.name or needed(fault.name):
-                raise
+                raise fault
             whole[fault.name] = fault.reason
+        if not faults:
+            return found
 
 
-def _trace(root, opens, needed, whole):
+def _trace(root, opens, needed, whole, in_order):
+    """(Trace, faults)"""
     modules = dict(root.named_modules())
     tracer = _Tracer(modules, opens, needed, whole)
     before = Snapshot(modules)
@@ -65,11 +70,10 @@ def _trace(root, opens, needed, whole):
         with _watched(tracer):
             graph = tracer.trace(root)
     except Exception as error:
-        if tracer.fault is None:
-            tracer.note(
-                f"cannot be traced ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            )
-        raise tracer.fault from error
+        fault = tracer.note(f"cannot be traced ({type(error).__name__}: {_first_line(error)})")
+        if error is not fault:
+            fault.__cause__ = error
+        return None, [fault]
     finally:
         changed = before.restore()
     _forget_batch_norm_counts(graph, tracer)
@@ -77,22 +81,25 @@ def _trace(root, opens, needed, whole):
     for names, what in changed:
         name = next((n for n in map(tracer.opened_at, names) if n in tracer.opened), "")
         faults.append(NotPlain(name, what))
-    faults += [NotPlain(tracer.scopes.get(n, ""), "computes what it does not use") for n in _unused(graph, modules)]
+    unused = [tracer.scopes.get(node, "") for node in _unused(graph, modules)]
+    faults += [] if in_order else [NotPlain(name, "computes what it does not use") for name in unused]
     tracer.parameters.clear()
     for generation in range(3):  # a proxy in a cycle is not kept
         if any(ref() is not None for ref, _ in tracer.proxies):
             gc.collect(generation)
     faults += [NotPlain(name, "keeps a tensor for later") for ref, name in tracer.proxies if ref() is not None]
-    for fault in faults:
-        raise fault
-    return Trace(graph, dict(whole), {modules[name]: tracer.reads[modules[name]] for name in tracer.opened})
+    return Trace(graph, dict(whole), {modules[name]: tracer.reads[modules[name]] for name in tracer.opened}), faults
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [""])[0]
 
 
 class _Proxy(fx.Proxy):
     """A traced tensor that notices isinstance(x, torch.Tensor) in a model's code, which is False of it."""
 
-    @property
-    def __class__(self):  # type: ignore[override, misc]
+    @property  # type: ignore[misc]
+    def __class__(self):
         frame = sys._getframe(1)
         named = frame.f_code.co_names + frame.f_code.co_freevars
         asks = "Tensor" in named or "Parameter" in named
@@ -145,8 +152,10 @@ class _Tracer(fx.Tracer):
         before = random_states()
         try:
             result = super().call_module(module, module.forward, args, kwargs)  # without hooks, which would run once
+        except NotPlain:
+            raise
         except Exception as error:
-            raise self.note(f"cannot be traced ({str(error).splitlines()[0] if str(error) else error!r})") from error
+            raise self.note(f"cannot be traced ({type(error).__name__}: {_first_line(error)})") from error
         if not same(random_states(), before):
             raise self.note("draws random numbers in Python")
         self.stack.pop()
@@ -244,6 +253,13 @@ def _writes(kind, target, kwargs):
     return target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
 
 
+def writes(node, modules):
+    """Whether a node of a graph writes to its first argument."""
+    if node.op == "call_module":
+        return getattr(modules.get(node.target), "inplace", False) is True
+    return bool(node.all_input_nodes) and _writes(node.op, node.target, node.kwargs)
+
+
 def _attribute_behind(node):
     """The parameter or buffer that a node's value is, or is a view of as far as can be told; None for others."""
     while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
@@ -252,28 +268,28 @@ def _attribute_behind(node):
     return node.target if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
-DRAWS_OR_COUNTS = ("drop", "rand", "bernoulli", "normal", "multinomial", "rrelu", "batch_norm", "instance_norm")
+# In names of functions that draw random numbers, update statistics or change what autograd does.
+HAVE_EFFECTS = (
+    "drop", "rand", "bernoulli", "normal", "multinomial", "rrelu", "batch_norm", "instance_norm", "backward", "hook", "retain",
+)  # fmt: skip
 
 
 def _is_harmless(node, modules):
     """Whether a node has no effect but its result, as far as is known."""
+    if node.op == "get_attr":
+        return True
     if node.op == "call_module":
         module = modules[node.target]
-        state = next(module.buffers(), None) is not None or any(
-            name in type(module).__name__.lower() for name in DRAWS_OR_COUNTS
+        name, where = type(module).__name__.lower(), type(module).__module__
+        known = where.startswith("torch.nn.modules.") and not list(module.children()) and not list(module.buffers())
+    else:
+        name = node.target if node.op == "call_method" else node.target.__name__
+        where = "torch" if node.op == "call_method" else (getattr(node.target, "__module__", None) or "torch")
+        spaces = [torch.Tensor] if node.op == "call_method" else [torch, nn.functional]
+        known = where in ("_operator", "builtins", "math") or (
+            where.startswith("torch") and any(hasattr(space, name) for space in spaces)
         )
-        return type(module).__module__.startswith("torch.nn.modules.") and not state and not any(module.children())
-    if node.op == "get_attr" or _writes(node.op, node.target, node.kwargs):
-        return node.op == "get_attr"
-    name = node.target if node.op == "call_method" else node.target.__name__
-    known = (
-        hasattr(torch.Tensor, name)
-        if node.op == "call_method"
-        else hasattr(torch, name) or hasattr(nn.functional, name)
-    )
-    where = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
-    known = where in ("_operator", "builtins", "math") or (known and where in ("torch", "str"))
-    return known and not any(word in name for word in (*DRAWS_OR_COUNTS, "backward", "hook", "retain"))
+    return known and not writes(node, modules) and not any(word in name for word in HAVE_EFFECTS)
 
 
 def _unused(graph, modules):
@@ -341,8 +357,9 @@ def is_norm(node, modules):
 def _access(holder):
     """(a function that copies what an object holds, a function that puts a copy back), or None where nothing is known of it."""
     if isinstance(holder, type):
-        own = lambda: {k: v for k, v in vars(holder).items() if not k.startswith("__")}  # noqa: E731
-        return own, lambda old: [setattr(holder, k, v) for k, v in old.items() if vars(holder).get(k) is not v]
+        return lambda: {k: v for k, v in vars(holder).items() if not k.startswith("__")}, lambda old: _reset(
+            holder, old
+        )
     if isinstance(holder, dict):
         drop = lambda old: [holder.pop(k) for k in holder.keys() - old.keys()]  # noqa: E731
         return lambda: dict(holder), lambda old: (drop(old), holder.update(old))
@@ -362,6 +379,14 @@ def _access(holder):
     skipped = (nn.Module, torch.Tensor, types.ModuleType, types.FunctionType)
     inside = getattr(holder, "__dict__", None)
     return _access(inside) if isinstance(inside, dict) and not isinstance(holder, skipped) else None
+
+
+def _reset(cls, old):
+    for name, value in list(vars(cls).items()):
+        if not name.startswith("__") and name not in old:
+            delattr(cls, name)
+        elif old.get(name, value) is not value:
+            setattr(cls, name, old[name])
 
 
 @functools.cache
@@ -411,11 +436,12 @@ class Snapshot:
             for cls in type(module).__mro__:
                 if not cls.__module__.startswith(("torch.", "builtins", "fastff.")):
                     users[cls].append(name)
-                    users[sys.modules.get(cls.__module__)].append(name)
+                    if cls.__module__ in sys.modules:
+                        users[cls.__module__].append(name)
             self._keep([name], vars(module), 4, "changes its attributes")
         for owner, names in users.items():
-            holder = owner if isinstance(owner, type) else vars(owner or types)
-            self._keep(names, holder, 2, "changes attributes of its class or globals of its file")
+            holder = owner if isinstance(owner, type) else vars(sys.modules[owner])
+            self._keep(names, holder, 1, "changes attributes of its class or globals of its file")
         for generator in global_generators():
             self._keep([""], generator, 0, "draws random numbers in Python")
 
@@ -429,7 +455,7 @@ class Snapshot:
             self.kept.append((names, access, inside, what))
         if depth and isinstance(inside, (dict, list, set, tuple)) and len(inside) <= LARGEST:
             for value in inside.values() if isinstance(inside, dict) else inside:
-                if not isinstance(value, (*PLAIN, type)):
+                if not isinstance(value, (*PLAIN, type)) and value is not vars(builtins):
                     self._keep(names, value, depth - 1, what)
 
     def restore(self):
@@ -471,37 +497,41 @@ class Watch:
 
     def __init__(self, names):
         self.entries = []
-        for module, wanted in names.items():
-            wanted = ["_modules", "_modules", *(n for n in wanted if n in vars(module) and n != "training")]
-            get = operator.itemgetter(*wanted)
-            values = tuple(v.copy() if isinstance(v, (list, dict)) else v for v in get(vars(module)))
-            self.entries.append((module, type(module), get, values, wanted))
+        for module, read in names.items():
+            wanted = [
+                n for n in read if n != "training" and (n in vars(module) or is_plain(getattr(type(module), n, ...)))
+            ]
+            of_class = not vars(module).keys() >= set(wanted)  # a default that an attribute may yet replace
+            wanted = ["_modules", "_modules", *wanted]
+            get = (operator.attrgetter if of_class else operator.itemgetter)(*wanted)
+            found = get(module if of_class else vars(module))
+            values = tuple(v.copy() if isinstance(v, (list, dict)) else v for v in found)
+            self.entries.append((module, type(module), get, of_class, values, wanted))
 
     def ready(self):
         """Whether nothing has changed, all modules are in training mode, and none has a hook."""
+        return all(_readiness(module.__dict__) == READY for module, *_ in self.entries) and self.unchanged()
+
+    def unchanged(self):
+        """Whether nothing has changed. Modes and hooks do not count."""
         try:
-            for module, cls, get, values, _ in self.entries:
-                attributes = module.__dict__
-                if _readiness(attributes) != READY or get(attributes) != values or type(module) is not cls:
+            for module, cls, get, of_class, values, _ in self.entries:
+                if type(module) is not cls or get(module if of_class else module.__dict__) != values:
                     return False
-        except (KeyError, RuntimeError):  # an attribute is gone, or has become a tensor
+        except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or has become a tensor
             return False
         return True
 
     def change(self):
-        """What has changed, as a text, or None. Modes and hooks do not count."""
-        for module, cls, get, values, wanted in self.entries:
-            try:
-                if type(module) is cls and get(module.__dict__) == values:
-                    continue
-            except (KeyError, RuntimeError):
-                pass
+        """What has changed, as a text."""
+        for module, cls, _, _, values, wanted in self.entries:
             for name, old in zip(wanted, values, strict=True):
-                now = vars(module).get(name)
+                now = getattr(module, name, None)
                 if name != "_modules" and not same(now, old):
                     return f"{name} of a {cls.__name__} from {old!r} to {now!r}"
-            return f"the modules of a {cls.__name__}"
-        return None
+            if type(module) is not cls or dict(module._modules) != values[0]:
+                return f"the modules of a {cls.__name__}"
+        return "an attribute"
 
 
 # --- graphs as modules
@@ -527,17 +557,17 @@ class Read(nn.Module):
     _buffers = property(lambda self: self._only("_buffers"), lambda self, value: None)
 
 
-def graph_module(root, graph, modules=None):
+def graph_module(root, graph, modules):
     """A GraphModule that calls root's own modules, or those in `modules` by path, and reads its parameters when they are needed."""
     owners = {}
     for number, node in enumerate(list(graph.nodes)):
         if node.op == "get_attr":
-            name = f"read_{number}"
+            name = f"fastff_read_{number}"
             owners[name] = Read(root, node.target)
             with graph.inserting_before(node):
                 call = graph.call_module(name, ())
             node.replace_all_uses_with(call)
             graph.erase_node(node)
         elif node.op == "call_module":
-            owners[node.target] = (modules or {}).get(node.target) or root.get_submodule(node.target)
+            owners[node.target] = modules.get(node.target) or root.get_submodule(node.target)
     return fx.GraphModule(owners, graph)

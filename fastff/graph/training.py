@@ -62,20 +62,11 @@ class TrainingGraph:
             self.ending, body = found
             self.body = _optimized(module, modules, body)
         self.steps = Steps.of(self.body or self.forward)
-        called = [
-            {n.target for n in g.graph.nodes if n.op == "call_module"} & modules.keys() for g in self.graph_modules()
-        ]
-        own = {
-            name
-            for name in set.intersection(*called)
-            if all(g.get_submodule(name) is modules[name] for g in self.graph_modules())
-        }
-        self.watch = plain.Watch(
-            {
-                modules[name]: [*traced.reads.get(modules[name], ()), *fused.READS.get(type(modules[name]), ())]
-                for name in inside - _below(modules, own)
-            }
-        )
+        graphs = self.graph_modules()
+        called = [{n.target for n in g.graph.nodes if n.op == "call_module"} & modules.keys() for g in graphs]
+        own = [n for n in set.intersection(*called) if all(g.get_submodule(n) is modules[n] for g in graphs)]
+        watched = [modules[name] for name in inside - _below(modules, own)]
+        self.watch = plain.Watch({m: [*traced.reads.get(m, ()), *fused.READS.get(type(m), ())] for m in watched})
 
     def ready(self):
         """Whether the graph may stand in for the block now: all that it does not call is as it was, in training mode, and has no hooks."""
@@ -161,7 +152,16 @@ def _match(modules, norm_node):
     if user is not None and (found := _activation(modules, user)) is not None:
         name, apply = found
         nodes.append(user)
+    if _written_meanwhile(norm_node.graph, modules, nodes):
+        nodes, residual, name, apply = [norm_node], None, "none", nn.Identity()
     return _Match(norm_node.args[0], residual, _module(modules, norm_node), name, apply, nodes, nodes[-1])
+
+
+def _written_meanwhile(graph, modules, nodes, last=None):
+    """Whether something else is written to in place between the first of these nodes and the last, where all of them would be computed."""
+    order = list(graph.nodes)
+    between = order[order.index(nodes[0]) : order.index(last or nodes[-1])]
+    return any(node not in nodes and plain.writes(node, modules) for node in between)
 
 
 def _is_addition(node):
@@ -174,7 +174,8 @@ def _norm_nodes(modules, graph):
 
 def _ending(modules, graph):
     """(ending, graph of the body) or None."""
-    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    output = next(node for node in graph.nodes if node.op == "output")
+    results = output.args[0]
     main = results[0]
     if not isinstance(main, fx.Node) or len(main.users) > 1 or results.count(main) > 1:
         return None
@@ -183,7 +184,8 @@ def _ending(modules, graph):
         last = last.all_input_nodes[0]
     for node in _norm_nodes(modules, graph):
         m = _match(modules, node)
-        if m.result in (last, main) and m.y not in results and m.residual not in m.nodes:
+        late = _written_meanwhile(graph, modules, m.nodes, output)
+        if m.result in (last, main) and m.y not in results and m.residual not in m.nodes and not late:
             nodes = {*m.nodes, *_between(m.result, main)}
             ending = BatchNormEpilogue(m.norm, m.activation, m.apply, m.residual is not None)
             return ending, _body(graph, nodes, [m.y, m.residual, *results[1:]])
@@ -239,7 +241,7 @@ def _fuse(modules, graph, match, stand_ins):
         stand_in = fused.EpilogueConvolution(stand_in, convolution)
         nodes.append(user)
         last = user
-    name = f"fused_{len(stand_ins)}"
+    name = f"fastff_fused_{len(stand_ins)}"
     stand_ins[name] = stand_in
     with graph.inserting_before(last):
         call = graph.call_module(name, arguments)

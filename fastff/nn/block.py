@@ -68,7 +68,7 @@ class LocalBlock(nn.Module):
         graph = self.graph
         if graph is None or graph.ready():
             return graph
-        if graph.watch.change() is None:
+        if graph.watch.unchanged():
             return None  # a mode or a hook
         self._graph = None
         self._without_group_norm.clear()
