@@ -444,7 +444,7 @@ class _Parts:
             main, others = with_rows_first[: len(crossing.main)], with_rows_first[len(crossing.main) :]
             joined = main[0] if len(main) == 1 else graph.call_function(torch.cat, (tuple(main), 1))
             graph.output((joined, *others))
-        return graph_module(self.model, graph)
+        return graph_module(self.model, graph, {})
 
     def _rows_first(self, graph, node, copy):
         moved = node.meta["rows"] not in (None, 0)
