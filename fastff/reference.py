@@ -99,11 +99,12 @@ def goodness_second_moment(x, weight, bias=None, padding=(0, 0)):
 
 def gradients_grid(d, x, grid_weight):
     """Gradients of sum(d * g) for the spatial term: dV = d^T means; dL/dx is one constant vector per cell (spread by the pooling's adjoint)."""
-    means, spread = torch.func.vjp(lambda x: cell_means(x, grid_weight), x)
+    means = cell_means(x, grid_weight)
     h, w = means.shape[2:]
     grad_grid = torch.zeros_like(grid_weight)
     grad_grid[..., :h, :w] = torch.einsum("bk,bchw->kchw", d, means)
-    return spread(torch.einsum("bk,kchw->bchw", d, grid_weight[..., :h, :w]))[0], grad_grid
+    cells = torch.einsum("bk,kchw->bchw", d, grid_weight[..., :h, :w])
+    return torch.ops.aten._adaptive_avg_pool2d_backward(cells, x), grad_grid
 
 
 ACTIVATIONS = {

@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
   const std::vector<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
   std::vector<double> partial(need_sums ? B * blocks * 2 * kPanel : 0, 0.0);
   const int64_t tasks = in.tasks();
-  torch::stable::parallel_for(0, B * tasks, std::max<int64_t>(1, 32768 / (H * W * C)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, B * tasks, std::max<int64_t>(1, 32768 / (H * W * C)), [&](int64_t begin, int64_t end) {
     std::vector<float> copy, result;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / tasks, task = i % tasks, block = in.channel(task) / kPanel;
@@ -309,7 +309,7 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
   const std::vector<Part> parts = need_x ? parts_of(floats(weight), C, k, stride, padding) : std::vector<Part>();
   const int64_t groups = std::min<int64_t>(B, 8), tasks = in.tasks();  // whatever the number of threads
   std::vector<float> partial(groups * size, 0.0f);
-  torch::stable::parallel_for(0, groups * tasks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * tasks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> copy, dy, result;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / tasks, task = i % tasks, block = in.channel(task) / kPanel;
@@ -343,7 +343,7 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
       sum.take([=](int64_t c, float total) { own[c] = total; });
     }
   });
-  torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t t = 0; t < k * k; ++t) {
         double total[kPanel] = {};

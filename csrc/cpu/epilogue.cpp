@@ -226,7 +226,7 @@ void Epilogue::statistics(float* mean, float* var) const {
   repeat_in_place(pivot, repeat);
   const int64_t groups = std::min<int64_t>(B, 16), width = C * repeat;  // groups: whatever the number of threads
   std::vector<double> partial(groups * 2 * C, 0.0);
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(2 * width);
     for (int64_t group = begin; group < end; ++group) {
       double* own = partial.data() + group * 2 * C;
@@ -276,7 +276,7 @@ void Epilogue::finish(const float* grad_h, const double* sums, float* grad_y) co
   }
   repeat_in_place(first, repeat);
   repeat_in_place(second, repeat);
-  torch::stable::parallel_for(0, B, std::max<int64_t>(1, 32768 / (C * P)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, B, std::max<int64_t>(1, 32768 / (C * P)), [&](int64_t begin, int64_t end) {
     const int64_t at = begin * C * P;
     finish_samples(samples(begin, end - begin), first.data(), second.data(), grad_h + at, grad_y + at);
   });

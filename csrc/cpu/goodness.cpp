@@ -114,7 +114,7 @@ void run(Problem& p, const Sums& results, float* grad_grid_weight) {
   std::vector<double> epilogue_sums(groups * channels, 0.0);
   std::vector<float> cell_means(p.B * p.cells), all_d(grad_grid_weight ? p.B * p.K : 0);
   p.cell_means = cell_means.data(), p.all_d = grad_grid_weight ? all_d.data() : nullptr;
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     Task task(p, step * members);
     for (int64_t group = begin; group < end; ++group) {
       vec::LineSum* const line = partial.empty() ? nullptr : &partial[group];
@@ -127,7 +127,7 @@ void run(Problem& p, const Sums& results, float* grad_grid_weight) {
   });
   const auto collect = [&](float* target, int64_t offset, int64_t n) {
     if (!target) return;
-    torch::stable::parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
+    parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
       std::copy_n(partial[0].data() + offset + begin, end - begin, target + begin);
       for (int64_t group = 1; group < groups; ++group)
         vec::add(target + begin, partial[group].data() + offset + begin, end - begin);

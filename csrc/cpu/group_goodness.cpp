@@ -66,7 +66,7 @@ int64_t grain(const Tensor& x) { return std::max<int64_t>(1, 32768 * x.size(0) /
 // Calls f(sample, its Goodness) for all samples of x, several threads at a time.
 template <typename T, typename F>
 void for_samples(const Tensor& x, const spec::Groups& groups, const F& f) {
-  torch::stable::parallel_for(0, x.size(0), grain(x), [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.size(0), grain(x), [&](int64_t begin, int64_t end) {
     Goodness<T> goodness(x, groups);
     for (int64_t b = begin; b < end; ++b) f(b, goodness);
   });
@@ -126,7 +126,7 @@ void step(const StepCall& call) {
   const int64_t C = call.given.x.size(1), units = call.loss.count(),
                 shares = call.epilogue ? std::min<int64_t>(units, 16) : units;
   std::vector<double> sums(call.epilogue ? shares * 2 * C : 0);
-  torch::stable::parallel_for(0, shares, call.epilogue ? 1 : grain(call.given.x), [&](int64_t begin, int64_t end) {
+  parallel_for(0, shares, call.epilogue ? 1 : grain(call.given.x), [&](int64_t begin, int64_t end) {
     Task<T> task(call);
     for (int64_t share = begin; share < end; ++share)
       for (int64_t unit = share * units / shares; unit < (share + 1) * units / shares; ++unit)
