@@ -336,10 +336,10 @@ class DropBlock(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(inputs, 4, 3, padding=1), nn.BatchNorm2d(4)
         self.second, self.drop, self.scales = nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(0.0), [1.0, 2.0]
-        self.drop_prob, self.act = 0.0, nn.GELU()
+        self.drop_prob, self.act, self.options = 0.0, nn.GELU(), {"gain": 1.0}
 
     def forward(self, x):
-        x = self.act(self.norm(self.conv(x)))
+        x = self.act(self.norm(self.conv(x))) * self.options["gain"]
         y = self.drop(self.second(x)) * self.scales[0]
         if self.drop_prob > 0 and self.training:
             y = y * y.new_empty(len(y), 1, 1, 1).bernoulli_(1 - self.drop_prob)
@@ -368,6 +368,9 @@ CHANGES = {
     "default of the class": lambda b: setattr(b, "factor", 3.0),
     "drop_prob": lambda b: setattr(b, "drop_prob", 0.5),
     "list": lambda b: b.scales.__setitem__(0, 3.0),
+    "dict": lambda b: b.options.__setitem__("gain", 3.0),
+    "forward of an instance": lambda b: setattr(b.norm, "forward", lambda x: 2 * x),
+    "no running statistics": lambda b: (setattr(b.norm, "running_mean", None), setattr(b.norm, "running_var", None)),
     "dropout": lambda b: setattr(b.drop, "p", 0.5),
     "momentum": lambda b: setattr(b.norm, "momentum", 0.7),
     "no momentum": lambda b: setattr(b.norm, "momentum", None),

@@ -40,12 +40,10 @@ def uses_batch_statistics(norm):
 
 def update_statistics(norm, mean, var, count):
     """Update the running statistics of a batch norm module from the batch's mean and biased variance [C] of `count` values."""
-    running_mean, running_var = norm.running_mean, norm.running_var
-    if not norm.track_running_stats or running_mean is None:
-        return
-    norm.num_batches_tracked.add_(1)
-    # .data: the backward pass of an earlier call of the same module by PyTorch must not see the write, as with F.batch_norm
-    epilogue_op.update_running_statistics(running_mean.data, running_var.data, mean, var, norm.momentum, count)
+    if norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if norm.track_running_stats and norm.running_mean is not None:
+        epilogue_op.update_running_statistics(norm.running_mean, norm.running_var, mean, var, norm.momentum, count)
 
 
 def description(norm, activation, residual=None, need_grad_residual=False):
@@ -106,7 +104,12 @@ class Convolution(StandIn):
     @staticmethod
     def of(module):
         """The stand-in for a module, or None where there is none."""
-        if type(module) is not nn.Conv2d or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        if (
+            type(module) is not nn.Conv2d
+            or "forward" in vars(module)
+            or module.padding_mode != "zeros"
+            or isinstance(module.padding, str)
+        ):
             return None
         sizes = (module.kernel_size, module.stride, module.padding)
         if module.dilation != (1, 1) or any(a != b for a, b in sizes):

@@ -8,6 +8,7 @@ is then called as it is, so that its Python runs in every step, and the trace st
 import builtins
 import collections
 import contextlib
+import copy
 import functools
 import gc
 import operator
@@ -346,7 +347,7 @@ def _is_base_call(norm, name, call, counts):
 
 def is_norm(node, modules):
     """Whether a node calls nn.BatchNorm2d's own forward."""
-    if node.op != "call_module" or node.target not in modules:
+    if node.op != "call_module" or node.target not in modules or "forward" in vars(modules[node.target]):
         return False
     return type(modules[node.target]) is nn.BatchNorm2d or "batch_norm" in node.meta
 
@@ -418,7 +419,9 @@ def same(a, b):
 
 
 def is_plain(value):
-    """Whether a value is a number, a text, None, or a tuple or list of these."""
+    """Whether a value is a number, a text, None, or a tuple, list or dict of these."""
+    if isinstance(value, dict):
+        return is_plain(list(value.values()))
     if isinstance(value, (tuple, list)):
         return len(value) <= LARGEST and all(map(is_plain, value))
     return type(value) in PLAIN
@@ -505,8 +508,10 @@ class Watch:
             wanted = ["_modules", "_modules", *wanted]
             get = (operator.attrgetter if of_class else operator.itemgetter)(*wanted)
             found = get(module if of_class else vars(module))
-            values = tuple(v.copy() if isinstance(v, (list, dict)) else v for v in found)
-            self.entries.append((module, type(module), get, of_class, values, wanted))
+            # modules are compared by identity, values in lists and dicts, which may be nested, as they were
+            values = (*(v.copy() for v in found[:2]), *map(copy.deepcopy, found[2:]))
+            forward = vars(module).get("forward")  # of this instance alone, where it has one
+            self.entries.append((module, type(module), forward, get, of_class, values, wanted))
 
     def ready(self):
         """Whether nothing has changed, all modules are in training mode, and none has a hook."""
@@ -515,8 +520,13 @@ class Watch:
     def unchanged(self):
         """Whether nothing has changed. Modes and hooks do not count."""
         try:
-            for module, cls, get, of_class, values, _ in self.entries:
-                if type(module) is not cls or get(module if of_class else module.__dict__) != values:
+            for module, cls, forward, get, of_class, values, _ in self.entries:
+                own = module.__dict__
+                if (
+                    type(module) is not cls
+                    or own.get("forward") is not forward
+                    or get(module if of_class else own) != values
+                ):
                     return False
         except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or has become a tensor
             return False
@@ -524,7 +534,9 @@ class Watch:
 
     def change(self):
         """What has changed, as a text."""
-        for module, cls, _, _, values, wanted in self.entries:
+        for module, cls, forward, _, _, values, wanted in self.entries:
+            if vars(module).get("forward") is not forward:
+                return f"forward of a {cls.__name__}"
             for name, old in zip(wanted, values, strict=True):
                 now = getattr(module, name, None)
                 if name != "_modules" and not same(now, old):

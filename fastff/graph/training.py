@@ -109,7 +109,9 @@ class _Match(NamedTuple):
 
 
 def _module(modules, node):
-    return modules.get(node.target) if node.op == "call_module" else None
+    """The module that a node calls, if the forward of its class runs; None for others."""
+    module = modules.get(node.target) if node.op == "call_module" else None
+    return None if module is None or "forward" in vars(module) else module
 
 
 def _only_user(node):
