@@ -136,10 +136,10 @@ def cut(model, granularity, input_shape, num_classes=None):
         if not is_chain and code(graphs[True]) == code(graphs[False]):
             del graphs[True]
         warn_of_hooks(model, graphs[False])
-        parts = {}
+        parts, results = {}, {}
         for mode, graph in graphs.items():
             model.train(mode)
-            record_values(model, graph, examples, is_chain)
+            results[mode] = record_values(model, graph, examples, is_chain)
             values.describe(graph)
             output = values.choose_output(graph, num_classes)
             if output is None:
@@ -147,9 +147,9 @@ def cut(model, granularity, input_shape, num_classes=None):
             parts[mode] = _Parts(model, graph, granularity, paths, num_classes).build()
         blocks, classifier = _blocks(model, parts, input_shape)
         everything = [*blocks, *([classifier] if classifier is not None else [])]
-        for mode in (False, True):
+        for mode in (True, False):
             model.train(mode)
-            _run_once(model, everything, examples[1], is_chain)
+            _run_once(model, everything, examples[1], None if mode or classifier is None else results[mode])
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -160,10 +160,9 @@ def cut(model, granularity, input_shape, num_classes=None):
     return blocks, classifier
 
 
-def _run_once(model, blocks, example, is_chain):
-    """Run the blocks one after the other: they must compute what the model does. A block that writes to an input gets a copy of it from now on."""
-    with preserved(model):
-        want = None if is_chain or model.training else model(example.clone())
+def _run_once(model, blocks, example, want):
+    """Run the blocks one after the other: the result must be among what the model has computed, `want` (None for anything). A block that
+    writes to an input gets a copy of it from now on."""
     with preserved(model):
         alive = (example.clone(),)
         for block in blocks:
@@ -174,10 +173,7 @@ def _run_once(model, blocks, example, is_chain):
             if any(written):
                 _copy_inputs(block.training_module if model.training else block.graph_module)
             alive = following
-    found = alive[0]
-    if want is not None and not isinstance(want, torch.Tensor):
-        want = next((t for t in values.tensors(want) if t.shape == found.shape), None)
-    if want is not None and not close(found, want):
+    if want is not None and not any(close(t, alive[0]) for t in want):
         raise CutError(
             "the blocks one after the other do not compute what the model does; where a tensor is overwritten that something "
             "else still reads, name the modules that end blocks, granularity=[path, ...], so that both lie in one block"
@@ -229,6 +225,11 @@ def _ancestors(node, stop=frozenset()):
 
 def _is_tensor(node):
     return node.meta.get("shape") is not None
+
+
+def _is_entry(node, of):
+    """Whether a node reads an entry of a tuple or the like."""
+    return node.target in (operator.getitem, getattr) and node.args[0] is of and of.meta["shape"] is None
 
 
 def _is_pool(model, node):
@@ -300,10 +301,8 @@ class _Parts:
             size = len(new)
             _with_earlier_readers(self.model, new, done, self.needed, self.order)
             new -= self.free
-            for node in list(new):  # entries of a tuple
-                new |= {
-                    user for user in node.users if user.target in (operator.getitem, getattr) and user in self.needed
-                }
+            for node in list(new):
+                new |= {user for user in node.users if _is_entry(user, node) and user in self.needed}
             if len(new) == size:
                 return new
 
@@ -315,7 +314,7 @@ class _Parts:
             alive = [end, *alive]
         tensors = [n for n in alive if _is_tensor(n)]
         others = [n for n in alive if not _is_tensor(n)]
-        siblings = [n for n in tensors if n.args[:1] == end.args[:1] and n.target is end.target is operator.getitem]
+        siblings = [n for n in tensors if end.args and _is_entry(n, end.args[0]) and _is_entry(end, end.args[0])]
         main = [n for n in siblings if n.meta["rows"] is not None] if end in siblings else [end]
         main.sort(key=self.order.get)
         shapes = {(len(n.meta["shape"]), n.meta["rows"], *n.meta["shape"][2:]) for n in main}
@@ -340,7 +339,7 @@ class _Parts:
                 node for node in self.graph.nodes
                 if node.target == path or any(path == entry for entry in node.meta.get("nn_module_stack", {}))
             ]  # fmt: skip
-            entries = [user for node in inside for user in node.users if user.target in (operator.getitem, getattr)]
+            entries = [user for node in inside for user in node.users if _is_entry(user, node)]
             inside = sorted({n for n in (*inside, *entries) if _is_tensor(n)}, key=self.order.get)
             if not inside:
                 raise CutError(f"granularity: {path!r} is never called, or gives no tensor that is used")

@@ -61,6 +61,8 @@ def _is_container(run):
 def describe(graph):
     """Take containers apart, and fill in meta, from the descriptions of two runs."""
     for node in list(graph.nodes):
+        if node._erased:
+            continue
         runs = node.meta.pop("runs", (None, None))
         if node.op not in ("placeholder", "output", "get_attr") and all(map(_is_container, runs)):
             _take_apart(graph, node, runs)
