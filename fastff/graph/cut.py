@@ -301,8 +301,14 @@ class _Parts:
             size = len(new)
             _with_earlier_readers(self.model, new, done, self.needed, self.order)
             new -= self.free
-            for node in list(new):
-                new |= {user for user in node.users if _is_entry(user, node) and user in self.needed}
+            available = done | new | self.free
+            for node in list(new | {self.source} if len(done) == 1 else new):
+                # the entries of a tuple, and what is measured of a tensor, so that it need not be alive for that
+                new |= {
+                    user for user in node.users
+                    if user in self.needed and user not in done and user is not self.output
+                    and (_is_entry(user, node) or (not _is_tensor(user) and available.issuperset(user.all_input_nodes)))
+                }  # fmt: skip
             if len(new) == size:
                 return new
 
