@@ -46,8 +46,8 @@ from fastff.graph.trace import (
 )
 
 GRANULARITIES = ("layer", "block", "stage", "model")
-POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.flatten}
+POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.adaptive_avg_pool3d, torch.mean, torch.flatten}
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
@@ -166,12 +166,10 @@ def _run_once(model, blocks, example, want):
     with preserved(model):
         alive = (example.clone(),)
         for block in blocks:
-            tensors = [t for t in alive if isinstance(t, torch.Tensor)]
-            versions = [t._version for t in tensors]
+            versions = [t._version if isinstance(t, torch.Tensor) else 0 for t in alive]
             following = block(*alive)
-            written = [t._version != version for t, version in zip(tensors, versions, strict=True)]
-            if any(written):
-                _copy_inputs(block.training_module if model.training else block.graph_module)
+            written = [isinstance(t, torch.Tensor) and t._version != v for t, v in zip(alive, versions, strict=True)]
+            _copy_inputs(block.training_module if model.training else block.graph_module, written)
             alive = following
     if want is not None and not any(close(t, alive[0]) for t in want):
         raise CutError(
@@ -180,19 +178,16 @@ def _run_once(model, blocks, example, want):
         )
 
 
-def _copy_inputs(module):
-    """Let a GraphModule work on copies of its inputs."""
-    for node in [n for n in module.graph.nodes if n.op == "placeholder"]:
+def _copy_inputs(module, written):
+    """Let a GraphModule work on copies of the inputs that it writes to."""
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node in [node for node, is_written in zip(nodes, written, strict=True) if is_written]:
         readers = list(node.users)
-        with module.graph.inserting_before(node.next):
-            copy = module.graph.call_function(_copy, (node,))
+        with module.graph.inserting_before(nodes[-1].next):
+            copy = module.graph.call_method("clone", (node,))
         for reader in readers:
             reader.replace_input_with(node, copy)
-    module.recompile()
-
-
-def _copy(value):
-    return value.clone() if isinstance(value, torch.Tensor) else value
+        module.recompile()
 
 
 def _checked_paths(model, paths):
@@ -230,6 +225,16 @@ def _is_tensor(node):
 def _is_entry(node, of):
     """Whether a node reads an entry of a tuple or the like."""
     return node.target in (operator.getitem, getattr) and node.args[0] is of and of.meta["shape"] is None
+
+
+def _is_measure(node):
+    """Whether a node is a size of a tensor, or is computed from sizes."""
+    measured = node.target is getattr or node.target in ("size", "dim", "numel")
+    return (
+        not _is_tensor(node)
+        and node.op != "call_module"
+        and (measured or not any(map(_is_tensor, node.all_input_nodes)))
+    )
 
 
 def _is_pool(model, node):
@@ -307,7 +312,7 @@ class _Parts:
                 new |= {
                     user for user in node.users
                     if user in self.needed and user not in done and user is not self.output
-                    and (_is_entry(user, node) or (not _is_tensor(user) and available.issuperset(user.all_input_nodes)))
+                    and (_is_entry(user, node) or (_is_measure(user) and available.issuperset(user.all_input_nodes)))
                 }  # fmt: skip
             if len(new) == size:
                 return new
@@ -394,7 +399,10 @@ class _Parts:
             return self._accepted([last])
         inside, ends = _ancestors(last), []
         for segment in segments[: kept - 1]:
-            end = next((n for n in reversed(segment) if n in inside and any(u in position for u in n.users)), None)
+            used = [n for n in segment if n in inside]
+            end = next((n for n in reversed(used) if any(u in position for u in n.users)), None)
+            if end is not None and end.meta["folded"]:
+                end = next((n for n in reversed(used) if n.meta["rows"] is not None), None)
             if end is not None:
                 ends.append(end)
         ends = self._accepted([*ends, last])
