@@ -1,10 +1,7 @@
 """Models of torchvision, timm and transformers as they come: how many blocks they have, and that these train by themselves."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 from vision import import_torchvision
 
 import fastff
