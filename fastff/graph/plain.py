@@ -345,7 +345,7 @@ def _access(holder):
         return own, lambda old: [setattr(holder, k, v) for k, v in old.items() if vars(holder).get(k) is not v]
     if isinstance(holder, dict):
         drop = lambda old: [holder.pop(k) for k in holder.keys() - old.keys()]  # noqa: E731
-        return lambda: dict(holder), lambda old: (drop(old), holder.update(old))
+        return lambda: dict(dict.items(holder)), lambda old: (drop(old), holder.update(old))
     if isinstance(holder, (list, collections.deque)):
         return lambda: list(holder), lambda old: (holder.clear(), holder.extend(old))
     if isinstance(holder, set):
