@@ -1,5 +1,6 @@
 """SFF: an unmodified model cut into blocks (graph/cut.py), a goodness head on each, and their vote."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -190,8 +191,17 @@ class SFF(nn.Module):
             for module, reason in (block.module.whole | block.whole()).items():
                 whole.setdefault(reason, {})[module] = None
         notes = [f"called as they are: {', '.join(modules)}: {reason}" for reason, modules in whole.items()]
+        for block in self.blocks:
+            if block.holds and self.granularity == "block":
+                notes.append(
+                    f"coarser than the model: {block.name} holds {len(block.holds)} of its blocks, {_few(block.holds)}"
+                )
         options = ", ".join(options) + (", read-out kept" if self.readout else "")
         return "\n".join([head, *_aligned(rows), options, *notes])
+
+
+def _few(names):
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
 
 
 def _aligned(rows):
@@ -212,7 +222,7 @@ def _algorithm(block):
     if head.weight is None:
         return "grid"
     dims = (shape if head.channel_dim == 1 else (shape[-1], *shape[:-1])) if len(shape) > 1 else (*shape, 1)
-    spatial = dims[1:] if len(dims) == 3 else (1, *dims[1:])
+    spatial = (math.prod(dims[1:-1]), dims[-1])
     x = head.weight.new_empty(1).expand(32, dims[0], *spatial)  # a shape, without its memory
     how = plan_for(x, head.weight, head.grid_weight, (head.kernel_size // 2,) * 2, head.algorithm, head.impl)
     return how.algorithm.replace("_", " ")
@@ -224,7 +234,7 @@ def _head(block, num_classes, goodness, channel_dim, options, like):
     if goodness in ("sff", "projection"):
         grid = options.pop("grid", 4) if goodness == "sff" else max(block.output_shape)
         channels, options["grid"] = _sizes(block.output_shape, dim, grid)
-        if len(block.output_shape) != 3:
+        if len(block.output_shape) < 3:
             options.pop("kernel_size", None)
         options |= {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
     else:
@@ -242,7 +252,8 @@ def _sizes(shape, channel_dim, grid):
     elif len(shape) == 2:
         spatial = (1, shape[1] if channel_dim == 1 else shape[0])
     else:
-        spatial = shape[1:] if channel_dim == 1 else shape[:2]
+        *rows, columns = shape[1:] if channel_dim == 1 else shape[:-1]
+        spatial = (math.prod(rows), columns)
     grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
     channels = shape[0] if channel_dim == 1 or len(shape) == 1 else shape[-1]
     return channels, tuple(min(g, n) for g, n in zip(grid, spatial, strict=True))

@@ -36,20 +36,20 @@ MaybeTensor: TypeAlias = torch.Tensor | None
 
 
 def canonical_x(x, channel_dim=1, called="x"):
-    """Check x and view it as [B, C, H, W]."""
+    """Check x and view it as [B, C, H, W]; the first dimensions of positions are joined."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{called}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{called}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
-    if not 2 <= x.dim() <= 4:
-        raise ValueError(f"{called}: expected [B, C], [B, C, L], [B, C, H, W] or tokens, got shape {list(x.shape)}")
+    if not 2 <= x.dim() <= 5:
+        expected = "[B, C], [B, C, L], [B, C, H, W], [B, C, T, H, W] or tokens"
+        raise ValueError(f"{called}: expected {expected}, got shape {list(x.shape)}")
     if channel_dim not in (1, -1, x.dim() - 1):
         raise ValueError(f"channel_dim: expected 1 or -1, got {channel_dim!r}")
-    if channel_dim in (-1, x.dim() - 1) and x.dim() > 2:
-        return x.mT[:, :, None, :] if x.dim() == 3 else x.permute(0, 3, 1, 2)
     if x.dim() == 2:
         return x[:, :, None, None]
-    return x[:, :, None, :] if x.dim() == 3 else x
+    x = x if channel_dim == 1 else x.movedim(-1, 1)
+    return x[:, :, None, :] if x.dim() == 3 else x.flatten(2, -2)
 
 
 def restore(y, x, channel_dim=1):
@@ -58,9 +58,9 @@ def restore(y, x, channel_dim=1):
         return y
     if x.dim() == 2:
         return y[:, :, 0, 0]
-    if channel_dim in (-1, x.dim() - 1):
-        return y[:, :, 0, :].mT if x.dim() == 3 else y.permute(0, 2, 3, 1)
-    return y[:, :, 0, :] if x.dim() == 3 else y
+    positions = x.shape[2:] if channel_dim == 1 else x.shape[1:-1]
+    y = y[:, :, 0, :] if x.dim() == 3 else y.unflatten(2, positions[:-1])
+    return y if channel_dim == 1 else y.movedim(1, -1)
 
 
 def check_member(called, value, names):

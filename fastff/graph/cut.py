@@ -46,8 +46,8 @@ from fastff.graph.trace import (
 )
 
 GRANULARITIES = ("layer", "block", "stage", "model")
-POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.flatten}
+POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.adaptive_avg_pool3d, torch.mean, torch.flatten}
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
@@ -135,10 +135,10 @@ def cut(model, granularity, input_shape, num_classes=None):
         if not is_chain and code(graphs[True]) == code(graphs[False]):
             del graphs[True]
         warn_of_hooks(model, graphs[False])
-        parts = {}
+        parts, results = {}, {}
         for mode, graph in graphs.items():
             model.train(mode)
-            record_values(model, graph, examples, is_chain)
+            results[mode] = record_values(model, graph, examples, is_chain)
             values.describe(graph)
             output = values.choose_output(graph, num_classes)
             if output is None:
@@ -146,9 +146,9 @@ def cut(model, granularity, input_shape, num_classes=None):
             parts[mode] = _Parts(model, graph, granularity, paths, num_classes).build()
         blocks, classifier = _blocks(model, parts, input_shape)
         everything = [*blocks, *([classifier] if classifier is not None else [])]
-        for mode in (False, True):
+        for mode in (True, False):
             model.train(mode)
-            _run_once(model, everything, examples[1], is_chain)
+            _run_once(model, everything, examples[1], None if mode or classifier is None else results[mode])
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -159,43 +159,34 @@ def cut(model, granularity, input_shape, num_classes=None):
     return blocks, classifier
 
 
-def _run_once(model, blocks, example, is_chain):
-    """Run the blocks one after the other: they must compute what the model does. A block that writes to an input gets a copy of it from now on."""
-    with preserved(model):
-        want = None if is_chain or model.training else model(example.clone())
+def _run_once(model, blocks, example, want):
+    """Run the blocks one after the other: the result must be among what the model has computed, `want` (None for anything). A block that
+    writes to an input gets a copy of it from now on."""
     with preserved(model):
         alive = (example.clone(),)
         for block in blocks:
-            tensors = [t for t in alive if isinstance(t, torch.Tensor)]
-            versions = [t._version for t in tensors]
+            versions = [t._version if isinstance(t, torch.Tensor) else 0 for t in alive]
             following = block(*alive)
-            written = [t._version != version for t, version in zip(tensors, versions, strict=True)]
-            if any(written):
-                _copy_inputs(block.training_module if model.training else block.graph_module)
+            written = [isinstance(t, torch.Tensor) and t._version != v for t, v in zip(alive, versions, strict=True)]
+            _copy_inputs(block.training_module if model.training else block.graph_module, written)
             alive = following
-    found = alive[0]
-    if want is not None and not isinstance(want, torch.Tensor):
-        want = next((t for t in values.tensors(want) if t.shape == found.shape), None)
-    if want is not None and not close(found, want):
+    if want is not None and not any(close(t, alive[0]) for t in want):
         raise CutError(
             "the blocks one after the other do not compute what the model does; where a tensor is overwritten that something "
             "else still reads, name the modules that end blocks, granularity=[path, ...], so that both lie in one block"
         )
 
 
-def _copy_inputs(module):
-    """Let a GraphModule work on copies of its inputs."""
-    for node in [n for n in module.graph.nodes if n.op == "placeholder"]:
+def _copy_inputs(module, written):
+    """Let a GraphModule work on copies of the inputs that it writes to."""
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node in [node for node, is_written in zip(nodes, written, strict=True) if is_written]:
         readers = list(node.users)
-        with module.graph.inserting_before(node.next):
-            copy = module.graph.call_function(_copy, (node,))
+        with module.graph.inserting_before(nodes[-1].next):
+            copy = module.graph.call_method("clone", (node,))
         for reader in readers:
             reader.replace_input_with(node, copy)
-    module.recompile()
-
-
-def _copy(value):
-    return value.clone() if isinstance(value, torch.Tensor) else value
+        module.recompile()
 
 
 def _checked_paths(model, paths):
@@ -228,6 +219,21 @@ def _ancestors(node, stop=frozenset()):
 
 def _is_tensor(node):
     return node.meta.get("shape") is not None
+
+
+def _is_entry(node, of):
+    """Whether a node reads an entry of a tuple or the like."""
+    return node.target in (operator.getitem, getattr) and node.args[0] is of and of.meta["shape"] is None
+
+
+def _is_measure(node):
+    """Whether a node is a size of a tensor, or is computed from sizes."""
+    measured = node.target is getattr or node.target in ("size", "dim", "numel")
+    return (
+        not _is_tensor(node)
+        and node.op != "call_module"
+        and (measured or not any(map(_is_tensor, node.all_input_nodes)))
+    )
 
 
 def _is_pool(model, node):
@@ -299,10 +305,14 @@ class _Parts:
             size = len(new)
             _with_earlier_readers(self.model, new, done, self.needed, self.order)
             new -= self.free
-            for node in list(new):  # entries of a tuple
+            available = done | new | self.free
+            for node in list(new | {self.source} if len(done) == 1 else new):
+                # the entries of a tuple, and what is measured of a tensor, so that it need not be alive for that
                 new |= {
-                    user for user in node.users if user.target in (operator.getitem, getattr) and user in self.needed
-                }
+                    user for user in node.users
+                    if user in self.needed and user not in done and user is not self.output
+                    and (_is_entry(user, node) or (_is_measure(user) and available.issuperset(user.all_input_nodes)))
+                }  # fmt: skip
             if len(new) == size:
                 return new
 
@@ -314,7 +324,7 @@ class _Parts:
             alive = [end, *alive]
         tensors = [n for n in alive if _is_tensor(n)]
         others = [n for n in alive if not _is_tensor(n)]
-        siblings = [n for n in tensors if n.args[:1] == end.args[:1] and n.target is end.target is operator.getitem]
+        siblings = [n for n in tensors if end.args and _is_entry(n, end.args[0]) and _is_entry(end, end.args[0])]
         main = [n for n in siblings if n.meta["rows"] is not None] if end in siblings else [end]
         main.sort(key=self.order.get)
         shapes = {(len(n.meta["shape"]), n.meta["rows"], *n.meta["shape"][2:]) for n in main}
@@ -339,7 +349,7 @@ class _Parts:
                 node for node in self.graph.nodes
                 if node.target == path or any(path == entry for entry in node.meta.get("nn_module_stack", {}))
             ]  # fmt: skip
-            entries = [user for node in inside for user in node.users if user.target in (operator.getitem, getattr)]
+            entries = [user for node in inside for user in node.users if _is_entry(user, node)]
             inside = sorted({n for n in (*inside, *entries) if _is_tensor(n)}, key=self.order.get)
             if not inside:
                 raise CutError(f"granularity: {path!r} is never called, or gives no tensor that is used")
@@ -388,7 +398,10 @@ class _Parts:
             return self._accepted([last])
         inside, ends = _ancestors(last), []
         for segment in segments[: kept - 1]:
-            end = next((n for n in reversed(segment) if n in inside and any(u in position for u in n.users)), None)
+            used = [n for n in segment if n in inside]
+            end = next((n for n in reversed(used) if any(u in position for u in n.users)), None)
+            if end is not None and end.meta["folded"]:
+                end = next((n for n in reversed(used) if n.meta["rows"] is not None), None)
             if end is not None:
                 ends.append(end)
         ends = self._accepted([*ends, last])

@@ -363,7 +363,7 @@ def _access(holder):
         )
     if isinstance(holder, dict):
         drop = lambda old: [holder.pop(k) for k in holder.keys() - old.keys()]  # noqa: E731
-        return lambda: dict(holder), lambda old: (drop(old), holder.update(old))
+        return lambda: dict(dict.items(holder)), lambda old: (drop(old), holder.update(old))
     if isinstance(holder, (list, collections.deque)):
         return lambda: list(holder), lambda old: (holder.clear(), holder.extend(old))
     if isinstance(holder, set):

@@ -4,6 +4,7 @@ A model that cannot be traced may still be a chain of named modules (`chain`), c
 """
 
 import operator
+import re
 import traceback
 import warnings
 
@@ -58,7 +59,7 @@ def count_weights(module):
 
 def _holds_blocks(module):
     """Whether in it a list has two or more members with two or more weight layers each, or a module of the model's own has two or more
-    children of one such class of the model's own."""
+    children of one such class whose names differ in numbers alone."""
     return any(_is_row_of_blocks(m) for m in module.modules())
 
 
@@ -66,7 +67,11 @@ def _is_row_of_blocks(module):
     large = [child for child in module.children() if count_weights(child) >= 2]
     if isinstance(module, CONTAINERS):
         return len(large) >= 2
-    own = [type(child) for child in large if not isinstance(child, CONTAINERS) and not _is_torchs(child)]
+    own = [
+        (type(child), re.sub(r"\d+", "", name))
+        for name, child in module.named_children()
+        if child in large and not isinstance(child, CONTAINERS) and not _is_torchs(child)
+    ]
     return not _is_torchs(module) and len(set(own)) < len(own)
 
 
@@ -175,8 +180,8 @@ def code(graph):
 
 
 def record_values(model, graph, examples, is_chain):
-    """Note what the values in a graph are, for two examples (fastff/graph/values.py). Raises CutError unless a graph of the whole model
-    computes what the model does."""
+    """Note what the values in a graph are, for two examples (fastff/graph/values.py). Returns the tensors that the model makes of the
+    second. Raises CutError unless a graph of the whole model computes what the model does."""
     run = values.Recorder(fx.GraphModule(model, graph)).run
     found = []
     for function, example in ((run, examples[0]), (run, examples[1]), (model, examples[1]))[: 2 if is_chain else 3]:
@@ -192,6 +197,7 @@ def record_values(model, graph, examples, is_chain):
         raise CutError(
             "the model computes something else when it is traced. Name the modules that end blocks instead, granularity=[path, ...]"
         )
+    return found[-1]
 
 
 def close(a, b):

@@ -4,7 +4,8 @@ Each node gets in its meta
 
     shape    of a tensor for the first batch; None for other values
     rows     the dimension of a tensor that counts the images; None where it has none
-    folded   whether several rows belong to one image, as where windows or cells are made part of the minibatch
+    folded   whether it may not cross a cut: several rows belong to one image, as where windows or cells are made part of the minibatch; or it
+             is an object that holds tensors
     times    of a whole number: how many times the number of images it is; 0 where it does not depend on it
 
 Tuples and the like are taken apart: behind the node that makes one come nodes for its entries, and all others read these. So whatever crosses a
@@ -44,23 +45,25 @@ def _entries(value):
 
 
 def _description(value):
-    """A tensor as its shape; containers as (their kind, their entries described); other values as they are."""
+    """A tensor as its shape; containers as (how entries are read, the entries described, the class); other values as they are."""
     if isinstance(value, torch.Tensor):
         return torch.empty(value.shape, device="meta")
     entries = _entries(value)
     if entries is None:
         return value
     kind = getattr if not isinstance(value, (dict, tuple, list)) else operator.getitem
-    return kind, {key: _description(entry) for key, entry in entries.items()}
+    return kind, {key: _description(entry) for key, entry in entries.items()}, type(value)
 
 
 def _is_container(run):
-    return isinstance(run, tuple) and len(run) == 2 and run[0] in (getattr, operator.getitem)
+    return isinstance(run, tuple) and len(run) == 3 and run[0] in (getattr, operator.getitem)
 
 
 def describe(graph):
     """Take containers apart, and fill in meta, from the descriptions of two runs."""
     for node in list(graph.nodes):
+        if node._erased:
+            continue
         runs = node.meta.pop("runs", (None, None))
         if node.op not in ("placeholder", "output", "get_attr") and all(map(_is_container, runs)):
             _take_apart(graph, node, runs)
@@ -72,7 +75,7 @@ def describe(graph):
 def _fill_in(node, runs):
     first, second = runs
     tensors = [isinstance(run, torch.Tensor) for run in runs]
-    node.meta |= {"shape": None, "rows": None, "folded": False, "times": 0}
+    node.meta |= {"shape": None, "rows": None, "folded": all(map(_is_container, runs)), "times": 0}
     if all(tensors):
         node.meta["shape"] = tuple(first.shape)
         changed = [d for d, (a, b) in enumerate(zip(first.shape, second.shape, strict=False)) if a != b]
@@ -90,7 +93,7 @@ def _fill_in(node, runs):
 
 def _take_apart(graph, node, runs):
     """Let the readers of a container read nodes of its entries."""
-    kind, entries = runs[0]
+    kind, entries, made = runs[0]
     others = runs[1][1]
     readers = list(node.users)
     if entries.keys() != others.keys() or any(user.op == "call_method" and user.args[0] is node for user in readers):
@@ -104,9 +107,12 @@ def _take_apart(graph, node, runs):
         with graph.inserting_after(where):
             where = parts[key] = graph.call_function(kind, (node, key))
         _fill_in(where, (entry, others[key]))
-    whole = dict(parts) if isinstance(next(iter(parts), 0), str) else tuple(parts.values())
-    if kind is getattr and any(user.target is not getattr for user in readers):
-        whole = node  # an object of a class of its own
+    rebuilt = {tuple: tuple, torch.Size: tuple, list: list, fx.immutable_collections.immutable_list: list}
+    whole = node  # an object of a class of its own is handed on as it is
+    if made is dict:
+        whole = dict(parts)
+    elif made in rebuilt:
+        whole = rebuilt[made](parts.values())
     for user in readers:
         keyed = user.target in (operator.getitem, getattr) and user.args[0] is node and len(user.args) == 2
         key = user.args[1] if keyed else None
