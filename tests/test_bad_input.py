@@ -63,7 +63,7 @@ CASES = {
     "a list as x": (lambda: ff.goodness([[1.0]], W), TypeError, "x: expected a tensor, got list"),
     "integers": (lambda: ff.goodness(X.long(), W), TypeError, "x: expected float32, .* got torch.int64"),
     "one dimension": (lambda: ff.goodness(X[0, 0, 0], W), ValueError, r"x: expected \[B, C\].* got shape \[4\]"),
-    "five dimensions": (lambda: ff.goodness(X[None], W), ValueError, r"x: expected .* got shape \[1, 2, 3, 4, 4\]"),
+    "six dimensions": (lambda: ff.goodness(X[None, None], W), ValueError, r"x: expected .* got shape \[1, 1, 2, 3, 4, 4\]"),
     "no positions": (lambda: ff.goodness(X[..., :0], W), ValueError, "x: expected at least .* position"),
     "an empty batch": (lambda: ff.goodness_step(X[:0], W, None, Y[:0]), ValueError, "x: .* got an empty batch"),
     "a map smaller than the kernel": (

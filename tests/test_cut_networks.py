@@ -53,7 +53,7 @@ NETWORKS = [
     ("timm", "mixer_s32_224", "block", 9, 64),
     ("timm", "inception_next_atto", "block", 16, 32),
     ("timm", "mambaout_femto", "block", 22, 32),
-    ("timm", "efficientvit_b0", "block", 15, 64),
+    ("timm", "efficientvit_b0", "block", 11, 64),
     ("timm", "swiftformer_xs", "block", 21, 224),
     ("timm", "ese_vovnet19b_slim", "block", 7, 32),
     ("timm", "nextvit_small", "block", 24, 64),

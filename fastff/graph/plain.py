@@ -141,6 +141,17 @@ class _Tracer(fx.Tracer):
             name = name.rpartition(".")[0]
         return name
 
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """Arguments with default values, *args and **kwargs are left out, as in a call of the module without them."""
+        *_, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if len(arguments) > 1:
+            arguments[1].node.args = ()
+        given = [a for a in arguments[1:] if not (a.node.args or a.node.target.startswith("*"))]
+        for argument in arguments[1:]:
+            if all(argument is not a for a in given):
+                self.graph.erase_node(argument.node)
+        return root_fn, [arguments[0], *given]
+
     def is_leaf_module(self, module, name):
         return name in self.whole or not self.opens(module, name)
 
