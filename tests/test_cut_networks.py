@@ -26,7 +26,7 @@ NETWORKS = [
     ("timm", "efficientnet_lite0", "block", 18, 32),
     ("timm", "mobilenetv4_conv_small", "block", 19, 32),
     ("timm", "edgenext_xx_small", "block", 16, 64),
-    ("timm", "poolformer_s12", "block", 16, 64),
+    ("timm", "poolformer_s12", "block", 16, 32),
     ("timm", "ghostnet_050", "block", 19, 32),
     ("timm", "hrnet_w18_small", "block", 5, 64),
     ("torchvision", "mobilenet_v3_small", "block", 13, 32),

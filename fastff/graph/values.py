@@ -121,8 +121,9 @@ def _take_apart(graph, node, runs):
         if keyed and isinstance(key, (int, str)) and key in parts:
             user.replace_all_uses_with(parts[key])
             graph.erase_node(user)
-        elif whole is not node:
-            swap = lambda n: whole if n is node else n  # noqa: E731
+        elif whole is not node or user.op == "output":  # of the output one tensor is chosen, whatever holds it
+            entire = tuple(parts.values()) if user.op == "output" else whole
+            swap = lambda n, entire=entire: entire if n is node else n  # noqa: E731
             user.args, user.kwargs = fx.map_arg(user.args, swap), fx.map_arg(user.kwargs, swap)
     for key, part in parts.items():
         if all(map(_is_container, (entries[key], others[key]))) and part not in made_of.values():
