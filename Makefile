@@ -65,10 +65,12 @@ sanitize: install
 	  tests/test_goodness.py tests/test_layer_norm.py tests/test_epilogue_step.py tests/test_convolution.py tests/test_depthwise.py \
 	  tests/test_group_goodness.py tests/test_group_epilogue_step.py tests/test_drawn.py -k "native or drawn_calls"
 
-# 100,000 drawn calls of the compiled operators, and 2,500 for each of goodness's two property tests, whose tolerances are narrower. Half an hour.
+# 100,000 drawn calls of the compiled operators, 2,500 for each of goodness's two property tests, whose tolerances are narrower (half an hour), and
+# training steps of 10,000 drawn networks (about an hour on two cores).
 fuzz: install
 	FASTFF_DRAWS=$${FASTFF_DRAWS:-100000} OMP_NUM_THREADS=2 $(PY) -m pytest -q tests/test_drawn.py
 	FASTFF_EXAMPLES=2500 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_goodness.py -k "native and (its_gradients or step_and_loss)"
+	FASTFF_NETWORKS=$${FASTFF_NETWORKS:-10000} OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(CORES) tests/test_drawn_networks.py
 
 lint: install
 	$(PY) -m ruff check .

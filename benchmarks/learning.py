@@ -27,6 +27,7 @@ BASE = {
     "epochs": 16,
     "lr": 2e-3,
     "weight_decay": 0.05,
+    "updates": "adamw",
     "mode": "sff",
     "dataset": "cifar10",
     "model": "resnet18",
@@ -34,6 +35,7 @@ BASE = {
 
 BEST = {"window": 2, "lr": 4e-3}
 STAGE = {"granularity": "stage"}
+MUON = {"updates": "muon"}
 FASHION = {"dataset": "fashion-mnist"}
 MOBILE = {"model": "mobilenet_v3_small"}
 BACKPROP = {"mode": "backprop"}
@@ -55,6 +57,11 @@ EXPERIMENTS = {
     "grid-w2-smooth": {"window": 2, "label_smoothing": 0.1},
     "grid-w2-tau": {"window": 2, "learn_tau": True},
     "grid-w2-lr4-wd20": BEST | {"weight_decay": 0.2},
+    "backprop-muon": BACKPROP | MUON,
+    "grid-muon": {"window": 1, "lr": 4e-3} | MUON,
+    "grid-w2-muon": BEST | MUON,
+    "stage-muon": STAGE | {"window": 1, "lr": 4e-3} | MUON,
+    "stage-w2-muon": STAGE | BEST | MUON,
     "backprop-32": BACKPROP | {"width": 32},
     "grid-w2-lr4-32": BEST | {"width": 32},
     "stage-w2-lr4-32": STAGE | BEST | {"width": 32},
@@ -127,7 +134,7 @@ def run(name, options, root):
         net, d.num_classes, o.get("granularity", "block"), d.input_shape, readout=o["mode"] == "backprop",
         **{k: o[k] for k in SFF_KEYS if k in o},
     )  # fmt: skip
-    optimizer = optim.adamw(o["lr"], o["weight_decay"])
+    optimizer = getattr(optim, o["updates"])(o["lr"], o["weight_decay"])
     trainer = Backprop(sff, optimizer) if o["mode"] == "backprop" else Trainer(sff, optimizer)
     train, test = d.train_loader(64, drop_last=True, channels_last=True), d.test_loader(500, channels_last=True)
     steps, seconds = o["epochs"] * len(train), 0.0

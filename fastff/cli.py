@@ -1,5 +1,6 @@
 """Entry point of the command line; commands.py has the commands, and needs typer and rich (the extra `train`)."""
 
+import os
 import sys
 
 
@@ -12,6 +13,9 @@ def make_app():
 
 def main():
     """Run the command line. Exit codes: 2 bad input, 1 a loss that diverged or too little memory, 130 Ctrl-C; with a message."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # of a process that nobody looks at, as with pythonw
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

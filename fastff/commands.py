@@ -26,7 +26,23 @@ from fastff.training.fit import Diverged
 
 app = typer.Typer(
     help=fastff.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
+
+
+def _print_version(wanted):
+    if wanted:
+        say(f"fastff {fastff.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=fastff.__doc__)
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+):
+    """Options of no command."""
 
 
 def command(function):
@@ -86,6 +102,9 @@ Epochs = Annotated[int | None, option(f"Times through the training images. Defau
 Batch = Annotated[int | None, option(f"Images in a minibatch. Default: {default['batch_size']}.")]
 Lr = Annotated[float | None, option("Learning rate. Default: 4e-3 block by block, 2e-3 for backpropagation.")]
 Decay = Annotated[float | None, option(f"Weight decay. Default: {default['weight_decay']}.")]
+Updates = Annotated[
+    str | None, option(f"adamw, or muon: orthogonalised updates of convolutions. Default: {default['optimizer']}.")
+]
 Subset = Annotated[int | None, option("Train on this many images, equally many of each class.")]
 Size = Annotated[int | None, option("Height and width of images from folders (64) and Imagenette (160).")]
 Seed = Annotated[int | None, option("Seed of weights, order, augmentation and subset. Default: 0.")]
@@ -103,8 +122,8 @@ Layout = Annotated[bool | None, option("Memory format. Default: channels last.",
 @command
 def compare(
     data: Data = None, root: Root = None, model: Model = None, width: Width = None, epochs: Epochs = None,
-    batch_size: Batch = None, lr: Lr = None, weight_decay: Decay = None, subset: Subset = None, image_size: Size = None,
-    seed: Seed = None, window: Window = None, grid: Grid = None, device: Device = None,
+    batch_size: Batch = None, lr: Lr = None, weight_decay: Decay = None, optimizer: Updates = None, subset: Subset = None,
+    image_size: Size = None, seed: Seed = None, window: Window = None, grid: Grid = None, device: Device = None,
     modes: Annotated[str, option(f"Names out of {', '.join(comparison.MODES)}, with commas.")] = "backprop,block,layer",
     out: Annotated[Path, option("Folder for the picture.")] = Path("runs/compare"),
     json_file: Annotated[Path | None, option("Write all figures to this file.", "--json")] = None,
@@ -144,8 +163,8 @@ def compare(
 def train(
     data: Data = None, root: Root = None, model: Model = None, width: Width = None, granularity: Cut = None,
     mode: Annotated[str | None, option("sff or backprop. Default: sff.")] = None,
-    epochs: Epochs = None, batch_size: Batch = None, lr: Lr = None, weight_decay: Decay = None, subset: Subset = None,
-    image_size: Size = None, seed: Seed = None, window: Window = None, grid: Grid = None, schedule: Schedule = None,
+    epochs: Epochs = None, batch_size: Batch = None, lr: Lr = None, weight_decay: Decay = None, optimizer: Updates = None,
+    subset: Subset = None, image_size: Size = None, seed: Seed = None, window: Window = None, grid: Grid = None, schedule: Schedule = None,
     micro_batches: Annotated[int | None, option("Parts a minibatch is cut into. Default: 1.")] = None,
     clip: Annotated[float | None, option("Largest norm of a block's gradients.")] = None,
     amp: Annotated[str | None, option("bf16 or fp16.")] = None,

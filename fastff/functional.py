@@ -26,10 +26,14 @@ All raise TypeError or ValueError that names the argument, what was expected and
 run. Nothing that is passed in is written to.
 """
 
+import math
+
 import torch
 
 from fastff import ops, reference, spec
+from fastff.arguments import number_between, whole_number
 from fastff.kernels.torch.normalization import layer_norm_channels
+from fastff.ops.table import check_impl
 from fastff.spec import Epilogue, Groups, Loss, Normalization, Projection, Step, StepResult
 
 GoodnessStep = GroupGoodnessStep = TailStep = GroupTailStep = StepResult
@@ -41,6 +45,7 @@ def goodness(x, weight, bias=None, *, grid_weight=None, padding=0, channel_dim=1
     Arguments are those at the head of this file. Source: Krutsylo 2025, arXiv 2501.03176; the spatial term is this project's."""
     x = spec.canonical_x(x, channel_dim)
     head = Projection.checked(x, weight, bias, grid_weight, padding, algorithm)
+    check_impl(impl)
     return torch.ops.fastff.goodness(x, *head, impl, algorithm)
 
 
@@ -58,6 +63,7 @@ def goodness_loss(
 
 def margin_cross_entropy(g, target, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean"):
     """Compute the loss of `goodness_loss` from goodness g [B, K] already computed: [] or, for reduction "none", [B]. Differentiable."""
+    spec.check_goodness(g)
     options = {"margin": margin, "label_smoothing": label_smoothing, "reduction": reduction}
     return loss_of(g, Loss.checked(g, target, called="g", tau=tau, **options))
 
@@ -66,6 +72,7 @@ def loss_of(g, loss):
     """Compute the loss that a fastff.spec.Loss describes from goodness g [B, K]: [], or for reduction "none" one for each sample or pair.
 
     Differentiable with respect to g and a learned tau."""
+    spec.check_goodness(g)
     loss.check(g, called="g")
     if loss.target is not None and not torch.compiler.is_compiling():
         spec.check_labels(loss.target, g.shape[1])
@@ -88,7 +95,9 @@ def goodness_step(
     loss = Loss.checked(
         x4, target, tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
     )
-    normalization = Normalization.checked(normalize, head.classes, eps)
+    spec.check_flags(need_grad_x=need_grad_x)
+    check_impl(impl)
+    normalization = Normalization.checked(normalize, x4.shape[1], head.classes, eps)
     result = ops.step.run(Step(x4, None, head, loss, normalization, need_grad_x, algorithm), impl)
     return _as_given(result, x, channel_dim, weight)
 
@@ -109,14 +118,15 @@ def tail_step(
 
     Returns a StepResult as `goodness_step` does, with grad_y for grad_x; grad_residual as y; grad_bn_weight and grad_bn_bias [C]; mean and var [C],
     the batch's biased statistics in float32 (for the running ones). Source: Ioffe and Szegedy 2015, arXiv 1502.03167."""
-    epilogue = Epilogue(bn_weight, bn_bias, float(bn_eps), residual, need_grad_residual, activation)
+    epilogue = Epilogue(bn_weight, bn_bias, bn_eps, residual, need_grad_residual, activation)
     epilogue.check(y)
     y = spec.canonical_x(y, 1, "y")
     head = Projection.checked(y, weight, bias, grid_weight, padding, algorithm, "y")
     loss = Loss.checked(
         y, target, called="y", tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
     )  # fmt: skip
-    normalization = Normalization.checked(normalize, head.classes, eps)
+    check_impl(impl)
+    normalization = Normalization.checked(normalize, y.shape[1], head.classes, eps)
     result = ops.step.run(Step(y, epilogue, head, loss, normalization, True, algorithm), impl)
     return _as_given(result, y, 1, weight)
 
@@ -133,10 +143,10 @@ def epilogue(y, *, bn_weight=None, bn_bias=None, bn_eps=1e-5, residual=None, act
 
     Arguments are those of `tail_step`. Returns (x, mean, var): x as y, mean and biased variance [C] in float32 (float64 for float64), for the
     running ones. Differentiable once with respect to y, bn_weight, bn_bias and residual; only y and the residual are kept for that."""
-    made = Epilogue(
-        bn_weight, bn_bias, float(bn_eps), residual, residual is not None and residual.requires_grad, activation
-    )
+    made = Epilogue(bn_weight, bn_bias, bn_eps, residual, False, activation)
     made.check(y)
+    made = made._replace(need_grad_residual=residual is not None and residual.requires_grad)
+    check_impl(impl)
     return torch.ops.fastff.epilogue(y, *made, impl)
 
 
@@ -147,6 +157,8 @@ def layer_norm(x, eps=1e-5, *, over="sample", channel_dim=1, impl="auto"):
     x4 = spec.canonical_x(x, channel_dim)
     if over not in ("sample", "channels"):
         raise ValueError(f"over: expected 'sample' or 'channels', got {over!r}")
+    eps = number_between("eps", eps, 0, math.inf, low_allowed=True)
+    check_impl(impl)
     y = torch.ops.fastff.layer_norm(x4, eps, impl) if over == "sample" else layer_norm_channels(x4, eps)
     return spec.restore(y, x, channel_dim)
 
@@ -162,6 +174,7 @@ def group_goodness(x, groups=1, *, power=2, mean=True, positions=False, channel_
 
     Sources: Hinton 2022 (arXiv 2212.13345) one group; CwComp (arXiv 2312.12668) a group a class; DeeperForward (ICLR 2025) power 1."""
     x = spec.canonical_x(x, channel_dim)
+    check_impl(impl)
     return torch.ops.fastff.group_goodness(x, *Groups.checked(x, groups, power, mean, positions), impl)
 
 
@@ -174,8 +187,6 @@ def forward_forward_loss(g, loss="softplus", *, theta=2.0, alpha=4.0, reduction=
         theta, alpha: the threshold, and the factor of differences.
         reduction: "mean", "sum" or "none" ([2n], or [n] for losses of differences). The J values of a sample are averaged."""
     spec.check_member("loss", loss, spec.LOSSES[1:])
-    if g.dim() != 2:
-        raise ValueError(f"g: expected [2n, J], got {list(g.shape)}")
     return loss_of(g, Loss(loss, theta=theta, alpha=alpha, reduction=reduction))
 
 
@@ -192,12 +203,15 @@ def group_goodness_step(
 
     Returns a StepResult with loss, goodness [B, K] or [B, P], grad_x and normalized as x; None for what is absent."""
     x4 = spec.canonical_x(x, channel_dim)
+    tau = number_between("tau", tau, 0, math.inf, low_allowed=False)
     head = Groups.checked(x4, groups, power, mean, positions)
     wanted = Loss.checked(
-        x4, target, positions, name=loss, theta=theta, alpha=alpha, tau=float(tau), margin=margin, label_smoothing=label_smoothing,
+        x4, target, positions, name=loss, theta=theta, alpha=alpha, tau=tau, margin=margin, label_smoothing=label_smoothing,
         reduction=reduction, grad_scale=grad_scale,
     )  # fmt: skip
-    step = Step(x4, None, head, wanted, Normalization.checked(normalize, groups, eps), need_grad_x)
+    spec.check_flags(need_grad_x=need_grad_x)
+    check_impl(impl)
+    step = Step(x4, None, head, wanted, Normalization.checked(normalize, x4.shape[1], groups, eps), need_grad_x)
     return _as_given(ops.step.run(step, impl), x, channel_dim)
 
 
@@ -210,27 +224,31 @@ def group_tail_step(
 
     y [B, C, H, W] to activation are arguments of `tail_step`, the others of `group_goodness_step`. Returns a StepResult as `tail_step` does,
     without the gradients of a head."""
-    epilogue = Epilogue(bn_weight, bn_bias, float(bn_eps), residual, need_grad_residual, activation)
+    epilogue = Epilogue(bn_weight, bn_bias, bn_eps, residual, need_grad_residual, activation)
     epilogue.check(y)
     y = spec.canonical_x(y, 1, "y")
+    tau = number_between("tau", tau, 0, math.inf, low_allowed=False)
     head = Groups.checked(y, groups, power, mean, positions, "y")
     wanted = Loss.checked(
-        y, target, positions, "y", name=loss, theta=theta, alpha=alpha, tau=float(tau), margin=margin, label_smoothing=label_smoothing,
+        y, target, positions, "y", name=loss, theta=theta, alpha=alpha, tau=tau, margin=margin, label_smoothing=label_smoothing,
         reduction=reduction, grad_scale=grad_scale,
     )  # fmt: skip
-    return ops.step.run(Step(y, epilogue, head, wanted, Normalization.checked(normalize, groups, eps)), impl)
+    check_impl(impl)
+    normalization = Normalization.checked(normalize, y.shape[1], groups, eps)
+    return ops.step.run(Step(y, epilogue, head, wanted, normalization), impl)
 
 
 def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):
     """Normalize x to length or variance 1, without affine. Returns a tensor as x; differentiable.
 
     Args:
-        how: "layer_norm", "l2" (x / (|x| + eps)) or "rms" over all of a sample, with "_channels" over C at each position; "group_norm"
-            over each of `groups` groups of neighbouring channels; "none" gives x itself.
+        how: "layer_norm", "l2" (x / (|x| + eps); what is all zero stays zero and gets no gradient) or "rms" over all of a sample, with
+            "_channels" over C at each position; "group_norm" over each of `groups` groups of neighbouring channels; "none" gives x itself.
         eps: is added to the variance, or to the length."""
     x4 = spec.canonical_x(x, channel_dim)
     Groups.checked(x4, groups)
-    normalization = Normalization.checked(how, groups, eps)
+    normalization = Normalization.checked(how, x4.shape[1], groups, eps, called="how")
+    check_impl(impl)
     if normalization.name == "none":
         return x
     return spec.restore(torch.ops.fastff.normalize(x4, *normalization, impl), x, channel_dim)
@@ -240,12 +258,17 @@ def overlay_label(x, label, num_classes, value=None):
     """Return a copy of x [B, ...] whose first num_classes elements of each sample are the one-hot label, times `value`.
 
     label is [B] int64; value is x's maximum if None. Nothing waits for x's device. Source: Hinton 2022, arXiv 2212.13345."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in spec.DTYPES or x.dim() < 2 or x.numel() == 0:
+        got = f"{list(x.shape)} of {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"x: expected a floating-point tensor [B, ...] with elements, got {got}")
     if not isinstance(label, torch.Tensor) or label.dtype != torch.int64 or label.shape != x.shape[:1]:
         got = f"{list(label.shape)} of {label.dtype}" if isinstance(label, torch.Tensor) else type(label).__name__
         raise ValueError(f"label: expected int64 [{len(x)}], one for each sample of x, got {got}")
-    if not 1 <= num_classes <= x[0].numel():
+    if whole_number("num_classes", num_classes) > x[0].numel():
         raise ValueError(f"num_classes: expected 1 to {x[0].numel()}, the elements of a sample, got {num_classes}")
     spec.check_labels(label, num_classes)
+    if value is not None and (not isinstance(value, torch.Tensor) or value.dim() > 0):
+        value = number_between("value", value, -math.inf, math.inf, low_allowed=False)
     out = x.flatten(1).clone()
     out[:, :num_classes] = (label[:, None] == torch.arange(num_classes, device=x.device)) * (
         x.max() if value is None else value

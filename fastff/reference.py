@@ -99,11 +99,12 @@ def goodness_second_moment(x, weight, bias=None, padding=(0, 0)):
 
 def gradients_grid(d, x, grid_weight):
     """Gradients of sum(d * g) for the spatial term: dV = d^T means; dL/dx is one constant vector per cell (spread by the pooling's adjoint)."""
-    means, spread = torch.func.vjp(lambda x: cell_means(x, grid_weight), x)
+    means = cell_means(x, grid_weight)
     h, w = means.shape[2:]
     grad_grid = torch.zeros_like(grid_weight)
     grad_grid[..., :h, :w] = torch.einsum("bk,bchw->kchw", d, means)
-    return spread(torch.einsum("bk,kchw->bchw", d, grid_weight[..., :h, :w]))[0], grad_grid
+    cells = torch.einsum("bk,kchw->bchw", d, grid_weight[..., :h, :w])
+    return torch.ops.aten._adaptive_avg_pool2d_backward(cells, x), grad_grid
 
 
 ACTIVATIONS = {
@@ -252,7 +253,8 @@ def normalized(x, how, groups=1, eps=1e-5):
     """x [B, C, H, W] brought to length or variance 1, without affine.
 
     "layer_norm", "l2", "rms" over a sample, with "_channels" over C at each position, "group_norm" over each group of channels.
-    Norms (x - mean) / sqrt(var + eps); l2 x / (|x| + eps); rms x / sqrt(mean of x^2 + eps)."""
+    Norms (x - mean) / sqrt(var + eps); l2 x / (|x| + eps), where what is all zero stays zero and gets no gradient; rms x / sqrt(mean of
+    x^2 + eps)."""
     name = how.removesuffix("_channels")
     if name != how:
         dims, parts = (1,), [x]
@@ -261,7 +263,8 @@ def normalized(x, how, groups=1, eps=1e-5):
     done = []
     for part in parts:
         if name == "l2":
-            done.append(part / (part.square().sum(dims, keepdim=True).sqrt() + eps))
+            square = part.square().sum(dims, keepdim=True)
+            done.append(part / (square.masked_fill(square == 0, torch.inf).sqrt() + eps))
         elif name == "rms":
             done.append(part / (part.square().mean(dims, keepdim=True) + eps).sqrt())
         else:

@@ -1,11 +1,13 @@
 """SFF: an unmodified model cut into blocks (graph/cut.py), a goodness head on each, and their vote."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastff import spec
+from fastff.arguments import plain, whole_number
 from fastff.graph.cut import cut
 from fastff.nn.block import LocalBlock, make_head
 from fastff.nn.head import GoodnessHead
@@ -40,7 +42,8 @@ class SFF(nn.Module):
         channel_dim: of the blocks' outputs, 1 or -1; None finds out from their shapes.
         fuse: train opened blocks (fastff/graph/training.py): with faster gradients of convolutions, and BatchNorm2d [+ residual]
             [+ activation] in one pass, at a block's end together with the goodness step. Modules inside a block are not all called as such
-            then; a hook on one of these turns it off for its block.
+            then; a hook on one of these turns it off for its block. Modules whose Python does more than compute with tensors are called as they
+            are (fastff/graph/plain.py); print(sff) names them.
         head: the heads' further keywords: grid (default 4), kernel_size, squares, bias, scale, tau, learn_tau, margin, label_smoothing, impl,
             algorithm of fastff.nn.GoodnessHead; loss, theta, alpha, ... of fastff.nn.GroupGoodness.
             The paper's setting: grid=0, scale=1, window=1, vote="goodness".
@@ -56,23 +59,25 @@ class SFF(nn.Module):
         super().__init__()
         if vote not in VOTES:
             raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {vote!r}")
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
+        window, num_classes, input_shape = whole_number("window", window), plain(num_classes), plain(input_shape)
         if channel_dim not in (None, 1, -1):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             raise ValueError(f"normalize: expected one of {', '.join(spec.NORMALIZATIONS)} or None, got {normalize!r}")
-        blocks, classifier = cut(model, granularity, input_shape)
+        blocks, classifier = cut(model, granularity, input_shape, num_classes)
         if readout and classifier is None:
             raise ValueError("readout: the model has nothing behind its last block to keep")
         self.model = model
         self.blocks = tuple(blocks)  # not registered: their parameters are the model's
         self.readout = (classifier,) if readout else None
+        self._check_shared()
+        self.resting: list = []  # modules that a trainer has put into evaluation mode, and the next one puts back
         self.num_classes, self.input_shape, self.granularity = num_classes, tuple(input_shape), granularity
         self.window, self.vote, self.normalize, self.goodness_name = window, vote, normalize, goodness
         like = next(model.parameters())
         self.heads = nn.ModuleList(
-            _head(block, num_classes, goodness, channel_dim, dict(head), like) for block in blocks
+            _head(block, num_classes, goodness, channel_dim, {k: plain(v) for k, v in head.items()}, like)
+            for block in blocks
         )
         self.local_blocks = tuple(
             LocalBlock(block, head, normalize, fuse, open_modules=True)
@@ -81,14 +86,18 @@ class SFF(nn.Module):
         for block in self.local_blocks:
             block.graph  # noqa: B018  traced here, while the model is as the user made it
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        for block in (*self.blocks, *(self.readout or ())):
-            block.rebind(block.graph_module, block.train_graph_module)
-        for block in self.local_blocks:
-            if block.graph is not None:
-                block.module.rebind(*block.graph.graph_modules())
-        return self
+    def _check_shared(self):
+        """Raise ValueError for a parameter of two blocks: one would update it while the other's graph still needs the former value."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        owners: dict = {}
+        for index, block in enumerate((*self.blocks, *(self.readout or ()))):
+            place = f"block {index} ({block.name})"
+            for parameter in block.parameters():
+                owner = owners.setdefault(id(parameter), place)
+                if owner != place and parameter.requires_grad:
+                    got = f"{names[id(parameter)]} in {owner} and {place}"
+                    hint = "a granularity that puts both into one block, such as 'model', trains it"
+                    raise ValueError(f"model: expected no parameter that two blocks share, got {got}; {hint}")
 
     def block_parameters(self, index):
         """The parameters that block `index` trains: its own and its head's."""
@@ -157,7 +166,7 @@ class SFF(nn.Module):
             label[rows[leave]], confidence[rows[leave]], block_of[rows[leave]] = best[leave], sure[leave].float(), index
             stay = ~leave
             rows, seen = rows[stay], [g[stay] for g in seen]
-            others = (t[stay] if isinstance(t, torch.Tensor) else t for t in others)
+            others = (t[stay] if rows else t for t, rows in zip(others, block.module.rows[1:], strict=True))
             alive = (block.next_input(main[stay]), *others)
         return Prediction(label, confidence, block_of)
 
@@ -177,7 +186,22 @@ class SFF(nn.Module):
             options.insert(2, f"grid={self.heads[0].grid[0]}")
         else:
             options.insert(0, f"goodness={self.goodness_name}")
-        return "\n".join([head, *_aligned(rows), ", ".join(options) + (", read-out kept" if self.readout else "")])
+        whole = {}
+        for block in self.local_blocks:
+            for module, reason in (block.module.whole | block.whole()).items():
+                whole.setdefault(reason, {})[module] = None
+        notes = [f"called as they are: {', '.join(modules)}: {reason}" for reason, modules in whole.items()]
+        for block in self.blocks:
+            if block.holds and self.granularity == "block":
+                notes.append(
+                    f"coarser than the model: {block.name} holds {len(block.holds)} of its blocks, {_few(block.holds)}"
+                )
+        options = ", ".join(options) + (", read-out kept" if self.readout else "")
+        return "\n".join([head, *_aligned(rows), options, *notes])
+
+
+def _few(names):
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
 
 
 def _aligned(rows):
@@ -198,7 +222,7 @@ def _algorithm(block):
     if head.weight is None:
         return "grid"
     dims = (shape if head.channel_dim == 1 else (shape[-1], *shape[:-1])) if len(shape) > 1 else (*shape, 1)
-    spatial = dims[1:] if len(dims) == 3 else (1, *dims[1:])
+    spatial = (math.prod(dims[1:-1]), dims[-1])
     x = head.weight.new_empty(1).expand(32, dims[0], *spatial)  # a shape, without its memory
     how = plan_for(x, head.weight, head.grid_weight, (head.kernel_size // 2,) * 2, head.algorithm, head.impl)
     return how.algorithm.replace("_", " ")
@@ -210,7 +234,7 @@ def _head(block, num_classes, goodness, channel_dim, options, like):
     if goodness in ("sff", "projection"):
         grid = options.pop("grid", 4) if goodness == "sff" else max(block.output_shape)
         channels, options["grid"] = _sizes(block.output_shape, dim, grid)
-        if len(block.output_shape) != 3:
+        if len(block.output_shape) < 3:
             options.pop("kernel_size", None)
         options |= {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
     else:
@@ -228,7 +252,8 @@ def _sizes(shape, channel_dim, grid):
     elif len(shape) == 2:
         spatial = (1, shape[1] if channel_dim == 1 else shape[0])
     else:
-        spatial = shape[1:] if channel_dim == 1 else shape[:2]
+        *rows, columns = shape[1:] if channel_dim == 1 else shape[:-1]
+        spatial = (math.prod(rows), columns)
     grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
     channels = shape[0] if channel_dim == 1 or len(shape) == 1 else shape[-1]
     return channels, tuple(min(g, n) for g, n in zip(grid, spatial, strict=True))

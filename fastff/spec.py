@@ -13,10 +13,13 @@ fastff/reference.py, and a line in the loss code of each language (fastff/kernel
 what was expected and what it got; `called` is the name of x there.
 """
 
+import math
 import typing
 from typing import NamedTuple, TypeAlias
 
 import torch
+
+from fastff.arguments import number_between
 
 LOSSES = ("cross_entropy", "softplus", "swish", "symba", "swish_symba")
 PAIRED_LOSSES = ("symba", "swish_symba")  # of differences between a positive and a negative sample
@@ -33,20 +36,20 @@ MaybeTensor: TypeAlias = torch.Tensor | None
 
 
 def canonical_x(x, channel_dim=1, called="x"):
-    """Check x and view it as [B, C, H, W]."""
+    """Check x and view it as [B, C, H, W]; the first dimensions of positions are joined."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{called}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{called}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
-    if not 2 <= x.dim() <= 4:
-        raise ValueError(f"{called}: expected [B, C], [B, C, L], [B, C, H, W] or tokens, got shape {list(x.shape)}")
-    if channel_dim in (-1, x.dim() - 1) and x.dim() > 2:
-        return x.mT[:, :, None, :] if x.dim() == 3 else x.permute(0, 3, 1, 2)
-    if channel_dim != 1 and x.dim() > 2:
-        raise ValueError(f"channel_dim: expected 1 or -1, got {channel_dim}")
+    if not 2 <= x.dim() <= 5:
+        expected = "[B, C], [B, C, L], [B, C, H, W], [B, C, T, H, W] or tokens"
+        raise ValueError(f"{called}: expected {expected}, got shape {list(x.shape)}")
+    if channel_dim not in (1, -1, x.dim() - 1):
+        raise ValueError(f"channel_dim: expected 1 or -1, got {channel_dim!r}")
     if x.dim() == 2:
         return x[:, :, None, None]
-    return x[:, :, None, :] if x.dim() == 3 else x
+    x = x if channel_dim == 1 else x.movedim(-1, 1)
+    return x[:, :, None, :] if x.dim() == 3 else x.flatten(2, -2)
 
 
 def restore(y, x, channel_dim=1):
@@ -55,15 +58,31 @@ def restore(y, x, channel_dim=1):
         return y
     if x.dim() == 2:
         return y[:, :, 0, 0]
-    if channel_dim in (-1, x.dim() - 1):
-        return y[:, :, 0, :].mT if x.dim() == 3 else y.permute(0, 2, 3, 1)
-    return y[:, :, 0, :] if x.dim() == 3 else y
+    positions = x.shape[2:] if channel_dim == 1 else x.shape[1:-1]
+    y = y[:, :, 0, :] if x.dim() == 3 else y.unflatten(2, positions[:-1])
+    return y if channel_dim == 1 else y.movedim(1, -1)
 
 
 def check_member(called, value, names):
     """Raise ValueError unless value is one of the names."""
     if value not in names:
         raise ValueError(f"{called}: expected one of {', '.join(names)}, got {value!r}")
+
+
+def check_flags(**flags):
+    """Raise TypeError unless each argument is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_goodness(g):
+    """Raise TypeError or ValueError unless g is goodness, a floating-point tensor of two dimensions."""
+    if not isinstance(g, torch.Tensor) or g.dtype not in DTYPES:
+        got = g.dtype if isinstance(g, torch.Tensor) else type(g).__name__
+        raise TypeError(f"g: expected a floating-point tensor, got {got}")
+    if g.dim() != 2:
+        raise ValueError(f"g: expected [B, K], got {list(g.shape)}")
 
 
 def check_not_empty(x, called="x"):
@@ -127,8 +146,9 @@ class Projection(NamedTuple):
     @classmethod
     def checked(cls, x, weight, bias=None, grid_weight=None, padding=0, algorithm="auto", called="x"):
         """Make one for x [B, C, H, W] from weight [K, C] or [K, C, k, k] and an int or a pair as padding."""
-        made = cls(weight, bias, grid_weight, (padding, padding) if isinstance(padding, int) else tuple(padding))
+        made = cls(weight, bias, grid_weight, (padding, padding) if isinstance(padding, int) else padding)
         made.check(x, algorithm, called)
+        made = made._replace(padding=tuple(made.padding))
         return made if weight is None or weight.dim() == 4 else made._replace(weight=weight[:, :, None, None])
 
     def check(self, x, algorithm="auto", called="x"):
@@ -152,8 +172,9 @@ class Projection(NamedTuple):
             raise ValueError(f"bias: expected [{self.classes}], got {list(bias.shape)}")
         if grid_weight is not None and (grid_weight.dim() != 4 or grid_weight.shape[:2] != (self.classes, channels)):
             raise ValueError(f"grid_weight: expected [{self.classes}, {channels}, G, G], got {list(grid_weight.shape)}")
-        if len(padding) != 2 or min(padding) < 0:
-            raise ValueError(f"padding: expected an int or a pair of at least 0, got {padding}")
+        pair = isinstance(padding, tuple | list) and len(padding) == 2
+        if not pair or not all(isinstance(p, int) and p >= 0 for p in padding):
+            raise ValueError(f"padding: expected an int or a pair of at least 0, got {padding!r}")
         kernel = (1, 1) if weight is None else (*weight.shape[2:], 1, 1)[:2]
         if any(n + 2 * p < k for n, p, k in zip(x.shape[2:], padding, kernel, strict=True)):
             raise ValueError(f"{called}: expected at least {list(kernel)} positions for this head, got {list(x.shape)}")
@@ -181,7 +202,8 @@ class Groups(NamedTuple):
     @classmethod
     def checked(cls, x, groups=1, power=2, mean=True, positions=False, called="x"):
         """Make one for x [B, C, H, W]."""
-        made = cls(groups, power, bool(mean), bool(positions))
+        check_flags(mean=mean, positions=positions)
+        made = cls(groups, power, mean, positions)
         made.check(x, called=called)
         return made
 
@@ -233,10 +255,11 @@ class Loss(NamedTuple):
         positions: whether g has a column for each position instead of for each class."""
         learned_tau = None
         if isinstance(tau, torch.Tensor):
-            if tau.dim() != 0:
-                raise ValueError(f"tau: expected a number or a 0-dimensional tensor, got shape {list(tau.shape)}")
+            if tau.dim() != 0 or tau.dtype not in DTYPES:
+                got = f"{list(tau.shape)} of {tau.dtype}"
+                raise ValueError(f"tau: expected a number or a floating-point tensor without dimensions, got {got}")
             tau, learned_tau = 1.0, tau
-        made = cls(target=target, tau=float(tau), learned_tau=learned_tau, **options)
+        made = cls(target=target, tau=tau, learned_tau=learned_tau, **options)
         made.check(x, positions, called)
         return made
 
@@ -245,9 +268,12 @@ class Loss(NamedTuple):
         check_member("loss", self.name, LOSSES)
         self.check_numbers()
         scale, target = self.grad_scale, self.target
-        if scale is not None and (not isinstance(scale, torch.Tensor) or scale.numel() != 1):
-            got = list(scale.shape) if isinstance(scale, torch.Tensor) else type(scale).__name__
-            raise TypeError(f"grad_scale: expected a tensor of one element or None, got {got}")
+        if scale is not None and (
+            not isinstance(scale, torch.Tensor) or scale.numel() != 1 or scale.dtype not in DTYPES
+        ):
+            tensor = isinstance(scale, torch.Tensor)
+            got = f"{list(scale.shape)} of {scale.dtype}" if tensor else type(scale).__name__
+            raise TypeError(f"grad_scale: expected a floating-point tensor of one element or None, got {got}")
         if self.name != "cross_entropy":
             if target is not None:
                 raise ValueError(f"target: expected None for {self.name}, whose batch is two halves, got a tensor")
@@ -266,12 +292,10 @@ class Loss(NamedTuple):
 
     def check_numbers(self):
         """Raise ValueError for a number out of range."""
-        if not 0 < self.tau < float("inf"):
-            raise ValueError(f"tau: expected a positive number, got {self.tau!r}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}")
-        if not abs(self.margin) < float("inf"):
-            raise ValueError(f"margin: expected a finite number, got {self.margin}")
+        number_between("tau", self.tau, 0, math.inf, low_allowed=False)
+        number_between("label_smoothing", self.label_smoothing, 0, 1, low_allowed=True)
+        for name in ("margin", "theta", "alpha"):
+            number_between(name, getattr(self, name), -math.inf, math.inf, low_allowed=False)
 
 
 # What a head keeps of its loss: the rest comes with each step.
@@ -315,7 +339,13 @@ class Epilogue(NamedTuple):
         if not isinstance(y, torch.Tensor) or y.dim() != 4:
             got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
             raise ValueError(f"y: expected a tensor [B, C, H, W], got {got}")
+        if y.dtype not in DTYPES:
+            raise TypeError(f"y: expected float32, float64, bfloat16 or float16, got {y.dtype}")
+        number_between("bn_eps", self.eps, 0, math.inf, low_allowed=True)
+        check_flags(need_grad_residual=self.need_grad_residual)
         for name, t in (("bn_weight", self.weight), ("bn_bias", self.bias)):
+            if t is not None and not isinstance(t, torch.Tensor):
+                raise TypeError(f"{name}: expected a tensor or None, got {type(t).__name__}")
             if t is not None and (t.shape != y.shape[1:2] or t.device != y.device or t.dtype not in DTYPES):
                 expected = f"a floating-point tensor [{y.shape[1]}] on {y.device}"
                 raise ValueError(f"{name}: expected {expected}, got {list(t.shape)} of {t.dtype} on {t.device}")
@@ -353,12 +383,15 @@ class Normalization(NamedTuple):
     eps: float = 1e-5
 
     @classmethod
-    def checked(cls, name, groups=1, eps=1e-5):
-        """Make one. None is "none"."""
+    def checked(cls, name, channels, groups=1, eps=1e-5, called="normalize"):
+        """Make one for x of so many channels. None is "none"; `called` is the name of `name` where it was given."""
         name = "none" if name is None else name
         if name not in NORMALIZATIONS:
-            raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {name!r}")
-        return cls(name, groups, float(eps))
+            raise ValueError(f"{called}: expected one of {', '.join(NORMALIZATIONS)} or None, got {name!r}")
+        if name == "group_norm" and groups > channels:
+            expected = f"another one than group_norm where {groups} groups are more than the {channels} channels"
+            raise ValueError(f"{called}: expected {expected}, got group_norm")
+        return cls(name, groups, number_between("eps", eps, 0, math.inf, low_allowed=True))
 
 
 class Step(NamedTuple):

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.utils.tensorboard  # what fit imports, once for all children
 from checkpoint_driver import same
@@ -31,6 +32,8 @@ watch.PERIOD, watch.PATIENCE = 0.05, 0.6
 
 def trainer(kind, ranks):
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     layers = []
     for a, b in ((3, 6), (6, 6), (6, 8), (8, 8)):
         layers += [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())]

@@ -1,4 +1,4 @@
-"""The cut: where blocks end, that blocks and tail together are the model, and what stays alive through it."""
+"""The cut: where blocks end, that blocks and classifier together are the model, and what stays alive through it."""
 
 import copy
 
@@ -33,16 +33,16 @@ VISION = [
 ]
 
 
-def run(blocks, tail, images):
+def run(blocks, classifier, images):
     """(the model's output by way of the blocks, the number of tensors alive after each block)."""
     alive, counts = (images,), []
     for block in blocks:
         alive = block(*alive)
         counts.append(len(alive))
-    return (tail(*alive)[0] if tail is not None else alive[0]), counts
+    return (classifier(*alive)[0] if classifier is not None else alive[0]), counts
 
 
-def assert_same_network(model, blocks, tail, images):
+def assert_same_network(model, blocks, classifier, images):
     """In evaluation and in training, dropout included; buffers change alike."""
     for training in (False, True):
         model.train(training)
@@ -50,7 +50,7 @@ def assert_same_network(model, blocks, tail, images):
         torch.manual_seed(3)
         want = twin(images)
         torch.manual_seed(3)
-        got, counts = run(blocks, tail, images)
+        got, counts = run(blocks, classifier, images)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.detach().abs().max()))
         for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
@@ -65,9 +65,9 @@ def assert_same_network(model, blocks, tail, images):
 def test_own_models(name, granularity, blocks):
     torch.manual_seed(0)
     model = OWN[name]()
-    found, tail = cut(model, granularity, (3, 32, 32))
+    found, classifier = cut(model, granularity, (3, 32, 32))
     assert len(found) == blocks
-    counts = assert_same_network(model, found, tail, torch.randn(2, 3, 32, 32))
+    counts = assert_same_network(model, found, classifier, torch.randn(2, 3, 32, 32))
     if name == "resnet18" and granularity == "layer":
         assert counts == [1, *[2, 1] * 8], "inside a residual block its shortcut is alive as well"
     elif granularity != "layer":
@@ -84,9 +84,9 @@ def test_torchvision_models(name, granularity, blocks, size, options):
     ) in model.modules():  # stochastic depth draws in the order of calls, which the blocks keep, but two runs must not
         if isinstance(module, torchvision.ops.StochasticDepth):
             module.p = 0.0
-    found, tail = cut(model, granularity, (3, size, size))
+    found, classifier = cut(model, granularity, (3, size, size))
     assert len(found) == blocks
-    assert_same_network(model, found, tail, torch.randn(2, 3, size, size))
+    assert_same_network(model, found, classifier, torch.randn(2, 3, size, size))
 
 
 def test_every_parameter_belongs_to_one_block():
@@ -153,15 +153,15 @@ class ReadsTraining(nn.Module):
 def test_training_mode_is_followed(granularity):
     torch.manual_seed(0)
     model = ReadsTraining()
-    blocks, tail = cut(model, granularity, (3, 8, 8))
+    blocks, classifier = cut(model, granularity, (3, 8, 8))
     assert len(blocks) > 1
     images = torch.randn(2, 3, 8, 8)
-    assert_same_network(model, blocks, tail, images)
+    assert_same_network(model, blocks, classifier, images)
     model.eval()
-    once = run(blocks, tail, images)[0]
-    assert torch.equal(run(blocks, tail, images)[0], once)
+    once = run(blocks, classifier, images)[0]
+    assert torch.equal(run(blocks, classifier, images)[0], once)
     model.train()
-    assert not torch.equal(run(blocks, tail, images)[0], run(blocks, tail, images)[0]), "dropout is frozen"
+    assert not torch.equal(run(blocks, classifier, images)[0], run(blocks, classifier, images)[0]), "dropout is frozen"
 
 
 def test_forward_hooks_fire():

@@ -106,9 +106,9 @@ def test_initial_outputs_are_of_order_one():
         ("resnet18", {"activation": "gelu"}, "activation: expected one of 'relu', 'relu6', got 'gelu'"),
         ("mobilenet_v3_small", {"stem": 3}, "stem: expected one of 'imagenet', 'cifar', got 3"),
         ("mobilenet_v3_large", {"num_classes": -1}, "num_classes: expected a whole number of at least 1, got -1"),
-        ("mobilenet_v3_small", {"width_mult": 0}, "width_mult: expected a number above 0 and below inf, got 0"),
-        ("mobilenet_v3_small", {"width_mult": float("nan")}, "width_mult: expected a number above 0"),
-        ("mobilenet_v3_small", {"dropout": 1.0}, "dropout: expected a number at least 0 and below 1, got 1.0"),
+        ("mobilenet_v3_small", {"width_mult": 0}, "width_mult: expected a finite number above 0, got 0"),
+        ("mobilenet_v3_small", {"width_mult": float("nan")}, "width_mult: expected a finite number above 0"),
+        ("mobilenet_v3_small", {"dropout": 1.0}, "dropout: expected a number of at least 0 and below 1, got 1.0"),
         ("mobilenet_v3_small", {"in_channels": 0}, "in_channels: expected a whole number of at least 1, got 0"),
     ],
 )

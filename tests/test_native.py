@@ -259,7 +259,14 @@ def test_other_instruction_sets(level):
     assert " passed" in run.stdout
 
 
-WITH_KERNELS = ("test_goodness.py", "test_epilogue_step.py", "test_convolution.py", "test_depthwise.py", "test_layer_norm.py")
+WITH_KERNELS = (
+    "test_goodness.py",
+    "test_epilogue_step.py",
+    "test_convolution.py",
+    "test_depthwise.py",
+    "test_layer_norm.py",
+    "test_sums.py",
+)
 
 
 @needs_native

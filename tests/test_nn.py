@@ -348,6 +348,39 @@ def test_heads_without_weights():
         block.module.load_state_dict({k.removeprefix("module."): v for k, v in block.state_dict().items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_inside_the_users_autocast(dtype):
+    """Of a block that is one convolution and its epilogue: the loss and the gradients are about those without autocast."""
+    torch.manual_seed(0)
+    block, x, target = FFConv2d(3, 8, 3, num_classes=4), torch.randn(5, 3, 6, 6), torch.tensor([0, 1, 2, 3, 0])
+    _, loss = block.local_step(x, target)
+    expected = {name: p.grad for name, p in block.named_parameters()}
+    block.zero_grad()
+    with torch.autocast("cpu", dtype):
+        _, found = block.local_step(x, target)
+    torch.testing.assert_close(found, loss, rtol=2e-2, atol=2e-2)
+    for name, p in block.named_parameters():
+        assert (p.grad - expected[name]).norm() < 0.1 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("parametrization", ["weight_norm", "spectral_norm"])
+def test_parametrized_weights_learn(parametrization):
+    """Those of the head and of the block's module: their gradients are those of plain PyTorch."""
+    torch.manual_seed(0)
+    block = FFBlock(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 8, 4, grid=2).double()
+    for module, name in ((block.head, "weight"), (block.head, "grid_weight"), (block.module[0], "weight")):
+        getattr(nn.utils.parametrizations, parametrization)(module, name)
+    x, target = torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    block.eval()  # spectral norm changes its buffers in training mode
+    block.head.loss(block(x)[1], target).backward()
+    expected = {name: p.grad for name, p in block.named_parameters()}
+    block.zero_grad()
+    block.local_step(x, target)
+    assert any("head.parametrizations.weight" in name for name in expected)
+    for name, p in block.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -359,6 +392,7 @@ def test_heads_without_weights():
         ({"num_classes": None}, "num_classes: expected a whole number of at least 1, got None"),
         ({"goodness": "projection", "num_classes": None}, "num_classes: expected a whole number of at least 1, got None"),
         ({"goodness": "class_group", "normalize": "batch"}, "normalize: expected one of"),
+        ({"num_classes": 5, "normalize": "group_norm"}, "normalize: expected another one than group_norm, .* 5 classes, got it for 4"),
         ({"goodness": "mean_of_squares", "num_classes": None, "normalize": "group_norm"}, "normalize: group_norm takes a group"),
         ({"goodness": "mean_of_squares", "num_classes": 3, "normalize": "group_norm"}, "normalize: group_norm takes a group"),
     ],

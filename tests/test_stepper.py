@@ -75,3 +75,12 @@ def test_hooks_and_patched_steps_run():
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     assert all(p.grad is None for p in ours)
+
+
+def test_a_learning_rate_that_is_a_tensor_follows_the_schedule():
+    """And does not shrink with every step of it: the base is a number of its own."""
+    parameter = torch.nn.Parameter(torch.zeros(3, 2))
+    optimizer = optim.build(lambda groups: torch.optim.Adam(groups, lr=torch.tensor(0.5), foreach=False), [parameter])
+    for progress in (0.5, 0.5, 1.0, 0.0):
+        optim.set_progress([optimizer], lambda t: t, progress)
+        assert float(optimizer.param_groups[0]["lr"]) == 0.5 * progress

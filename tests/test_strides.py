@@ -218,5 +218,44 @@ def test_results_of_every_layout(name, impl, dtype):
     assert not wrong, f"{len(wrong)} differ, among them\n" + "\n".join(wrong[:: max(1, len(wrong) // 20)])
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_slices_of_channels_last_in_compiled_graphs(dtype, impl):
+    """By both algorithms and with the spatial term: compiled, the results are those of eager mode."""
+    torch.manual_seed(0)
+    x = (
+        torch.randn(4, 12, 8, 6)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)[:, :6]
+        .detach()
+        .requires_grad_()
+    )
+    weight, grid, target = (
+        torch.randn(3, 6).to(dtype).requires_grad_(),
+        torch.randn(3, 6, 2, 2).to(dtype),
+        torch.arange(4) % 3,
+    )
+
+    def results(x, weight):
+        found = [ff.normalize(x, "l2", impl=impl).float().square().mean()]
+        for algorithm in ("direct", "second_moment"):
+            options = {"grid_weight": grid, "impl": impl, "algorithm": algorithm}
+            step = ff.goodness_step(x.detach(), weight.detach(), None, target, **options)
+            found += [
+                ff.goodness(x, weight, **options).mean(),
+                step.loss,
+                step.grad_x.float().sum(),
+                step.normalized.float().sum(),
+            ]
+        return torch.stack(found)
+
+    torch._dynamo.reset()
+    compiled, eager = (
+        torch.autograd.grad(f(x, weight).sum(), (x, weight))
+        for f in (torch.compile(results, backend="aot_eager"), results)
+    )
+    torch.testing.assert_close(compiled, eager)
+
+
 def close(a, b, tolerance):
     return float((a.double() - b.double()).abs().max()) <= tolerance * max(1.0, float(b.double().abs().max()))

@@ -1,4 +1,4 @@
-"""Trainer against block-local training written naively with autograd, what a step leaves in memory."""
+"""Trainer against block-local training written naively with autograd."""
 
 import copy
 import functools
@@ -6,12 +6,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import LABELS, eager_layer_norm, operators_run, peak_memory
-from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from oracle import LABELS, eager_layer_norm
 from training_oracle import (
-    CLASSES,
-    Plain,
     adamw,
     assert_same_training,
     batches,
@@ -23,8 +19,7 @@ from training_oracle import (
     vector,
 )
 
-from fastff import SFF, Backprop, Trainer, reference
-from fastff.training import Diverged
+from fastff import Trainer, reference
 
 # --- ten steps
 
@@ -280,132 +275,7 @@ def test_fp16_step_that_overflows_is_skipped_for_that_block_alone():
     assert [s.get_scale() for s in trainer.engine.scalers] == [2.0**6, 2.0**39, 2.0**6, 2.0**6]
 
 
-# --- cuts, memory, synchronisation
-
-
-@pytest.mark.parametrize("window", [1, 2, 3])
-@pytest.mark.parametrize("model", ["resnet18", "plain"])
-def test_no_gradient_crosses_a_cut(model, window):
-    """A loss turned into NaN spoils its own block and the window before it, and changes not one bit of the blocks before those."""
-    sff = made(model, granularity="block", readout=True)
-    poisoned, data = copy.deepcopy(sff), batches(sff, 1)
-    with torch.no_grad():
-        poisoned.heads[3].weight[0, 0] = float("nan")
-    train(Trainer(sff, sgd, window=window), data)
-    losses = train(Trainer(poisoned, sgd, window=window), data)[0]
-    assert [loss != loss for loss in losses] == [i == 3 for i in range(len(losses))]
-    for i in range(len(sff.blocks)):
-        own, other = list(sff.blocks[i].parameters()), list(poisoned.blocks[i].parameters())
-        if 3 - window < i <= 3:
-            assert any(p.isnan().any() for p in other), f"the loss of block 3 does not reach block {i}"
-        else:
-            assert all(map(torch.equal, own, other)), f"the loss of block 3 reaches block {i}"
-
-
-def test_images_get_no_gradient_and_nothing_is_written_to():
-    sff = made("resnet18")
-    for window in (1, 2):
-        trainer = Trainer(sff, sgd, window=window)
-        (images, target), *_ = batches(sff, 1)
-        images.requires_grad_()
-        before = images.detach().clone(), target.clone()
-        train(trainer, [(images, target)])
-        assert images.grad is None
-        assert torch.equal(images, before[0])
-        assert torch.equal(target, before[1])
-        assert all(p.grad is None for p in sff.parameters()), "gradients are not kept after a step"
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("window", [1, 2, 3])
-@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small"])
-def test_activations_are_gone(model, window, parts):
-    """When block l starts, of the tensors made in earlier blocks just those of the window are left."""
-    sff = made(model, dtype=torch.float32, granularity="block")
-    trainer = Trainer(sff, adamw, window=window, micro_batches=parts)
-    current, made_in, seen = [None], [], []
-
-    def remember(module, args, output):
-        made_in.append((current[0], StorageWeakRef(output.untyped_storage())))
-
-    for module in sff.model.modules():
-        if not list(module.children()) and not isinstance(module, nn.Identity):
-            module.register_forward_hook(remember)
-
-    def watched(index, visit):
-        def run(*arguments, **options):
-            seen.append((index, {i for i, storage in made_in if not storage.expired()}))
-            current[0] = index
-            return visit(*arguments, **options)
-
-        return run
-
-    for i, block in enumerate(sff.local_blocks):
-        block.visit = watched(i, block.visit)
-    train(trainer, batches(sff, 1, size=4, dtype=torch.float32))
-    assert len(seen) == parts * len(sff.blocks)
-    assert len(made_in) > 2 * len(sff.blocks)
-    for index, alive in seen:
-        assert alive == set(range(max(0, index - window + 1), index)), (
-            f"block {index} starts with the activations of {alive} in memory"
-        )
-    assert all(storage.expired() for _, storage in made_in), "after the step"
-
-
-def test_peak_memory_does_not_grow_with_depth():
-    """That of block-local training; backpropagation's, measured likewise, does."""
-    peaks = {}
-    for depth in (4, 16):
-        torch.manual_seed(0)
-        sff = SFF(Plain(depth, channels=16, in_channels=16), CLASSES, input_shape=(16, 24, 24), readout=True)
-        data = batches(sff, 1, size=8, dtype=torch.float32)
-        for name, loop in (
-            ("window 1", Trainer(sff, adamw, window=1)),
-            ("window 2", Trainer(sff, adamw, window=2)),
-            ("backprop", Backprop(sff, adamw)),
-        ):
-            train(loop, data)  # the optimiser's state
-            peaks[name, depth] = peak_memory(functools.partial(loop.step, *data[0]))
-    activation = 4 * 8 * 16 * 24 * 24
-    assert peaks["backprop", 16] - peaks["backprop", 4] > 10 * activation
-    for name in ("window 1", "window 2"):
-        assert abs(peaks[name, 16] - peaks[name, 4]) < activation / 20, peaks
-    assert peaks["window 1", 16] < peaks["window 2", 16] < peaks["backprop", 16]
-
-
-WAITING = {
-    "aten::_local_scalar_dense",
-    "aten::item",
-    "aten::is_nonzero",
-    "aten::nonzero",
-    "aten::equal",
-    "aten::unique",
-    "aten::masked_select",
-}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 1},
-        {"window": 2},
-        {"window": 1, "micro_batches": 2, "clip_grad_norm": 1.0},
-        {"window": 1, "amp": "bf16"},
-    ],
-)
-def test_nothing_in_a_step_waits_for_the_device(options, monkeypatch):
-    """Labels are looked at on a CPU, where that is free; with this taken out no operator that makes a GPU's host wait is left.
-
-    (PyTorch's fused Adam for the CPU reads its own step counter, so this is SGD.)"""
-    sff = made("resnet18", dtype=torch.float32, readout=True, learn_tau=True)
-    data = batches(sff, 2, dtype=torch.float32)
-    trainer = Trainer(sff, functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, foreach=True), **options)
-    train(trainer, data)
-    assert operators_run(lambda: trainer.step(*data[0])) & WAITING == {"aten::_local_scalar_dense", "aten::item"}
-    monkeypatch.setattr("fastff.spec.check_labels", lambda target, classes: None)
-    ran = operators_run(lambda: trainer.step(*data[0]))
-    assert "aten::convolution_backward" in ran
-    assert not ran & WAITING
+# --- counts, labels, seeds
 
 
 def test_counts_what_each_block_had_right():
@@ -416,84 +286,6 @@ def test_counts_what_each_block_had_right():
         trainer = Trainer(copy.deepcopy(sff), sgd, **options)
         trainer.step(images, target)
         assert trainer.correct.tolist() == expected
-
-
-# --- fit and evaluate
-
-
-def test_fit_learns_and_evaluates():
-    """A problem a linear layer can solve: every block must, and the learning rate must end at zero."""
-    torch.manual_seed(0)
-    target = torch.randint(CLASSES, (64,))
-    images = (
-        torch.randn(64, 3, 8, 8) * 0.3
-        + F.one_hot(target, CLASSES)[:, :3, None, None] * 2
-        - F.one_hot(target, CLASSES)[:, None, None, 2:].sum(3, keepdim=True)
-    )
-    images[target == 4, :, 4:] += 3
-    loader = list(zip(images.split(16), target.split(16), strict=True))
-    sff = made(dtype=torch.float32)
-    sff.eval()
-    trainer = Trainer(sff)
-    history = trainer.fit(loader, epochs=8, validation=loader, progress=False)
-    assert [row["epoch"] for row in history] == list(range(1, 9))
-    assert trainer.steps == 32
-    assert history[-1]["test vote"] >= 0.95
-    for name in trainer.names:
-        assert history[-1][f"train loss {name}"] < 0.5 * history[0][f"train loss {name}"]
-    assert all(group["lr"] == pytest.approx(0, abs=1e-9) for o in trainer.optimizers for group in o.param_groups)
-    assert sff.training, "evaluation leaves the mode as it was"
-    again = trainer.evaluate(iter(loader))
-    assert again["vote"] == history[-1]["test vote"]
-    sff.eval()
-    with torch.no_grad():
-        right = sum(int((sff(x).argmax(1) == y).sum()) for x, y in loader)
-    assert again["vote"] == pytest.approx(right / 64)
-
-
-class Reports:
-    """In place of the display and the writer of metrics."""
-
-    def __init__(self):
-        self.calls = []
-
-    def start(self, trainer, epochs, batches):
-        self.calls.append(("start", trainer.names, epochs, batches))
-
-    def update(self, state, images_per_second):
-        assert images_per_second > 0
-        self.calls.append(("update", state.steps))
-
-    def epoch(self, history):
-        self.calls.append(("epoch", history[-1]["epoch"]))
-
-    def close(self):
-        self.calls.append(("close",))
-
-
-def test_fit_reports_to_what_it_is_given(tmp_path):
-    """Also after an error; a checkpoint is saved all the same, and nothing else written."""
-    sff = made()
-    trainer, data, reports = Trainer(sff, sgd), batches(sff, 3), Reports()
-    trainer.fit(data, 2, out=tmp_path, progress=reports)
-    first, second = ([("update", step) for step in steps] for steps in ((1, 2, 3), (4, 5, 6)))
-    start = ("start", trainer.names, 2, 3)
-    assert reports.calls == [start, *first, ("epoch", 1), *second, ("epoch", 2), ("close",)]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    data[0][0].fill_(float("nan"))
-    again = Reports()
-    with pytest.raises(Diverged):
-        trainer.fit(data, 3, progress=again)
-    assert again.calls == [("start", trainer.names, 3, 3), ("close",)]
-
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_readout_is_evaluated_in_16_bits(amp):
-    sff = made(dtype=torch.float32, readout=True)
-    data = batches(sff, 2, dtype=torch.float32)
-    trainer = Trainer(sff, sgd, amp=amp)
-    train(trainer, data)
-    assert 0 <= trainer.evaluate(data)["readout"] <= 1
 
 
 @pytest.mark.parametrize("layout", LABELS)

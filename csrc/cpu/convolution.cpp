@@ -167,7 +167,7 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
   const int64_t shares = groups >= 8 ? 1 : std::min(panels, (8 + groups - 1) / groups);  // tasks of a group, by panels
   std::vector<float> partial((groups - 1) * size, 0.0f);
   std::fill_n(dw, size, 0.0f);
-  torch::stable::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> blocks(images * rows * s.Q * s.D),
         panel(images * padded_rows(s, rows) * padded_columns(s) * wide);
     for (int64_t task = begin; task < end; ++task) {
@@ -186,7 +186,7 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
       }
     }
   });
-  torch::stable::parallel_for(0, size, 1 << 15, [&](int64_t begin, int64_t end) {
+  parallel_for(0, size, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t group = 1; group < groups; ++group)
       vec::add(dw + begin, partial.data() + (group - 1) * size + begin, end - begin);
   });

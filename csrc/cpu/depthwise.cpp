@@ -101,17 +101,21 @@ void correlate_row(const Correlation& f, const float* x, const float* w, int64_t
 }
 
 // sums [blocks, 2, 16] += the sums of a row of pixels and of its squares.
-void add_sums(const float* y, int64_t pixels, int64_t pitch, int64_t blocks, float* sums) {
+void add_sums(const float* y, int64_t pixels, int64_t pitch, int64_t blocks, double* sums) {
   for (int64_t block = 0; block < blocks; ++block, sums += 2 * kPanel) {
     for (int64_t h = 0; h < kPanel; h += kLanes) {
-      Vector total = {}, square = {};
-      for (int64_t q = 0; q < pixels; ++q) {
-        const Vector value = read(y + q * pitch + block * kPanel + h);
-        total += value;
-        square += value * value;
+      for (int64_t start = 0; start < pixels; start += vec::kChunk) {
+        Vector total = {}, square = {};
+        for (int64_t q = start; q < std::min(start + vec::kChunk, pixels); ++q) {
+          const Vector value = read(y + q * pitch + block * kPanel + h);
+          total += value;
+          square += value * value;
+        }
+        for (int64_t l = 0; l < kLanes; ++l) {
+          sums[h + l] += total[l];
+          sums[kPanel + h + l] += square[l];
+        }
       }
-      write(sums + h, read(sums + h) + total);
-      write(sums + kPanel + h, read(sums + kPanel + h) + square);
     }
   }
 }
@@ -243,9 +247,9 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
   Tensor y = in.channels_last ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}),
          sums = need_sums ? empty(x, {2, C}) : absent(x);
   const std::vector<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
-  std::vector<float> partial(need_sums ? B * blocks * 2 * kPanel : 0, 0.0f);
+  std::vector<double> partial(need_sums ? B * blocks * 2 * kPanel : 0, 0.0);
   const int64_t tasks = in.tasks();
-  torch::stable::parallel_for(0, B * tasks, std::max<int64_t>(1, 32768 / (H * W * C)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, B * tasks, std::max<int64_t>(1, 32768 / (H * W * C)), [&](int64_t begin, int64_t end) {
     std::vector<float> copy, result;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / tasks, task = i % tasks, block = in.channel(task) / kPanel;
@@ -305,10 +309,11 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
   const std::vector<Part> parts = need_x ? parts_of(floats(weight), C, k, stride, padding) : std::vector<Part>();
   const int64_t groups = std::min<int64_t>(B, 8), tasks = in.tasks();  // whatever the number of threads
   std::vector<float> partial(groups * size, 0.0f);
-  torch::stable::parallel_for(0, groups * tasks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * tasks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> copy, dy, result;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / tasks, task = i % tasks, block = in.channel(task) / kPanel;
+      vec::LineSum sum(in.blocks(task) * k * k * kPanel);
       for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
         const Correlation f{in.plane(task), out.plane(task), k, k, stride, padding, padding};
         const float *from = in.load(floats(x), b, task, copy), *g = out.load(floats(grad), b, task, dy);
@@ -317,7 +322,8 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
             fetch_next(f, from, r);
             fetch(f.out, g, r + 1);
           }
-          add_taps(f, from, g, r, in.blocks(task), partial.data() + group * size + block * k * k * kPanel);
+          add_taps(f, from, g, r, in.blocks(task), sum.data());
+          sum.added(Q);
         }
         if (!need_x) continue;
         float* to = in.target(writable(dx), b, task, result);
@@ -333,9 +339,11 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
         }
         in.store(result, writable(dx), b, task);
       }
+      float* const own = partial.data() + group * size + block * k * k * kPanel;
+      sum.take([=](int64_t c, float total) { own[c] = total; });
     }
   });
-  torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t t = 0; t < k * k; ++t) {
         double total[kPanel] = {};

@@ -226,7 +226,7 @@ void Epilogue::statistics(float* mean, float* var) const {
   repeat_in_place(pivot, repeat);
   const int64_t groups = std::min<int64_t>(B, 16), width = C * repeat;  // groups: whatever the number of threads
   std::vector<double> partial(groups * 2 * C, 0.0);
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(2 * width);
     for (int64_t group = begin; group < end; ++group) {
       double* own = partial.data() + group * 2 * C;
@@ -260,38 +260,36 @@ void Epilogue::forward(int64_t first, int64_t n, float* x) const {
   with_activation(activation, residual, [&]<Activation A, bool Residual>() { forward_samples<A, Residual>(s, x); });
 }
 
-void Epilogue::backward(int64_t first, int64_t n, float* grad, float* sums) const {
+void Epilogue::backward(int64_t first, int64_t n, float* grad, double* sums) const {
   std::vector<float> line(2 * C * repeat, 0.0f);
-  std::vector<double> totals(2 * C, 0.0);
   with_activation(activation, residual, [&]<Activation A, bool Residual>() {
     for (int64_t i = 0; i < n; ++i)
-      backward_sample<A, Residual>(samples(first + i, 1), grad + i * C * P, totals.data(), line.data());
+      backward_sample<A, Residual>(samples(first + i, 1), grad + i * C * P, sums, line.data());
   });
-  for (int64_t c = 0; c < 2 * C; ++c) sums[c] += static_cast<float>(totals[c]);
 }
 
-void Epilogue::finish(const float* grad_h, const float* sums, float* grad_y) const {
+void Epilogue::finish(const float* grad_h, const double* sums, float* grad_y) const {
   std::vector<float> first(C), second(C);
   for (int64_t c = 0; c < C; ++c) {
-    first[c] = sums[c] / (B * P);
-    second[c] = sums[C + c] * rstds[c] * rstds[c] / (B * P);
+    first[c] = static_cast<float>(sums[c] / (B * P));
+    second[c] = static_cast<float>(sums[C + c] * rstds[c] * rstds[c] / (B * P));
   }
   repeat_in_place(first, repeat);
   repeat_in_place(second, repeat);
-  torch::stable::parallel_for(0, B, std::max<int64_t>(1, 32768 / (C * P)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, B, std::max<int64_t>(1, 32768 / (C * P)), [&](int64_t begin, int64_t end) {
     const int64_t at = begin * C * P;
     finish_samples(samples(begin, end - begin), first.data(), second.data(), grad_h + at, grad_y + at);
   });
 }
 
-void Epilogue::parameter_gradients(const float* sums, float* grad_weight, float* grad_bias) const {
+void Epilogue::parameter_gradients(const double* sums, float* grad_weight, float* grad_bias) const {
   for (int64_t c = 0; c < C; ++c) {
-    grad_bias[c] = sums[c];
-    grad_weight[c] = sums[C + c] * rstds[c];
+    grad_bias[c] = static_cast<float>(sums[c]);
+    grad_weight[c] = static_cast<float>(sums[C + c] * rstds[c]);
   }
 }
 
-void Epilogue::add_parameter_gradients(const float* grad_weight, const float* grad_bias, float* sums) const {
+void Epilogue::add_parameter_gradients(const float* grad_weight, const float* grad_bias, double* sums) const {
   for (int64_t c = 0; c < C; ++c) {
     sums[c] += grad_bias[c];
     sums[C + c] += grad_weight[c] / rstds[c];

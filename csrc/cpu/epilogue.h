@@ -38,16 +38,16 @@ class Epilogue {
   void forward(int64_t first, int64_t n, float* x) const;
 
   // grad: dL/dx of these samples on entry, dL/dh on return. Adds sum dL/dh and sum dL/dh (y - mean) to sums [2, C].
-  void backward(int64_t first, int64_t n, float* grad, float* sums) const;
+  void backward(int64_t first, int64_t n, float* grad, double* sums) const;
 
   // dL/dy of all samples from dL/dh; may be the same memory. sums: the batch's.
-  void finish(const float* grad_h, const float* sums, float* grad_y) const;
+  void finish(const float* grad_h, const double* sums, float* grad_y) const;
 
   // dL/dweight and dL/dbias [C] from the batch's sums.
-  void parameter_gradients(const float* sums, float* grad_weight, float* grad_bias) const;
+  void parameter_gradients(const double* sums, float* grad_weight, float* grad_bias) const;
 
   // Adds to the sums those behind another loss's parameter gradients.
-  void add_parameter_gradients(const float* grad_weight, const float* grad_bias, float* sums) const;
+  void add_parameter_gradients(const float* grad_weight, const float* grad_bias, double* sums) const;
 
  private:
   const float *y, *residual;

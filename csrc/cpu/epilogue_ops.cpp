@@ -69,7 +69,7 @@ std::vector<Tensor> forward(const Forward& given) {
          normalized = given.normalize ? empty_like(y, channels_last) : absent(y);
   const Epilogue epilogue = made(y, given.epilogue, writable(mean), writable(var), known);
   float *const to_x = writable(x), *const to_normalized = writable(normalized);
-  torch::stable::parallel_for(0, B, std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
+  parallel_for(0, B, std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
     std::vector<float> sample(to_x ? 0 : n);
     for (int64_t b = begin; b < end; ++b) {
       float* const at = to_x ? to_x + b * n : sample.data();
@@ -94,7 +94,7 @@ struct Backward : spec::Part {
 
 // dL/dh of one sample into `to`, which may be the memory of grad_x or of added_grad_h, and its sums.
 void sample_gradient(const Backward& given, const Epilogue& epilogue, int64_t b, int64_t n, float* to,
-                     std::vector<float>& scratch, float* sums) {
+                     std::vector<float>& scratch, double* sums) {
   float *const x = scratch.data(), *const grad = given.added_grad_h ? scratch.data() + n : to;
   const int64_t at = b * n;
   if (given.grad_x) {
@@ -124,8 +124,8 @@ std::vector<Tensor> backward(const Backward& given) {
   const Epilogue epilogue = made(y, given.epilogue, writable(*given.mean), writable(*given.var), true);
   float* const to = writable(grad_h);
   const int64_t groups = std::min<int64_t>(B, 16);  // whatever the number of threads
-  std::vector<float> sums(groups * 2 * C, 0.0f);
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  std::vector<double> sums(groups * 2 * C, 0.0);
+  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(given.added_grad_h ? 2 * n : given.grad_normalized ? n : 0);
     for (int64_t group = begin; group < end; ++group)
       for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b)

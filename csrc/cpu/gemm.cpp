@@ -30,6 +30,7 @@ constexpr int64_t kFarApart = 32;  // col_stride from which a transposed a is pa
 constexpr int64_t kWhole =
     16;  // `upper` keeps columns from a multiple of this on: a vector of AVX-512, a panel of AVX2
 constexpr int64_t kDotKC = 2048;  // of k that dots sums in one vector of floats
+constexpr int64_t kPieces = 16;   // blocks of kKC or kDotKC whose sums are added in floats
 
 // Every loop over `sum` is unrolled and no lane of it is picked by a variable, or GCC keeps it in memory (42 % of the time at 10 classes).
 template <int MR, int NR>
@@ -184,16 +185,30 @@ FASTFF_INLINE void dots_part(int64_t M, int64_t N, int64_t K, const float* a, in
   }
 }
 
-}  // namespace
+// f(k, size, c, ldc, add) adds a piece of K to c: all of it, or pieces of `longest` whose sums are added in doubles.
+template <typename F>
+void by_pieces(int64_t M, int64_t N, int64_t K, int64_t longest, float* c, int64_t ldc, bool add, const F& f) {
+  if (K <= longest) return f(0, K, c, ldc, add);
+  std::vector<float> piece(M * N);
+  std::vector<double> total(M * N);
+  for (int64_t k = 0; k < K; k += longest) {
+    f(k, std::min(longest, K - k), piece.data(), N, false);
+    for (int64_t i = 0; i < M * N; ++i) total[i] += piece[i];
+  }
+  for (int64_t i = 0; i < M * N; ++i) {
+    float& target = c[i / N * ldc + i % N];
+    target = static_cast<float>(add ? target + total[i] : total[i]);
+  }
+}
 
-void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t row_stride, int64_t col_stride, const float* b,
-              int64_t ldb, float* c, int64_t ldc, bool add, bool upper) {
+void multiply_piece(int64_t M, int64_t N, int64_t K, const float* a, int64_t row_stride, int64_t col_stride,
+                    const float* b, int64_t ldb, float* c, int64_t ldc, bool add, bool upper) {
   if (!kMasks && N < kLanes) {  // no vector fits
     for (int64_t m = 0; m < M; ++m) {
       for (int64_t n = 0; n < N; ++n) {
-        float sum = 0;
+        double sum = add ? c[m * ldc + n] : 0;
         for (int64_t k = 0; k < K; ++k) sum += a[m * row_stride + k * col_stride] * b[k * ldb + n];
-        c[m * ldc + n] = add ? c[m * ldc + n] + sum : sum;
+        c[m * ldc + n] = static_cast<float>(sum);
       }
     }
     return;
@@ -212,10 +227,21 @@ void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t row_strid
   }
 }
 
+}  // namespace
+
+void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t row_stride, int64_t col_stride, const float* b,
+              int64_t ldb, float* c, int64_t ldc, bool add, bool upper) {
+  by_pieces(M, N, K, kPieces * kKC, c, ldc, add, [=](int64_t k, int64_t size, float* to, int64_t ld, bool adds) {
+    multiply_piece(M, N, size, a + k * col_stride, row_stride, col_stride, b + k * ldb, ldb, to, ld, adds, upper);
+  });
+}
+
 void dots(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
           int64_t ldc, bool upper) {
-  for (int64_t k = 0; k < K; k += kDotKC)
-    dots_part(M, N, std::min(kDotKC, K - k), a + k, lda, b + k, ldb, c, ldc, k > 0, upper);
+  by_pieces(M, N, K, kPieces * kDotKC, c, ldc, false, [=](int64_t k, int64_t size, float* to, int64_t ld, bool) {
+    for (int64_t j = 0; j < size; j += kDotKC)
+      dots_part(M, N, std::min(kDotKC, size - j), a + k + j, lda, b + k + j, ldb, to, ld, j > 0, upper);
+  });
 }
 
 void transpose(int64_t M, int64_t N, const float* a, int64_t lda, float* b, int64_t ldb) {

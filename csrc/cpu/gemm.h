@@ -4,7 +4,7 @@
 //   dots       c[m, n] = or += sum_k a[m, k] b[n, k]      contiguous k on both sides
 //   transpose  b[n, m] = a[m, n]
 //
-// The order of the sums depends on the shape alone. With `upper`, blocks below the diagonal are left out.
+// The order of the sums depends on the shape alone, and their error not on K: long ones are added in doubles. With `upper`, blocks below the diagonal are left out.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,6 @@
 
 #include "normalization.h"
 #include "step.h"
-#include "vec.h"
 
 namespace goodness {
 namespace {
@@ -99,6 +98,9 @@ class Task {
   }
 };
 
+// Terms of a sum over samples, or over tiles of one, that are added in floats.
+constexpr int64_t kTerms = 32;
+
 // results: where the gradients of the head's parameters and the epilogue's sums go; null for those not wanted, as is grad_grid_weight.
 void run(Problem& p, const Sums& results, float* grad_grid_weight) {
   p.lay_out_weights(p.grad_x);
@@ -106,32 +108,34 @@ void run(Problem& p, const Sums& results, float* grad_grid_weight) {
   const int64_t members = p.loss ? p.loss->samples() : 1, units = p.B / members;
   const int64_t wanted = std::max<int64_t>(p.cells ? 6 : 1, p.second_moment ? 1 : direct_samples(p));
   const int64_t step = members > 1 ? 1 : std::min(p.B, wanted), tasks = (units + step - 1) / step;
-  const int64_t weights = p.weight ? p.K * p.C : 0, head = weights + p.K, size = head + (p.epilogue ? 2 * p.C : 0);
-  const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / size, 2, 16));
-  const bool gradients = p.loss || p.d;
-  std::vector<float> partial(gradients ? groups * size : 0, 0.0f), cell_means(p.B * p.cells),
-      all_d(grad_grid_weight ? p.B * p.K : 0);
+  const int64_t weights = p.weight ? p.K * p.C : 0, size = weights + p.K, channels = p.epilogue ? 2 * p.C : 0;
+  const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / (size + channels), 2, 16));
+  std::vector<vec::LineSum> partial(p.loss || p.d ? groups : 0, vec::LineSum(size, kTerms));
+  std::vector<double> epilogue_sums(groups * channels, 0.0);
+  std::vector<float> cell_means(p.B * p.cells), all_d(grad_grid_weight ? p.B * p.K : 0);
   p.cell_means = cell_means.data(), p.all_d = grad_grid_weight ? all_d.data() : nullptr;
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     Task task(p, step * members);
     for (int64_t group = begin; group < end; ++group) {
-      float* own = gradients ? partial.data() + group * size : nullptr;
-      const Sums sums{own, own + weights, own + head};
+      vec::LineSum* const line = partial.empty() ? nullptr : &partial[group];
+      float* const own = line ? line->data() : nullptr;
+      const Sums sums{line, own, own + weights, epilogue_sums.data() + group * channels};
       for (int64_t i = group * tasks / groups; i < (group + 1) * tasks / groups; ++i)
         task.run(i * step, std::min(step, units - i * step) * members, sums);
+      if (line) line->result();
     }
   });
   const auto collect = [&](float* target, int64_t offset, int64_t n) {
     if (!target) return;
-    torch::stable::parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
-      std::copy_n(partial.data() + offset + begin, end - begin, target + begin);
+    parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
+      std::copy_n(partial[0].data() + offset + begin, end - begin, target + begin);
       for (int64_t group = 1; group < groups; ++group)
-        vec::add(target + begin, partial.data() + group * size + offset + begin, end - begin);
+        vec::add(target + begin, partial[group].data() + offset + begin, end - begin);
     });
   };
   collect(results.weight, 0, weights);
   collect(results.bias, weights, p.K);
-  collect(results.epilogue, head, 2 * p.C);
+  for (size_t i = 0; i < epilogue_sums.size(); ++i) results.epilogue[i % channels] += epilogue_sums[i];
   if (grad_grid_weight) grid_weight_gradient(p, all_d.data(), cell_means.data(), grad_grid_weight);
 }
 
@@ -141,8 +145,8 @@ struct ParameterGradients {
 
   ParameterGradients(const Tensor& x, const spec::Projection& given)
       : weight(of(x, given.weight)), bias(of(x, given.bias)), grid_weight(of(x, given.grid_weight)) {}
-  void run(Problem& p, float* epilogue) const {
-    goodness::run(p, {writable(weight), writable(bias), epilogue}, writable(grid_weight));
+  void run(Problem& p, double* epilogue) const {
+    goodness::run(p, {nullptr, writable(weight), writable(bias), epilogue}, writable(grid_weight));
   }
 
  private:

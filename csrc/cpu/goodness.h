@@ -13,6 +13,7 @@
 #include "epilogue.h"
 #include "gemm.h"
 #include "loss.h"
+#include "vec.h"
 
 namespace goodness {
 
@@ -37,9 +38,11 @@ struct Problem {
   gemm::Panels weight_t, weight_panels, grid_t;   // W^T [C, K] and W [K, C] of the direct algorithm, V^T [cells, K]
 };
 
-// Where a task adds up its share of dL/dW [K, C], dL/dbias [K] and the epilogue's two sums [2, C].
+// Where a task adds up its share of dL/dW [K, C] and dL/dbias [K], and says after each term that it has; and the epilogue's two sums [2, C].
 struct Sums {
-  float *weight, *bias, *epilogue;
+  vec::LineSum* line;
+  float *weight, *bias;
+  double* epilogue;
 };
 
 // An algorithm for the squares of one task, at most `most` samples at a time: x [n, C, P], or [n, P, C] where it asked for channels last.

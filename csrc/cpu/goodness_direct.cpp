@@ -100,9 +100,11 @@ class Direct : public Squares {
                   [&](int64_t i, int64_t rows, float* ai) { multiply_by(rows, p.KP, ai, factors.data() + i * p.KP); });
       if (grad_x) gemm::multiply(count, a.data(), p.KP, 1, p.weight_panels, grad_x + start * p.C, p.C, add);
       gemm::multiply(p.K, p.C, count, a.data(), 1, p.KP, x + start * p.C, p.C, sums.weight, p.C, true);
-      if (!p.bias) continue;
-      for (int64_t r = 0; r < count; ++r) sum.add(a.data() + r * p.KP);
-      sum.take([&](int64_t k, double total) { sums.bias[k] += static_cast<float>(total); });
+      if (p.bias) {
+        for (int64_t r = 0; r < count; ++r) sum.add(a.data() + r * p.KP);
+        sum.take([&](int64_t k, float total) { sums.bias[k] += total; });
+      }
+      sums.line->added();
     }
   }
 
@@ -159,6 +161,7 @@ class DirectChannelsFirst : public Squares {
         if (p.bias) sums.bias[k] += factor * static_cast<float>(vec::total_of(ai + k * p.P, p.P));
         vec::set_scaled(t.data() + k * p.C, factor, p.weight + k * p.C, p.C);
       }
+      sums.line->added();
       if (grad_x) gemm::multiply(p.C, p.P, p.K, t.data(), 1, p.C, ai, p.P, grad_x + i * p.C * p.P, p.P, add);
     }
   }

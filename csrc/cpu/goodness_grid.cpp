@@ -87,7 +87,7 @@ void Grid::input_gradient(int64_t n, const float* d, float* grad_x) {
 // By blocks of columns that stay in the cache; the order of a sum does not depend on them.
 void grid_weight_gradient(const Problem& p, const float* d, const float* means, float* grad) {
   constexpr int64_t kColumns = 256;
-  torch::stable::parallel_for(0, (p.cells + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (p.cells + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * kColumns; n < std::min(end * kColumns, p.cells); n += kColumns)
       gemm::multiply(p.K, std::min(kColumns, p.cells - n), p.B, d, 1, p.K, means + n, p.cells, grad + n, p.cells);
   });

@@ -62,7 +62,7 @@ class SecondMoment : public Squares {
       return;
     }
     for (int64_t q = 0; q < p.P; ++q) sum.add(x + q * p.C);
-    sum.take([&](int64_t c, double total) { mean[c] = static_cast<float>(total / p.P); });
+    sum.take([&](int64_t c, float total) { mean[c] = total / p.P; });
   }
 
   // Leaves 2 d w / P in ti, and the constant vector of dL/dx in `constant`.
@@ -79,6 +79,7 @@ class SecondMoment : public Squares {
       }
       vec::set_scaled(ti + k * p.C, factor * d[k], w, p.C);
     }
+    sums.line->added();
   }
 
   void input_gradient(const float* x, const float* scaled_weight, float* grad_x, bool add) {

@@ -66,7 +66,7 @@ int64_t grain(const Tensor& x) { return std::max<int64_t>(1, 32768 * x.size(0) /
 // Calls f(sample, its Goodness) for all samples of x, several threads at a time.
 template <typename T, typename F>
 void for_samples(const Tensor& x, const spec::Groups& groups, const F& f) {
-  torch::stable::parallel_for(0, x.size(0), grain(x), [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.size(0), grain(x), [&](int64_t begin, int64_t end) {
     Goodness<T> goodness(x, groups);
     for (int64_t b = begin; b < end; ++b) f(b, goodness);
   });
@@ -85,7 +85,7 @@ class Task {
                   is_channels_last(call.given.x)),
         g(call.loss.samples() * goodness.count()), d(g.size()), made(call.epilogue ? call.loss.samples() * size : 0) {}
 
-  void run(int64_t unit, float* epilogue_sums) {
+  void run(int64_t unit, double* epilogue_sums) {
     const int64_t J = goodness.count(), members = call.loss.samples();
     const T* input[2];
     for (int64_t m = 0; m < members; ++m) {
@@ -125,8 +125,8 @@ template <typename T>
 void step(const StepCall& call) {
   const int64_t C = call.given.x.size(1), units = call.loss.count(),
                 shares = call.epilogue ? std::min<int64_t>(units, 16) : units;
-  std::vector<float> sums(call.epilogue ? shares * 2 * C : 0);
-  torch::stable::parallel_for(0, shares, call.epilogue ? 1 : grain(call.given.x), [&](int64_t begin, int64_t end) {
+  std::vector<double> sums(call.epilogue ? shares * 2 * C : 0);
+  parallel_for(0, shares, call.epilogue ? 1 : grain(call.given.x), [&](int64_t begin, int64_t end) {
     Task<T> task(call);
     for (int64_t share = begin; share < end; ++share)
       for (int64_t unit = share * units / shares; unit < (share + 1) * units / shares; ++unit)

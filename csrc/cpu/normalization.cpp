@@ -90,7 +90,7 @@ void normalize_samples(const Tensor& x, const Tensor& y, int64_t samples, int64_
   const int64_t stride = x.stride(0);
   // A thread is worth waking for about 32K elements, the pool's own measure elsewhere in torch.
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, n));
-  torch::stable::parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) layer_norm(source + b * stride, target + b * n, n, eps);
   });
 }
@@ -121,7 +121,7 @@ std::vector<Tensor> normalize_native(const Normalize& given) {
   const Tensor &x = given.x, y = empty_like(x, is_channels_last(x));
   with_type("normalize_native", x, [&]<typename T>(T*) {
     const int64_t size = x.numel() / x.size(0), grain = std::max<int64_t>(1, 32768 / size);
-    torch::stable::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
       Normalizer<T> normalize(given.normalization, x.size(1), x.size(2) * x.size(3), is_channels_last(x));
       for (int64_t at = begin * size; at < end * size; at += size)
         normalize(static_cast<const T*>(x.const_data_ptr()) + at, writable<T>(y) + at);

@@ -30,7 +30,9 @@ class Normalizer {
     std::vector<double> factor =
         sample.sums(x, groups, [=](A v, int64_t i) { return (v - centre[i]) * (v - centre[i]); });
     for (int64_t j = 0; j < groups.count(); ++j)
-      factor[j] = 1 / (length ? std::sqrt(factor[j]) + eps : std::sqrt(factor[j] / groups.elements(j) + eps));
+      factor[j] = length && factor[j] == 0  // zeros stay zero
+                      ? 0
+                      : 1 / (length ? std::sqrt(factor[j]) + eps : std::sqrt(factor[j] / groups.elements(j) + eps));
     sample.spread(groups, factor, factors);
     const A* by = factors.data();
     sample.transform(x, y, groups, [=](A v, int64_t i) { return (v - centre[i]) * by[i]; });

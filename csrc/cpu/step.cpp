@@ -57,7 +57,7 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   r.loss = empty(x, {loss.count()}, dtype), r.goodness = empty(x, {B, J}, dtype);
 
   std::optional<Epilogue> epilogue;
-  std::vector<float> sums(2 * C);
+  std::vector<double> sums(2 * C);
   if (given.has_epilogue) {
     const spec::Epilogue& e = given.epilogue;
     r.mean = empty(x, {C}), r.var = empty(x, {C}), r.grad_bn_weight = empty(x, {C}), r.grad_bn_bias = empty(x, {C});

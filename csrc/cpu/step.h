@@ -33,7 +33,7 @@ struct StepCall {
   const spec::Step& given;
   const Loss& loss;
   const Epilogue* epilogue;  // null, or what makes the goodness's input of x
-  float* epilogue_sums;      // [2, C]: its sums over the batch are added to them
+  double* epilogue_sums;     // [2, C]: its sums over the batch are added to them
   double* grad_tau;          // one summand for each loss
   spec::StepResult& result;  // loss, goodness, grad_x (dL/dh with an epilogue) and normalized are allocated
 };

@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdint>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -38,6 +40,21 @@ void with_type(const char* op, const Tensor& x, const F& f) {
       STD_TORCH_CHECK(false, op, ": x must be float32, float64, bfloat16 or float16, got ",
                       torch::headeronly::toString(x.scalar_type()));
   }
+}
+
+// torch::stable::parallel_for, out of which std::bad_alloc comes as an error that says so.
+template <typename F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::atomic<bool> exhausted = false;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
+    try {
+      f(from, to);
+    } catch (const std::bad_alloc&) {
+      exhausted = true;
+    }
+  });
+  STD_TORCH_CHECK(!exhausted,
+                  "not enough memory: the buffers of a thread of the compiled library could not be allocated");
 }
 
 // The one element of a tensor of any floating type, or 1.

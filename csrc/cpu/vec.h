@@ -107,29 +107,42 @@ inline double total_of(const float* __restrict x, int64_t n) {
   return total;
 }
 
-// Sum of lines of C floats.
+// Sum of lines of C floats: in floats for `most` terms, and in doubles, which take memory only where there are more.
 class LineSum {
  public:
-  explicit LineSum(int64_t C) : line(C), totals(C) {}
+  explicit LineSum(int64_t C, int64_t most = kChunk) : line(C), most(most) {}
 
   void add(const float* x) {
     vec::add(line.data(), x, line.size());
-    if (++count == kChunk) flush();
+    added();
   }
-  // The sum since the last call of this.
+  // What others add terms to, and what they tell then.
+  float* data() { return line.data(); }
+  void added(int64_t terms = 1) {
+    if ((count += terms) >= most) flush();
+  }
+  // The sums so far.
+  const float* result() {
+    for (size_t c = 0; c < totals.size(); ++c) line[c] = static_cast<float>(totals[c] + line[c]);
+    totals.clear();
+    return line.data();
+  }
+  // Calls f(c, sum since the last call of this).
   template <typename F>
-  void take(F f) {
-    flush();
-    for (size_t c = 0; c < line.size(); ++c) f(c, totals[c]);
-    std::fill(totals.begin(), totals.end(), 0.0);
+  void take(const F& f) {
+    result();
+    for (size_t c = 0; c < line.size(); ++c) f(c, line[c]);
+    std::fill(line.begin(), line.end(), 0.0f);
+    count = 0;
   }
 
  private:
   std::vector<float> line;
   std::vector<double> totals;
-  int64_t count = 0;
+  int64_t most, count = 0;
 
   void flush() {
+    totals.resize(line.size());  // zeros at first
     for (size_t c = 0; c < line.size(); ++c) totals[c] += line[c];
     std::fill(line.begin(), line.end(), 0.0f);
     count = 0;

@@ -4,60 +4,72 @@ The model is traced with torch.fx. A block ends at a node of the graph, its *mai
 no earlier block has computed. So a shortcut's convolution belongs to the block that adds it, and whatever else is alive across the cut
 is handed on beside the main tensor. Granularities:
 
-    block   a custom module that holds no list of further blocks (BasicBlock, InvertedResidual, EncoderBlock, ...) or a layer outside of
-            such modules; cut only where one tensor is alive
+    block   a custom module that holds no row of further blocks (BasicBlock, InvertedResidual, EncoderBlock, ...) or a layer outside of
+            such modules; cut only where one tensor is alive, or the several ones that such a module hands on
     layer   a weight layer with what follows it up to the next (normalisation, activation, squeeze-excite, addition, pooling). A module
             that normalises before its first weight layer (dense layers, transformer blocks) is one layer
     stage   blocks of one resolution together
     model   one block
     [path]  blocks end where the named modules end
 
-What follows the last block (pooling and layers on [B, C] features, the classifier) is the tail. Modules without a cut inside are called as
-they are: their hooks fire and they read self.training as ever. The opened ones are traced in train and in eval mode.
+What follows the last block (pooling and layers on [B, C] features) is the classifier. Modules without a cut inside are called as they are:
+their hooks fire and they read self.training as ever. The opened ones are traced in train and in eval mode.
+
+Each tensor at a cut has a row for each image in its first dimension: another dimension of the images is moved there, and where the rows of a
+tensor are parts of images there is no cut (fastff/graph/values.py). A block that writes to an input works on a copy of it.
 """
 
 import difflib
+import math
 import operator
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastff.graph import values
+from fastff.graph.plain import Read, Watch, graph_module, preserved
 from fastff.graph.trace import (
+    CONTAINERS,
     WEIGHT_FUNCTIONS,
     CutError,
+    close,
     code,
     count_weights,
     example_input,
-    record_shapes,
+    record_values,
     trace,
     warn_of_hooks,
 )
 
 GRANULARITIES = ("layer", "block", "stage", "model")
-POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, torch.flatten}
+POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.adaptive_avg_pool3d, torch.mean, torch.flatten}
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
 class Block(nn.Module):
     """One block: block(*alive) -> (main, *others), the tensors alive after it; its inputs are those alive before it.
 
-    Attributes: name (of its last weight layer or module), modules_called (paths), output_shape (of main, for one sample), channel_dim.
+    Attributes: name (of its last weight layer or module), modules_called (paths), output_shape (of main, for one sample), channel_dim,
+    rows (for each output, whether it has a row for each image), holds (the model's own blocks in it, where there are several).
     """
 
-    def __init__(self, name, root, train, evaluate, output_shape, channel_dim):
+    def __init__(self, name, root, train, evaluate, output_shape, channel_dim, rows, holds=()):
         super().__init__()
         self.name, self.output_shape, self.channel_dim = name, tuple(output_shape), channel_dim
+        self.rows, self.holds = rows, holds
         self._root = (root,)  # in a tuple, so as not to be a submodule
         self.graph_module = evaluate
         self.train_graph_module = train  # only where it differs
+        self.watch, self.whole = None, {}  # of the modules that the cut opens; {name: reason} of those that it does not
 
     @property
     def modules_called(self):
-        return list(dict.fromkeys(n.target for n in self.graph_module.graph.nodes if n.op == "call_module"))
+        return _called(self.graph_module)
 
     @property
     def training_module(self):
@@ -65,7 +77,8 @@ class Block(nn.Module):
         return self.graph_module if self.train_graph_module is None else self.train_graph_module
 
     def forward(self, *alive):
-        if self.train_graph_module is not None and self._root[0].training:
+        self.check()
+        if self.train_graph_module is not None and self.training and self._root[0].training:
             return self.train_graph_module(*alive)
         return self.graph_module(*alive)
 
@@ -74,24 +87,24 @@ class Block(nn.Module):
         for eight sets of shapes at most."""
         evaluate = torch.compile(self.graph_module, **options)
         train = evaluate if self.train_graph_module is None else torch.compile(self.train_graph_module, **options)
-        return lambda *alive: (train if self._root[0].training else evaluate)(*alive)
+        return lambda *alive: (train if self.training and self._root[0].training else evaluate)(*alive)
 
-    def rebind(self, *graph_modules):
-        """Point parameters and buffers used directly in these graphs at the model's own again (after .to() replaced them)."""
-        for module in graph_modules:
-            for node in module.graph.nodes if module is not None else ():
-                if node.op == "get_attr":
-                    *path, name = node.target.split(".")
-                    setattr(module.get_submodule(".".join(path)), name, _attribute(self._root[0], node.target))
+    def check(self):
+        """Raises RuntimeError where an attribute of the model has changed that the blocks were cut by."""
+        if self.watch is not None and not self.watch.unchanged():
+            raise RuntimeError(
+                f"the model was cut into blocks before a change of {self.watch.change()}; make the SFF after it"
+            )
 
 
-def cut(model, granularity, input_shape):
-    """Cut `model` -> (blocks, tail): the tail is a GraphModule from the tensors alive after the last block to the model's output, or None.
+def cut(model, granularity, input_shape, num_classes=None):
+    """Cut `model` -> (blocks, classifier): the classifier is a Block from the tensors alive after the last block to the model's output, or None.
 
     Args:
         model: nn.Module with one tensor argument, images [B, *input_shape].
         granularity: one of GRANULARITIES, or a list of module paths that end blocks.
         input_shape: of one sample, (C, H, W) for images.
+        num_classes: of the model's output [B, num_classes], where it is known: then the layer that makes it is the classifier.
 
     Raises CutError, or ValueError for wrong arguments.
     """
@@ -108,26 +121,72 @@ def cut(model, granularity, input_shape):
         raise ValueError(
             f"input_shape: expected the positive sizes of one sample such as (3, 32, 32), got {input_shape!r}"
         )
-    example = example_input(model, input_shape)
+    examples = [example_input(model, input_shape, size) for size in values.BATCHES]
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        graph, is_chain = trace(model, granularity, paths, example)
-        graphs = {False: graph}
+        traces = {}
+        traces[False], is_chain = trace(model, granularity, paths, examples)
         if not is_chain:
             model.train()
-            graphs[True], _ = trace(model, granularity, paths, example)
+            traces[True], _ = trace(model, granularity, paths, examples)
             model.eval()
-            if code(graphs[True]) == code(graphs[False]):
-                del graphs[True]
-        for graph in graphs.values():
-            record_shapes(model, graph, example)
-        mains = {mode: _mains(model, graph, granularity, paths) for mode, graph in graphs.items()}
+        graphs = {mode: traced.graph for mode, traced in traces.items()}
+        if not is_chain and code(graphs[True]) == code(graphs[False]):
+            del graphs[True]
+        warn_of_hooks(model, graphs[False])
+        parts, results = {}, {}
+        for mode, graph in graphs.items():
+            model.train(mode)
+            results[mode] = record_values(model, graph, examples, is_chain)
+            values.describe(graph)
+            output = values.choose_output(graph, num_classes)
+            if output is None:
+                raise CutError("the model's output holds no tensor that could be classes [B, K]")
+            parts[mode] = _Parts(model, graph, granularity, paths, num_classes).build()
+        blocks, classifier = _blocks(model, parts, input_shape)
+        everything = [*blocks, *([classifier] if classifier is not None else [])]
+        for mode in (True, False):
+            model.train(mode)
+            _run_once(model, everything, examples[1], None if mode or classifier is None else results[mode])
     finally:
         for module, mode in modes.items():
             module.training = mode
-    warn_of_hooks(model, graphs[False])
-    return _build(model, graphs, mains, input_shape)
+    reads = [traced.reads for traced in traces.values()]
+    watch = Watch({m: set().union(*(r.get(m, ()) for r in reads)) for m in {m: None for r in reads for m in r}})
+    for block in everything:
+        block.watch, block.whole = watch, traces[False].whole | traces[max(traces)].whole
+    return blocks, classifier
+
+
+def _run_once(model, blocks, example, want):
+    """Run the blocks one after the other: the result must be among what the model has computed, `want` (None for anything). A block that
+    writes to an input gets a copy of it from now on."""
+    with preserved(model):
+        alive = (example.clone(),)
+        for block in blocks:
+            versions = [t._version if isinstance(t, torch.Tensor) else 0 for t in alive]
+            following = block(*alive)
+            written = [isinstance(t, torch.Tensor) and t._version != v for t, v in zip(alive, versions, strict=True)]
+            _copy_inputs(block.training_module if model.training else block.graph_module, written)
+            alive = following
+    if want is not None and not any(close(t, alive[0]) for t in want):
+        raise CutError(
+            "the blocks one after the other do not compute what the model does; where a tensor is overwritten that something "
+            "else still reads, name the modules that end blocks, granularity=[path, ...], so that both lie in one block"
+        )
+
+
+def _copy_inputs(module, written):
+    """Let a GraphModule work on copies of the inputs that it writes to."""
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node in [node for node, is_written in zip(nodes, written, strict=True) if is_written]:
+        readers = list(node.users)
+        with module.graph.inserting_before(nodes[-1].next):
+            copy = module.graph.call_method("clone", (node,))
+        for reader in readers:
+            reader.replace_input_with(node, copy)
+        module.recompile()
 
 
 def _checked_paths(model, paths):
@@ -162,6 +221,21 @@ def _is_tensor(node):
     return node.meta.get("shape") is not None
 
 
+def _is_entry(node, of):
+    """Whether a node reads an entry of a tuple or the like."""
+    return node.target in (operator.getitem, getattr) and node.args[0] is of and of.meta["shape"] is None
+
+
+def _is_measure(node):
+    """Whether a node is a size of a tensor, or is computed from sizes."""
+    measured = node.target is getattr or node.target in ("size", "dim", "numel")
+    return (
+        not _is_tensor(node)
+        and node.op != "call_module"
+        and (measured or not any(map(_is_tensor, node.all_input_nodes)))
+    )
+
+
 def _is_pool(model, node):
     if node.op == "call_module":
         return isinstance(_attribute(model, node.target), POOLS)
@@ -183,70 +257,234 @@ def _gated(model, graph):
     return inside
 
 
-def _mains(model, graph, granularity, paths):
-    if paths is not None:
-        return _named_mains(graph, paths)
-    gated = _gated(model, graph)
+class _Crossing(NamedTuple):
+    """What is alive at a cut: main (nodes, joined along their channels if there are several), others (nodes), sizes (nodes of whole numbers
+    that are found again from the number of images), refused (why there can be no cut here, or None)."""
 
-    def is_item(node):
-        if node in gated:
+    main: list
+    others: list
+    sizes: list
+    refused: str | None
+
+
+class _Parts:
+    """One graph of a model being cut into parts: those of the blocks, and that of the classifier if there is one."""
+
+    def __init__(self, model, graph, granularity, paths, num_classes):
+        self.model, self.graph, self.granularity, self.paths = model, graph, granularity, paths
+        self.num_classes = num_classes
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.output = next(node for node in graph.nodes if node.op == "output")
+        self.source = next(node for node in graph.nodes if node.op == "placeholder")
+        self.needed = _ancestors(self.output)
+        depends = {self.source}
+        for node in graph.nodes:
+            if depends.intersection(node.all_input_nodes):
+                depends.add(node)
+        # what does not depend on the images: each block that needs it computes it for itself
+        self.free = {node for node in graph.nodes if node not in depends}
+
+    def build(self):
+        """[(end node, _Crossing, GraphModule)] for each block, then for the classifier (end and crossing None) if there is one."""
+        ends = self._named_ends() if self.paths is not None else self._ends()
+        parts, done, before = [], {self.source}, None
+        for end in ends:
+            new = self._new(end, done)
+            crossing = self._crossing(done | new, end)
+            parts.append((end, crossing, self._graph_module(before, new, crossing)))
+            done, before = done | new, crossing
+        new = {node for node in self.needed if node not in done and node not in self.free} - {self.output}
+        if new or self.output.args[0] not in before.main or len(before.main) > 1:
+            parts.append((None, None, self._graph_module(before, new, None)))
+        return parts
+
+    def _new(self, end, done):
+        """What a block up to `end` computes beside what is done."""
+        new = _ancestors(end, stop=done) - self.free
+        while True:
+            size = len(new)
+            _with_earlier_readers(self.model, new, done, self.needed, self.order)
+            new -= self.free
+            available = done | new | self.free
+            for node in list(new | {self.source} if len(done) == 1 else new):
+                # the entries of a tuple, and what is measured of a tensor, so that it need not be alive for that
+                new |= {
+                    user for user in node.users
+                    if user in self.needed and user not in done and user is not self.output
+                    and (_is_entry(user, node) or (_is_measure(user) and available.issuperset(user.all_input_nodes)))
+                }  # fmt: skip
+            if len(new) == size:
+                return new
+
+    def _crossing(self, done, end):
+        """What is alive behind the nodes that are done, of which `end` is the last tensor of the block."""
+        alive = [n for n in done if n is not end and any(u in self.needed and u not in done for u in n.users)]
+        alive = sorted(alive, key=self.order.get)
+        if any(u in self.needed and u not in done for u in end.users):
+            alive = [end, *alive]
+        tensors = [n for n in alive if _is_tensor(n)]
+        others = [n for n in alive if not _is_tensor(n)]
+        siblings = [n for n in tensors if end.args and _is_entry(n, end.args[0]) and _is_entry(end, end.args[0])]
+        main = [n for n in siblings if n.meta["rows"] is not None] if end in siblings else [end]
+        main.sort(key=self.order.get)
+        shapes = {(len(n.meta["shape"]), n.meta["rows"], *n.meta["shape"][2:]) for n in main}
+        if len(main) > 1 and (len(shapes) > 1 or len(main[0].meta["shape"]) < 4 or main[0].meta["rows"] != 0):
+            main = [max(main, key=lambda n: math.prod(n.meta["shape"]))]
+        unfit = next((n for n in (*main, *alive) if n.meta["folded"]), None)
+        if unfit is None and (not main or main[0].meta["rows"] is None):
+            unfit = end
+        refused = None
+        if unfit is not None:
+            refused = f"{unfit.name}, of shape {list(unfit.meta['shape'] or ())} for {values.BATCHES[0]} images, has no row for each image"
+        elif self.granularity in ("block", "stage") and not {*tensors} <= {*main, *siblings}:
+            refused = "more than one tensor is alive there"
+        sizes = [n for n in others if n.meta["times"]]
+        kept = [n for n in tensors if n not in main] + [n for n in others if not n.meta["times"]]
+        return _Crossing(main, kept, sizes, refused)
+
+    def _named_ends(self):
+        ends = []
+        for path in self.paths:
+            inside = [
+                node for node in self.graph.nodes
+                if node.target == path or any(path == entry for entry in node.meta.get("nn_module_stack", {}))
+            ]  # fmt: skip
+            entries = [user for node in inside for user in node.users if _is_entry(user, node)]
+            inside = sorted({n for n in (*inside, *entries) if _is_tensor(n)}, key=self.order.get)
+            if not inside:
+                raise CutError(f"granularity: {path!r} is never called, or gives no tensor that is used")
+            ends.append(inside[-1])
+        return self._accepted(sorted(ends, key=self.order.get), self.paths)
+
+    def _accepted(self, ends, paths=None):
+        """Those of the nodes behind which there can be a cut. Raises CutError if that is not so of the last, or of one that was named."""
+        done, accepted = {self.source}, []
+        for end in ends:
+            new = self._new(end, done)
+            crossing = self._crossing(done | new, end)
+            refused = crossing.refused
+            if end is ends[-1] and refused and not refused.startswith("more"):
+                paths = paths or [end.name]
+            if refused is None or end is ends[-1]:
+                done |= new
+                accepted.append(end)
+            if refused and paths:
+                place = f"behind {paths[ends.index(end)] if len(paths) == len(ends) else end.name!r}"
+                raise CutError(
+                    f"granularity: the model cannot be cut {place}: {refused}. Name other modules, [path, ...]"
+                )
+        return accepted
+
+    def _ends(self):
+        """The nodes where blocks end, by the granularity."""
+        gated = _gated(self.model, self.graph)
+        items = [
+            node for node in self.graph.nodes if node in self.needed and node not in gated and self._has_weights(node)
+        ]
+        kept = self._before_classifier(items)
+        if kept < 1:
+            raise CutError(
+                "the model has no layer with weights before its classifier: there is nothing to train block by block"
+            )
+        segment_of, segments = {}, [[] for _ in items]
+        position = {node: i for i, node in enumerate(items)}
+        for node in self.graph.nodes:
+            inherited = max((segment_of[n] for n in node.all_input_nodes), default=-1)
+            segment_of[node] = max(position.get(node, -1), inherited)
+            if segment_of[node] >= 0 and _is_tensor(node) and node.op != "output":
+                segments[segment_of[node]].append(node)
+        last = _end(self.model, segments[kept - 1], gated)
+        if self.granularity == "model":
+            return self._accepted([last])
+        inside, ends = _ancestors(last), []
+        for segment in segments[: kept - 1]:
+            used = [n for n in segment if n in inside]
+            end = next((n for n in reversed(used) if any(u in position for u in n.users)), None)
+            if end is not None and end.meta["folded"]:
+                end = next((n for n in reversed(used) if n.meta["rows"] is not None), None)
+            if end is not None:
+                ends.append(end)
+        ends = self._accepted([*ends, last])
+        if self.granularity == "stage":
+            size = [_resolution(node) for node in ends]
+            ends = [node for i, node in enumerate(ends) if i + 1 == len(ends) or size[i] != size[i + 1]]
+        return ends
+
+    def _has_weights(self, node):
+        if node in self.free:
             return False
         if node.op == "call_module":
-            return count_weights(_attribute(model, node.target)) > 0
+            return count_weights(_attribute(self.model, node.target)) > 0
         return node.target in WEIGHT_FUNCTIONS and any(n.op == "get_attr" for n in node.all_input_nodes)
 
-    items = [node for node in graph.nodes if is_item(node)]
-    on_vectors = [
-        len(next((n.meta["shape"] for n in node.all_input_nodes if _is_tensor(n) and n.op != "get_attr"), ())) == 2
-        for node in items
-    ]
-    kept = len(items)
-    while kept and on_vectors[kept - 1]:
-        kept -= 1
-    kept = kept or len(items) - 1  # vectors all along: a perceptron, whose last layer classifies
-    if kept < 1:
-        raise CutError(
-            "the model has no layer with weights before its classifier: there is nothing to train block by block"
-        )
+    def _before_classifier(self, items):
+        """How many of the nodes with weights come before the classifier: it has those at the end that take or make vectors."""
 
-    segment_of, segments = {}, [[] for _ in items]
-    position = {node: i for i, node in enumerate(items)}
-    for node in graph.nodes:
-        inherited = max((segment_of[n] for n in node.all_input_nodes), default=-1)
-        segment_of[node] = max(position.get(node, -1), inherited)
-        if segment_of[node] >= 0 and _is_tensor(node) and node.op != "output":
-            segments[segment_of[node]].append(node)
+        def on_vectors(node):
+            inputs = [n for n in node.all_input_nodes if _is_tensor(n) and n not in self.free]
+            return any(len(n.meta["shape"]) == 2 for n in (*inputs[:1], node) if _is_tensor(n))
 
-    last = _end(model, segments[kept - 1])
-    if granularity == "model":
-        return [last]
-    needed, mains, done = _ancestors(last), [], set()
-    for segment in segments[: kept - 1]:
-        main = next(
-            (n for n in reversed(segment) if n in needed and any(u in position and u in needed for u in n.users)), None
-        )
-        if main is None:
-            continue
-        if granularity != "layer":
-            before = done | _ancestors(main)
-            alive = [n for n in before if n.op != "get_attr" and (_is_tensor(n) or n.op == "placeholder")]
-            if any(user in needed - before for n in alive if n is not main for user in n.users):
-                continue
-        done |= _ancestors(main)
-        mains.append(main)
-    mains.append(last)
-    if granularity == "stage":
-        size = [_resolution(node) for node in mains]
-        mains = [node for i, node in enumerate(mains) if i + 1 == len(mains) or size[i] != size[i + 1]]
-    return mains
+        kept = len(items)
+        while kept and on_vectors(items[kept - 1]):
+            kept -= 1
+        if kept == 0:
+            return len(items) - 1  # vectors all along: a perceptron, whose last layer classifies
+        shape = items[-1].meta["shape"]
+        if kept == len(items) and shape is not None and self.num_classes is not None:
+            makes_classes = self.num_classes in (shape[1], shape[-1])
+            kept -= makes_classes and self.output.args[0].meta["shape"][1:] == (self.num_classes,)
+        return kept
+
+    def _graph_module(self, before, new, crossing):
+        """A part of the graph, from what crosses the cut before it (None: the images) to what crosses the cut behind it (None: the output)."""
+        graph, copies = fx.Graph(), {}
+        if before is None:
+            copies[self.source] = graph.placeholder(self.source.name)
+        else:
+            self._take_in(graph, before, copies)
+
+        def copy_of(node):
+            if node not in copies:
+                copies[node] = graph.node_copy(node, copy_of)
+            return copies[node]
+
+        for node in sorted(new, key=self.order.get):
+            copies[node] = graph.node_copy(node, copy_of)
+        if crossing is None:
+            graph.output((copy_of(self.output.args[0]),))
+        else:
+            with_rows_first = [self._rows_first(graph, n, copy_of(n)) for n in (*crossing.main, *crossing.others)]
+            main, others = with_rows_first[: len(crossing.main)], with_rows_first[len(crossing.main) :]
+            joined = main[0] if len(main) == 1 else graph.call_function(torch.cat, (tuple(main), 1))
+            graph.output((joined, *others))
+        return graph_module(self.model, graph, {})
+
+    def _rows_first(self, graph, node, copy):
+        moved = node.meta["rows"] not in (None, 0)
+        return graph.call_function(torch.movedim, (copy, node.meta["rows"], 0)) if moved else copy
+
+    def _take_in(self, graph, before, copies):
+        """Placeholders for what crosses a cut, and what was at the cut made from them again."""
+        first = graph.placeholder("_".join(n.name for n in before.main))
+        others = [graph.placeholder(n.name) for n in before.others]
+        main = [first]
+        if len(before.main) > 1:
+            pieces = graph.call_function(torch.split, (first, [n.meta["shape"][1] for n in before.main], 1))
+            main = [graph.call_function(operator.getitem, (pieces, i)) for i in range(len(before.main))]
+        for node, copy in zip((*before.main, *before.others), (*main, *others), strict=True):
+            moved = node.meta["rows"] not in (None, 0)
+            copies[node] = graph.call_function(torch.movedim, (copy, 0, node.meta["rows"])) if moved else copy
+        for node in before.sizes:
+            images = graph.call_method("size", (first, 0))
+            copies[node] = graph.call_function(operator.mul, (images, node.meta["times"]))
 
 
-def _end(model, segment):
+def _end(model, segment, gated):
     """The last tensor of the last block: before pooling, flattening, or the choice of a class token."""
     vectors = len(segment[0].meta["shape"]) == 2
     end = segment[0]
     for node in segment[1:]:
-        if _is_pool(model, node) or (len(node.meta["shape"]) == 2 and not vectors):
+        if (_is_pool(model, node) and node not in gated) or (len(node.meta["shape"]) == 2 and not vectors):
             break
         end = node
     return end
@@ -259,53 +497,48 @@ def _resolution(node):
     return tuple(shape[:-1] if last else shape[1:])
 
 
-def _named_mains(graph, paths):
-    mains = []
-    for path in paths:
-        inside = [
-            node for node in graph.nodes
-            if node.target == path or any(path == entry for entry in node.meta.get("nn_module_stack", {}))
-        ]  # fmt: skip
-        inside = [node for node in inside if _is_tensor(node)]
-        if not inside:
-            raise CutError(f"granularity: {path!r} is never called, or gives no single tensor")
-        mains.append(inside[-1])
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    return sorted(mains, key=order.get)
-
-
 # --- building the blocks
 
 
-def _build(model, graphs, mains, input_shape):
-    parts = {mode: _parts(model, graph, mains[mode]) for mode, graph in graphs.items()}
-    evaluate = parts[False]
+def _blocks(model, parts, input_shape):
+    """(blocks, classifier or None) from the parts of the graph in evaluation, and in training where that is another."""
     if True in parts:
-        shapes = [[(node.meta["shape"], alive) for node, _, alive in part] for part in parts.values()]
+        shapes = [
+            [(n.meta["shape"] if n else None, c and len(c.others)) for n, c, _ in part] for part in parts.values()
+        ]
         if shapes[0] != shapes[1]:
             raise CutError(
                 "the model computes different things in train and eval mode, and cannot be cut at the same places in both; "
                 "name the modules that end blocks instead, granularity=[path, ...]"
             )
-    blocks = []
-    for i, (main, module, _) in enumerate(evaluate[: len(mains[False])]):
-        train = parts[True][i][1] if True in parts else None
-        called = [n.target for n in module.graph.nodes if n.op == "call_module"]
-        blocks.append(
-            Block(
-                _name(model, called) or main.name,
-                model,
-                train,
-                module,
-                main.meta["shape"][1:],
-                _channel_dim(model, main, called, input_shape),
-            )
-        )
-    tail = None
-    if len(evaluate) > len(blocks):
-        train = parts[True][-1][1] if True in parts else None
-        tail = Block("classifier", model, train, evaluate[-1][1], (), 1)
-    return blocks, tail
+    blocks, classifier = [], None
+    for i, (end, crossing, module) in enumerate(parts[False]):
+        train = parts[True][i][2] if True in parts else None
+        if end is None:
+            classifier = Block("classifier", model, train, module, (), 1, (True,))
+            continue
+        called = _called(module)
+        shape = _output_shape(crossing)
+        rows = tuple(n.meta["rows"] is not None for n in (crossing.main[0], *crossing.others))
+        dim = _channel_dim(model, shape, called, input_shape)
+        holds = [name for name in called if _is_own_block(_attribute(model, name))]
+        name = _name(model, called) or end.name
+        blocks.append(Block(name, model, train, module, shape, dim, rows, holds if len(holds) > 1 else ()))
+    return blocks, classifier
+
+
+def _output_shape(crossing):
+    """Of the main tensor behind a block, for one sample."""
+    first = crossing.main[0]
+    shape = [n for d, n in enumerate(first.meta["shape"]) if d != first.meta["rows"]]
+    if len(crossing.main) > 1:
+        shape[0] = sum(n.meta["shape"][1] for n in crossing.main)
+    return tuple(shape)
+
+
+def _is_own_block(module):
+    own = type(module) not in CONTAINERS and not type(module).__module__.startswith("torch.nn.")
+    return own and count_weights(module) >= 2
 
 
 def _name(model, called):
@@ -319,32 +552,6 @@ def _name(model, called):
     ):
         return common
     return targets[-1]
-
-
-def _parts(model, graph, mains):
-    """[(main, GraphModule, number of tensors alive after)] for each block, then for the tail where there is one."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    output = next(node for node in graph.nodes if node.op == "output")
-    source = next(node for node in graph.nodes if node.op == "placeholder")
-    ends = mains if output.args[0] is mains[-1] else [*mains, output]
-    needed = _ancestors(mains[-1]) if not isinstance(output.args[0], fx.Node) else _ancestors(output)
-    ends = ends if isinstance(output.args[0], fx.Node) else mains
-    parts, done, alive = [], {source}, [source]
-    for end in ends:
-        new = {node for node in _ancestors(end, stop=done) if node.op != "get_attr"}
-        _with_earlier_readers(model, new, done, needed, order)
-        done = done | new
-        crossing = [n for n in done if n is not end and n is not output and any(u in needed - done for u in n.users)]
-        crossing = [] if end is output else [end, *sorted(crossing, key=order.get)]
-        parts.append(
-            (
-                end,
-                _graph_module(model, alive, sorted(new - {output}, key=order.get), crossing or [output.args[0]]),
-                len(crossing),
-            )
-        )
-        alive = crossing
-    return parts
 
 
 def _with_earlier_readers(model, new, done, needed, order):
@@ -367,21 +574,10 @@ def _with_earlier_readers(model, new, done, needed, order):
                     new |= {n for n in _ancestors(reader, stop=done) if n.op != "get_attr"}
 
 
-def _graph_module(model, inputs, nodes, outputs):
-    graph, copies = fx.Graph(), {}
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-
-    def copy_of(node):
-        if node not in copies:  # a parameter or buffer: each block reads it for itself
-            copies[node] = graph.node_copy(node)
-        return copies[node]
-
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copy_of)
-    results = tuple(copy_of(node) for node in outputs)
-    graph.output(results)
-    return fx.GraphModule(model, graph)
+def _called(module):
+    """Paths of the model's modules that a GraphModule calls."""
+    targets = dict.fromkeys(n.target for n in module.graph.nodes if n.op == "call_module")
+    return [target for target in targets if not isinstance(module.get_submodule(target), Read)]
 
 
 def _attribute(model, path):
@@ -391,15 +587,14 @@ def _attribute(model, path):
     return value
 
 
-def _channel_dim(model, main, called, input_shape):
+def _channel_dim(model, shape, called, input_shape):
     """1 or -1. Three dimensions: tokens. Four: the reading whose aspect is that of the input; if both fit, what the block's layers take."""
-    shape = main.meta["shape"][1:]
     if len(shape) == 1:
         return 1
     if len(shape) == 2:
         return -1
-    wanted = input_shape[1] / input_shape[2] if len(input_shape) == 3 else 1.0
-    first, last = abs(shape[1] / shape[2] - wanted), abs(shape[0] / shape[1] - wanted)
+    wanted = input_shape[-2] / input_shape[-1] if len(input_shape) > 2 else 1.0
+    first, last = abs(shape[-2] / shape[-1] - wanted), abs(shape[-3] / shape[-2] - wanted)
     if abs(first - last) > 1e-6:
         return 1 if first < last else -1
     layers = [m for target in called for m in _attribute(model, target).modules()]

@@ -16,6 +16,13 @@ from fastff.ops import epilogue as epilogue_op
 from fastff.ops import gradients as partial
 from fastff.ops.convolution import convolve, forward, gradients, way
 
+# Attributes of layers that a stand-in reads once; batch norm's are read in every step.
+READS = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.GELU: ("approximate",),
+    nn.Dropout: ("p",),
+}
+
 
 def hooked(modules):
     """Whether one of the modules has a hook, which would not run where the module is not called."""
@@ -25,7 +32,7 @@ def hooked(modules):
 def uses_batch_statistics(norm):
     """Whether a batch norm module normalises with the statistics of the batch and updates running ones as `update_statistics` does."""
     return (
-        type(norm) is nn.BatchNorm2d
+        isinstance(norm, nn.BatchNorm2d)
         and norm.training
         and (norm.momentum is not None or not norm.track_running_stats)
     )  # fmt: skip
@@ -33,11 +40,10 @@ def uses_batch_statistics(norm):
 
 def update_statistics(norm, mean, var, count):
     """Update the running statistics of a batch norm module from the batch's mean and biased variance [C] of `count` values."""
-    running_mean, running_var = norm.running_mean, norm.running_var
-    if not norm.track_running_stats or running_mean is None:
-        return
-    norm.num_batches_tracked.add_(1)
-    epilogue_op.update_running_statistics(running_mean, running_var, mean, var, norm.momentum, count)
+    if norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if norm.track_running_stats and norm.running_mean is not None:
+        epilogue_op.update_running_statistics(norm.running_mean, norm.running_var, mean, var, norm.momentum, count)
 
 
 def description(norm, activation, residual=None, need_grad_residual=False):
@@ -98,7 +104,12 @@ class Convolution(StandIn):
     @staticmethod
     def of(module):
         """The stand-in for a module, or None where there is none."""
-        if type(module) is not nn.Conv2d or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        if (
+            type(module) is not nn.Conv2d
+            or "forward" in vars(module)
+            or module.padding_mode != "zeros"
+            or isinstance(module.padding, str)
+        ):
             return None
         sizes = (module.kernel_size, module.stride, module.padding)
         if module.dilation != (1, 1) or any(a != b for a, b in sizes):
@@ -163,7 +174,7 @@ class Epilogue(StandIn):
         inputs = (y,) if residual is None else (y, residual)
         if self.has_kernel(*inputs):
             return self.recorded(*inputs)
-        h = self.batch_norm(y)
+        h = nn.BatchNorm2d.forward(self.batch_norm, y)  # of a subclass, what follows it is in the graph
         return self.apply_activation(h if residual is None else h + residual)
 
     def activated(self, y, residual=None):

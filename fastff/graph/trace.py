@@ -4,12 +4,15 @@ A model that cannot be traced may still be a chain of named modules (`chain`), c
 """
 
 import operator
+import re
 import traceback
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+from fastff.graph import plain, values
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -30,9 +33,10 @@ class CutError(ValueError):
     """The model cannot be cut as asked; the text says where it stopped and what to do instead."""
 
 
-def example_input(model, input_shape):
+def example_input(model, input_shape, size):
     like = next(iter(model.parameters()), torch.empty(0))
-    example = torch.zeros(2, *input_shape, device=like.device, dtype=like.dtype)
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(size, *input_shape, generator=generator).to(like.device, like.dtype)
     if len(input_shape) == 3 and any(
         p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters()
     ):
@@ -54,9 +58,25 @@ def count_weights(module):
 
 
 def _holds_blocks(module):
-    """Whether a list in it has two or more members with two or more weight layers each."""
-    lists = (m for m in module.modules() if isinstance(m, CONTAINERS))
-    return any(sum(count_weights(child) >= 2 for child in m.children()) >= 2 for m in lists)
+    """Whether in it a list has two or more members with two or more weight layers each, or a module of the model's own has two or more
+    children of one such class whose names differ in numbers alone."""
+    return any(_is_row_of_blocks(m) for m in module.modules())
+
+
+def _is_row_of_blocks(module):
+    large = [child for child in module.children() if count_weights(child) >= 2]
+    if isinstance(module, CONTAINERS):
+        return len(large) >= 2
+    own = [
+        (type(child), re.sub(r"\d+", "", name))
+        for name, child in module.named_children()
+        if child in large and not isinstance(child, CONTAINERS) and not _is_torchs(child)
+    ]
+    return not _is_torchs(module) and len(set(own)) < len(own)
+
+
+def _is_torchs(module):
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _normalises_first(module):
@@ -64,36 +84,36 @@ def _normalises_first(module):
     return isinstance(first, NORMS) or "norm" in type(first).__name__.lower()
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, root, granularity, paths):
-        super().__init__()
-        self.paths, self.layers, self.main_module = paths, granularity == "layer", root
+def _opener(model, granularity, paths):
+    """(whether the cut opens a module, whether it must): functions of the module, or of its name. A module that cannot be opened is one block."""
 
-    def is_leaf_module(self, module, name):
-        if self.paths is not None:
-            return not any(path.startswith(name + ".") for path in self.paths)
-        if type(module) in CONTAINERS:
-            return False
-        if type(module).__module__.startswith("torch.nn."):
-            return True
-        if _holds_blocks(module):
-            return False
-        return not self.layers or count_weights(module) < 2 or _normalises_first(module)
-
-
-def trace(model, granularity, paths, example):
-    """(graph of the model in its present mode, whether it is a mere chain of the named modules, the same in every mode)."""
-    tracer = _Tracer(model, granularity, paths)
-    try:
-        graph = tracer.trace(model)
-    except Exception as error:
-        where = _where(model, error)
+    def opens(module, name):
         if paths is not None:
-            return _chain(model, paths, example, where), True
+            return any(path.startswith(name + ".") for path in paths)
+        if type(module) in CONTAINERS:
+            return True
+        if _is_torchs(module):
+            return False
+        if _holds_blocks(module):
+            return True
+        return granularity == "layer" and count_weights(module) >= 2 and not _normalises_first(module)
+
+    return opens, lambda name: paths is not None
+
+
+def trace(model, granularity, paths, examples):
+    """(plain.Trace of the model in its present mode, whether it is a mere chain of the named modules, the same in every mode)."""
+    try:
+        traced = plain.trace(model, *_opener(model, granularity, paths), in_order=False)
+    except plain.NotPlain as fault:
+        where = _where(model, fault)
+        if paths is not None:
+            return _chain(model, paths, examples[0], where), True
         raise CutError(
             f"the model cannot be traced: {where}. Name the modules that end blocks instead, "
             f"granularity=[path, ...] (paths as in model.named_modules()): then only what lies between them is traced"
-        ) from error
+        ) from fault
+    graph = traced.graph
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if sum(not node.args for node in inputs) != 1:
@@ -104,11 +124,13 @@ def trace(model, granularity, paths, example):
         if node.args:  # an argument with a default value
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    return graph, False
+    return traced, False
 
 
-def _where(model, error):
-    """The last line of a module of the model that was being traced."""
+def _where(model, fault):
+    """What is wrong, with the last line of a module of the model that was being traced."""
+    at = f"{fault.name} ({type(model.get_submodule(fault.name)).__name__})" if fault.name else "the model itself"
+    error, says = fault.__cause__ or fault, f"{at} {fault.reason}"
     names = {id(module): name or "the model itself" for name, module in model.named_modules()}
     found = None
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -122,7 +144,7 @@ def _where(model, error):
             stack = traceback.extract_stack(frame, 1)
             text = traceback.FrameSummary(path, line, frame.f_code.co_name).line or (stack[0].line if stack else "")
             found = f"{names[id(owner)]} ({type(owner).__name__}), {path}:{line}: {text}"
-    return f"tracing stopped in {found}: {error}" if found else f"tracing stopped: {error}"
+    return f"tracing stopped in {found}: {says}" if found else f"tracing stopped: {says}"
 
 
 def _chain(model, paths, example, where):
@@ -132,7 +154,7 @@ def _chain(model, paths, example, where):
         hook = lambda module, args, output, path=path: calls.append((path, args, output))  # noqa: E731
         handles.append(model.get_submodule(path).register_forward_hook(hook))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with plain.preserved(model):
             model(example)
     finally:
         for handle in handles:
@@ -150,29 +172,38 @@ def _chain(model, paths, example, where):
             )
         node, value = graph.call_module(path, (node,)), output
     graph.output(node)
-    return graph
+    return plain.Trace(graph, {}, {})
 
 
 def code(graph):
     return graph.python_code("self").src
 
 
-def record_shapes(model, graph, example):
-    class Recorder(fx.Interpreter):
-        def run_node(self, node):
-            result = super().run_node(node)
-            node.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
-            return result
+def record_values(model, graph, examples, is_chain):
+    """Note what the values in a graph are, for two examples (fastff/graph/values.py). Returns the tensors that the model makes of the
+    second. Raises CutError unless a graph of the whole model computes what the model does."""
+    run = values.Recorder(fx.GraphModule(model, graph)).run
+    found = []
+    for function, example in ((run, examples[0]), (run, examples[1]), (model, examples[1]))[: 2 if is_chain else 3]:
+        with plain.preserved(model):
+            try:
+                result = function(example)
+            except Exception as error:
+                shape, says = list(example.shape), (str(error) or type(error).__name__).splitlines()[0]
+                raise CutError(f"input_shape: the model does not run on images of shape {shape}: {says}") from error
+            outputs = values.tensors(result)
+            found.append([t.clone() for t in (*outputs, *model.buffers())])
+    if len(found[1]) != len(found[-1]) or not all(map(close, found[1], found[-1])):
+        raise CutError(
+            "the model computes something else when it is traced. Name the modules that end blocks instead, granularity=[path, ...]"
+        )
+    return found[-1]
 
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            Recorder(fx.GraphModule(model, graph)).run(example)
-        except (RuntimeError, ValueError, TypeError) as error:
-            shape, says = list(example.shape), str(error).splitlines()[0]
-            raise CutError(f"input_shape: the model does not run on images of shape {shape}: {says}") from error
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])  # functional batch norm of the train graph
+
+def close(a, b):
+    return a.shape == b.shape and torch.allclose(
+        a, b, 1e-3, 1e-4 * float(a.abs().max()) if a.numel() else 0, equal_nan=True
+    )
 
 
 def warn_of_hooks(model, graph):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastff.graph import fused
+from fastff.graph import fused, plain
 from fastff.graph.epilogue import ACTIVATIONS, BatchNormEpilogue, ReLUEpilogue, activation_name
 from fastff.graph.tape import Steps
 
@@ -27,19 +27,6 @@ ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 OVERWRITABLE = (nn.Conv2d, nn.Linear)  # no gradient of theirs needs their output
 
 
-class _Tracer(fx.Tracer):
-    """Opens nn.Sequential, and where `custom` says so a model's own modules; torch.nn's layers are called whole."""
-
-    def __init__(self, custom):
-        super().__init__()
-        self.custom = custom
-
-    def is_leaf_module(self, module, name):
-        if type(module) is nn.Sequential:
-            return False
-        return not self.custom or type(module).__module__.startswith("torch.nn.")
-
-
 class TrainingGraph:
     """How a block computes in training.
 
@@ -49,21 +36,22 @@ class TrainingGraph:
         body: with an ending: GraphModule from the inputs to what the ending is applied to, (y, residual or None, *further outputs) for a
             BatchNormEpilogue, (y, *further outputs) for a ReLUEpilogue.
         steps: of `body` where there is one, else of `forward`: tape.Steps, or None where they call more than stand-ins.
+        whole: {name: reason} of modules that could have been opened but are called as they are.
     """
 
     def __init__(self, module, custom):
-        modes = {m: m.training for m in module.modules()}
-        try:
-            module.train()
-            graph = _Tracer(custom).trace(module)
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
         modules = dict(module.named_modules())
         inside = set(modules)
         if isinstance(module, fx.GraphModule):  # a part of a model: only what it calls belongs to the block
             inside = _below(modules, {n.target for n in module.graph.nodes if n.op == "call_module"})
-        self.inside = [modules[name] for name in inside]
+        modes = {m: m.training for m in module.modules()}
+        try:
+            module.train()
+            traced = plain.trace(module, lambda m, name: _opens(m, custom))
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+        graph, self.whole = traced.graph, traced.whole
         self.ending, self.body = None, None
         output = next(node for node in graph.nodes if node.op == "output")
         if isinstance(output.args[0], fx.Node):
@@ -74,26 +62,33 @@ class TrainingGraph:
             self.ending, body = found
             self.body = _optimized(module, modules, body)
         self.steps = Steps.of(self.body or self.forward)
-        graphs = [self.forward, *([self.body] if self.body else [])]
-        whole = [{n.target for n in g.graph.nodes if n.op == "call_module"} & modules.keys() for g in graphs]
-        still = set.intersection(*whole)
-        plain = {name for name in still if all(g.get_submodule(name) is modules[name] for g in graphs)}
-        self.bypassed = [modules[name] for name in inside - _below(modules, plain)]
+        graphs = self.graph_modules()
+        called = [{n.target for n in g.graph.nodes if n.op == "call_module"} & modules.keys() for g in graphs]
+        own = [n for n in set.intersection(*called) if all(g.get_submodule(n) is modules[n] for g in graphs)]
+        watched = [modules[name] for name in inside - _below(modules, own)]
+        self.watch = plain.Watch({m: [*traced.reads.get(m, ()), *fused.READS.get(type(m), ())] for m in watched})
 
     def ready(self):
-        """Whether the graph may stand in for the block now: all of it is in training mode, and no hook would be passed over."""
-        return all(m.training for m in self.inside) and not fused.hooked(self.bypassed)
+        """Whether the graph may stand in for the block now: all that it does not call is as it was, in training mode, and has no hooks."""
+        return self.watch.ready()
 
     def graph_modules(self):
         return [self.forward] if self.body is None else [self.forward, self.body]
 
 
+def _opens(module, custom):
+    """Whether tracing opens a module: nn.Sequential, and where `custom` says so a model's own modules; torch.nn's layers are called whole."""
+    if type(module) is nn.Sequential:
+        return True
+    return custom and not isinstance(module, plain.Read) and not type(module).__module__.startswith("torch.nn.")
+
+
 def training_graph(module, custom=True):
-    """The TrainingGraph of a module, or None where it cannot be traced. custom: whether modules of the model's own are opened."""
+    """The TrainingGraph of a module, or the reason why it has none. custom: whether modules of the model's own are opened."""
     try:
         return TrainingGraph(module, custom)
-    except Exception:  # whatever a model's own code raises when it is traced
-        return None
+    except plain.NotPlain as fault:
+        return str(fault)
 
 
 def _below(modules, paths):
@@ -114,7 +109,9 @@ class _Match(NamedTuple):
 
 
 def _module(modules, node):
-    return modules.get(node.target) if node.op == "call_module" else None
+    """The module that a node calls, if the forward of its class runs; None for others."""
+    module = modules.get(node.target) if node.op == "call_module" else None
+    return None if module is None or "forward" in vars(module) else module
 
 
 def _only_user(node):
@@ -147,7 +144,7 @@ def _match(modules, norm_node):
     if user is not None and user.target in ADDITIONS and _is_addition(user):
         first, second = user.args
         other = second if first is nodes[-1] else first
-        if first is nodes[-1] or type(_module(modules, first)) is not nn.BatchNorm2d:
+        if first is nodes[-1] or not plain.is_norm(first, modules):
             residual = other
             nodes.append(user)
             user = _only_user(user)
@@ -157,7 +154,16 @@ def _match(modules, norm_node):
     if user is not None and (found := _activation(modules, user)) is not None:
         name, apply = found
         nodes.append(user)
+    if _written_meanwhile(norm_node.graph, modules, nodes):
+        nodes, residual, name, apply = [norm_node], None, "none", nn.Identity()
     return _Match(norm_node.args[0], residual, _module(modules, norm_node), name, apply, nodes, nodes[-1])
+
+
+def _written_meanwhile(graph, modules, nodes, last=None):
+    """Whether something else is written to in place between the first of these nodes and the last, where all of them would be computed."""
+    order = list(graph.nodes)
+    between = order[order.index(nodes[0]) : order.index(last or nodes[-1])]
+    return any(node not in nodes and plain.writes(node, modules) for node in between)
 
 
 def _is_addition(node):
@@ -165,12 +171,13 @@ def _is_addition(node):
 
 
 def _norm_nodes(modules, graph):
-    return [n for n in graph.nodes if type(_module(modules, n)) is nn.BatchNorm2d and len(n.args) == 1]
+    return [n for n in graph.nodes if plain.is_norm(n, modules) and len(n.args) == 1]
 
 
 def _ending(modules, graph):
     """(ending, graph of the body) or None."""
-    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    output = next(node for node in graph.nodes if node.op == "output")
+    results = output.args[0]
     main = results[0]
     if not isinstance(main, fx.Node) or len(main.users) > 1 or results.count(main) > 1:
         return None
@@ -179,7 +186,8 @@ def _ending(modules, graph):
         last = last.all_input_nodes[0]
     for node in _norm_nodes(modules, graph):
         m = _match(modules, node)
-        if m.result in (last, main) and m.y not in results and m.residual not in m.nodes:
+        late = _written_meanwhile(graph, modules, m.nodes, output)
+        if m.result in (last, main) and m.y not in results and m.residual not in m.nodes and not late:
             nodes = {*m.nodes, *_between(m.result, main)}
             ending = BatchNormEpilogue(m.norm, m.activation, m.apply, m.residual is not None)
             return ending, _body(graph, nodes, [m.y, m.residual, *results[1:]])
@@ -216,14 +224,12 @@ def _optimized(root, modules, graph):
     stand_ins = {}
     for node in _norm_nodes(modules, graph):
         _fuse(modules, graph, _match(modules, node), stand_ins)
-    owners = {}
     for node in graph.nodes:
-        if node.op == "call_module":
-            module = stand_ins.get(node.target) or fused.Convolution.of(modules[node.target]) or modules[node.target]
-            owners[node.target] = module
-        elif node.op == "get_attr":
-            owners[node.target] = operator.attrgetter(node.target)(root)
-    return fx.GraphModule(owners, graph)
+        if node.op == "call_module" and node.target not in stand_ins:
+            stand_in = fused.Convolution.of(modules[node.target])
+            if stand_in is not None:
+                stand_ins[node.target] = stand_in
+    return plain.graph_module(root, graph, stand_ins)
 
 
 def _fuse(modules, graph, match, stand_ins):
@@ -237,7 +243,7 @@ def _fuse(modules, graph, match, stand_ins):
         stand_in = fused.EpilogueConvolution(stand_in, convolution)
         nodes.append(user)
         last = user
-    name = f"fused_{len(stand_ins)}"
+    name = f"fastff_fused_{len(stand_ins)}"
     stand_ins[name] = stand_in
     with graph.inserting_before(last):
         call = graph.call_module(name, arguments)

@@ -13,12 +13,12 @@ from torch import nn
 import fastff.functional as ff
 from fastff import spec
 from fastff.graph.epilogue import BatchNormEpilogue, ReLUEpilogue
-from fastff.graph.fused import hooked
 from fastff.graph.tape import AutogradTape
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
 from fastff.nn.visit import EpilogueVisit, Visit, detached
+from fastff.ops.gradients import GroupNormGuard
 
 
 class LocalBlock(nn.Module):
@@ -37,21 +37,45 @@ class LocalBlock(nn.Module):
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             expected = f"one of {', '.join(spec.NORMALIZATIONS)} or None"
             raise ValueError(f"normalize: expected {expected}, got {normalize!r}")
+        if normalize == "group_norm" and head.groups > head.channels:
+            expected = f"another one than group_norm, which takes a group of channels for each of {head.groups} classes"
+            raise ValueError(f"normalize: expected {expected}, got it for {head.channels} channels")
         self.module, self.head = module, head
         self.normalize = None if normalize == "none" else normalize
         self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}
+        self._writes = None  # whether the module writes to its inputs, as a ReLU in place does; None until it has run
+        self._without_group_norm = set()  # forms of the module that were seen to call none
 
     @property
     def graph(self):
-        """The TrainingGraph that the block trains with, or None. It is made again when modules of an nn.Sequential were replaced."""
+        """The TrainingGraph that the block trains with, or None."""
         if not self._fuse or not (self._open or type(self.module) is nn.Sequential):
             return None
-        layers = [] if self._open else list(self.module.modules())
-        if self._graph is None or list(map(id, self._graph[0])) != list(map(id, layers)):
-            if hooked(self.module.modules()):
-                return None  # tracing would run the hooks
-            self._graph = layers, training_graph(getattr(self.module, "training_module", self.module), self._open)
-        return self._graph[1]
+        if self._graph is None:
+            self._graph = training_graph(getattr(self.module, "training_module", self.module), self._open)
+        return None if isinstance(self._graph, str) else self._graph
+
+    def whole(self):
+        """{name: reason} of modules that training does not open because their Python does more than compute with tensors."""
+        if isinstance(self._graph, str):
+            return {"the block itself": self._graph}
+        return {} if self._graph is None else self._graph.whole
+
+    def ready_graph(self):
+        """The TrainingGraph for a step now, made again where what it depends on has changed; None where the module itself has to run."""
+        if self._open:
+            self.module.check()
+        graph = self.graph
+        if graph is None or graph.ready():
+            return graph
+        if graph.watch.unchanged():
+            return None  # a mode or a hook
+        self._graph = None
+        self._without_group_norm.clear()
+        if self._compiled:
+            self.compile_forward()
+        graph = self.graph
+        return graph if graph is not None and graph.ready() else None
 
     @property
     def epilogue(self):
@@ -70,8 +94,23 @@ class LocalBlock(nn.Module):
             self._compiled[form] = torch.compile(form, dynamic=False)
 
     def _run(self, form, *inputs):
-        outputs = self._compiled.get(form, form)(*inputs)
+        if form in self._compiled or form in self._without_group_norm:
+            outputs = self._compiled.get(form, form)(*inputs)
+        else:
+            with GroupNormGuard() as guard:
+                outputs = form(*inputs)
+            if not guard.used:
+                self._without_group_norm.add(form)
         return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def _run_on_leaves(self, form, inputs):
+        """Run on inputs that gradients may be asked for. PyTorch lets no module write to such leaves: one that does gets copies."""
+        if self._writes is False or not any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs):
+            return self._run(form, *inputs)
+        copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in inputs]
+        outputs = self._run(form, *copies)
+        self._writes = any(isinstance(t, torch.Tensor) and t._version > 0 for t in copies)
+        return outputs
 
     def outputs(self, *inputs):
         """The module's outputs as a tuple."""
@@ -92,15 +131,15 @@ class LocalBlock(nn.Module):
         grad_scale: 0-dimensional tensor that multiplies the gradients, or None. autocast: a function that makes a context for the forward
         pass, or None."""
         form, ending, context = self.module, None, autocast or contextlib.nullcontext
-        graph = self.graph
-        if graph is not None and graph.ready():
+        graph = self.ready_graph()
+        if graph is not None:
             ending = self._ending(graph)
             form = graph.forward if ending is None else graph.body
         epilogue = isinstance(ending, BatchNormEpilogue)
         tape = None if autocast is not None or self._compiled else self._tape(graph, form, inputs, ending)
         if tape is None:
             with torch.enable_grad(), context():
-                outputs = self._run(form, *inputs)
+                outputs = self._run_on_leaves(form, inputs)
                 if epilogue and not ending.fits(*outputs[:2]):
                     outputs, epilogue = (ending.finish(*outputs[:2]), *outputs[2:]), False
             tape = AutogradTape(inputs, outputs)

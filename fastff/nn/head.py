@@ -56,25 +56,23 @@ class Head(nn.Module):
 
         Returns spec.StepResult. Raises TypeError or ValueError that names the argument."""
         called, channel_dim = ("x", self.channel_dim) if epilogue is None else ("y", 1)
-        x4, goodness, loss = (
-            spec.canonical_x(x, channel_dim, called),
-            self.goodness_spec(),
-            self.loss_spec(target, grad_scale),
-        )
+        x4, loss = spec.canonical_x(x, channel_dim, called), self.loss_spec(target, grad_scale)
+        with torch.enable_grad():  # weights that are computed from others (torch.nn.utils.parametrize)
+            goodness = self.goodness_spec()
         if epilogue is not None:
             epilogue.check(x)
         goodness.check(x4, self.algorithm, called)
         loss.check(x4, getattr(goodness, "positions", False), called)
-        normalization = spec.Normalization.checked(normalize, self.groups, eps)
+        normalization = spec.Normalization.checked(normalize, x4.shape[1], self.groups, eps)
         step = ops.step.run(
             spec.Step(x4, epilogue, goodness, loss, normalization, need_grad_x, self.algorithm), self.impl
         )
-        self._add_gradients(step)
+        self._add_gradients(goodness, step)
         grad_x, normalized = (spec.restore(t, x, channel_dim) for t in (step.grad_x, step.normalized))
         return step._replace(grad_x=grad_x, normalized=normalized)
 
-    def _add_gradients(self, step):
-        """Add the gradients of this head's parameters to their .grad."""
+    def _add_gradients(self, goodness, step):
+        """Add the gradients of this head's parameters, those of its description of the goodness, to their .grad."""
 
 
 class GoodnessHead(Head):
@@ -169,9 +167,9 @@ class GoodnessHead(Head):
             algorithm=self.algorithm,
         )  # fmt: skip
 
-    def _add_gradients(self, step):
-        add_gradient(self.weight, step.grad_weight)
-        add_gradient(self.bias, step.grad_bias)
-        add_gradient(self.grid_weight, step.grad_grid_weight)
+    def _add_gradients(self, goodness, step):
+        add_gradient(goodness.weight, step.grad_weight)
+        add_gradient(goodness.bias, step.grad_bias)
+        add_gradient(goodness.grid_weight, step.grad_grid_weight)
         if self.log_tau is not None:
             add_gradient(self.log_tau, step.grad_tau * self.log_tau.exp())

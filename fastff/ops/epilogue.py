@@ -53,6 +53,8 @@ def kernel(y):
 @torch.no_grad()
 def update_running_statistics(running_mean, running_var, mean, var, momentum, count):
     """Move running statistics [C] by `momentum` towards the batch's mean and variance, of which `var` is the biased one of `count` values."""
+    # Like PyTorch's batch norm, unseen by autograd: a former call of the same module in this graph keeps its buffers for its backward pass.
+    running_mean, running_var = running_mean.data, running_var.data
     tensors = (running_mean, running_var, mean, var)
     if native.reason() == "" and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors):
         native_epilogue.update_running_statistics(*tensors, momentum, count)

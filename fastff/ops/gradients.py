@@ -8,6 +8,8 @@ is not told what that is: ours look here.
 import contextlib
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 _skipped = {
     "parameters": False,
@@ -46,10 +48,45 @@ def needs_input(x, needed):
 
 
 def add_gradient(parameter, grad):
-    """Add grad to parameter.grad, where there is a parameter and it learns."""
-    if parameter is not None and grad is not None and parameter.requires_grad:
-        grad = grad.to(parameter.dtype)
+    """Add grad to parameter.grad, or to those of what it was computed from (by a parametrization), where there is a parameter and it learns."""
+    if parameter is None or grad is None or not parameter.requires_grad:
+        return
+    grad = grad.to(parameter.dtype)
+    if not parameter.is_leaf:
+        parameter.backward(grad)
+    else:
         parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+
+class GroupNormGuard(TorchFunctionMode):
+    """Within it, group norms always compute the gradient of their input, whoever asks for it. `used`: whether there was one.
+
+    Where nobody does and the input is channels_last, PyTorch's backward pass on a CPU ends the process (torch 2.13). Nobody asks for that of a
+    block's first layer, nor in `parameters_only`."""
+
+    used = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function in (F.group_norm, torch.group_norm):
+            self.used = True
+            x, *others = args or (kwargs.pop("input"),)
+            learned = [t for t in (*others, *kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+            args = (_LeadingTo.apply(x, *learned), *others)
+        return function(*args, **kwargs)
+
+
+class _LeadingTo(torch.autograd.Function):
+    """x itself, whose gradient autograd computes as soon as it computes one of `parameters`."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.others = len(parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *[None] * ctx.others
 
 
 class Seed(torch.autograd.Function):

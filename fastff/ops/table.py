@@ -40,6 +40,12 @@ class Lazy:
         return getattr(getattr(module, self.within) if self.within else module, attribute)
 
 
+def check_impl(impl):
+    """Raise TypeError unless impl is a string, whose words `choose` checks."""
+    if not isinstance(impl, str):
+        raise TypeError(f"impl: expected 'auto' or names out of {', '.join(NAMES)}, got {impl!r}")
+
+
 def choose(op, rows, impl, x):
     """Return the first row that can run for `impl`: "auto", a name, or names in order of preference, separated by commas.
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from fastff.sff import SFF
 from fastff.spec import check_labels
 from fastff.training import optim
-from fastff.training.engine import Options, StepResult, loss_dtype
+from fastff.training.engine import Options, StepResult, loss_dtype, train_mode
 from fastff.training.place import Alone
 from fastff.training.session import Session
 
@@ -37,6 +37,7 @@ class BackpropEngine:
     """End-to-end training of an SFF's model; engine.py describes the interface."""
 
     names, phases, phase = ["backprop"], 1, 0
+    labelled = classifies = True
 
     def __init__(self, sff, make, options, checkpointing, deep_supervision):
         self.sff, self.options = sff, options
@@ -47,11 +48,14 @@ class BackpropEngine:
         self.device = self.parameters[0].device
         self.optimizers, self.scalers = [self.optimizer], [options.scaler(self.device)]
         self.update = optim.Updates(options.clip_grad_norm)
-        self.place = Alone(1, 1, self.device)
+        self.place = Alone(1, 1)
         self.forward = options.compiled(self._forward)
 
     def train_mode(self):
-        self.sff.train()
+        train_mode(self.sff)
+
+    def counted(self):
+        return torch.ones(1, device=self.device)
 
     def _forward(self, images, supervised=None):
         """Return (logits, sum of the local losses). supervised: the target, or None for no local losses."""

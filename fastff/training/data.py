@@ -159,7 +159,7 @@ def load(
 
     Args:
         name: one of `NAMES`, or the path of a folder of images by class; "folder" takes this path from `root`. The folder
-            holds train/<class> and test/<class> (or val/<class>), or <class> only; in that case every fifth image
+            holds train/<class> and test/<class> (or val, valid, validation), or no test images by class; then every fifth image
             becomes test data.
         root: folder that holds the official files, directly or in the subfolder that their archive has. Nothing is
             downloaded then. By default the files are in the user's cache folder and are downloaded once.

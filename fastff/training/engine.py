@@ -3,8 +3,11 @@
 The rest of the training code (session.py, fit.py, state.py, graph.py) uses this interface of an engine and nothing else:
 
     run_step(images, target)    trains on a minibatch [B, ...], [B] on the device; returns StepResult and waits for no device
-    train_mode()                puts what is trained into training mode, the rest into evaluation mode
+    labelled                    whether a minibatch has a target; otherwise it is None, and the images are positive ones, then negative ones
+    train_mode()                puts what is trained into training mode, blocks that are not trained into evaluation mode
+    counted()                   [L], 1 for the losses that this rank trains in the present phase, else 0
     scores(images)              {name: [B, K]}, whose accuracies `evaluate` returns
+    classifies                  whether there are classes, for which `scores` has a column each
     sff, device                 the fastff.SFF that is trained, where it is
     module                      whose state_dict a checkpoint holds
     names, scalers              of the L losses: their names, and GradScaler or None
@@ -15,15 +18,20 @@ The rest of the training code (session.py, fit.py, state.py, graph.py) uses this
 
 import contextlib
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
+
+from fastff.arguments import plain, whole_number
 
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
-    """Result of a training step: losses [L], right answers [L] (both 0 for a block not trained, or not here), samples of this rank."""
+    """Result of a training step: losses [L], right answers [L] (both 0 for a block not trained, or not here), samples of this rank.
+
+    Right answers are NaN where there are no labels."""
 
     losses: torch.Tensor
     correct: torch.Tensor
@@ -50,11 +58,12 @@ class Options:
     cuda_graph: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.micro_batches, int) or self.micro_batches < 1:
-            raise ValueError(f"micro_batches: expected a whole number of at least 1, got {self.micro_batches!r}")
+        object.__setattr__(self, "micro_batches", whole_number("micro_batches", self.micro_batches))
+        object.__setattr__(self, "clip_grad_norm", plain(self.clip_grad_norm))
         if self.amp not in AMP:
             raise ValueError(f"amp: expected None, 'bf16' or 'fp16', got {self.amp!r}")
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+        clip = self.clip_grad_norm
+        if clip is not None and not (isinstance(clip, Real) and clip > 0):
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {self.clip_grad_norm!r}")
 
     def autocast(self, device):
@@ -75,18 +84,7 @@ def loss_dtype(images):
     return torch.float64 if images.dtype == torch.float64 else torch.float32
 
 
-def check_batch(sff, images, target):
-    """Raise TypeError or ValueError unless images [B, *sff.input_shape] and target [B] make a minibatch."""
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-        raise TypeError(f"images: expected a floating-point tensor, got {_kind(images)}")
-    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
-        raise TypeError(f"target: expected int64 labels, got {_kind(target)}")
-    sff.check_images(images)
-    if len(images) == 0:
-        raise ValueError("images: expected at least one image, got an empty batch")
-    if target.shape != (len(images),):
-        raise ValueError(f"target: expected one label for each of {len(images)} images, got {list(target.shape)}")
-
-
-def _kind(value):
-    return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+def train_mode(sff):
+    """Put an SFF into training mode, unless it is: then modules that the user put into evaluation mode stay there."""
+    if not (sff.training and sff.model.training):
+        sff.train()

@@ -24,13 +24,14 @@ MODELS = ("resnet18", "resnet34", "mobilenet_v3_small", "mobilenet_v3_large")
 DEFAULTS = {
     "data": "digits", "root": None, "subset": None, "image_size": None,
     "model": "resnet18", "width": 16, "mode": "sff", "granularity": "block",
-    "epochs": 15, "batch_size": 64, "lr": None, "weight_decay": 0.05,
+    "epochs": 15, "batch_size": 64, "lr": None, "weight_decay": 0.05, "optimizer": "adamw",
     "grid": 4, "scale": None, "window": 2, "vote": "softmax", "schedule": "all",
     "micro_batches": 1, "clip": None, "amp": None, "compile": False, "channels_last": True,
     "seed": 0, "freeze": 0, "batch_norm": "local",
 }  # fmt: skip
 CHOICES = {
     "model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": tuple(AMP), "batch_norm": BATCH_NORMS,
+    "optimizer": ("adamw", "muon"),
 }  # fmt: skip
 # Smallest allowed value of each whole number. Batch norm needs two values of each channel, and a channel may have one position.
 LEAST = {"epochs": 1, "batch_size": 2, "width": 1, "micro_batches": 1, "window": 1, "grid": 0, "freeze": 0, "seed": 0}
@@ -165,7 +166,7 @@ def build_trainer(s, sff, distributed=None):
     Raises ValueError: several processes with "backprop", or all blocks frozen."""
     lr = s["lr"] or (optim.BACKPROP_LR if s["mode"] == "backprop" else optim.LOCAL_LR)
     options = {key: s[key] for key in ("micro_batches", "amp", "compile")} | {"clip_grad_norm": s["clip"]}
-    make = optim.adamw(lr, s["weight_decay"])
+    make = getattr(optim, s["optimizer"])(lr, s["weight_decay"])
     if s["mode"] == "backprop":
         if distributed is not None:
             raise ValueError(

@@ -1,16 +1,22 @@
 """Epochs of training steps, and evaluation: the same for every engine (engine.py)."""
 
 import contextlib
+import itertools
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
 
+from fastff.arguments import whole_number
 from fastff.parallel.watch import RankFailed
+from fastff.spec import check_labels
 from fastff.training import optim
-from fastff.training.state import means, random_state, set_random_state
+from fastff.training.batch import check_batch, unpack
+from fastff.training.randomness import generators_of, random_state, set_random_state
+from fastff.training.state import means
 
 
 class Diverged(RuntimeError):
@@ -26,7 +32,7 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the step was finished and a checkpoint saved (`path`, None if fit had no folder)."""
+    """Ctrl-C or SIGTERM: the step was finished and a checkpoint saved (`path`, None if fit had no folder)."""
 
     def __init__(self, path, step):
         self.path = path
@@ -39,12 +45,18 @@ def fit(trainer, loader, epochs, validation, path, save_every, evaluate_every, r
     """Train until `epochs` epochs are done in every phase; Session.fit describes the arguments.
 
     path: the checkpoint's, or None. report: an object with the methods of fastff.training.report.Report. Returns the history."""
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs: expected a whole number of at least 1, got {epochs!r}")
-    if len(loader) == 0:
+    epochs, evaluate_every = whole_number("epochs", epochs), whole_number("evaluate_every", evaluate_every)
+    save_every = None if save_every is None else whole_number("save_every", save_every)
+    if _length(loader) == 0:
         raise ValueError("loader: expected at least one minibatch, got an empty loader")
+    if validation is not None:
+        _check_classes(trainer.engine, "validation")
     state, ranks = trainer.state, trainer.ranks
     total = epochs * trainer.engine.phases
+    if state.position["epoch"] >= total:
+        text = f"nothing to train, all {total} epochs are done already: epochs counts from the start of training"
+        warnings.warn(f"epochs: {text}", stacklevel=3)
+    _follow_generators(loader, state)
     epoch = _Epoch(trainer, share_of(loader, ranks), epochs, path, save_every, report)
     report.start(trainer, total, len(epoch.loader))
     try:
@@ -62,6 +74,21 @@ def fit(trainer, loader, epochs, validation, path, save_every, evaluate_every, r
         report.close()
     trainer.synchronize()
     return state.history
+
+
+def _length(loader):
+    """Return the number of minibatches in an epoch. Raises TypeError."""
+    try:
+        return len(loader)
+    except TypeError:
+        text = "expected a number of minibatches, len(loader), along which the learning rate is scheduled"
+        raise TypeError(f"loader: {text}, got {type(loader).__name__} without one") from None
+
+
+def _check_classes(engine, name):
+    if not engine.classifies:
+        text = f"expected a goodness with classes, of which an accuracy is computed, got {engine.sff.goodness_name!r}"
+        raise ValueError(f"{name}: {text}")
 
 
 @contextlib.contextmanager
@@ -99,14 +126,15 @@ class _Epoch:
         engine.phase = epoch // self.epochs
         engine.train_mode()
         if state.position["batch"] == 0:
-            state.totals, state.epoch_random = None, random_state()
-        start, images_seen = time.perf_counter(), 0
-        for images, target in _batches(self.loader, state, trainer.ranks):
+            state.totals, state.epoch_random = None, random_state(state.generators)
+        start, images_seen, counted = time.perf_counter(), 0, engine.counted()
+        for batch in _batches(self.loader, state, trainer.ranks):
+            images, target = unpack(batch, engine.labelled) if trainer.ranks.feeds else (None, None)
             done = (epoch % self.epochs) * len(self.loader) + state.position["batch"]
             progress = min(1.0, (done + 1) / (self.epochs * len(self.loader)))
             optim.set_progress(engine.optimizers, trainer.lr_schedule, progress)
             trainer.step(images, target)
-            state.add(trainer.result, engine.place.counted)
+            state.add(trainer.result, counted)
             trainer.ranks.watch.steps = state.steps
             images_seen += trainer.result.samples * trainer.ranks.data_size
             self.after_step(images_seen / (time.perf_counter() - start))
@@ -166,7 +194,7 @@ def _batches(loader, state, ranks):
     """Yield the minibatches of an epoch from the position on."""
     epoch, skip = state.position["epoch"], state.position["batch"]
     if not ranks.feeds:
-        yield from [(None, None)] * (len(loader) - skip)
+        yield from [None] * (len(loader) - skip)
         return
     if hasattr(loader, "iter_from"):
         loader.set_epoch(epoch)
@@ -174,20 +202,38 @@ def _batches(loader, state, ranks):
         return
     if hasattr(getattr(loader, "sampler", None), "set_epoch"):
         loader.sampler.set_epoch(epoch)
+    if not skip:
+        yield from loader
+        return
     now = random_state()
-    if skip:  # repeat the draws from the start of the epoch, so that the order is the same
-        set_random_state(state.epoch_random)
-    for index, batch in enumerate(loader):
-        if index < skip:
-            continue
-        if index == skip and skip:
-            set_random_state(now)
-        yield batch
+    set_random_state(
+        state.epoch_random, state.generators
+    )  # the draws of the epoch are made again: the order is the same
+    batches = iter(loader)
+    for _ in itertools.islice(batches, skip):
+        pass
+    set_random_state(now)
+    yield from batches
+
+
+def _follow_generators(loader, state):
+    """Set the loader's generators to what a loaded checkpoint says of them, or warn that the numbers they draw will be others."""
+    state.generators, reason = generators_of(loader)
+    saved, state.loader_random = state.loader_random, None
+    if saved is None or hasattr(loader, "iter_from") or state.position == {"epoch": 0, "batch": 0}:
+        return
+    has = len(saved.get("loader", ()))
+    if has != len(state.generators):
+        reason = f"it has {len(state.generators)} generators of its own, the checkpoint has the states of {has}"
+    if reason is not None:
+        warnings.warn(f"loader: going on from a checkpoint is not bit for bit with it: {reason}", stacklevel=4)
+    for generator, value in zip(state.generators, saved.get("loader", ()), strict=False):
+        generator.set_state(value.cpu())
 
 
 @contextlib.contextmanager
 def _caught_interrupt(ranks):
-    """Yield an event that Ctrl-C sets, so that the step can be finished. A second Ctrl-C stops at once."""
+    """Yield an event that Ctrl-C and SIGTERM set, so that the step can be finished. A second one stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread() or ranks.size > 1:
         yield event
@@ -198,16 +244,18 @@ def _caught_interrupt(ranks):
             raise KeyboardInterrupt
         event.set()
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, former in before.items():
+            signal.signal(number, signal.SIG_DFL if former is None else former)
 
 
 @torch.no_grad()
 def evaluate(engine, loader):
     """Return {name: accuracy} of everything `engine.scores` gives, over `loader`, in evaluation mode."""
+    _check_classes(engine, "loader")
     ranks = engine.place.ranks
     if ranks.size > 1 and hasattr(loader, "shared"):
         loader = loader.shared(ranks.rank, ranks.size)
@@ -215,7 +263,10 @@ def evaluate(engine, loader):
     engine.module.eval()
     hits, names, count = None, [], 0
     try:
-        for images, target in loader:
+        for batch in loader:
+            images, target = unpack(batch)
+            check_batch(engine.sff, images, target, amp=engine.options.amp is not None)
+            check_labels(target, engine.sff.num_classes)
             if len(target) == 0:
                 continue
             images, target = (t.detach().to(engine.device, non_blocking=True) for t in (images, target))

@@ -28,11 +28,12 @@ class StepGraph:
         if self.calls[key] <= WARM_UP:
             return self.recorder.run(lambda: self.engine.run_step(images, target))
         if key not in self.graphs:
-            inputs = (images.clone(), target.clone())
+            inputs = (images.clone(), None if target is None else target.clone())
             self.graphs[key] = inputs, *self.recorder.record(lambda: self.engine.run_step(*inputs))
         inputs, replay, result = self.graphs[key]
         for recorded, given in zip(inputs, (images, target), strict=True):
-            recorded.copy_(given, non_blocking=True)
+            if given is not None:
+                recorded.copy_(given, non_blocking=True)
         replay()
         losses, correct, samples = result
         return StepResult(losses.clone(), correct.clone(), samples)

@@ -1,7 +1,5 @@
 """What a rank trains: which blocks, how their gradients and outputs go to other ranks, and which rank has the weights of which block."""
 
-import torch
-
 from fastff.parallel import batch_norm, placement
 from fastff.parallel.link import Link
 from fastff.parallel.ranks import Ranks
@@ -11,9 +9,8 @@ from fastff.parallel.reduce import Reduction, ShardedReduction
 class Alone:
     """The place of an engine that trains everything in one process, where nothing waits. The interface is that of Place."""
 
-    def __init__(self, losses, optimizers, device):
+    def __init__(self, losses, optimizers):
         self.ranks, self.own, self.own_optimizers = Ranks(), range(losses), range(optimizers)
-        self.counted = torch.ones(losses, device=device)
 
     def settle(self):
         pass
@@ -35,9 +32,8 @@ class Place:
         update: function of a block's index, called when its gradients are those of all ranks.
         measure: function that returns seconds of each block, called on rank 0 if ranks share the blocks and the user has not placed them.
 
-    Attributes: own (range of this rank's blocks), own_optimizers (their places among the optimisers that are not None), counted ([L], 1 for
-    the blocks whose losses this rank computes, else 0), placed (the blocks of each rank that shares them), link (to the neighbours, or
-    None), reduction (or None)."""
+    Attributes: own (range of this rank's blocks), own_optimizers (their places among the optimisers that are not None), placed (the
+    blocks of each rank that shares them), link (to the neighbours, or None), reduction (or None)."""
 
     def __init__(self, ranks, sff, parameters, optimizers, update, measure):
         self.ranks, self.sff, self.parameters, self.update = ranks, sff, parameters, update
@@ -51,8 +47,6 @@ class Place:
         self.own = self.placed[ranks.block_rank]
         made = [index for index, optimizer in enumerate(optimizers) if optimizer is not None]
         self.own_optimizers = [k for k, index in enumerate(made) if index in self.indices]
-        counted = [float(index in self.own) for index in range(len(sff.blocks))]
-        self.counted = torch.tensor(counted, device=next(sff.parameters()).device)
         if ranks.data_size > 1:
             if ranks.distributed.batch_norm == "synchronized":
                 batch_norm.synchronize(sff.model, ranks)

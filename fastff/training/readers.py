@@ -12,10 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+NOT_IMAGES = (
+    "thumbs.db",
+    "desktop.ini",
+    "__macosx",
+)  # what systems leave in folders; so are names that begin with a dot
 AGAIN = "Delete it and fetch it again."
 
 
@@ -133,7 +140,7 @@ def read_image(path: str | Path, size: tuple[int, int] | int, channels: int = 3)
         with image_module.open(path) as image:
             # A JPEG file can be decoded at 1/2, 1/4 or 1/8 of its size, if that still covers the size asked for.
             image.draft(mode, (longer, longer))
-            image = ops.exif_transpose(image).convert(mode)
+            image = _eight_bits(ops.exif_transpose(image)).convert(mode)
             image = ops.fit(image, (width, height), image_module.Resampling.BILINEAR)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.") from error
@@ -143,12 +150,28 @@ def read_image(path: str | Path, size: tuple[int, int] | int, channels: int = 3)
     return pixels.view(height, width, channels).permute(2, 0, 1).contiguous()
 
 
+def _eight_bits(image):
+    """Scale a grey image of 16-bit numbers, or of floating-point numbers from 0 to 1, to bytes; pillow would cut off what is above 255.
+
+    Raises ValueError for numbers outside of that range."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    highest = 1.0 if image.mode == "F" else 65535.0
+    values = torch.from_numpy(np.array(image, dtype=np.float64))
+    if not bool(((values >= 0) & (values <= highest)).all()):
+        low, high = (float(v) for v in values.aminmax())
+        raise ValueError(
+            f"expected pixels from 0 to {highest:g} in an image of mode {image.mode}, got {low:g} to {high:g}"
+        )
+    return optional("PIL.Image", "reading images").fromarray((values * (255 / highest)).round().to(torch.uint8).numpy())
+
+
 def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
     """Read a folder with one folder of images for each class.
 
-    The images are root/train/<class>/<image> and root/test/<class>/<image> (or root/val/...), or they are
-    root/<class>/<image>. In the second case every fifth image of each class, in order of names, becomes test data.
-    Hidden files are ignored.
+    The images are root/train/<class>/<image> and root/test/<class>/<image> (or val, valid, validation), or they are
+    root/<class>/<image>. Without test images by class, every fifth image of each class, in order of names, becomes test data.
+    Hidden files and what systems leave behind (Thumbs.db, __MACOSX) are ignored.
 
     Returns: training images uint8 [N, 3, size, size], training labels int64 [N], test images, test labels, class names.
 
@@ -156,11 +179,12 @@ def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. Expected one of images by class: <class>/<image>.")
-    train = root / "train"
-    if train.is_dir():
-        test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-        if test is None:
-            raise DataError(f"{root}: has a folder train but neither test nor val. Add one with the same classes.")
+    folders = {path.name.lower(): path for path in _listed(root) if path.is_dir()}
+    train = folders.get("train", root)
+    test = next((f for name in TEST_FOLDERS if (f := folders.get(name)) and any(p.is_dir() for p in _listed(f))), None)
+    if train is root or test is None:
+        by_class, test_by_class = _split(train, _files_by_class(train))
+    else:
         by_class, test_by_class = _files_by_class(train), _files_by_class(test)
         for here, there, extra in (
             (train, test, by_class.keys() - test_by_class.keys()),
@@ -169,22 +193,25 @@ def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
             if extra:
                 text = f"has class folders that {there} has not: {', '.join(sorted(extra))}"
                 raise DataError(f"{here}: {text}. Both need the same ones.")
-    else:
-        by_class, test_by_class = _split(root, _files_by_class(root))
     names = tuple(by_class)
     images, labels = _read_images(by_class, size)
     test_images, test_labels = _read_images(test_by_class, size)
     return images, labels, test_images, test_labels, names
 
 
+def _listed(folder: Path) -> list[Path]:
+    """Return what is in a folder, without hidden files and what systems leave there."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in NOT_IMAGES)
+
+
 def _files_by_class(folder: Path) -> dict[str, list[Path]]:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = [p for p in _listed(folder) if p.is_dir()]
     if len(classes) < 2:
         text = f"expected at least two folders, one for each class, found {len(classes)}"
         raise DataError(f"{folder}: {text}. Put the images of each class into a folder of its own.")
     found = {}
     for path in classes:
-        files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        files = _listed(path)
         for file in files:
             if file.suffix.lower() not in IMAGE_ENDINGS or file.is_dir():
                 text = f"not an image by its name (expected one of {', '.join(IMAGE_ENDINGS)})"
@@ -207,7 +234,7 @@ def _split(root: Path, by_class: dict[str, list[Path]]) -> tuple[dict[str, list[
     for name, files in by_class.items():
         if len(files) < 2:
             text = "one image cannot be split into train and test"
-            raise DataError(f"{root / name}: {text}. Add images, or make folders train and test.")
+            raise DataError(f"{root / name}: {text}. Add images, or make folders train and test of classes.")
         test[name] = [file for file, out in zip(files, held_out(len(files)), strict=True) if out]
         train[name] = [file for file, out in zip(files, held_out(len(files)), strict=True) if not out]
     return train, test

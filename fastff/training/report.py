@@ -12,9 +12,11 @@ from fastff.training.state import means
 
 
 def peak_resident_mb():
-    """Return the peak resident memory of this process in MiB."""
-    import resource
-
+    """Return the peak resident memory of this process in MiB, or None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
@@ -65,10 +67,10 @@ class Report:
         text = io.StringIO()
         writer = csv.DictWriter(text, columns)
         writer.writeheader()
-        writer.writerows(history)
+        writer.writerows(map(_known, history))
         write_atomically(Path(self.out) / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
         if self.events is not None:
-            for key, value in history[-1].items():
+            for key, value in _known(history[-1]).items():
                 self.events.add_scalar(key.replace(" ", "/", 1), value, history[-1]["step"])
             self.events.flush()
 
@@ -95,7 +97,7 @@ class Report:
         line.add_row(
             f"epoch {state.position['epoch'] + 1} of {self.epochs}",
             ProgressBar(total=total, completed=done, width=12),
-            f"{done / total:.0%}, {_clock(left)} left, {images_per_second:,.0f} images/s, {_memory(self.device)}",
+            f"{done / total:.0%}, {_clock(left)} left, {images_per_second:,.0f} images/s{_memory(self.device)}",
         )
         return Group(line, self._blocks(*means(state.totals)))
 
@@ -126,9 +128,10 @@ class Report:
         for name, loss, accuracy in zip(self.names, losses, accuracies, strict=True):
             # The end of a long path tells more than its beginning.
             cell = [name if len(name) <= longest else "…" + name[len(name) - longest + 1 :]]
-            elsewhere = accuracy != accuracy  # a block of another rank
-            cell += ["" if elsewhere else f"{loss:.3f}"] * show_loss + ["" if elsewhere else f"{accuracy:.1%}"]
-            done = 0.0 if elsewhere else accuracy
+            # NaN is of a block that is not trained, or by another rank
+            cell += ["" if loss != loss else f"{loss:.3f}"] * show_loss
+            cell += ["" if accuracy != accuracy else f"{accuracy:.1%}"]
+            done = 0.0 if accuracy != accuracy else accuracy
             cells.append(cell + [ProgressBar(total=1.0, completed=done, width=bar)] * (bar >= 8))
         for row in range(rows):
             table.add_row(*(cell for entry in cells[row::rows] for cell in entry))
@@ -136,17 +139,25 @@ class Report:
 
     def _print(self, row):
         """Print the line that stays of an epoch."""
+        row = _known(row)
         losses = [value for key, value in row.items() if key.startswith("train loss")]
         accuracies = [value for key, value in row.items() if key.startswith("train accuracy")]
         best, vote = ("best block", "vote on test") if len(self.names) > 1 else ("train", "test")
-        line = f"epoch {row['epoch']:3d}/{self.epochs} {row['seconds']:7.1f} s  loss {losses[-1]:.3f}"
-        line += f"  {best} {max(accuracies):6.1%}"
+        line = f"epoch {row['epoch']:3d}/{self.epochs} {row['seconds']:7.1f} s"
+        line += f"  loss {losses[-1]:.3f}" if losses else "  untrained"
+        if accuracies:
+            line += f"  {best} {max(accuracies):6.1%}"
         if (test := row.get("test vote")) is not None:
             line += f"  {vote} {test:6.1%}"
         if self.live is not None:
             self.live.console.print(line, highlight=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def _known(row):
+    """Return a row of the history without what it does not know (NaN): of blocks that were not trained, or accuracies without labels."""
+    return {key: value for key, value in row.items() if value == value}
 
 
 def _clock(seconds):
@@ -160,5 +171,6 @@ def _memory(device):
     if device.type == "cuda":
         import torch
 
-        return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of the GPU"
-    return f"{peak_resident_mb():,.0f} MiB at peak"
+        return f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of the GPU"
+    peak = peak_resident_mb()
+    return "" if peak is None else f", {peak:,.0f} MiB at peak"

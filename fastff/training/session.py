@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import torch
+
 from fastff.training import fit, graph, optim, state
-from fastff.training.engine import AMP, check_batch
+from fastff.training.batch import check_batch
+from fastff.training.engine import AMP
 
 
 class Session:
@@ -53,13 +56,20 @@ class Session:
         """Put the network into training mode, frozen blocks into evaluation mode."""
         self.engine.train_mode()
 
-    def step(self, images, target):
+    def step(self, images, target=None):
         """Train on one minibatch, images [B, *input_shape] and target [B] (int64).
 
-        Returns the losses [L], 0 for a block that is not trained, or not by this rank. Nothing in it waits for the device."""
+        With a goodness or loss without labels the target is None, the first half of the images positive and the second half negative.
+        Returns the losses [L], 0 for a block that is not trained, or not by this rank. Nothing in it waits for the device. Raises TypeError,
+        ValueError, and RuntimeError where gradients are turned off."""
+        if not torch.is_grad_enabled():
+            raise RuntimeError("step: expected gradients to be on, got torch.no_grad() or torch.inference_mode()")
         if self.ranks.feeds:
-            check_batch(self.sff, images, target)
-            images, target = (t.detach().to(self.device, non_blocking=True) for t in (images, target))
+            check_batch(self.sff, images, target, self.engine.labelled, self.options.amp is not None)
+            if len(images) == 0:
+                raise ValueError("images: expected at least one image, got an empty batch")
+            images = images.detach().to(self.device, non_blocking=True)
+            target = None if target is None else target.detach().to(self.device, non_blocking=True)
         self.result = self.run_step(images, target)
         if not self.fitting:
             self.engine.place.settle()
@@ -71,7 +81,8 @@ class Session:
         """Train for `epochs` from where this trainer stands (a loaded checkpoint goes on).
 
         Args:
-            loader: minibatches (images, target); with set_epoch and iter_from (fastff.training.data.Loader) resuming skips nothing.
+            loader: minibatches (images, target, ...) or dicts (fastff/training/batch.py), of a known number len(loader); with set_epoch and
+                iter_from (fastff.training.data.Loader) resuming skips nothing. Without labels (see step) the target is left out.
             validation: minibatches to evaluate after every `evaluate_every` epochs and the last.
             out: folder for checkpoint.pt, metrics.csv and TensorBoard events; None writes nothing.
             save_every: steps between checkpoints; one is saved after each epoch in any case.
@@ -79,7 +90,10 @@ class Session:
                 in place of the display and of the metrics' writer (on rank 0 of several).
             meta: a dict of plain values kept in the checkpoint (how to build the network again).
 
-        Returns the history: one dict per epoch (on rank 0 of several). Raises Diverged, Interrupted, RankFailed."""
+        A module that is in evaluation mode while the network is in training mode stays there.
+
+        Returns the history: one dict per epoch (on rank 0 of several), with NaN for blocks that an epoch did not train. Raises Diverged,
+        Interrupted, RankFailed."""
         from fastff.training.report import Report
 
         path = None if out is None else Path(out) / "checkpoint.pt"

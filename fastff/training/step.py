@@ -12,10 +12,12 @@ pass, when the last has come, and then the block is updated and freed.
 """
 
 import contextlib
+import math
 
 import torch
 
 from fastff.nn.visit import detached
+from fastff.ops.gradients import GroupNormGuard
 from fastff.parallel.link import Part
 
 UNIT = 64  # samples: gradients of ranks with different numbers of samples are weighted in this unit, so that usual numbers scale exactly
@@ -55,12 +57,13 @@ class LocalStep:
 
     def split(self, images, target):
         """The minibatch as a list of Parts."""
-        size = -(-len(images) // self.micro_batches)
-        cut = list(
-            zip(
-                images.split(size), (None,) * self.micro_batches if target is None else target.split(size), strict=False
-            )
-        )
+        if target is None:  # positive images, then as many negative ones: so is each part
+            halves = [half.split(-(-len(half) // self.micro_batches)) for half in images.chunk(2)]
+            parts = [images] if self.micro_batches == 1 else list(map(torch.cat, zip(*halves, strict=True)))
+            cut = [(part, None) for part in parts]
+        else:
+            size = -(-len(images) // self.micro_batches)
+            cut = list(zip(images.split(size), target.split(size), strict=True))
         self.begin(images, len(images), len(cut))
         return [Part((x,), y, len(x) / len(images), len(images)) for x, y in cut]
 
@@ -125,7 +128,9 @@ class LocalStep:
         scale = self._grad_scale(index, part)
         visit = block.visit(part.alive, part.target, scale, self.autocast)
         self.losses[index] += visit.step.loss * part.share
-        if part.target is not None:
+        if part.target is None:
+            self.correct[index] = math.nan
+        else:
             self.correct[index] += (visit.step.goodness.argmax(1) == part.target).sum()
         following, visit.following = visit.following, None
         return visit, following
@@ -169,7 +174,7 @@ class LocalStep:
         index = len(self.blocks)
         self.place.settle(index)
         for part in parts:
-            with torch.enable_grad(), self._context():
+            with torch.enable_grad(), self._context(), GroupNormGuard():
                 logits = self.classifier(*detached(part.alive))[0]
             loss = torch.nn.functional.cross_entropy(logits.to(self.losses.dtype), part.target)
             (loss * part.share * self.weight).backward()

@@ -8,11 +8,12 @@ import copy
 
 import torch
 
+from fastff.arguments import plain, whole_number
 from fastff.parallel import placement
 from fastff.parallel.ranks import Distributed, Ranks
 from fastff.sff import SFF
 from fastff.training import optim
-from fastff.training.engine import Options, StepResult
+from fastff.training.engine import Options, StepResult, train_mode
 from fastff.training.place import Place
 from fastff.training.session import Session
 from fastff.training.step import LocalStep
@@ -55,15 +56,14 @@ class Trainer(Session):
             raise TypeError(f"sff: expected fastff.SFF (wrap the model in it first), got {type(sff).__name__}")
         if schedule not in ("all", "greedy"):
             raise ValueError(f"schedule: expected 'all' or 'greedy', got {schedule!r}")
-        if not isinstance(frozen, int) or not 0 <= frozen < len(sff.blocks):
+        frozen = plain(frozen)
+        if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen < len(sff.blocks):
             raise ValueError(f"frozen: expected 0 to {len(sff.blocks) - 1} blocks, got {frozen!r}")
-        window = sff.window if window is None else window
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
+        window = sff.window if window is None else whole_number("window", window)
         if window > 1 and schedule == "greedy":
             raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {window}")
         options = Options(**options)
-        ranks = _ranks(Distributed.of(distributed), next(sff.parameters()).device, window, schedule, options)
+        ranks = _ranks(Distributed.of(distributed), sff, window, schedule, options)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
@@ -72,7 +72,12 @@ class Trainer(Session):
         super().__init__(LocalEngine(sff, make, options, ranks, schedule, window, frozen), options, lr_schedule)
 
 
-def _ranks(distributed, device, window, schedule, options):
+def _labelled(sff):
+    """Whether the blocks learn from labels, and not from positive and negative images."""
+    return sff.heads[0].loss_name == "cross_entropy"
+
+
+def _ranks(distributed, sff, window, schedule, options):
     """Return the Ranks that train together. Raises ValueError for what they cannot do."""
     if distributed is None:
         return Ranks()
@@ -81,7 +86,10 @@ def _ranks(distributed, device, window, schedule, options):
     if distributed.shard_optimizer and (options.clip_grad_norm or options.amp == "fp16"):
         text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
         raise ValueError(f"shard_optimizer: {text}")
-    ranks = Ranks(distributed, device)
+    ranks = Ranks(distributed, next(sff.parameters()).device)
+    if ranks.block_size > 1 and not _labelled(sff):
+        text = f"expected a goodness with labels where ranks share the blocks, got {sff.goodness_name!r}"
+        raise ValueError(f"distributed: {text}")
     if ranks.block_size > 1 and (window > 1 or schedule != "all"):
         got = f"window {window}" if window > 1 else f"schedule {schedule!r}"
         raise ValueError(f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {got}")
@@ -101,11 +109,16 @@ class LocalEngine:
         self.options, self.device = options, next(sff.parameters()).device
         self.names = [block.name for block in sff.blocks]
         self.phase, self.phases = 0, len(sff.blocks) - frozen if schedule == "greedy" else 1
+        self.labelled, self.classifies = _labelled(sff), sff.heads[0].num_classes is not None
+        if sff.readout and not self.labelled:
+            text = "expected False with a loss of positive and negative images, which has no labels for a classifier"
+            raise ValueError(f"readout: {text}, got True")
         self.parameters = [[p for p in sff.block_parameters(i) if p.requires_grad] for i in range(len(sff.blocks))]
         classifier = sff.readout[0] if sff.readout else None
         if classifier is not None:
             self.parameters.append([p for p in classifier.parameters() if p.requires_grad])
-        every = [optim.build(make, parameters) for parameters in self.parameters]
+        heads = {id(p) for p in sff.heads.parameters()}
+        every = [optim.build(make, parameters, heads) for parameters in self.parameters]
         self.block_optimizers = every[: len(sff.blocks)]
         self.classifier_optimizer = None if classifier is None else every[-1]
         self.optimizers = [optimizer for optimizer in every if optimizer is not None]
@@ -141,17 +154,32 @@ class LocalEngine:
             self.update(self.block_optimizers[index], self.scalers[index], self.parameters[index])
 
     def train_mode(self):
-        """Put the network into training mode, the blocks that are not trained any more into evaluation mode."""
-        self.sff.train()
-        for block in self.sff.blocks[: self.frozen + self.phase]:
-            block.eval()
+        """Put the network into training mode, the blocks that are not trained any more into evaluation mode.
+
+        Modules that the user put into evaluation mode while the network was in training mode stay there."""
+        for module in self.sff.resting:
+            module.training = True
+        train_mode(self.sff)
+        done = self.sff.blocks[: self.frozen + self.phase]
+        self.sff.resting = [module for block in done for module in block.modules() if module.training]
+        for module in self.sff.resting:
+            module.training = False
+
+    def _trained(self):
+        """Return (the indices of the blocks that the present phase trains, the last block that it runs)."""
+        last = self.frozen + self.phase if self.schedule == "greedy" else len(self.sff.blocks) - 1
+        first = last if self.schedule == "greedy" else 0  # of frozen blocks the heads may train
+        return {i for i in range(first, last + 1) if self.block_optimizers[i] is not None}, last
+
+    def counted(self):
+        """Return [L], 1 for the blocks that this rank trains in the present phase, else 0."""
+        here = self._trained()[0].intersection(self.place.own)
+        return torch.tensor([float(i in here) for i in range(len(self.sff.blocks))], device=self.device)
 
     def run_step(self, images, target):
         """Train on one minibatch. Returns StepResult."""
-        last = self.frozen + self.phase if self.schedule == "greedy" else len(self.sff.blocks) - 1
-        first = last if self.schedule == "greedy" else 0  # of frozen blocks the heads may train
-        self.step.frozen, self.step.last = self.frozen, last
-        self.step.trained = {i for i in range(first, last + 1) if self.block_optimizers[i] is not None}
+        self.step.frozen = self.frozen
+        self.step.trained, self.step.last = self._trained()
         return StepResult(*self.step.run(images, target))
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ def factors(total, square, n, eps, NORM: tl.constexpr):
     """(mean, factor) of a normalisation, from the sums of n elements and of their squares: y = (x - mean) factor."""
     mean = total / n
     if (NORM == L2) or (NORM == L2_CHANNELS):  # noqa: SIM109
-        return mean * 0, 1 / (tl.sqrt(square) + eps)
+        return mean * 0, tl.where(square == 0, 0.0, 1 / (tl.sqrt(square) + eps))
     if (NORM == RMS) or (NORM == RMS_CHANNELS):  # noqa: SIM109
         return mean * 0, 1 / tl.sqrt(square / n + eps)
     return mean, 1 / tl.sqrt(tl.maximum(square / n - mean * mean, 0.0) + eps)

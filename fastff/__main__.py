@@ -1,0 +1,5 @@
+"""python -m fastff, the command line."""
+
+from fastff.cli import main
+
+main()

@@ -1,0 +1,596 @@
+"""Traces of modules that are proved to be all that the modules do.
+
+torch.fx runs a module's Python once and records what happens to its tensors. Whatever else that Python does (a random choice, a context such as
+torch.no_grad, statistics updated by hand, a counter, a print) would happen while tracing and never again. `trace` notices it: the module at fault
+is then called as it is, so that its Python runs in every step, and the trace starts again without opening it. The model is left as it was.
+"""
+
+import builtins
+import collections
+import contextlib
+import copy
+import functools
+import gc
+import operator
+import random
+import sys
+import types
+import weakref
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+LARGEST = 1000  # entries of a container that is looked into
+
+
+class NotPlain(Exception):
+    """A module whose trace is not all that it does: its name, and the reason as a phrase that follows the name."""
+
+    def __init__(self, name, reason):
+        super().__init__(f"{name or 'the model itself'}: {reason}")
+        self.name, self.reason = name, reason
+
+
+class Trace(NamedTuple):
+    """graph; whole: {name: reason} of modules that are called as they are because their trace would not be plain; reads: {module that was
+    opened: names of the attributes that were read}."""
+
+    graph: fx.Graph
+    whole: dict
+    reads: dict
+
+
+def trace(root, opens, needed=lambda name: False, in_order=True):
+    """Trace a module.
+
+    opens(module, name): whether a module may be opened. needed(name): whether it must be. in_order: whether all nodes will run, in their order,
+    or only those whose results are used. Raises NotPlain for the root and for modules that are needed."""
+    whole = {}
+    while True:
+        found, faults = _trace(root, opens, needed, whole, in_order)
+        for fault in faults:
+            if not fault.name or needed(fault.name):
+                raise fault
+            whole[fault.name] = fault.reason
+        if not faults:
+            return found
+
+
+def _trace(root, opens, needed, whole, in_order):
+    """(Trace, faults)"""
+    modules = dict(root.named_modules())
+    tracer = _Tracer(modules, opens, needed, whole)
+    before = Snapshot(modules)
+    try:
+        with _watched(tracer):
+            graph = tracer.trace(root)
+    except Exception as error:
+        fault = tracer.note(f"cannot be traced ({type(error).__name__}: {_first_line(error)})")
+        if error is not fault:
+            fault.__cause__ = error
+        return None, [fault]
+    finally:
+        changed = before.restore()
+    _forget_batch_norm_counts(graph, tracer)
+    faults = [tracer.fault] if tracer.fault else []
+    for names, what in changed:
+        name = next((n for n in map(tracer.opened_at, names) if n in tracer.opened), "")
+        faults.append(NotPlain(name, what))
+    unused = [tracer.scopes.get(node, "") for node in _unused(graph, modules)]
+    faults += [] if in_order else [NotPlain(name, "computes what it does not use") for name in unused]
+    tracer.parameters.clear()
+    for generation in range(3):  # a proxy in a cycle is not kept
+        if any(ref() is not None for ref, _ in tracer.proxies):
+            gc.collect(generation)
+    faults += [NotPlain(name, "keeps a tensor for later") for ref, name in tracer.proxies if ref() is not None]
+    return Trace(graph, dict(whole), {modules[name]: tracer.reads[modules[name]] for name in tracer.opened}), faults
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [""])[0]
+
+
+class _Proxy(fx.Proxy):
+    """A traced tensor that notices isinstance(x, torch.Tensor) in a model's code, which is False of it."""
+
+    @property  # type: ignore[misc]
+    def __class__(self):
+        frame = sys._getframe(1)
+        named = frame.f_code.co_names + frame.f_code.co_freevars
+        asks = "Tensor" in named or "Parameter" in named
+        if frame.f_code is torch.is_tensor.__code__:
+            frame, asks = frame.f_back, True
+        if asks and frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fastff"):
+            self.tracer.asked_for_class()
+        return _Proxy
+
+    def _value(self):
+        raise self.tracer.note("needs the value of a tensor")
+
+    __float__ = __int__ = __index__ = __complex__ = __len__ = _value
+
+
+class _Tracer(fx.Tracer):
+    """Notes the first thing that a module does beside computing with traced tensors, and stops."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, modules, opens, needed, whole):
+        super().__init__()
+        self.modules, self.opens, self.needed, self.whole = modules, opens, needed, whole
+        self.names = {id(t): n for m in (modules[""].named_buffers, modules[""].named_parameters) for n, t in m()}
+        self.stack, self.opened = [""], {""}
+        self.fault, self.scopes, self.proxies, self.parameters = None, {}, [], {}
+        self.reads = collections.defaultdict(set)
+        self.state = None
+
+    def note(self, reason):
+        """Note a fault of the module that runs now, for good: its Python may catch the error."""
+        self.fault = self.fault or NotPlain(self.stack[-1], reason)
+        return self.fault
+
+    def opened_at(self, name):
+        """The name of the innermost opened module that holds the module `name`."""
+        while name and name not in self.opened:
+            name = name.rpartition(".")[0]
+        return name
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """Arguments with default values, *args and **kwargs are left out, as in a call of the module without them."""
+        *_, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if len(arguments) > 1:
+            arguments[1].node.args = ()
+        given = [a for a in arguments[1:] if not (a.node.args or a.node.target.startswith("*"))]
+        for argument in arguments[1:]:
+            if all(argument is not a for a in given):
+                self.graph.erase_node(argument.node)
+        return root_fn, [arguments[0], *given]
+
+    def is_leaf_module(self, module, name):
+        return name in self.whole or not self.opens(module, name)
+
+    def call_module(self, module, forward, args, kwargs):
+        name = self.path_of_module(module)
+        if self.is_leaf_module(module, name):
+            return super().call_module(module, forward, args, kwargs)
+        self.stack.append(name)
+        self.opened.add(name)
+        before = random_states()
+        try:
+            result = super().call_module(module, module.forward, args, kwargs)  # without hooks, which would run once
+        except NotPlain:
+            raise
+        except Exception as error:
+            raise self.note(f"cannot be traced ({type(error).__name__}: {_first_line(error)})") from error
+        if not same(random_states(), before):
+            raise self.note("draws random numbers in Python")
+        self.stack.pop()
+        return result
+
+    def getattr(self, attr, value, cache):
+        name = self.names.get(id(value)) if isinstance(value, torch.Tensor) else None
+        if name is None:
+            return value
+        if name not in self.parameters:
+            self.parameters[name] = self.create_proxy("get_attr", name, (), {})
+        return self.parameters[name]
+
+    def get_fresh_qualname(self, prefix):
+        raise self.note("makes a tensor in Python, which would be a constant")
+
+    def create_node(self, kind, target, args, kwargs, *rest, **options):
+        if self.state is not None and _state() != self.state:
+            raise self.note("computes under torch.no_grad, inference mode or autocast of its own")
+        if _writes(kind, target, kwargs) and args and (attribute := _attribute_behind(args[0])):
+            name = self.stack[-1]
+            counts = f"{name}.num_batches_tracked".lstrip(".")
+            if attribute != counts or not isinstance(self.modules[name], nn.BatchNorm2d):
+                raise self.note(f"writes to {attribute.rpartition('.')[2]} in place")
+        node = super().create_node(kind, target, args, kwargs, *rest, **options)
+        self.scopes[node] = self.stack[-1]
+        return node
+
+    def proxy(self, node):
+        proxy = _Proxy(node, self)
+        self.proxies.append((weakref.ref(proxy), self.stack[-1]))
+        return proxy
+
+    def asked_for_class(self):
+        if self.stack[-1] and not self.needed(self.stack[-1]):
+            raise self.note("asks for the class of a tensor")
+
+    def to_bool(self, obj):
+        raise self.note("needs the value of a tensor")
+
+    def iter(self, obj):
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            raise self.note("goes through a tensor or a tuple of unknown length") from None
+
+    def keys(self, obj):
+        raise self.note("goes through a dict of unknown keys")
+
+
+@contextlib.contextmanager
+def _watched(tracer):
+    """Tracing under the tracer's eyes: what it runs into stops the trace."""
+
+    class NoTensors(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            raise tracer.note(f"computes {op.__name__} on tensors of its own")
+
+    class NoPrint:
+        def write(self, text):
+            raise tracer.note("prints")
+
+        def flush(self):
+            raise tracer.note("prints")
+
+    def no_autocast(*_):
+        raise tracer.note("has an autocast context of its own")
+
+    def recorded(module, name, get=object.__getattribute__):
+        value = get(module, name)
+        if is_plain(value) and not name.startswith("__"):
+            tracer.reads[module].add(name)
+        return value
+
+    with (
+        contextlib.redirect_stdout(NoPrint()),
+        mock.patch.object(torch.autocast, "__enter__", no_autocast),
+        mock.patch.object(nn.Module, "__getattribute__", recorded, create=True),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        NoTensors(),
+    ):
+        tracer.state = _state()
+        yield
+
+
+def _state():
+    autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+def _writes(kind, target, kwargs):
+    """Whether a node writes to its first argument."""
+    name = target if kind == "call_method" else getattr(target, "__name__", "") if kind == "call_function" else ""
+    return target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+
+
+def writes(node, modules):
+    """Whether a node of a graph writes to its first argument."""
+    if node.op == "call_module":
+        return getattr(modules.get(node.target), "inplace", False) is True
+    return bool(node.all_input_nodes) and _writes(node.op, node.target, node.kwargs)
+
+
+def _attribute_behind(node):
+    """The parameter or buffer that a node's value is, or is a view of as far as can be told; None for others."""
+    while isinstance(node, fx.Node) and node.op in ("call_method", "call_function") and node.args:
+        views = node.op == "call_method" or node.target in (getattr, operator.getitem)
+        node = node.args[0] if views else None
+    return node.target if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+# In names of functions that draw random numbers, update statistics or change what autograd does.
+HAVE_EFFECTS = (
+    "drop", "rand", "bernoulli", "normal", "multinomial", "rrelu", "batch_norm", "instance_norm", "backward", "hook", "retain",
+)  # fmt: skip
+
+
+def _is_harmless(node, modules):
+    """Whether a node has no effect but its result, as far as is known."""
+    if node.op == "get_attr":
+        return True
+    if node.op == "call_module":
+        module = modules[node.target]
+        name, where = type(module).__name__.lower(), type(module).__module__
+        known = where.startswith("torch.nn.modules.") and not list(module.children()) and not list(module.buffers())
+    else:
+        name = node.target if node.op == "call_method" else node.target.__name__
+        where = "torch" if node.op == "call_method" else (getattr(node.target, "__module__", None) or "torch")
+        spaces = [torch.Tensor] if node.op == "call_method" else [torch, nn.functional]
+        known = where in ("_operator", "builtins", "math") or (
+            where.startswith("torch") and any(hasattr(space, name) for space in spaces)
+        )
+    return known and not writes(node, modules) and not any(word in name for word in HAVE_EFFECTS)
+
+
+def _unused(graph, modules):
+    """Nodes whose results nobody uses and that may have an effect; those without one are erased, but for assertions."""
+    found = []
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output") and node.target is not torch._assert:
+            if _is_harmless(node, modules):
+                graph.erase_node(node)
+            else:
+                found.append(node)
+    return found
+
+
+def _forget_batch_norm_counts(graph, tracer):
+    """Make an opened subclass of BatchNorm2d in training a call of the base class in the graph: a node of the module, marked "batch_norm".
+
+    This is so where it does just that by hand: counts the batch, and calls F.batch_norm with its own tensors. Otherwise it is at fault."""
+    for name in tracer.opened:
+        norm = tracer.modules[name]
+        if not isinstance(norm, nn.BatchNorm2d) or not norm.training:
+            continue
+        inside = [node for node in graph.nodes if tracer.scopes.get(node) == name]
+        calls = [node for node in inside if node.target is nn.functional.batch_norm]
+        counts = [node for node in inside if node.target == "add_" and _attribute_behind(node.args[0])]
+        if not (len(calls) == 1 and name and _is_base_call(norm, name, calls[0], counts)):
+            tracer.fault = tracer.fault or NotPlain(name, "has statistics of its own")
+            return
+        with graph.inserting_before(calls[0]):
+            node = graph.call_module(name, (calls[0].args[0],))
+        node.meta["batch_norm"] = True
+        tracer.scopes[node] = name
+        calls[0].replace_all_uses_with(node)
+        asserts = [node for node in inside if node.target is torch._assert]
+        for gone in (calls[0], *counts, *asserts):
+            graph.erase_node(gone)
+
+
+def _is_base_call(norm, name, call, counts):
+    """Whether a node of F.batch_norm, and those that count, do what nn.BatchNorm2d does with this module in training."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    tracked = norm.track_running_stats and norm.running_mean is not None
+    for key in names[1:5]:
+        tensor = getattr(norm, key)
+        expected = None if tensor is None or (key.startswith("running") and not tracked) else f"{name}.{key}"
+        if _attribute_behind(given.get(key)) != expected:
+            return False
+    counted = [tuple(node.args[1:]) for node in counts if not node.users and not node.kwargs]
+    same_rate = not tracked or (norm.momentum is not None and given.get("momentum", 0.1) == norm.momentum)
+    same_options = given.get("training") is True and given.get("eps", 1e-5) == norm.eps and same_rate
+    return same_options and len(counts) == len(counted) and counted == [(1,)] * bool(tracked) and "input" in given
+
+
+def is_norm(node, modules):
+    """Whether a node calls nn.BatchNorm2d's own forward."""
+    if node.op != "call_module" or node.target not in modules or "forward" in vars(modules[node.target]):
+        return False
+    return type(modules[node.target]) is nn.BatchNorm2d or "batch_norm" in node.meta
+
+
+# --- the state beside tensors
+
+
+def _access(holder):
+    """(a function that copies what an object holds, a function that puts a copy back), or None where nothing is known of it."""
+    if isinstance(holder, type):
+        return lambda: {k: v for k, v in vars(holder).items() if not k.startswith("__")}, lambda old: _reset(
+            holder, old
+        )
+    if isinstance(holder, dict):
+        drop = lambda old: [holder.pop(k) for k in holder.keys() - old.keys()]  # noqa: E731
+        return lambda: dict(dict.items(holder)), lambda old: (drop(old), holder.update(old))
+    if isinstance(holder, (list, collections.deque)):
+        return lambda: list(holder), lambda old: (holder.clear(), holder.extend(old))
+    if isinstance(holder, set):
+        return lambda: set(holder), lambda old: (holder.clear(), holder.update(old))
+    if isinstance(holder, np.ndarray):
+        return holder.copy, lambda old: holder.__setitem__(..., old)
+    if isinstance(holder, random.Random):
+        return holder.getstate, holder.setstate
+    if isinstance(holder, (np.random.RandomState, torch.Generator)):
+        return holder.get_state, holder.set_state
+    if isinstance(holder, np.random.Generator):
+        bits = holder.bit_generator
+        return lambda: bits.state, lambda old: setattr(bits, "state", old)
+    skipped = (nn.Module, torch.Tensor, types.ModuleType, types.FunctionType)
+    inside = getattr(holder, "__dict__", None)
+    return _access(inside) if isinstance(inside, dict) and not isinstance(holder, skipped) else None
+
+
+def _reset(cls, old):
+    for name, value in list(vars(cls).items()):
+        if not name.startswith("__") and name not in old:
+            delattr(cls, name)
+        elif old.get(name, value) is not value:
+            setattr(cls, name, old[name])
+
+
+@functools.cache
+def global_generators():
+    """The generators behind the functions of Python, NumPy and torch."""
+    return random.random.__self__, np.random.random.__self__, torch.default_generator  # type: ignore[attr-defined]
+
+
+def random_states():
+    """The states of the global generators of Python and NumPy."""
+    return [_access(generator)[0]() for generator in global_generators()[:2]]
+
+
+def same(a, b):
+    """Whether two values are the same: equal plain values, equal arrays, otherwise one object."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, torch.Tensor):  # the state of a generator
+        return a.dtype == b.dtype == torch.uint8 and torch.equal(a, b)
+    return isinstance(a, (*PLAIN, set)) and a == b
+
+
+def is_plain(value):
+    """Whether a value is a number, a text, None, or a tuple, list or dict of these."""
+    if isinstance(value, dict):
+        return is_plain(list(value.values()))
+    if isinstance(value, (tuple, list)):
+        return len(value) <= LARGEST and all(map(is_plain, value))
+    return type(value) in PLAIN
+
+
+class Snapshot:
+    """What the Python of modules can change beside tensors: attributes, what is in these, classes, globals of their files, random states.
+
+    `restore` puts it back and returns [(names of the modules that it may belong to, what was changed)]."""
+
+    def __init__(self, modules):
+        self.kept, self.seen = [], {id(m) for m in modules.values()}
+        users = collections.defaultdict(list)
+        for name, module in modules.items():
+            for cls in type(module).__mro__:
+                if not cls.__module__.startswith(("torch.", "builtins", "fastff.")):
+                    users[cls].append(name)
+                    if cls.__module__ in sys.modules:
+                        users[cls.__module__].append(name)
+            self._keep([name], vars(module), 4, "changes its attributes")
+        for owner, names in users.items():
+            holder = owner if isinstance(owner, type) else vars(sys.modules[owner])
+            self._keep(names, holder, 1, "changes attributes of its class or globals of its file")
+        for generator in global_generators():
+            self._keep([""], generator, 0, "draws random numbers in Python")
+
+    def _keep(self, names, holder, depth, what):
+        if id(holder) in self.seen:
+            return
+        self.seen.add(id(holder))
+        inside = holder if isinstance(holder, tuple) else None
+        if inside is None and (access := _access(holder)) is not None:
+            inside = access[0]()
+            self.kept.append((names, access, inside, what))
+        if depth and isinstance(inside, (dict, list, set, tuple)) and len(inside) <= LARGEST:
+            for value in inside.values() if isinstance(inside, dict) else inside:
+                if not isinstance(value, (*PLAIN, type)) and value is not vars(builtins):
+                    self._keep(names, value, depth - 1, what)
+
+    def restore(self):
+        changed = []
+        for names, (get, put), old, what in self.kept:
+            if not same(get(), old):
+                put(old)
+                changed.append((names, what))
+        return changed
+
+
+@contextlib.contextmanager
+def preserved(model):
+    """Run a model inside this context, and nothing of it is changed afterwards: buffers, attributes, random states."""
+    before = Snapshot(dict(model.named_modules()))
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(model)):
+            yield
+    finally:
+        before.restore()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def cuda_devices(model):
+    """The CUDA devices of a model's parameters."""
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+READY: tuple = (True, {}, {}, {}, {})  # a module in training mode without hooks
+_readiness = operator.itemgetter("training", *HOOKS)
+
+
+class Watch:
+    """Attributes of modules that a graph depends on, {module: names}, to be looked at before it is used; and their classes and children."""
+
+    def __init__(self, names):
+        self.entries = []
+        for module, read in names.items():
+            wanted = [
+                n for n in read if n != "training" and (n in vars(module) or is_plain(getattr(type(module), n, ...)))
+            ]
+            of_class = not vars(module).keys() >= set(wanted)  # a default that an attribute may yet replace
+            wanted = ["_modules", "_modules", *wanted]
+            get = (operator.attrgetter if of_class else operator.itemgetter)(*wanted)
+            found = get(module if of_class else vars(module))
+            # modules are compared by identity, values in lists and dicts, which may be nested, as they were
+            values = (*(v.copy() for v in found[:2]), *map(copy.deepcopy, found[2:]))
+            forward = vars(module).get("forward")  # of this instance alone, where it has one
+            self.entries.append((module, type(module), forward, get, of_class, values, wanted))
+
+    def ready(self):
+        """Whether nothing has changed, all modules are in training mode, and none has a hook."""
+        return all(_readiness(module.__dict__) == READY for module, *_ in self.entries) and self.unchanged()
+
+    def unchanged(self):
+        """Whether nothing has changed. Modes and hooks do not count."""
+        try:
+            for module, cls, forward, get, of_class, values, _ in self.entries:
+                own = module.__dict__
+                if (
+                    type(module) is not cls
+                    or own.get("forward") is not forward
+                    or get(module if of_class else own) != values
+                ):
+                    return False
+        except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or has become a tensor
+            return False
+        return True
+
+    def change(self):
+        """What has changed, as a text."""
+        for module, cls, forward, _, _, values, wanted in self.entries:
+            if vars(module).get("forward") is not forward:
+                return f"forward of a {cls.__name__}"
+            for name, old in zip(wanted, values, strict=True):
+                now = getattr(module, name, None)
+                if name != "_modules" and not same(now, old):
+                    return f"{name} of a {cls.__name__} from {old!r} to {now!r}"
+            if type(module) is not cls or dict(module._modules) != values[0]:
+                return f"the modules of a {cls.__name__}"
+        return "an attribute"
+
+
+# --- graphs as modules
+
+
+class Read(nn.Module):
+    """A parameter or buffer of a module of the model, looked up each time, since the model may have got another."""
+
+    def __init__(self, root, path):
+        super().__init__()
+        *owner, self.attribute = path.split(".")
+        self.owner = (root.get_submodule(".".join(owner)),)  # in a tuple, so as not to be a submodule
+
+    def forward(self):
+        return getattr(self.owner[0], self.attribute)
+
+    def _only(self, kind):
+        found = self.owner[0].__dict__[kind].get(self.attribute) if "owner" in self.__dict__ else None
+        return {} if found is None else {self.attribute: found}
+
+    # nn.Module.parameters() and buffers() read these
+    _parameters = property(lambda self: self._only("_parameters"), lambda self, value: None)
+    _buffers = property(lambda self: self._only("_buffers"), lambda self, value: None)
+
+
+def graph_module(root, graph, modules):
+    """A GraphModule that calls root's own modules, or those in `modules` by path, and reads its parameters when they are needed."""
+    owners = {}
+    for number, node in enumerate(list(graph.nodes)):
+        if node.op == "get_attr":
+            name = f"fastff_read_{number}"
+            owners[name] = Read(root, node.target)
+            with graph.inserting_before(node):
+                call = graph.call_module(name, ())
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+        elif node.op == "call_module":
+            owners[node.target] = modules.get(node.target) or root.get_submodule(node.target)
+    return fx.GraphModule(owners, graph)
