@@ -103,3 +103,4 @@ def test_a_failing_compiler(checkout, force):
     assert said[0].startswith(f"fastff: {start}: the C++ compiler failed")
     if not force:
         assert not [name for name in zipfile.ZipFile(wheels[0]).namelist() if name.endswith(".so")]
+        assert wheels[0].name.endswith("-py3-none-any.whl"), "a wheel without machine code runs everywhere"
