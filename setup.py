@@ -50,6 +50,9 @@ def with_extension():
                 without_extension(f"the C++ compiler failed ({first}); needed is GCC 12, Clang 16 or newer (C++20)")
                 self.extensions = []
                 self.distribution.ext_modules = []
+                wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+                if wheel is not None:  # it was made for extensions; without any it runs everywhere
+                    wheel.root_is_pure, wheel.py_limited_api = True, False
 
         def build_extension(self, extension):
             # Each level has its own folder, since the object files of all levels have the same names.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastff.training import environment as machine
+from fastff.app import environment as machine
 
 COLUMNS = ("device", "threads", "torch", "python", "fastff", "commit")
 

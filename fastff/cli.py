@@ -1,4 +1,4 @@
-"""Entry point of the command line; commands.py has the commands, and needs typer and rich (the extra `train`)."""
+"""Entry point of the command line; app/commands.py has the commands, and needs typer and rich (the extra `train`)."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 
 def make_app():
     """Return the typer application. Raises ImportError without typer or rich."""
-    from fastff.commands import app
+    from fastff.app.commands import app
 
     return app
 

@@ -21,8 +21,9 @@ Image = pytest.importorskip("PIL.Image")
 from typer.testing import CliRunner  # noqa: E402
 
 import fastff  # noqa: E402
+from fastff.app import experiment  # noqa: E402
 from fastff.cli import make_app  # noqa: E402
-from fastff.training import checkpoint, data, experiment  # noqa: E402
+from fastff.training import checkpoint, data  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--data", "digits", "--subset", "96", "--width", "2", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]

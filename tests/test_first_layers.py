@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastff.functional as ff
+from fastff import SFF, Trainer
 from fastff.nn import FFBlock
 
 C, SIZE, CLASSES = 8, 6, 3
@@ -195,3 +196,44 @@ def train(window):
         images = torch.rand(6, 4, 6, 6).contiguous(memory_format=layout)
         losses.append(torch.stack([trainer.step(images, torch.arange(6) % 3) for _ in range(3)]))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["l2", "l2_channels"])
+@pytest.mark.parametrize("impl", ["native", "torch", "reference"])
+def test_what_is_all_zero_stays_zero_and_gets_no_gradient(how, impl):
+    """A dead ReLU: a sample, or a position, without a value above zero."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 5)
+    x[0], x[1, :, 2, 3] = 0, 0
+    x.requires_grad_()
+    y = ff.normalize(x, how, impl=impl)
+    grad = torch.randn_like(x)
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    dead = torch.zeros(3, 1, 5, 5, dtype=torch.bool)
+    dead[0] = True
+    dead[1, :, 2, 3] = how == "l2_channels"
+    dead = dead.expand_as(x)
+    assert bool(y[dead].eq(0).all()) and bool(grad_x[dead].eq(0).all()) and bool(grad_x.isfinite().all())
+    dims = (1, 2, 3) if how == "l2" else 1
+    exact = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        exact / (exact.square().sum(dims, keepdim=True).add(1e-60).sqrt() + 1e-5), exact, grad.double()
+    )
+    torch.testing.assert_close(grad_x[~dead].double(), expected[~dead], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["l2", "l2_channels"])
+def test_blocks_train_where_samples_are_all_zero(how):
+    """Of a step whose block gives zeros alone, all gradients are finite; fused with its epilogue and by the modules."""
+    torch.manual_seed(0)
+    for fuse in (True, False):
+        layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        nn.init.constant_(layers[1].bias, -50.0)
+        following = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        model = nn.Sequential(layers, following, nn.Flatten(), nn.Linear(8 * 36, 5))
+        trainer = Trainer(SFF(model, 5, ["0", "1"], (3, 6, 6), normalize=how, fuse=fuse))
+        trainer.train_mode()
+        for _ in range(2):
+            losses = trainer.step(torch.randn(4, 3, 6, 6), torch.randint(5, (4,)))
+        assert bool(losses.isfinite().all())
+        assert all(bool(p.isfinite().all()) for p in model.parameters())

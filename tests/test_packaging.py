@@ -1,6 +1,7 @@
 """What importing fastff brings in, and what setup.py does where the compiled library cannot be built."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,13 @@ def test_import_brings_in_little():
         )
     top = {name.split(".")[0] for name in new} - set(sys.stdlib_module_names) - {"fastff", "torch", "numpy"}
     assert not top, f"importing fastff imports {sorted(top)}"
+
+
+def test_the_library_does_not_import_the_application():
+    imports = re.compile(r"^\s*(from|import) fastff(\.app\b| import .*\bapp\b)", re.M)
+    package = ROOT / "fastff"
+    files = [path for path in package.rglob("*.py") if imports.search(path.read_text(encoding="utf-8"))]
+    assert {path for path in files if path.parent != package / "app"} == {package / "cli.py"}
 
 
 @pytest.fixture
@@ -103,3 +111,4 @@ def test_a_failing_compiler(checkout, force):
     assert said[0].startswith(f"fastff: {start}: the C++ compiler failed")
     if not force:
         assert not [name for name in zipfile.ZipFile(wheels[0]).namelist() if name.endswith(".so")]
+        assert wheels[0].name.endswith("-py3-none-any.whl"), "a wheel without machine code runs everywhere"

@@ -28,7 +28,7 @@ def adamw(lr=LOCAL_LR, weight_decay=0.05):
 def muon(lr=LOCAL_LR, weight_decay=0.05, momentum=0.95):
     """Return a function that makes a Muon optimiser (muon.py): orthogonalised updates of convolution weights, AdamW for the rest.
 
-    It learns more in an epoch than AdamW, block by block and by backpropagation (docs/learning.md); a step takes longer."""
+    A step takes longer than AdamW's (docs/choosing.md)."""
 
     def make(groups):
         return Muon(groups, lr=lr, weight_decay=weight_decay, momentum=momentum)

@@ -1,4 +1,4 @@
-"""The commands compare, train, predict, bench and info: arguments, tables, exit codes. fastff/training does the work."""
+"""The commands compare, train, predict, bench and info: arguments, tables, exit codes. The other files of this folder do the work."""
 
 import collections
 import functools
@@ -17,11 +17,12 @@ from rich.table import Table
 import fastff
 from fastff import bench as benchmark
 from fastff import cache, parallel
+from fastff.app import compare as comparison
+from fastff.app import environment as here
+from fastff.app import experiment, plots
 from fastff.ops import plan
 from fastff.parallel.watch import RankFailed, prints_failure
-from fastff.training import checkpoint, experiment, plots
-from fastff.training import compare as comparison
-from fastff.training import environment as here
+from fastff.training import checkpoint
 from fastff.training.fit import Diverged
 
 app = typer.Typer(

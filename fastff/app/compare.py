@@ -2,8 +2,8 @@
 
 from statistics import median
 
-from fastff.training import experiment
-from fastff.training.environment import environment
+from fastff.app import experiment
+from fastff.app.environment import environment
 from fastff.training.memory import peak_memory
 
 MODES = ("backprop", "block", "layer", "stage")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastff import models
+from fastff.app.environment import check_implementations
 from fastff.arguments import whole_number
 from fastff.graph.cut import GRANULARITIES
 from fastff.parallel.ranks import BATCH_NORMS, leader_first
@@ -16,7 +17,6 @@ from fastff.training import data, optim
 from fastff.training.backprop import Backprop
 from fastff.training.checkpoint import CheckpointError, load
 from fastff.training.engine import AMP
-from fastff.training.environment import check_implementations
 from fastff.training.trainer import Trainer
 
 MODELS = ("resnet18", "resnet34", "mobilenet_v3_small", "mobilenet_v3_large")

@@ -14,7 +14,7 @@ STYLES = {
 
 
 def picture(result, path):
-    """Draw the result of `fastff.training.compare.compare` and write it to `path` as PNG.
+    """Draw the result of `fastff.app.compare.compare` and write it to `path` as PNG.
 
     Raises ImportError: matplotlib is not installed."""
     optional("matplotlib", "the picture").use("Agg")
