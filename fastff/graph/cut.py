@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastff.graph import values
-from fastff.graph.plain import Read, Watch, graph_module, preserved
+from fastff.graph.plain import Read, Watch, graph_module, writes
+from fastff.graph.snapshot import preserved
 from fastff.graph.trace import (
     CONTAINERS,
     WEIGHT_FUNCTIONS,
@@ -48,7 +49,6 @@ from fastff.graph.trace import (
 GRANULARITIES = ("layer", "block", "stage", "model")
 POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
 POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.adaptive_avg_pool3d, torch.mean, torch.flatten}
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
 class Block(nn.Module):
@@ -556,19 +556,9 @@ def _name(model, called):
 
 def _with_earlier_readers(model, new, done, needed, order):
     """What reads a tensor before an in-place operation in this block writes it must run in this block too."""
-
-    def in_place(node):
-        if node.op == "call_module":
-            return getattr(_attribute(model, node.target), "inplace", False)
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return (
-            node.target in IN_PLACE
-            or node.kwargs.get("inplace") is True
-            or (name.endswith("_") and not name.endswith("__"))
-        )
-
+    modules = dict(model.named_modules())
     for node in sorted(new, key=order.get):
-        if node.op not in ("placeholder", "output") and node.all_input_nodes and in_place(node):
+        if node.op not in ("placeholder", "output") and node.all_input_nodes and writes(node, modules):
             for reader in node.all_input_nodes[0].users:
                 if order[reader] < order[node] and reader in needed:
                     new |= {n for n in _ancestors(reader, stop=done) if n.op != "get_attr"}

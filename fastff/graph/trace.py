@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastff.graph import plain, values
+from fastff.graph import plain, snapshot, values
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -154,7 +154,7 @@ def _chain(model, paths, example, where):
         hook = lambda module, args, output, path=path: calls.append((path, args, output))  # noqa: E731
         handles.append(model.get_submodule(path).register_forward_hook(hook))
     try:
-        with plain.preserved(model):
+        with snapshot.preserved(model):
             model(example)
     finally:
         for handle in handles:
@@ -185,7 +185,7 @@ def record_values(model, graph, examples, is_chain):
     run = values.Recorder(fx.GraphModule(model, graph)).run
     found = []
     for function, example in ((run, examples[0]), (run, examples[1]), (model, examples[1]))[: 2 if is_chain else 3]:
-        with plain.preserved(model):
+        with snapshot.preserved(model):
             try:
                 result = function(example)
             except Exception as error:

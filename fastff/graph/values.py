@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fastff.graph import plain
+from fastff.graph import snapshot
 
 BATCHES = (2, 3)
 
@@ -87,7 +87,7 @@ def _fill_in(node, runs):
         times = first // BATCHES[0]
         node.meta["folded"] = (first, second) != tuple(times * size for size in BATCHES)
         node.meta["times"] = times
-    elif not any(tensors) and first is not second and not plain.same(first, second):
+    elif not any(tensors) and first is not second and not snapshot.same(first, second):
         node.meta["folded"] = True
 
 
