@@ -86,14 +86,14 @@ def _rounds(least=5, seconds=2.0):
 
 
 def _sff_blocks(engine, images, target):
-    """Measure the blocks of an engine: LocalStep.train_block with a clock: the message to the next rank is sent at the end of `forward`."""
+    """Measure the blocks of an engine: LocalStep.train with a clock: the message to the next rank is sent at the end of `forward`."""
     engine.train_mode()
-    seconds = []
+    seconds, route = [], engine.step.route(engine.segments(0))
     for number in _rounds():
         (part,), times, outputs = engine.step.split(images, target), [], []
         clock = _Clock(engine.device)
         for index in range(len(engine.sff.blocks)):
-            visit, alive = engine.step.visit(index, part)
+            visit, alive = engine.step.visit(route, index, part)
             part = part._replace(alive=alive)
             forward = clock()
             if visit is not None:
@@ -108,8 +108,8 @@ def _sff_blocks(engine, images, target):
         if number:
             seconds.append(times)
     parts, memory = engine.step.split(images, target), []
-    for index in range(len(engine.sff.blocks)):
-        step = lambda index=index, parts=parts: engine.step.train_block(index, parts)  # noqa: E731
+    for chain in route.chains:
+        step = lambda chain=chain, parts=parts: engine.step.train(route, chain, parts)  # noqa: E731
         memory.append(peak_memory(step, engine.device) * 2**20)
     weights = [_size(engine.parameters[index]) for index in range(len(outputs))]
     return _fastest(seconds, outputs, weights, memory)

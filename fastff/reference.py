@@ -283,15 +283,13 @@ def sample_norm(z):
     return normalized(z, "layer_norm")
 
 
-def train_step(blocks, heads, optimizers, images, target, window=1, loss=mean_loss, normalize=sample_norm):
+def train_step(blocks, heads, optimizers, images, target, segments=None, loss=mean_loss, normalize=sample_norm):
     """One step of block-local training on one minibatch: what fastff.Trainer computes, without its speed and its savings.
 
-    With z_l = block_l(x_{l-1}) and x_0 = images, block l has the loss L_l = loss(g_l, target) of its goodness g_l = head_l(z_l), and
-    x_l = normalize(z_l) is the next block's input. The weights of block l, w_l, and of its head, v_l, get the gradients
-
-        dL_l/dv_l    and    dL_l/dw_l + dL_{l+1}/dw_l + ... + dL_{l+window-1}/dw_l
-
-    so that with window 1 each block learns from its own loss alone and no gradient crosses from one block into another.
+    With z_l = block_l(x_{l-1}) and x_0 = images, the goodness of block l is g_l = head_l(z_l), and x_l = normalize(z_l) is the next block's
+    input. A segment (i, l) is the loss L_l = loss(g_l, target), which trains the head of block l and the weights of the blocks i to l. The
+    gradient of the weights w_j of block j is the sum of dL_l/dw_j over the segments that j is in. With segments (0, 0), (1, 1), ... each block
+    learns from its own loss alone, and no gradient crosses from one block into another.
 
     Args:
         blocks: L functions of tensors [B, ...]; each returns a tuple (z, *others), where others go to the next block as they are (the
@@ -299,25 +297,29 @@ def train_step(blocks, heads, optimizers, images, target, window=1, loss=mean_lo
         heads: L functions from z [B, C, H, W] to goodness [B, K], such as lambda z: goodness(z, W) with weights W [K, C, 1, 1].
         optimizers: L, the l-th of all parameters of block l and head l.
         images, target: [B, ...], and labels [B] (int64).
-        window: number of blocks that a loss trains, its own and those before; 1 in the paper.
+        segments: pairs (first, last) of block numbers from 0, one a loss; None for one a block, as in the paper.
         loss: function of goodness [B, K] and target that returns a scalar.
         normalize: function of z that returns a tensor of its shape.
 
-    Returns the losses [L] from before the update. Source: Krutsylo 2025; windows are this project's."""
+    Returns the losses [L] from before the update, 0 for blocks without one. Source: Krutsylo 2025; longer segments are this project's."""
+    segments = [(i, i) for i in range(len(blocks))] if segments is None else segments
     parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
-    inputs, losses = (images,), []
+    inputs, losses = (images,), [torch.zeros(()) for _ in blocks]
     for index, (block, head) in enumerate(zip(blocks, heads, strict=True)):
         z, *others = block(*inputs)
-        losses.append(loss(head(z), target))
-        reached = [p for those in parameters[max(0, index - window + 1) : index + 1] for p in those]
-        grads = torch.autograd.grad(losses[index], reached, retain_graph=window > 1, allow_unused=True)
-        for p, grad in zip(reached, grads, strict=True):
-            if grad is not None:  # the heads of earlier blocks get none from this loss
-                p.grad = grad if p.grad is None else p.grad + grad
+        for first, last in segments:
+            if last != index:
+                continue
+            losses[index] = loss(head(z), target)
+            reached = [p for those in parameters[first : index + 1] for p in those]
+            grads = torch.autograd.grad(losses[index], reached, retain_graph=True, allow_unused=True)
+            for p, grad in zip(reached, grads, strict=True):
+                if grad is not None:  # the heads of earlier blocks get none from this loss
+                    p.grad = grad if p.grad is None else p.grad + grad
         inputs = (normalize(z), *others)
-        if window == 1:  # nothing reaches back over this cut
+        if not any(first <= index < last for first, last in segments):  # no gradient comes back over this cut
             inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
     for optimizer in optimizers:  # the Trainer updates and frees a block when the last loss that reaches it has come
         optimizer.step()
         optimizer.zero_grad()
-    return torch.stack([loss.detach() for loss in losses])
+    return torch.stack([loss.detach().to(images.dtype) for loss in losses])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastff import plan as plans
 from fastff import spec
 from fastff.arguments import plain, whole_number
 from fastff.graph.cut import cut
@@ -34,8 +35,10 @@ class SFF(nn.Module):
         input_shape: of one sample, (C, H, W) for images.
         goodness: a name that fastff.nn.FFBlock knows: "sff", "projection", or without weights "class_group", "class_group_mean" and, of
             batches whose first half is positive and second half negative, "sum_of_squares", "mean_of_squares", "position".
-        window: the loss of block l also trains the window - 1 blocks before it (used by the Trainer); 1 is the paper's, and takes less time
-            and memory than 2, which learns better (docs/learning.md).
+        window: the loss of block l also trains the window - 1 blocks before it; 1 is the paper's. Default 2, unless there is a plan.
+        plan: instead of a window, which losses the Trainer's steps have and which blocks each trains (fastff/plan.py): the blocks that end
+            segments, such as [1, 3, 8]; several such lists, which take turns; "pairs" or "drawn" for cuts that move; or a plan. Heads of
+            blocks that never end a segment do not learn, and do not vote.
         vote: "softmax" averages the blocks' softmax(tau * goodness), "goodness" averages goodness, "last" takes the last block's.
         normalize: between blocks: a name of fastff.spec.NORMALIZATIONS such as "layer_norm" (over a sample), or None.
         readout: keep the model's own classifier, trained on detached features beside the blocks; otherwise it is not used.
@@ -53,13 +56,13 @@ class SFF(nn.Module):
     """
 
     def __init__(
-        self, model, num_classes, granularity="block", input_shape=(3, 32, 32), *, goodness="sff", window=2, vote="softmax",
-        normalize="layer_norm", readout=False, channel_dim=None, fuse=True, **head,
+        self, model, num_classes, granularity="block", input_shape=(3, 32, 32), *, goodness="sff", window=None, plan=None,
+        vote="softmax", normalize="layer_norm", readout=False, channel_dim=None, fuse=True, **head,
     ):  # fmt: skip
         super().__init__()
         if vote not in VOTES:
             raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {vote!r}")
-        window, num_classes, input_shape = whole_number("window", window), plain(num_classes), plain(input_shape)
+        num_classes, input_shape = plain(num_classes), plain(input_shape)
         if channel_dim not in (None, 1, -1):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
@@ -73,7 +76,8 @@ class SFF(nn.Module):
         self._check_shared()
         self.resting: list = []  # modules that a trainer has put into evaluation mode, and the next one puts back
         self.num_classes, self.input_shape, self.granularity = num_classes, tuple(input_shape), granularity
-        self.window, self.vote, self.normalize, self.goodness_name = window, vote, normalize, goodness
+        self.vote, self.normalize, self.goodness_name = vote, normalize, goodness
+        self.set_plan(plan, window)
         like = next(model.parameters())
         self.heads = nn.ModuleList(
             _head(block, num_classes, goodness, channel_dim, {k: plain(v) for k, v in head.items()}, like)
@@ -99,16 +103,24 @@ class SFF(nn.Module):
                     hint = "a granularity that puts both into one block, such as 'model', trains it"
                     raise ValueError(f"model: expected no parameter that two blocks share, got {got}; {hint}")
 
+    def set_plan(self, plan=None, window=None):
+        """Train by this plan, or with this window, from the next Trainer on; the blocks that it has losses for vote. Raises TypeError, ValueError."""
+        if plan is not None and window is not None:
+            raise ValueError(f"window: expected None beside a plan, got {window!r}")
+        self.window = whole_number("window", 2 if window is None else window) if plan is None else None
+        count = len(self.blocks)
+        self.plan = plans.window(self.window, count) if plan is None else plans.of(plan, count)
+
     def block_parameters(self, index):
         """The parameters that block `index` trains: its own and its head's."""
         return [*self.blocks[index].parameters(), *self.heads[index].parameters()]
 
     def outputs(self, images):
-        """Yields (main output, goodness [B, K]) block by block."""
+        """Yields (main output, goodness [B, K]) block by block; the goodness is None for blocks that do not vote."""
         alive = (self.check_images(images),)
         for index, block in enumerate(self.local_blocks):
             main, *others = block.module(*alive)
-            yield main, block.head(main)
+            yield main, block.head(main) if index in self.plan.voters else None
             if index + 1 < len(self.blocks):
                 alive = (block.next_input(main), *others)
 
@@ -122,15 +134,16 @@ class SFF(nn.Module):
         return images
 
     def goodness(self, images):
-        """[goodness [B, K] of each block]."""
-        return [g for _, g in self.outputs(images)]
+        """[goodness [B, K] of each block that votes]: all of them, unless the plan has losses for some alone."""
+        return [g for _, g in self.outputs(images) if g is not None]
 
     def votes(self, goodness):
-        """What blocks with these goodness vectors say together: [B, K]."""
+        """What blocks with these goodness vectors, those that vote or the first of them, say together: [B, K]."""
         if self.vote == "last":
             return goodness[-1]
         if self.vote == "softmax":
-            goodness = [head.logits(g).softmax(1) for g, head in zip(goodness, self.heads, strict=False)]
+            heads = [self.heads[i] for i in self.plan.voters]
+            goodness = [head.logits(g).softmax(1) for g, head in zip(goodness, heads, strict=False)]
         return torch.stack(goodness).mean(0)
 
     def forward(self, images):
@@ -139,7 +152,7 @@ class SFF(nn.Module):
 
     @torch.no_grad()
     def predict(self, images, exit_threshold=None):
-        """Classes, with early exit: a sample leaves at the first block where the vote so far is at least `exit_threshold` sure.
+        """Classes, with early exit: a sample leaves at the first block that votes where the vote so far is at least `exit_threshold` sure.
 
         None runs all blocks. Returns Prediction. Run in eval mode (the model's mode is left as it is).
         """
@@ -153,6 +166,9 @@ class SFF(nn.Module):
             if len(rows) == 0:
                 break
             main, *others = block.module(*alive)
+            if index not in self.plan.voters:
+                alive = (block.next_input(main), *others)
+                continue
             seen.append(block.head(main))
             vote = self.votes(seen)
             probabilities = vote if self.vote == "softmax" else block.head.logits(vote).softmax(1)
@@ -181,7 +197,11 @@ class SFF(nn.Module):
         total = sum(p.numel() for i in range(len(self.blocks)) for p in self.block_parameters(i))
         name, blocks = type(self.model).__name__, f"{len(self.blocks)} blocks ({self.granularity})"
         head = f"SFF: {name} in {blocks}, {self.num_classes} classes, {total:,} parameters"
-        options = [f"window={self.window}", f"vote={self.vote}", f"normalize={self.normalize}"]
+        options = [
+            f"window={self.window}" if self.window else f"plan: {self.plan.name}",
+            f"vote={self.vote}",
+            f"normalize={self.normalize}",
+        ]
         if self.goodness_name == "sff":
             options.insert(2, f"grid={self.heads[0].grid[0]}")
         else:

@@ -13,6 +13,7 @@ from torch import nn
 from training_oracle import CLASSES, Plain, assert_same_training, batches, grouped, made, sgd, train, vector
 
 from fastff import SFF, Backprop, Trainer
+from fastff import plan as plans
 from fastff.reference import train_step
 from fastff.training import Diverged
 from fastff.training.batch import IMAGES, LABELS, unpack
@@ -285,7 +286,7 @@ def test_goodness_without_labels(goodness, window, parts):
     for images, row in zip(data, losses, strict=True):
         expected = train_step(
             [lambda x, block=block: (block(x),) for block in naive.model.features], list(naive.heads), optimizers,
-            images, None, window, loss=lambda g, _: naive.heads[0].loss(g),
+            images, None, plans.window(window, len(optimizers)).at(0), loss=lambda g, _: naive.heads[0].loss(g),
         )  # fmt: skip
         torch.testing.assert_close(torch.tensor(row), expected, rtol=1e-7, atol=1e-7, check_dtype=False)
     assert_same_training(sff, naive, 1e-7)

@@ -20,6 +20,7 @@ from training_oracle import (
 )
 
 from fastff import Trainer, reference
+from fastff import plan as plans
 
 # --- ten steps
 
@@ -59,7 +60,8 @@ def test_the_reference_step_is_the_trainers(window):
     pairs = zip(plain.model.features, plain.heads, strict=True)
     optimizers = [sgd(grouped([*block.parameters(), *head.parameters()])) for block, head in pairs]
     plain.train()
-    expected = [reference.train_step(blocks, heads, optimizers, *batch, window) for batch in data]
+    segments = plans.window(window, len(blocks)).at(0)
+    expected = [reference.train_step(blocks, heads, optimizers, *batch, segments) for batch in data]
     torch.testing.assert_close(torch.tensor(losses), torch.stack(expected), rtol=1e-7, atol=1e-7, check_dtype=False)
     assert_same_training(sff, plain, 1e-7)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import fastff
 from fastff import SFF
+from fastff import plan as plans
 from fastff.reference import train_step
 
 CLASSES = 5
@@ -111,7 +112,7 @@ def clip_before(parameters, clip):
     return hook
 
 
-def naive_training(sff, data, make, window=1, clip=None, frozen=0, amp=None):
+def naive_training(sff, data, make, window=1, clip=None, frozen=0, amp=None, plan=None):
     """Trains `sff` in place by fastff.reference.train_step, with blocks and heads in plain PyTorch. Returns the losses [steps][blocks]."""
     functions, modules = zip(*by_hand(sff), strict=True)
     optimizers = []
@@ -137,12 +138,13 @@ def naive_training(sff, data, make, window=1, clip=None, frozen=0, amp=None):
                 alive = (eager_layer_norm(z), *others)
         return run(frozen, *alive)
 
+    plan = plan or plans.window(window, len(functions) - frozen)
     history = []
-    for images, target in data:
+    for t, (images, target) in enumerate(data):
         losses = train_step(
             [first, *(functools.partial(run, index) for index in range(frozen + 1, len(functions)))],
             [functools.partial(logits, head) for head in sff.heads[frozen:]],
-            optimizers, images, target, window,
+            optimizers, images, target, plan.at(t),
             loss=lambda u, target: eager_loss(u, target, 1.0, sff.heads[0].margin, sff.heads[0].label_smoothing),
             normalize=lambda z: eager_layer_norm(z),
         )  # fmt: skip

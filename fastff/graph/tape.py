@@ -5,11 +5,14 @@ A tape is what one run leaves behind. It has
     outputs                          the graph's outputs, a tuple
     needed                           for each output, whether anything behind it wants its gradient
     to_inputs(grads)                 gradients of the inputs from those of the outputs; the tape can be used again
-    to_parameters(grads, only)       adds the gradients of the parameters to their .grad, and frees the tape
+    backward(grads, only, inputs)    adds the gradients of the parameters to their .grad, and frees the tape; if `inputs`, returns those of
+                                     the inputs as well, from the same pass
 
 AutogradTape leaves all that to PyTorch. Steps makes tapes of its own for a graph of nothing but stand-ins (fastff/graph/fused.py), which saves
 PyTorch's bookkeeping: about a third of the time that Python takes for a block, which on small images is much of a step.
 """
+
+import contextlib
 
 import torch
 
@@ -25,6 +28,12 @@ def plus(old, new):
 
 def _wanted(value):
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _taken(leaf):
+    """The gradient of a leaf, which keeps none."""
+    grad, leaf.grad = leaf.grad, None
+    return grad
 
 
 class AutogradTape:
@@ -47,20 +56,22 @@ class AutogradTape:
             found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True))
         return [next(found) if _wanted(t) else None for t in self.inputs]
 
-    def to_parameters(self, grads, only=None):
+    def backward(self, grads, only=None, inputs=False):
         """grads: a list, which is emptied. only: the parameters that get gradients; None for all."""
         outputs, found = self._pairs(grads)
         grads.clear()
-        self.inputs = self.outputs = None
-        if not outputs or (only is not None and len(only) == 0):
-            return
-        seed = Seed.apply(found, *outputs)
-        del outputs, found
-        if only is None:
-            seed.backward()
-        else:
-            with parameters_only():
-                seed.backward(inputs=only)
+        leaves, self.inputs, self.outputs = self.inputs, None, None
+        if inputs:
+            only = [*only, *(t for t in leaves if _wanted(t))]
+        if outputs and (only is None or only):
+            seed = Seed.apply(found, *outputs)
+            del outputs, found
+            if only is None:
+                seed.backward()
+            else:
+                with contextlib.nullcontext() if inputs else parameters_only():
+                    seed.backward(inputs=only)
+        return [_taken(t) if _wanted(t) else None for t in leaves] if inputs else None
 
 
 class Steps:
@@ -152,13 +163,17 @@ class Tape:
         self.needed = [n is not None and (self.to_input[n] or self.to_parameter[n]) for n in steps.results]
 
     def to_inputs(self, grads):
-        found = self._back(grads, self.to_input, parameters=False)
-        return [found[n] if self.to_input[n] else None for n in range(self.steps.inputs)]
+        return self._of_inputs(self._back(grads, self.to_input, parameters=False))
 
-    def to_parameters(self, grads, only=None):
+    def backward(self, grads, only=None, inputs=False):
         """grads: a list, which is emptied. only: not looked at; those that do not learn get no gradient."""
         self.outputs = None
-        self._back(grads, self.to_parameter, parameters=True)
+        either = [a or b for a, b in zip(self.to_input, self.to_parameter, strict=True)]
+        found = self._back(grads, either if inputs else self.to_parameter, parameters=True)
+        return self._of_inputs(found) if inputs else None
+
+    def _of_inputs(self, found):
+        return [found[n] if self.to_input[n] else None for n in range(self.steps.inputs)]
 
     @torch.no_grad()
     def _back(self, grads, through, parameters):

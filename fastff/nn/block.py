@@ -18,6 +18,7 @@ from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead
 from fastff.nn.visit import EpilogueVisit, Visit, detached
+from fastff.ops.epilogue import implementation
 from fastff.ops.gradients import GroupNormGuard
 
 
@@ -125,11 +126,11 @@ class LocalBlock(nn.Module):
             return ff.layer_norm(output, over=over, channel_dim=self.head.channel_dim)
         return ff.normalize(output, self.normalize, self.head.groups, channel_dim=self.head.channel_dim)
 
-    def visit(self, inputs, target, grad_scale=None, autocast=None):
+    def visit(self, inputs, target, grad_scale=None, autocast=None, has_loss=True):
         """Forward pass and goodness step on `inputs`, a tuple. Returns the Visit to call backward on, whose `following` is passed on.
 
         grad_scale: 0-dimensional tensor that multiplies the gradients, or None. autocast: a function that makes a context for the forward
-        pass, or None."""
+        pass, or None. has_loss: False for a block that later blocks' losses train, without a goodness step of its own."""
         form, ending, context = self.module, None, autocast or contextlib.nullcontext
         graph = self.ready_graph()
         if graph is not None:
@@ -143,9 +144,10 @@ class LocalBlock(nn.Module):
                 if epilogue and not ending.fits(*outputs[:2]):
                     outputs, epilogue = (ending.finish(*outputs[:2]), *outputs[2:]), False
             tape = AutogradTape(inputs, outputs)
+        loss = (target, grad_scale) if has_loss else None
         if epilogue:
-            return self._epilogue_visit(tape, target, grad_scale, ending)
-        return self._plain_visit(tape, target, grad_scale, relu=isinstance(ending, ReLUEpilogue))
+            return self._epilogue_visit(tape, loss, ending)
+        return self._plain_visit(tape, loss, relu=isinstance(ending, ReLUEpilogue))
 
     def _tape(self, graph, form, inputs, ending):
         """A run of the training graph without autograd, or None where it takes autograd."""
@@ -163,20 +165,31 @@ class LocalBlock(nn.Module):
             return epilogue
         return graph.ending if isinstance(graph.ending, ReLUEpilogue) else None
 
-    def _plain_visit(self, tape, target, grad_scale, relu=False):
+    def _plain_visit(self, tape, loss, relu=False):
         main = tape.outputs[0].detach()
         if relu:
             main = torch.relu_(main)
-        step = self.head.local_step(main, target, self.normalize, grad_scale=grad_scale, need_grad_x=tape.needed[0])
+        if loss is None:
+            with torch.no_grad():
+                step = spec.StepResult(None, None, normalized=self.next_input(main))
+        else:
+            target, scale = loss
+            step = self.head.local_step(main, target, self.normalize, grad_scale=scale, need_grad_x=tape.needed[0])
         following = main if step.normalized is None else step.normalized
         return Visit(tape, step, (following, *detached(tape.outputs[1:])), self.next_input, relu)
 
-    def _epilogue_visit(self, tape, target, grad_scale, ending):
+    def _epilogue_visit(self, tape, loss, ending):
         y, residual, *others = tape.outputs
-        description = ending.description(residual, tape.needed[1])
-        step = self.head.local_step(y.detach(), target, self.normalize, grad_scale=grad_scale, epilogue=description)
-        ending.update(y, step)
+        y, description = y.detach(), ending.description(residual, tape.needed[1])
         normalization = spec.Normalization(self.normalize, self.head.groups)
+        if loss is None:
+            with torch.no_grad():
+                _, following, mean, var = implementation(y).forward(y, description, normalization, need_x=False)
+            step = spec.StepResult(None, None, normalized=following, mean=mean, var=var)
+        else:
+            target, scale = loss
+            step = self.head.local_step(y, target, self.normalize, grad_scale=scale, epilogue=description)
+        ending.update(y, step)
         return EpilogueVisit(tape, step, (step.normalized, *detached(others)), ending, description, normalization)
 
     def local_step(self, x, target=None):

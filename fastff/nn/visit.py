@@ -1,8 +1,8 @@
 """One block on one minibatch between its forward and its backward pass.
 
-A visit holds the block's graph and the gradient of its own loss. A later block's loss may send a gradient back into it (`add`); `backward` then
-runs once, with the sum of all, and frees everything. With an epilogue at the block's end, loss and gradient come from one op that starts
-at the last convolution's output, and a later loss's gradient goes back through normalization and epilogue in one pass.
+A visit holds the block's graph and the gradient of its own loss, if it has one. A later block's loss may send a gradient back into it (`add`);
+`backward` then runs once, with the sum of all, and frees everything. With an epilogue at the block's end, loss and gradient come from one op that
+starts at the last convolution's output, and a later loss's gradient goes back through normalization and epilogue in one pass.
 """
 
 import torch
@@ -25,12 +25,13 @@ def _without_images(step):
 class Visit:
     """A block whose loss is computed on its output.
 
-    Attributes: tape (fastff/graph/tape.py; its first output is the one that the goodness is of), step (spec.StepResult), following (the
-    next block's inputs, detached). relu: whether a ReLU was applied over the first output, which has still to be gone back through."""
+    Attributes: tape (fastff/graph/tape.py; its first output is the one that the goodness is of), step (spec.StepResult; its loss is None for
+    a block without one), following (the next block's inputs, detached), reached (whether it has the gradient of a loss). relu: whether a
+    ReLU was applied over the first output, which has still to be gone back through."""
 
     def __init__(self, tape, step, following, normalize, relu=False):
         self.tape, self.step, self.following = tape, _without_images(step), following
-        self.normalize, self.relu = normalize, relu
+        self.normalize, self.relu, self.reached = normalize, relu, step.loss is not None
         self.grads = [self._through_relu(step.grad_x), *[None] * (len(tape.outputs) - 1)]
 
     def input_gradients(self):
@@ -43,13 +44,16 @@ class Visit:
 
     def add(self, grads):
         """Take in a later loss's gradients with respect to `following`."""
+        self.reached = True
         self.grads = [plus(old, new) for old, new in zip(self.grads, self._to_outputs(grads), strict=True)]
 
-    def backward(self, parameters=None):
-        """Add the gradients of the block's parameters (or of these alone) to their .grad, and let go of the graph."""
+    def backward(self, parameters=None, inputs=False):
+        """Add the gradients of the block's parameters (or of these alone) to their .grad, and let go of the graph.
+
+        With `inputs`, return the gradients of the inputs, from all losses that the visit has taken in."""
         tape, grads = self.tape, self._final()
         self.tape = self.grads = self.step = None
-        tape.to_parameters(grads, parameters)
+        return tape.backward(grads, parameters, inputs)
 
     def _final(self):
         return self.grads
@@ -78,12 +82,14 @@ class EpilogueVisit(Visit):
     def __init__(self, tape, step, following, ending, epilogue, normalization):
         self.tape, self.step, self.following = tape, _without_images(step), following
         self.ending, self.epilogue, self.normalization, self.later = ending, epilogue, normalization, None
+        self.reached = step.loss is not None
         self.grads = [step.grad_y, step.grad_residual, *[None] * (len(tape.outputs) - 2)]
         # the gradients of both losses can be added before batch norm's backward pass where all of these are there
         self.adds_early = all(g is not None for g in (step.grad_residual, step.grad_bn_weight, step.grad_bn_bias))
 
     def add(self, grads):
         main, *others = grads
+        self.reached = True
         self.later = plus(self.later, main)
         self.grads[2:] = [plus(old, new) for old, new in zip(self.grads[2:], others, strict=True)]
         if self.later is not None and self.adds_early:
@@ -112,7 +118,8 @@ class EpilogueVisit(Visit):
             grad_y, grad_residual, grad_weight, grad_bias = self._epilogue_backward(later, added)
         elif later is not None:
             found = self._epilogue_backward(later)
-            grad_y, grad_residual = found.y.add_(grad_y), plus(grad_residual, found.residual)
+            grad_y = found.y if grad_y is None else found.y.add_(grad_y)
+            grad_residual = plus(grad_residual, found.residual)
             grad_weight, grad_bias = plus(grad_weight, found.weight), plus(grad_bias, found.bias)
         self.ending.add_gradients(grad_weight, grad_bias)
         self.later = self.epilogue = None  # with it the residual, before the backward pass starts

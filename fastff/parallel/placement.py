@@ -1,22 +1,25 @@
-"""Divides the blocks of a network among ranks: each gets successive blocks, so that their measured times are as equal as possible."""
+"""Divides the blocks of a network among ranks: each gets successive chains of blocks, so that their measured times are as equal as possible.
 
+A chain is one block or several, between which gradients pass."""
+
+import itertools
 import time
 
 import torch
 
 
 def balanced(seconds, parts):
-    """Number of successive blocks that each of `parts` ranks gets, so that the slowest rank is as fast as possible.
+    """Number of successive chains that each of `parts` ranks gets, so that the slowest rank is as fast as possible.
 
     Args:
-        seconds: time of each block in a step.
+        seconds: time of each chain in a step.
         parts: number of ranks.
 
-    Raises ValueError: there are more ranks than blocks, or less than one."""
+    Raises ValueError: there are more ranks than chains, or less than one."""
     count = len(seconds)
     if not 1 <= parts <= count:
-        raise ValueError(f"block_ranks: expected at most {count}, one for each block, got {parts}")
-    # Dynamic programming: {(ranks, blocks): (time of the slowest rank, blocks of each rank)} for the first `blocks` blocks.
+        raise ValueError(f"block_ranks: expected at most {count}, one for each chain of blocks, got {parts}")
+    # Dynamic programming: {(ranks, chains): (time of the slowest rank, chains of each rank)} for the first chains.
     best = {(0, 0): (0.0, [])}
     for ranks in range(1, parts + 1):
         for end in range(ranks, count + 1):
@@ -29,19 +32,20 @@ def balanced(seconds, parts):
     return best[parts, count][1]
 
 
-def block_seconds(engine, images, target, rounds=3):
-    """Seconds that each block takes in a step of `engine` on this minibatch (forward, goodness step, backward, update), the fastest of `rounds`.
+def chain_seconds(engine, images, target, rounds=3):
+    """Seconds that each chain of blocks takes in a step of `engine` on this minibatch (forward, goodness step, backward, update), the fastest
+    of `rounds`.
 
     The steps change the parameters, so the engine should be a copy."""
     synchronize = torch.cuda.synchronize if engine.device.type == "cuda" else lambda: None
     engine.train_mode()
-    measured = []
+    route, measured = engine.step.route(engine.segments(0)), []
     for number in range(rounds + 1):  # the first round creates the optimizers' state and is not counted
         parts, seconds = engine.step.split(images, target), []
-        for index in range(len(engine.sff.blocks)):
+        for chain in route.chains:
             synchronize()
             start = time.perf_counter()
-            engine.step.train_block(index, parts)
+            engine.step.train(route, chain, parts)
             synchronize()
             seconds.append(time.perf_counter() - start)
         if number:
@@ -49,12 +53,18 @@ def block_seconds(engine, images, target, rounds=3):
     return [min(times) for times in zip(*measured, strict=True)]
 
 
-def checked(placement, blocks, ranks):
-    """Return the user's placement as a list. Raises ValueError unless it gives each of `ranks` ranks at least one of the `blocks` blocks."""
-    placement = list(placement)
+def checked(placement, chains, ranks):
+    """Return the user's placement, the number of blocks of each rank, as a list.
+
+    Raises ValueError unless each of `ranks` ranks gets at least one block, all blocks are placed, and no chain is divided."""
+    placement, blocks = list(placement), chains[-1].stop
     fits = all(isinstance(n, int) and n > 0 for n in placement) and sum(placement) == blocks
     if len(placement) != ranks or not fits:
         raise ValueError(
             f"placement: expected the numbers of blocks of {ranks} ranks, {blocks} in all, got {placement}"
         )
+    allowed = [chain.stop for chain in chains]
+    if not set(itertools.accumulate(placement)) <= set(allowed):
+        text = f"ranks that end behind blocks {', '.join(str(end - 1) for end in allowed)}, where no gradient passes"
+        raise ValueError(f"placement: expected {text}, got {placement}")
     return placement

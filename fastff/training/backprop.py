@@ -54,8 +54,14 @@ class BackpropEngine:
     def train_mode(self):
         train_mode(self.sff)
 
-    def counted(self):
+    def segments(self, t):
+        return "all of it"
+
+    def counted(self, t):
         return torch.ones(1, device=self.device)
+
+    def set_progress(self, schedule, progress):
+        optim.set_progress(self.optimizers, schedule, progress)
 
     def _forward(self, images, supervised=None):
         """Return (logits, sum of the local losses). supervised: the target, or None for no local losses."""
@@ -69,7 +75,7 @@ class BackpropEngine:
                 local = local + head.loss(head(alive[0]), supervised)
         return self.sff.readout[0](*alive)[0], local
 
-    def run_step(self, images, target):
+    def run_step(self, images, target, t):
         """Train on one minibatch. Returns StepResult."""
         size = -(-len(images) // self.options.micro_batches)
         check_labels(target, self.sff.num_classes)

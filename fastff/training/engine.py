@@ -2,10 +2,12 @@
 
 The rest of the training code (session.py, fit.py, state.py, graph.py) uses this interface of an engine and nothing else:
 
-    run_step(images, target)    trains on a minibatch [B, ...], [B] on the device; returns StepResult and waits for no device
+    run_step(images, target, t) trains on a minibatch [B, ...], [B] on the device, in step t from 0; returns StepResult and waits for no device
+    segments(t)                 what step t trains (fastff/plan.py)
+    set_progress(schedule, p)   sets the learning rates for a step that ends at p, in 0..1 of fit
     labelled                    whether a minibatch has a target; otherwise it is None, and the images are positive ones, then negative ones
     train_mode()                puts what is trained into training mode, blocks that are not trained into evaluation mode
-    counted()                   [L], 1 for the losses that this rank trains in the present phase, else 0
+    counted(t)                  [L], 1 for the losses that this rank computes in step t, else 0
     scores(images)              {name: [B, K]}, whose accuracies `evaluate` returns
     classifies                  whether there are classes, for which `scores` has a column each
     sff, device                 the fastff.SFF that is trained, where it is

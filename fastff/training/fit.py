@@ -13,7 +13,6 @@ import torch
 from fastff.arguments import whole_number
 from fastff.parallel.watch import RankFailed
 from fastff.spec import check_labels
-from fastff.training import optim
 from fastff.training.batch import check_batch, unpack
 from fastff.training.randomness import generators_of, random_state, set_random_state
 from fastff.training.state import means
@@ -127,12 +126,13 @@ class _Epoch:
         engine.train_mode()
         if state.position["batch"] == 0:
             state.totals, state.epoch_random = None, random_state(state.generators)
-        start, images_seen, counted = time.perf_counter(), 0, engine.counted()
+        start, images_seen = time.perf_counter(), 0
         for batch in _batches(self.loader, state, trainer.ranks):
             images, target = unpack(batch, engine.labelled) if trainer.ranks.feeds else (None, None)
             done = (epoch % self.epochs) * len(self.loader) + state.position["batch"]
             progress = min(1.0, (done + 1) / (self.epochs * len(self.loader)))
-            optim.set_progress(engine.optimizers, trainer.lr_schedule, progress)
+            engine.set_progress(trainer.lr_schedule, progress)
+            counted = engine.counted(state.steps)
             trainer.step(images, target)
             state.add(trainer.result, counted)
             trainer.ranks.watch.steps = state.steps

@@ -21,15 +21,15 @@ class StepGraph:
         self.engine, self.recorder = engine, recorder
         self.calls, self.graphs = {}, {}
 
-    def __call__(self, images, target):
-        """Return the StepResult of a minibatch. A recording also depends on the engine's phase, which says what block is trained."""
-        key = (tuple(images.shape), images.dtype, images.stride(), self.engine.phase)
+    def __call__(self, images, target, t):
+        """Return the StepResult of a minibatch. A recording also depends on the segments that step t trains."""
+        key = (tuple(images.shape), images.dtype, images.stride(), self.engine.segments(t))
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= WARM_UP:
-            return self.recorder.run(lambda: self.engine.run_step(images, target))
+            return self.recorder.run(lambda: self.engine.run_step(images, target, t))
         if key not in self.graphs:
             inputs = (images.clone(), None if target is None else target.clone())
-            self.graphs[key] = inputs, *self.recorder.record(lambda: self.engine.run_step(*inputs))
+            self.graphs[key] = inputs, *self.recorder.record(lambda: self.engine.run_step(*inputs, t))
         inputs, replay, result = self.graphs[key]
         for recorded, given in zip(inputs, (images, target), strict=True):
             if given is not None:

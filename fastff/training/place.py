@@ -1,5 +1,7 @@
 """What a rank trains: which blocks, how their gradients and outputs go to other ranks, and which rank has the weights of which block."""
 
+import itertools
+
 from fastff.parallel import batch_norm, placement
 from fastff.parallel.link import Link
 from fastff.parallel.ranks import Ranks
@@ -30,19 +32,20 @@ class Place:
         sff: fastff.SFF; takes over rank 0's weights.
         parameters, optimizers: lists by block, then the classifier's; an optimiser is None if nothing of it is trained.
         update: function of a block's index, called when its gradients are those of all ranks.
-        measure: function that returns seconds of each block, called on rank 0 if ranks share the blocks and the user has not placed them.
+        chains: ranges of blocks between which gradients pass.
+        measure: function that returns the seconds of each chain, called on rank 0 if ranks share the blocks and the user has not placed them.
 
     Attributes: own (range of this rank's blocks), own_optimizers (their places among the optimisers that are not None), placed (the
     blocks of each rank that shares them), link (to the neighbours, or None), reduction (or None)."""
 
-    def __init__(self, ranks, sff, parameters, optimizers, update, measure):
+    def __init__(self, ranks, sff, parameters, optimizers, update, chains, measure):
         self.ranks, self.sff, self.parameters, self.update = ranks, sff, parameters, update
         self.link, self.reduction = None, None
         self.placed = [range(len(sff.blocks))]
         if ranks.size > 1:
             self._agree()
         if ranks.block_size > 1:
-            self.placed = self._placed(measure)
+            self.placed = self._placed(chains, measure)
             self.link = Link(ranks, next(sff.parameters()).device)
         self.own = self.placed[ranks.block_rank]
         made = [index for index, optimizer in enumerate(optimizers) if optimizer is not None]
@@ -63,14 +66,15 @@ class Place:
                 raise ValueError(f"sff: expected the same network on every rank, rank {rank} has another")
         self.ranks.broadcast_([*self.sff.parameters(), *self.sff.buffers()], 0)
 
-    def _placed(self, measure):
-        ranks, count = self.ranks, len(self.sff.blocks)
+    def _placed(self, chains, measure):
+        ranks = self.ranks
         if ranks.distributed.placement is not None:
-            counts = placement.checked(ranks.distributed.placement, count, ranks.block_size)
+            counts = placement.checked(ranks.distributed.placement, chains, ranks.block_size)
+            ends = list(itertools.accumulate(counts))
         else:
             counts = placement.balanced(ranks.from_leader(measure() if ranks.leads else None), ranks.block_size)
-        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-        return [range(end - n, end) for end, n in zip(ends, counts, strict=True)]
+            ends = [chains[end - 1].stop for end in itertools.accumulate(counts)]
+        return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
 
     @property
     def has_last(self):

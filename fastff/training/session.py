@@ -34,7 +34,7 @@ class Session:
 
     @property
     def steps(self):
-        """Number of steps made in fit."""
+        """Number of steps made."""
         return self.state.steps
 
     @property
@@ -70,7 +70,8 @@ class Session:
                 raise ValueError("images: expected at least one image, got an empty batch")
             images = images.detach().to(self.device, non_blocking=True)
             target = None if target is None else target.detach().to(self.device, non_blocking=True)
-        self.result = self.run_step(images, target)
+        self.result = self.run_step(images, target, self.state.steps)
+        self.state.steps += 1
         if not self.fitting:
             self.engine.place.settle()
         return self.result.losses

@@ -34,14 +34,13 @@ class State:
     loader_random: dict | None = None
 
     def add(self, result, counted):
-        """Count a step. counted [L] is 1 for the losses that this rank computes, else 0."""
+        """Add a step to the totals. counted [L] is 1 for the losses that this rank computes, else 0."""
         # These sums are exact in float64: they are the same at any number of ranks and after any number of restarts.
         losses = result.losses.detach()
         wide = torch.float32 if losses.device.type == "mps" else torch.float64
         samples = counted.to(losses) * result.samples
         now = torch.stack([losses * result.samples, result.correct, samples]).to(wide)
         self.totals = now if self.totals is None else self.totals + now
-        self.steps += 1
         self.position["batch"] += 1
 
 

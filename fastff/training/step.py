@@ -1,17 +1,19 @@
-"""One minibatch through the blocks of an SFF: forward, local loss, backward and update block by block.
+"""One minibatch through the blocks of an SFF: forward, local loss, backward and update, segment by segment.
 
-For each block: forward pass; goodness, loss, gradient and next input in one op; the block's own backward pass with that gradient; optimiser
-step; gradients and activations released. No gradient crosses a cut, nothing waits for the device. Source: Krutsylo 2025, arXiv 2501.03176.
+A step consists of segments (fastff/plan.py): losses, and the blocks that each of them trains. For a segment of one block: forward pass; goodness,
+loss, gradient and next input in one op; the block's own backward pass with that gradient; optimiser step; gradients and activations released. In
+a longer segment the blocks before the last run forward without a loss and keep their graphs; then the loss's gradient goes back through them,
+and each is updated and released as soon as it has passed. Nothing waits for the device. Source: Krutsylo 2025, arXiv 2501.03176.
 
-Peak memory is that of the largest block. With micro-batches a block sees them one after the other before the next block starts, so that
-between blocks only the tensors at the cut are held for the whole minibatch.
+Peak memory is that of the largest segment. With micro-batches a segment sees them one after the other before the next segment starts, so that
+between segments only the tensors at the cut are held for the whole minibatch.
 
-Window w (a choice of this project): the loss of block l also trains the w - 1 blocks before it. The blocks of a window keep their graphs. The
-gradient of a loss goes back through them to their inputs alone; a block's parameters get the sum of all gradients that reach it in one backward
-pass, when the last has come, and then the block is updated and freed.
+Where segments overlap (windows), a block gets gradients of several losses. The gradient of each goes back to the inputs of the blocks alone; a
+block's parameters get the sum of all gradients that reach it in one backward pass, when the last has come.
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -23,37 +25,54 @@ from fastff.parallel.link import Part
 UNIT = 64  # samples: gradients of ranks with different numbers of samples are weighted in this unit, so that usual numbers scale exactly
 
 
+class Route:
+    """The order in which a step of these segments goes through blocks.
+
+    Attributes: chains (successive ranges of blocks; gradients pass between the blocks of one, and not from one to another), losses ({block:
+    the Segment of its loss}), last_loss ({block: the last block whose loss trains it}). Blocks not in last_loss only run forward."""
+
+    def __init__(self, segments, blocks):
+        self.losses = {segment.last: segment for segment in segments}
+        self.last_loss = {i: last for first, last in sorted(segments) for i in range(first, last + 1)}
+        inner = {i for first, last in segments for i in range(first + 1, last + 1)}  # joined to the block before
+        end = max(self.losses, default=-1) + 1
+        starts = [i for i in blocks if i < end and i not in inner]
+        ends = [*starts[1:], min(end, blocks.stop)] if starts else []
+        self.chains = [range(start, stop) for start, stop in zip(starts, ends, strict=True)]
+
+
+route_of = functools.lru_cache(256)(Route)
+
+
 class LocalStep:
     """Args:
-        blocks: LocalBlocks, in order.
-        window: of the losses.
-        micro_batches: parts that a minibatch is cut into.
-        autocast: a function that makes the context of forward passes, or None.
-        scalers: a GradScaler or None for each block.
-        place: fastff.training.place.Place, which holds this rank's blocks and is told when the gradients of a block are complete.
-        classifier: trained on the last block's detached output, or None.
+    blocks: LocalBlocks, in order.
+    micro_batches: parts that a minibatch is cut into.
+    autocast: a function that makes the context of forward passes, or None.
+    scalers: a GradScaler or None for each block.
+    place: fastff.training.place.Place, which holds this rank's blocks and is told when the gradients of a block are complete.
+    classifier: trained on the last block's detached output, or None.
+    """
 
-    `trained` (a set of block indices), `last` (the last block that runs) and `frozen` (the first blocks, of which only the heads may train)
-    may change between minibatches."""
-
-    def __init__(self, blocks, window, micro_batches, autocast, scalers, place, classifier=None):
-        self.blocks, self.window, self.micro_batches = blocks, window, micro_batches
+    def __init__(self, blocks, micro_batches, autocast, scalers, place, classifier=None):
+        self.blocks, self.micro_batches = blocks, micro_batches
         self.autocast, self.scalers, self.place, self.classifier = autocast, scalers, place, classifier
-        self.trained, self.last, self.frozen = set(range(len(blocks))), len(blocks) - 1, 0
 
-    def run(self, images, target):
-        """(losses [L], right answers [L], samples) of a minibatch; None for both tensors on ranks that get theirs from another."""
+    def run(self, segments, images, target):
+        """(losses [L], right answers [L], samples) of a minibatch; None for both tensors on ranks that get theirs from another.
+
+        segments: a tuple of fastff.plan.Segment."""
+        route = self.route(segments)
         parts = self.split(images, target) if self.place.ranks.feeds else self._received()
-        if self.window == 1:
-            for index in self.place.own:
-                if index <= self.last:
-                    parts = self.train_block(index, parts)
-            if self.place.has_last:
-                self._train_classifier(parts)
-        else:
-            for number, part in enumerate(parts):
-                self._train_in_windows(part, update=number + 1 == len(parts))
+        for chain in route.chains:
+            parts = self.train(route, chain, parts)
+        if self.place.has_last:
+            self._train_classifier(parts)
         return self.losses, self.correct, self.samples
+
+    def route(self, segments):
+        """The Route of these segments through this rank's blocks."""
+        return route_of(segments, self.place.own)
 
     def split(self, images, target):
         """The minibatch as a list of Parts."""
@@ -80,58 +99,52 @@ class LocalStep:
         self.losses, self.correct = torch.zeros(2, len(self.blocks), device=like.device, dtype=dtype)
         self.weight = 1 if self.place.reduction is None else samples / UNIT
 
-    def train_block(self, index, parts):
-        """Train one block; parts (a list, overwritten, or an iterator) become the next block's."""
-        self.place.settle(index)
+    def train(self, route, chain, parts):
+        """Train a chain of blocks; parts (a list, overwritten, or an iterator) become those of the block behind it."""
         done = parts if isinstance(parts, list) else []
         for number, part in enumerate(parts):
-            visit, following = self.visit(index, part)
-            part = part._replace(alive=following)
+            part = self._train_part(route, chain, part, update=number + 1 == self.parts)
             if done is parts:
                 done[number] = part
             else:
                 done.append(part)
-            self.place.send(index, part, self.parts)
-            del part, following
-            if visit is not None:
-                visit.backward()
-                del visit
-        if index in self.trained:
-            self.place.updated(index, self.weight)
         return done
 
-    def _train_in_windows(self, part, update):
-        window = []
-        for index in range(self.last + 1):
+    def _train_part(self, route, chain, part, update):
+        """Train on one micro-batch; the blocks are updated if it is the last. Returns the part for the block behind the chain."""
+        waiting = []  # [(block, visit)] of those that have not got all their gradients
+        for index in chain:
             self.place.settle(index)
-            if index in self.trained and index > self.frozen:
+            if index > chain.start:
                 part = part._replace(alive=tuple(map(_requiring_grad, part.alive)))
-            visit, following = self.visit(index, part)
+            visit, following = self.visit(route, index, part)
             part = part._replace(alive=following)
+            self.place.send(index, part, self.parts)
+            del following
             if visit is not None:
-                window.append((index, visit))
-                self._reach_back(window)
-                if len(window) == self.window:
-                    self._finish(*window.pop(0), update)
-        while window:
-            self._finish(*window.pop(0), update)
-        self._train_classifier([part], update)
+                waiting.append((index, visit))
+                del visit
+                if index in route.losses:
+                    self._back(route, route.losses[index], waiting, update)
+        return part
 
-    def visit(self, index, part):
+    def visit(self, route, index, part):
         """(the block's Visit, or None where it is not trained; the next block's inputs)."""
         block = self.blocks[index]
-        if index not in self.trained:
+        if index not in route.last_loss:
             with torch.no_grad():
                 with self._context():
                     main, *others = block.outputs(*part.alive)
                 return None, (block.next_input(main), *others)
-        scale = self._grad_scale(index, part)
-        visit = block.visit(part.alive, part.target, scale, self.autocast)
-        self.losses[index] += visit.step.loss * part.share
-        if part.target is None:
-            self.correct[index] = math.nan
+        if index in route.losses:
+            visit = block.visit(part.alive, part.target, self._grad_scale(index, part), self.autocast)
+            self.losses[index] += visit.step.loss * part.share
+            if part.target is None:
+                self.correct[index] = math.nan
+            else:
+                self.correct[index] += (visit.step.goodness.argmax(1) == part.target).sum()
         else:
-            self.correct[index] += (visit.step.goodness.argmax(1) == part.target).sum()
+            visit = block.visit(part.alive, None, autocast=self.autocast, has_loss=False)
         following, visit.following = visit.following, None
         return visit, following
 
@@ -146,16 +159,34 @@ class LocalStep:
         scale = torch.full((), weight, device=self.losses.device, dtype=self.losses.dtype)
         return scale if scaler is None else scaler.scale(scale)
 
-    def _reach_back(self, window):
-        """Carry the newest loss's gradient through the window: into the outputs of every block before, but into no parameter yet."""
-        (source, newest), *_ = reversed(window)
-        grads = newest.input_gradients() if len(window) > 1 else None
-        for position in range(len(window) - 2, -1, -1):
-            index, visit = window[position]
-            ratio = self._scale_ratio(index, source)
-            visit.add(grads if ratio is None else [None if g is None else g * ratio for g in grads])
-            if position > 0:
-                grads = visit.through(grads)
+    def _back(self, route, segment, waiting, update):
+        """Carry a loss's gradient back through its segment. Blocks that no later loss trains get their parameters' gradients, and are done."""
+        grads, source = None, segment.last  # with respect to what block `source` gets, times its scaler's factor
+        kept = []
+        while waiting and waiting[-1][0] >= segment.first:
+            index, visit = waiting.pop()
+            done, goes_on = route.last_loss[index] == segment.last, index > segment.first
+            alone = index == segment.last or not visit.reached  # whether this loss is the first to reach the block
+            if grads is not None:
+                ratio = self._scale_ratio(index, source)
+                own = grads if ratio is None else [None if g is None else g * ratio for g in grads]
+                if goes_on and not (alone and done):
+                    grads = visit.through(grads)
+                visit.add(own)
+                del own
+            elif goes_on and not done:
+                grads, source = visit.input_gradients(), index
+            if not done:
+                kept.insert(0, (index, visit))
+                continue
+            inputs = goes_on and alone
+            found = visit.backward(self.place.parameters[index], inputs)
+            if inputs:
+                grads, source = found, index
+            del visit, found
+            if update and self.place.parameters[index]:
+                self.place.updated(index, self.weight)
+        waiting += kept
 
     def _scale_ratio(self, to, source):
         if self.scalers[to] is None:
@@ -163,12 +194,7 @@ class LocalStep:
         one = torch.ones((), device=self.losses.device)
         return self.scalers[to].scale(one) / self.scalers[source].scale(one)
 
-    def _finish(self, index, visit, update):
-        visit.backward(self.place.parameters[index])
-        if update:
-            self.place.updated(index, self.weight)
-
-    def _train_classifier(self, parts, update=True):
+    def _train_classifier(self, parts):
         if self.classifier is None:
             return
         index = len(self.blocks)
@@ -178,8 +204,7 @@ class LocalStep:
                 logits = self.classifier(*detached(part.alive))[0]
             loss = torch.nn.functional.cross_entropy(logits.to(self.losses.dtype), part.target)
             (loss * part.share * self.weight).backward()
-        if update:
-            self.place.updated(index, self.weight)
+        self.place.updated(index, self.weight)
 
 
 def _requiring_grad(value):

@@ -8,7 +8,8 @@ import copy
 
 import torch
 
-from fastff.arguments import plain, whole_number
+from fastff import plan as plans
+from fastff.arguments import number_between, plain
 from fastff.parallel import placement
 from fastff.parallel.ranks import Distributed, Ranks
 from fastff.sff import SFF
@@ -16,7 +17,7 @@ from fastff.training import optim
 from fastff.training.engine import Options, StepResult, train_mode
 from fastff.training.place import Place
 from fastff.training.session import Session
-from fastff.training.step import LocalStep
+from fastff.training.step import LocalStep, route_of
 
 
 class Trainer(Session):
@@ -26,12 +27,16 @@ class Trainer(Session):
         sff: fastff.SFF.
         optimizer: function that makes the optimiser of a block from its parameter groups; default AdamW, fused, 4e-3.
         schedule: "all" trains every block in every minibatch (as in the paper); "greedy" one block after the other, for `epochs` of fit each.
-        window: overrides sff.window.
+        window: the loss of each block also trains the window - 1 blocks before it; takes the place of the SFF's plan.
+        plan: which losses a step has and which blocks each trains, as for SFF, whose plan it becomes.
         frozen: number of first blocks that are not trained and run in evaluation mode (transfer).
         train_frozen_heads: whether the heads of frozen blocks learn (they vote, so other classes or data need it).
+        finish: in 0..1, how early the first block finishes: its learning rate reaches zero after 1 - finish of fit, and it is trained no more;
+            the last block's at the end, those between in proportion. 0 trains all to the end.
         distributed: None; "data" (ranks share every minibatch), "block" (ranks share the blocks) or a fastff.Distributed, with one process
-            for each device (torchrun). Ranks that share blocks need window=1. A minibatch given to step or by a loader is this rank's share,
-            except that a fastff Loader is shared out; of the ranks that share a replica's blocks all but the first may give None.
+            for each device (torchrun). Ranks that share blocks need a plan whose segments are the same in every step and lie in one rank
+            each, such as window=1. A minibatch given to step or by a loader is this rank's share, except that a fastff Loader is shared
+            out; of the ranks that share a replica's blocks all but the first may give None.
         lr_schedule: "cosine" (with warm-up over the first 5 % of fit), "constant", or a function of progress in 0..1.
         options: of fastff.training.engine.Options: micro_batches, amp, clip_grad_norm, compile, cuda_graph.
 
@@ -46,8 +51,10 @@ class Trainer(Session):
         *,
         schedule="all",
         window=None,
+        plan=None,
         frozen=0,
         train_frozen_heads=False,
+        finish=0.0,
         distributed=None,
         lr_schedule="cosine",
         **options,
@@ -56,20 +63,28 @@ class Trainer(Session):
             raise TypeError(f"sff: expected fastff.SFF (wrap the model in it first), got {type(sff).__name__}")
         if schedule not in ("all", "greedy"):
             raise ValueError(f"schedule: expected 'all' or 'greedy', got {schedule!r}")
-        frozen = plain(frozen)
-        if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen < len(sff.blocks):
-            raise ValueError(f"frozen: expected 0 to {len(sff.blocks) - 1} blocks, got {frozen!r}")
-        window = sff.window if window is None else whole_number("window", window)
-        if window > 1 and schedule == "greedy":
-            raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {window}")
+        frozen, count = plain(frozen), len(sff.blocks)
+        if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen < count:
+            raise ValueError(f"frozen: expected 0 to {count - 1} blocks, got {frozen!r}")
+        finish = number_between("finish", plain(finish), 0, 1, low_allowed=True)
+        if schedule == "greedy":
+            if window not in (None, 1):
+                raise ValueError(
+                    f"window: expected 1 with schedule='greedy', which trains one block alone, got {window}"
+                )
+            if plan is not None:
+                raise ValueError(f"plan: expected none with schedule='greedy', which is one, got {plan!r}")
+            window, plan = None, plans.Greedy(count, frozen)
+        if window is not None or plan is not None:
+            sff.set_plan(plan, window)
         options = Options(**options)
-        ranks = _ranks(Distributed.of(distributed), sff, window, schedule, options)
+        ranks = _ranks(Distributed.of(distributed), sff, frozen, options)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
                 parameter.requires_grad_(False)
         make = optimizer or optim.adamw(optim.LOCAL_LR)
-        super().__init__(LocalEngine(sff, make, options, ranks, schedule, window, frozen), options, lr_schedule)
+        super().__init__(LocalEngine(sff, make, options, ranks, frozen, finish), options, lr_schedule)
 
 
 def _labelled(sff):
@@ -77,7 +92,7 @@ def _labelled(sff):
     return sff.heads[0].loss_name == "cross_entropy"
 
 
-def _ranks(distributed, sff, window, schedule, options):
+def _ranks(distributed, sff, frozen, options):
     """Return the Ranks that train together. Raises ValueError for what they cannot do."""
     if distributed is None:
         return Ranks()
@@ -90,9 +105,16 @@ def _ranks(distributed, sff, window, schedule, options):
     if ranks.block_size > 1 and not _labelled(sff):
         text = f"expected a goodness with labels where ranks share the blocks, got {sff.goodness_name!r}"
         raise ValueError(f"distributed: {text}")
-    if ranks.block_size > 1 and (window > 1 or schedule != "all"):
-        got = f"window {window}" if window > 1 else f"schedule {schedule!r}"
-        raise ValueError(f"distributed: expected window=1 and schedule='all' where ranks share the blocks, got {got}")
+    if ranks.block_size > 1:
+        if not isinstance(sff.plan, plans.Turns) or len(sff.plan.turns) > 1:
+            text = "a plan whose segments are the same in every step where ranks share the blocks"
+            raise ValueError(f"distributed: expected {text}, got {sff.plan.name!r}; distributed='data' takes any")
+        most = len(route_of(sff.plan.at(0, frozen), range(len(sff.blocks))).chains)
+        if ranks.block_size > most:
+            text = (
+                f"at most {most} ranks to share the blocks, since no gradient may pass between them ({sff.plan.name})"
+            )
+            raise ValueError(f"distributed: expected {text}, got {ranks.block_size}")
     return ranks
 
 
@@ -102,18 +124,18 @@ class LocalEngine:
     Args: make makes the optimiser of a block from its parameter groups; the others are those of Trainer, checked.
 
     Attributes beyond the interface: step (LocalStep), parameters (lists by block, then the classifier's), block_optimizers (optimiser or
-    None by block), classifier_optimizer (or None)."""
+    None by block), classifier_optimizer (or None), start (the first block that is still trained)."""
 
-    def __init__(self, sff, make, options, ranks, schedule, window, frozen):
-        self.sff, self.module, self.schedule, self.frozen = sff, sff, schedule, frozen
+    def __init__(self, sff, make, options, ranks, frozen, finish):
+        self.sff, self.module, self.plan, self.frozen, self.finish = sff, sff, sff.plan, frozen, finish
         self.options, self.device = options, next(sff.parameters()).device
         self.names = [block.name for block in sff.blocks]
-        self.phase, self.phases = 0, len(sff.blocks) - frozen if schedule == "greedy" else 1
+        self.phase, self.phases, self.start = 0, sff.plan.phases, frozen
         self.labelled, self.classifies = _labelled(sff), sff.heads[0].num_classes is not None
         if sff.readout and not self.labelled:
             text = "expected False with a loss of positive and negative images, which has no labels for a classifier"
             raise ValueError(f"readout: {text}, got True")
-        self.parameters = [[p for p in sff.block_parameters(i) if p.requires_grad] for i in range(len(sff.blocks))]
+        self.parameters = [[p for p in self._learned(i) if p.requires_grad] for i in range(len(sff.blocks))]
         classifier = sff.readout[0] if sff.readout else None
         if classifier is not None:
             self.parameters.append([p for p in classifier.parameters() if p.requires_grad])
@@ -127,21 +149,26 @@ class LocalEngine:
         if options.compile:
             for block in sff.local_blocks:
                 block.compile_forward()
-        self.place = Place(ranks, sff, self.parameters, every, self._update, self._measure)
+        chains = route_of(self.segments(0), range(len(sff.blocks))).chains
+        self.place = Place(ranks, sff, self.parameters, every, self._update, chains, self._measure)
         autocast = None if options.amp is None else self._autocast
-        taught = classifier if self.classifier_optimizer is not None and schedule == "all" else None
-        self.step = LocalStep(
-            sff.local_blocks, window, options.micro_batches, autocast, self.scalers, self.place, taught
-        )
+        taught = classifier if self.classifier_optimizer is not None and self.phases == 1 else None
+        self.step = LocalStep(sff.local_blocks, options.micro_batches, autocast, self.scalers, self.place, taught)
+        self._counts = {}  # what `counted` returns, by the segments of a step
+
+    def _learned(self, index):
+        """The parameters of a block that this engine's steps may train: not those of a head without a loss."""
+        with_loss = index in self.plan.voters or index < self.frozen
+        return self.sff.block_parameters(index) if with_loss else self.sff.blocks[index].parameters()
 
     def _measure(self):
-        """Return the seconds of each block, measured on a copy."""
+        """Return the seconds of each chain of blocks, measured on a copy."""
         sff = copy.deepcopy(self.sff)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
             target = torch.arange(16, device=self.device) % sff.num_classes
-            engine = LocalEngine(sff, optim.adamw(), Options(), Ranks(), "all", 1, 0)
-            return placement.block_seconds(engine, images, target)
+            engine = LocalEngine(sff, optim.adamw(), Options(), Ranks(), self.frozen, 0.0)
+            return placement.chain_seconds(engine, images, target)
 
     def _autocast(self):
         return self.options.autocast(self.device)
@@ -160,38 +187,60 @@ class LocalEngine:
         for module in self.sff.resting:
             module.training = True
         train_mode(self.sff)
-        done = self.sff.blocks[: self.frozen + self.phase]
-        self.sff.resting = [module for block in done for module in block.modules() if module.training]
+        still = self.start + (self.phase if self.phases > 1 else 0)
+        self.sff.resting = [
+            module for block in self.sff.blocks[:still] for module in block.modules() if module.training
+        ]
         for module in self.sff.resting:
             module.training = False
 
-    def _trained(self):
-        """Return (the indices of the blocks that the present phase trains, the last block that it runs)."""
-        last = self.frozen + self.phase if self.schedule == "greedy" else len(self.sff.blocks) - 1
-        first = last if self.schedule == "greedy" else 0  # of frozen blocks the heads may train
-        return {i for i in range(first, last + 1) if self.block_optimizers[i] is not None}, last
+    def set_progress(self, schedule, progress):
+        """Set the learning rates for a step that ends at `progress` (0..1 of fit): with `finish`, each block's on a schedule of its own."""
+        if not self.finish:
+            return optim.set_progress(self.optimizers, schedule, progress)
+        count, before = len(self.sff.blocks), self.start
+        ends = [1 - self.finish * (1 - i / max(1, count - 1)) for i in range(count)]
+        for optimizer, end in zip(self.block_optimizers, ends, strict=True):
+            if optimizer is not None:
+                optim.set_progress([optimizer], schedule, min(1.0, progress / end))
+        if self.classifier_optimizer is not None:
+            optim.set_progress([self.classifier_optimizer], schedule, progress)
+        self.start = max(self.frozen, sum(progress > end for end in ends[:-1]))
+        if self.start > before:
+            self.train_mode()
 
-    def counted(self):
-        """Return [L], 1 for the blocks that this rank trains in the present phase, else 0."""
-        here = self._trained()[0].intersection(self.place.own)
-        return torch.tensor([float(i in here) for i in range(len(self.sff.blocks))], device=self.device)
+    def segments(self, t):
+        """The segments of step t, with one for the head of each frozen block that learns."""
+        heads = tuple(
+            plans.Segment(i, i) for i in range(self.frozen) if self.block_optimizers[i] is not None and self.phases == 1
+        )
+        return (*heads, *self.plan.at(t, self.start, self.phase))
 
-    def run_step(self, images, target):
-        """Train on one minibatch. Returns StepResult."""
-        self.step.frozen = self.frozen
-        self.step.trained, self.step.last = self._trained()
-        return StepResult(*self.step.run(images, target))
+    def counted(self, t):
+        """Return [L], 1 for the blocks with a loss on this rank in step t, else 0."""
+        segments = self.segments(t)
+        if segments not in self._counts:
+            here = {last for _, last in segments}.intersection(self.place.own)
+            count = [float(i in here) for i in range(len(self.sff.blocks))]
+            self._counts[segments] = torch.tensor(count, device=self.device)
+        return self._counts[segments]
+
+    def run_step(self, images, target, t):
+        """Train on one minibatch, in step t. Returns StepResult."""
+        return StepResult(*self.step.run(self.segments(t), images, target))
 
     @torch.no_grad()
     def scores(self, images):
         """Return {"vote": [B, K], "block 0": ..., "readout": ...}."""
         goodness, alive = [], (images,)
-        for block in self.sff.local_blocks:
+        for index, block in enumerate(self.sff.local_blocks):
             with self._autocast():
                 main, *others = block.outputs(*alive)
-            goodness.append(block.head(main))
+            if index in self.sff.plan.voters:
+                goodness.append(block.head(main))
             alive = (block.next_input(main), *others)
-        found = {"vote": self.sff.votes(goodness)} | {f"block {i}": g for i, g in enumerate(goodness)}
+        names = [f"block {i}" for i in self.sff.plan.voters]
+        found = {"vote": self.sff.votes(goodness)} | dict(zip(names, goodness, strict=True))
         if self.sff.readout:
             with self._autocast():
                 found["readout"] = self.sff.readout[0](*alive)[0]

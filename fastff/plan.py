@@ -1,0 +1,182 @@
+"""Plans: which losses the steps of a training run compute, and which blocks each loss trains.
+
+A step is a tuple of Segments. A Segment (first, last) is the loss at the output of block `last`, which trains the blocks first to last; no
+gradient of it goes further. Segments side by side, in which every block is trained once, are what local training usually is: one block each
+(the paper), several blocks each (less independence, learns better), all blocks in one (end to end). Segments may overlap: with a window of w the
+loss of each block trains the w - 1 blocks before it as well. Blocks in no segment only run forward, and blocks behind the last segment do not run.
+
+A plan says which segments the t-th step has, counted from 0:
+
+    plan.at(t, start=0, phase=0)   the segments of step t if the blocks before `start` are trained no more (frozen, or finished)
+    plan.voters                    the blocks that some step has a loss for: their heads learn, and vote
+    plan.phases                    how many times fit goes through its epochs; one, but for Greedy
+"""
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from fastff.arguments import plain, whole_number
+
+
+class Segment(NamedTuple):
+    """The blocks first to last (counted from 0, both included), trained by the loss at the output of the last."""
+
+    first: int
+    last: int
+
+
+def ending_at(ends):
+    """Segments side by side that end at these blocks, in order."""
+    return tuple(Segment(before + 1, end) for before, end in zip((-1, *ends), ends, strict=False))
+
+
+def starting_at(start, segments):
+    """What is left of segments where the blocks before `start` are trained no more."""
+    return tuple(Segment(max(first, start), last) for first, last in segments if last >= start)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Segments that are the same in every step, or several sets of them that take turns.
+
+    Args:
+        turns: a tuple of segments for each turn.
+        name: what print(sff) shows."""
+
+    turns: tuple
+    name: str
+    phases = 1
+
+    @property
+    def voters(self):
+        return tuple(sorted({last for segments in self.turns for _, last in segments}))
+
+    def at(self, t, start=0, phase=0):
+        return starting_at(start, self.turns[t % len(self.turns)])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A cut behind each block with probability one half, drawn anew for every step.
+
+    Args: blocks, their number; seed of the draws, which depend on it and on t alone."""
+
+    blocks: int
+    seed: int = 0
+    name = "drawn"
+    phases = 1
+
+    @property
+    def voters(self):
+        return tuple(range(self.blocks))
+
+    def at(self, t, start=0, phase=0):
+        draw = random.Random(f"{self.seed} {t}").random
+        return starting_at(start, ending_at([i for i in range(self.blocks) if i + 1 == self.blocks or draw() < 0.5]))
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """One block after the other: phase p of fit trains block `frozen` + p alone, and runs no block behind it."""
+
+    blocks: int
+    frozen: int = 0
+    name = "greedy"
+
+    @property
+    def voters(self):
+        return tuple(range(self.blocks))
+
+    @property
+    def phases(self):
+        return self.blocks - self.frozen
+
+    def at(self, t, start=0, phase=0):
+        return (Segment(self.frozen + phase, self.frozen + phase),)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The fewest segments of which none needs more memory than a budget; of as few, those whose largest is smallest.
+
+    Blocks that finish early leave memory to the others, whose segments grow.
+
+    Args:
+        cost: function of (first, last) that returns the bytes a step needs at most while it trains a segment.
+        blocks: their number.
+        budget: bytes."""
+
+    cost: object
+    blocks: int
+    budget: float
+    name = "budget"
+    phases = 1
+
+    @property
+    def voters(self):
+        return tuple(last for _, last in self.at(0))
+
+    def at(self, t, start=0, phase=0):
+        return _fewest(self.cost, start, self.blocks, self.budget)
+
+
+@lru_cache(256)
+def _fewest(cost, start, blocks, budget):
+    # best[end]: (number of segments, the largest cost, segments) for the blocks start to end - 1
+    best = {start: (0, 0.0, ())}
+    for end in range(start + 1, blocks + 1):
+        options = []
+        for first in range(start, end):
+            bytes_ = cost(first, end - 1)
+            if first in best and bytes_ <= budget:
+                count, largest, segments = best[first]
+                options.append((count + 1, max(largest, bytes_), (*segments, Segment(first, end - 1))))
+        if options:
+            best[end] = min(options)
+    return best[blocks][2]
+
+
+def window(size, blocks):
+    """The plan in which the loss of each block also trains the size - 1 blocks before it."""
+    segments = tuple(Segment(max(0, last - size + 1), last) for last in range(blocks))
+    return Turns((segments,), f"window {size}")
+
+
+def pairs(blocks):
+    """The plan of pairs of blocks that take turns: 01 23 45 ... in even steps, 0 12 34 ... in odd ones."""
+    last = blocks - 1
+    turns = [ending_at(sorted({*range(first, blocks, 2), last})) for first in (1, 0)]
+    return Turns(tuple(turns), "pairs")
+
+
+def of(given, blocks):
+    """The plan that a user names.
+
+    Args:
+        given: a plan; "pairs" or "drawn"; the blocks that end segments, such as [1, 3, 8]; or several such lists, which take turns.
+        blocks: the number of blocks.
+
+    Raises TypeError, ValueError."""
+    expected = "'pairs', 'drawn', a list of the blocks that end segments, a list of such lists, or a plan"
+    if hasattr(given, "at") and hasattr(given, "voters"):
+        return given
+    if isinstance(given, str):
+        if given == "pairs":
+            return pairs(blocks)
+        if given == "drawn":
+            return Drawn(blocks)
+        raise ValueError(f"plan: expected {expected}, got {given!r}")
+    given = plain(given)
+    if not isinstance(given, (list, tuple, range)) or not given:
+        raise TypeError(f"plan: expected {expected}, got {given!r}")
+    turns = [list(turn) for turn in given] if isinstance(given[0], (list, tuple, range)) else [list(given)]
+    for turn in turns:
+        for end in turn:
+            whole_number("plan", end, 0)
+        if turn != sorted(set(turn)) or not turn or turn[-1] != blocks - 1:
+            text = f"blocks in ascending order, the last of them block {blocks - 1}, the network's last"
+            raise ValueError(f"plan: expected {text}, got {turn}")
+    text = " | ".join(" ".join(map(str, turn)) for turn in turns)
+    return Turns(tuple(map(ending_at, turns)), f"segments end at {text}")

@@ -1,0 +1,195 @@
+"""Plans of a step: segments, cuts that move, blocks that finish early."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from training_oracle import CLASSES, adamw, assert_same_training, batches, made, naive_training, sgd, train, vector
+
+from fastff import SFF, Trainer, models
+from fastff import plan as plans
+from fastff.plan import Segment
+
+OVERLAPPING = plans.Turns(((Segment(0, 1), Segment(0, 2), Segment(2, 3)),), "overlapping")
+PLANS = {
+    "two segments": [1, 3], "a long one": [0, 3], "end to end": [3], "turns": [[1, 3], [0, 2, 3], [3]], "pairs": "pairs", "drawn": "drawn",
+    "overlapping": OVERLAPPING,
+}  # fmt: skip
+
+
+def test_segments_and_turns():
+    assert plans.of([1, 3, 8], 9).at(5) == (Segment(0, 1), Segment(2, 3), Segment(4, 8))
+    assert plans.window(2, 3).at(0) == (Segment(0, 0), Segment(0, 1), Segment(1, 2))
+    pairs = plans.pairs(5)
+    assert [tuple(segment) for segment in pairs.at(0)] == [(0, 1), (2, 3), (4, 4)]
+    assert [tuple(segment) for segment in pairs.at(1)] == [(0, 0), (1, 2), (3, 4)]
+    assert pairs.at(2) == pairs.at(0) and pairs.voters == (0, 1, 2, 3, 4)
+    assert plans.of([1, 3, 8], 9).at(0, start=3) == (Segment(3, 3), Segment(4, 8))
+    drawn = plans.Drawn(9, seed=1)
+    steps = [drawn.at(t) for t in range(200)]
+    assert steps == [drawn.at(t) for t in range(200)] and len(set(steps)) > 100
+    for segments in steps:
+        assert [i for first, last in segments for i in range(first, last + 1)] == list(range(9))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_ten_steps_equal_naive_training(plan, parts):
+    sff = made(window=1)
+    naive, data = copy.deepcopy(sff), batches(sff)
+    losses = train(Trainer(sff, adamw, plan=plan, micro_batches=parts), data)
+    expected = naive_training(naive, data, adamw, plan=plans.of(plan, 4))
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-6, atol=1e-6)
+    assert_same_training(sff, naive, 1e-7)
+
+
+@pytest.mark.parametrize("plan", [[2, 4, 8], "pairs", [8]], ids=str)
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small"])
+def test_batch_norm_and_shortcuts_inside_a_segment(model, plan):
+    sff = made(model)
+    plan = [2, 5, len(sff.blocks) - 1] if plan == [2, 4, 8] else [len(sff.blocks) - 1] if plan == [8] else plan
+    naive, data = copy.deepcopy(sff), batches(sff, steps=3)
+    losses = train(Trainer(sff, sgd, plan=plan), data)
+    expected = naive_training(naive, data, sgd, plan=plans.of(plan, len(sff.blocks)))
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-6, atol=1e-6)
+    assert_same_training(sff, naive, 1e-6)
+
+
+@pytest.mark.parametrize("plan", [[2, 4, 8], "pairs"], ids=str)
+def test_fused_and_unfused_segments_agree_in_float32(plan):
+    sffs = [made("resnet18", torch.float32, fuse=fuse, plan=plan) for fuse in (True, False)]
+    data = batches(sffs[0], steps=2, dtype=torch.float32)
+    a, b = (train(Trainer(sff, sgd), data) for sff in sffs)
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-4)
+    difference = vector(sffs[0]) - vector(sffs[1])
+    assert difference.abs().max() < 1e-3
+
+
+def test_frozen_blocks_are_in_no_segment():
+    sff = made()
+    naive, data = copy.deepcopy(sff), batches(sff)
+    before = copy.deepcopy(sff.blocks[0].state_dict())
+    losses = train(Trainer(sff, sgd, plan=[1, 3], frozen=1), data)
+    expected = naive_training(naive, data, sgd, frozen=1, plan=plans.of([0, 2], 3))
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-6, atol=1e-6)
+    assert_same_training(sff, naive, 1e-7)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), sff.blocks[0].state_dict().values(), strict=True))
+
+
+def test_heads_without_a_loss_stay_and_do_not_vote():
+    sff = made(plan=[1, 3])
+    before = [head.weight.detach().clone() for head in sff.heads]
+    images, target = batches(sff, steps=1)[0]
+    trainer = Trainer(sff, sgd)
+    losses = trainer.step(images, target)
+    assert [bool(loss) for loss in losses] == [False, True, False, True]
+    assert [torch.equal(a, head.weight) for a, head in zip(before, sff.heads, strict=True)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    goodness = sff.goodness(images)
+    assert len(goodness) == 2
+    expected = torch.stack([sff.heads[i].logits(g).softmax(1) for i, g in zip((1, 3), goodness, strict=True)]).mean(0)
+    torch.testing.assert_close(sff(images), expected)
+    assert list(trainer.evaluate([(images, target)])) == ["vote", "block 1", "block 3"]
+    assert set(sff.predict(images, exit_threshold=1e-9).block.tolist()) == {1}
+    assert set(sff.predict(images).block.tolist()) == {3}
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return SFF(models.resnet18(CLASSES, stem="cifar", width=4), CLASSES, input_shape=(3, 16, 16), **options)
+
+
+def loader(sff, batches_in_epoch=5):
+    return batches(sff, batches_in_epoch, size=4, dtype=torch.float32)
+
+
+def test_blocks_that_finish_early():
+    sff, rates, still = small(plan=[4, 8]), [], []
+    trainer = Trainer(sff, sgd, finish=0.5)
+
+    class Watch:
+        def start(self, *_): ...
+        def epoch(self, *_): ...
+        def close(self): ...
+        def update(self, state, *_):
+            rates.append(
+                [group["lr"] for optimizer in trainer.engine.block_optimizers for group in optimizer.param_groups[:1]]
+            )
+            still.append(
+                (trainer.engine.start, [block.training for block in map(functools.partial(module_of, sff), range(9))])
+            )
+
+    trainer.fit(loader(sff), 4, progress=Watch())
+    ends = [1 - 0.5 * (1 - i / 8) for i in range(9)]
+    for step, (row, (start, training)) in enumerate(zip(rates, still, strict=True), 1):
+        finished = sum(step / 20 > end for end in ends[:-1])
+        assert start == finished and training == [i >= finished for i in range(9)]
+        assert all(row[i] == 0 for i in range(finished))
+    assert still[-1][0] == 8 and rates[9][0] == 0  # the first block after half of the steps
+    state = trainer.sff.state_dict()
+    assert all(t.isfinite().all() for t in state.values())
+
+
+def module_of(sff, index):
+    return next(m for m in sff.blocks[index].modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("options", [{"plan": "pairs"}, {"plan": "drawn"}, {"plan": [3, 8], "finish": 0.7}], ids=str)
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, options):
+    def trainer():
+        return Trainer(small(), adamw, **options)
+
+    class Stop(Exception):
+        pass
+
+    class StopAfter:
+        def __init__(self, steps):
+            self.steps = steps
+
+        def start(self, *_): ...
+        def epoch(self, *_): ...
+        def close(self): ...
+        def update(self, state, *_):
+            if state.steps == self.steps:
+                raise Stop
+
+    data = loader(small(), 7)
+    whole, stopped = trainer(), trainer()
+    whole.fit(data, 3, progress=False)
+    with pytest.raises(Stop):
+        stopped.fit(data, 3, out=tmp_path, save_every=1, progress=StopAfter(12))
+    resumed = trainer()
+    resumed.load(tmp_path / "checkpoint.pt")
+    assert 0 < resumed.steps <= 12
+    resumed.fit(data, 3, progress=False)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.sff.state_dict().values(), resumed.sff.state_dict().values(), strict=True)
+    )
+    for a, b in zip(whole.history, resumed.history, strict=True):
+        assert all(a[key] == b[key] or a[key] != a[key] for key in a if key != "seconds")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"plan": "spirals"}, ValueError, "plan: expected 'pairs', 'drawn', .* got 'spirals'"),
+        ({"plan": [1, 2]}, ValueError, r"plan: expected blocks in ascending order, the last of them block 3, .* got \[1, 2\]"),
+        ({"plan": [2, 1, 3]}, ValueError, "plan: expected blocks in ascending order"),
+        ({"plan": [1.5, 3]}, ValueError, "plan: expected a whole number"),
+        ({"plan": 3}, TypeError, "plan: expected .* got 3"),
+        ({"plan": [[1, 3], [2]]}, ValueError, r"plan: expected .* got \[2\]"),
+        ({"plan": [1, 3], "window": 2}, ValueError, "window: expected None beside a plan, got 2"),
+        ({"plan": [1, 3], "schedule": "greedy"}, ValueError, "plan: expected none with schedule='greedy'"),
+        ({"finish": 1.0}, ValueError, "finish: expected a number of at least 0 and below 1, got 1.0"),
+        ({"finish": "soon"}, ValueError, "finish: expected a number"),
+    ],
+)  # fmt: skip
+def test_unusable_plans(options, error, message):
+    with pytest.raises(error, match=message):
+        Trainer(made(), sgd, **options)
