@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.step import build, variants
 from benchmarks.timing import print_environment, write_csv
-from fastff.training.memory import peak_memory
+from fastff.memory import peak_memory
 
 SHOWN = ("backprop", "backprop, 4 micro-batches", "backprop, checkpointing", "block", "layer", "block, defaults")
 

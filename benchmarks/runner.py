@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile, ratios
-from fastff.training.memory import peak_memory
+from fastff.memory import peak_memory
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -30,7 +30,7 @@ from fastff import Distributed, parallel
 from fastff.bench import quantile
 from fastff.parallel.reduce import _Bucket
 from fastff.training import Backprop, Trainer, optim
-from fastff.training.memory import peak_memory
+from fastff.memory import peak_memory
 
 
 def measure_blocks(a, device):

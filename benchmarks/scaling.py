@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks import plots, runner, step, tables
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile, ratios
-from fastff.training.memory import peak_memory
+from fastff.memory import peak_memory
 
 CONTENDERS = {
     "backprop": ("backprop", {}),

@@ -17,7 +17,7 @@ from benchmarks import tables
 from benchmarks.timing import print_environment, write_csv
 from examples.swap_in import digits
 from fastff.bench import interleave, quantile, ratios
-from fastff.training.memory import peak_memory
+from fastff.memory import peak_memory
 
 RECIPES = {
     "layers": "layers with train(x_pos, x_neg)",

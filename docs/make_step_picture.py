@@ -3,7 +3,7 @@
     python docs/make_step_picture.py
 
 ResNet18 of width 16, batch 32, 32 x 32, 100 classes, channels last, as in the table of docs/step.md. PyTorch's profiler records every
-allocation and release (fastff/training/memory.py says what it does not see). It slows both steps down, so how long they take is not in the picture.
+allocation and release (fastff/memory.py says what it does not see). It slows both steps down, so how long they take is not in the picture.
 """
 
 from itertools import accumulate

@@ -101,41 +101,49 @@ class Greedy:
 class Budget:
     """The fewest segments of which none needs more memory than a budget; of as few, those whose largest is smallest.
 
-    Blocks that finish early leave memory to the others, whose segments grow.
+    Where the first blocks have finished, the others have all the memory, and segments become one where it suffices.
 
     Args:
-        cost: function of (first, last) that returns the bytes a step needs at most while it trains a segment.
-        blocks: their number.
-        budget: bytes."""
+        memory: function of (first, last) that returns the bytes a step needs at most while it trains a segment
+            (fastff.segment_memory.SegmentMemory), with the number of `blocks`.
+        budget: bytes, at least `least(memory)`."""
 
-    cost: object
-    blocks: int
+    memory: object
     budget: float
-    name = "budget"
     phases = 1
+
+    @property
+    def name(self):
+        return f"segments end at {' '.join(map(str, self.voters))}"
 
     @property
     def voters(self):
         return tuple(last for _, last in self.at(0))
 
     def at(self, t, start=0, phase=0):
-        return _fewest(self.cost, start, self.blocks, self.budget)
+        count = self.memory.blocks
+        whole = _fewest(self.memory, self.budget, 0, tuple(range(count)))
+        return whole if start == 0 else _fewest(self.memory, self.budget, start, tuple(last for _, last in whole if last >= start))
+
+
+def least(memory):
+    """The smallest budget: what the largest segment of one block needs, in bytes."""
+    return max(memory(i, i) for i in range(memory.blocks))
 
 
 @lru_cache(256)
-def _fewest(cost, start, blocks, budget):
-    # best[end]: (number of segments, the largest cost, segments) for the blocks start to end - 1
-    best = {start: (0, 0.0, ())}
-    for end in range(start + 1, blocks + 1):
+def _fewest(memory, budget, start, ends):
+    """The fewest segments from block `start` on that end at some of `ends`, the last of them included."""
+    best = {start: (0, 0.0, ())}  # {block: (number of segments, memory of the largest, segments before the block)}
+    for end in ends:
         options = []
-        for first in range(start, end):
-            bytes_ = cost(first, end - 1)
-            if first in best and bytes_ <= budget:
-                count, largest, segments = best[first]
-                options.append((count + 1, max(largest, bytes_), (*segments, Segment(first, end - 1))))
+        for first, (count, largest, segments) in best.items():
+            needed = memory(first, end)
+            if needed <= budget:
+                options.append((count + 1, max(largest, needed), (*segments, Segment(first, end))))
         if options:
-            best[end] = min(options)
-    return best[blocks][2]
+            best[end + 1] = min(options)
+    return best[ends[-1] + 1][2]
 
 
 def window(size, blocks):

@@ -8,11 +8,12 @@ from torch import nn
 
 from fastff import plan as plans
 from fastff import spec
-from fastff.arguments import plain, whole_number
+from fastff.arguments import number_between, plain, whole_number
 from fastff.graph.cut import cut
 from fastff.nn.block import LocalBlock, make_head
 from fastff.nn.head import GoodnessHead
 from fastff.ops.goodness import plan_for
+from fastff.segment_memory import SegmentMemory
 
 VOTES = ("softmax", "goodness", "last")
 
@@ -31,7 +32,7 @@ class SFF(nn.Module):
     Args:
         model: any nn.Module of one tensor argument; it is not changed, and shares its parameters: model.state_dict() keeps its names.
         num_classes: K.
-        granularity: "layer", "block", "stage", "model" (one block) or a list of module paths that end blocks (fastff/graph/cut.py).
+        granularity: "layer", "block", "stage", "model" (one block), "auto" (blocks, in segments of `memory`) or a list of module paths that end blocks (fastff/graph/cut.py).
         input_shape: of one sample, (C, H, W) for images.
         goodness: a name that fastff.nn.FFBlock knows: "sff", "projection", or without weights "class_group", "class_group_mean" and, of
             batches whose first half is positive and second half negative, "sum_of_squares", "mean_of_squares", "position".
@@ -39,6 +40,10 @@ class SFF(nn.Module):
         plan: instead of a window, which losses the Trainer's steps have and which blocks each trains (fastff/plan.py): the blocks that end
             segments, such as [1, 3, 8]; several such lists, which take turns; "pairs" or "drawn" for cuts that move; or a plan. Heads of
             blocks that never end a segment do not learn, and do not vote.
+        memory: instead of a plan, what a step may take at most: a share of what backpropagation takes (at most 1) or bytes (above 1). The
+            plan has the fewest segments that keep to it, counted here for minibatches of `batch_size` (fastff/segment_memory.py);
+            print(sff) shows them. Default with granularity "auto": 0.45.
+        batch_size: of the minibatches that `memory` is counted for.
         vote: "softmax" averages the blocks' softmax(tau * goodness), "goodness" averages goodness, "last" takes the last block's.
         normalize: between blocks: a name of fastff.spec.NORMALIZATIONS such as "layer_norm" (over a sample), or None.
         readout: keep the model's own classifier, trained on detached features beside the blocks; otherwise it is not used.
@@ -57,7 +62,7 @@ class SFF(nn.Module):
 
     def __init__(
         self, model, num_classes, granularity="block", input_shape=(3, 32, 32), *, goodness="sff", window=None, plan=None,
-        vote="softmax", normalize="layer_norm", readout=False, channel_dim=None, fuse=True, **head,
+        memory=None, batch_size=64, vote="softmax", normalize="layer_norm", readout=False, channel_dim=None, fuse=True, **head,
     ):  # fmt: skip
         super().__init__()
         if vote not in VOTES:
@@ -67,6 +72,8 @@ class SFF(nn.Module):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             raise ValueError(f"normalize: expected one of {', '.join(spec.NORMALIZATIONS)} or None, got {normalize!r}")
+        if granularity == "auto":
+            granularity, memory = "block", 0.45 if memory is None else memory
         blocks, classifier = cut(model, granularity, input_shape, num_classes)
         if readout and classifier is None:
             raise ValueError("readout: the model has nothing behind its last block to keep")
@@ -77,7 +84,7 @@ class SFF(nn.Module):
         self.resting: list = []  # modules that a trainer has put into evaluation mode, and the next one puts back
         self.num_classes, self.input_shape, self.granularity = num_classes, tuple(input_shape), granularity
         self.vote, self.normalize, self.goodness_name = vote, normalize, goodness
-        self.set_plan(plan, window)
+        self.segment_memory = None
         like = next(model.parameters())
         self.heads = nn.ModuleList(
             _head(block, num_classes, goodness, channel_dim, {k: plain(v) for k, v in head.items()}, like)
@@ -89,6 +96,7 @@ class SFF(nn.Module):
         )
         for block in self.local_blocks:
             block.graph  # noqa: B018  traced here, while the model is as the user made it
+        self.set_plan(plan, window, memory, batch_size)
 
     def _check_shared(self):
         """Raise ValueError for a parameter of two blocks: one would update it while the other's graph still needs the former value."""
@@ -103,13 +111,36 @@ class SFF(nn.Module):
                     hint = "a granularity that puts both into one block, such as 'model', trains it"
                     raise ValueError(f"model: expected no parameter that two blocks share, got {got}; {hint}")
 
-    def set_plan(self, plan=None, window=None):
-        """Train by this plan, or with this window, from the next Trainer on; the blocks that it has losses for vote. Raises TypeError, ValueError."""
-        if plan is not None and window is not None:
-            raise ValueError(f"window: expected None beside a plan, got {window!r}")
-        self.window = whole_number("window", 2 if window is None else window) if plan is None else None
-        count = len(self.blocks)
-        self.plan = plans.window(self.window, count) if plan is None else plans.of(plan, count)
+    def set_plan(self, plan=None, window=None, memory=None, batch_size=64):
+        """Train by this plan, with this window or in this memory from the next Trainer on; the blocks with losses vote.
+
+        The arguments are those of SFF. Raises TypeError, ValueError."""
+        given = [name for name, value in (("plan", plan), ("window", window), ("memory", memory)) if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: expected None beside a {given[0]}, got {window if given[1] == 'window' else memory!r}")
+        count, self.window = len(self.blocks), None
+        if plan is not None:
+            self.plan = plans.of(plan, count)
+        elif memory is not None:
+            self.plan = self._within(memory, whole_number("batch_size", batch_size))
+        else:
+            self.window = whole_number("window", 2 if window is None else window)
+            self.plan = plans.window(self.window, count)
+
+    def _within(self, memory, batch_size):
+        """The plan of the fewest segments within a share of backpropagation's memory, or bytes."""
+        memory = number_between("memory", plain(memory), 0, math.inf, low_allowed=False)
+        counted = self.segment_memory
+        if counted is None or counted.batch_size != batch_size:
+            self.plan = plans.window(1, len(self.blocks))
+            counted = self.segment_memory = SegmentMemory(self, batch_size)
+        budget = memory * counted.backprop if memory <= 1 else memory
+        least = plans.least(counted)
+        if budget < least:
+            needed = f"{least / counted.backprop:.2f} (of backpropagation's) or {math.ceil(least)} bytes"
+            text = f"which the largest block needs in minibatches of {batch_size}, got {memory!r}"
+            raise ValueError(f"memory: expected at least {needed}, {text}")
+        return plans.Budget(counted, budget)
 
     def block_parameters(self, index):
         """The parameters that block `index` trains: its own and its head's."""
@@ -217,7 +248,20 @@ class SFF(nn.Module):
                     f"coarser than the model: {block.name} holds {len(block.holds)} of its blocks, {_few(block.holds)}"
                 )
         options = ", ".join(options) + (", read-out kept" if self.readout else "")
-        return "\n".join([head, *_aligned(rows), options, *notes])
+        return "\n".join([head, *_aligned(rows), options, *self._segments(), *notes])
+
+    def _segments(self):
+        """Lines about the memory of the plan's segments, where it was counted."""
+        if not isinstance(self.plan, plans.Budget):
+            return
+        counted = self.plan.memory
+        whole = counted.backprop
+        rows = [("segment", "blocks", "memory", "of backpropagation's")]
+        for number, (first, last) in enumerate(self.plan.at(0)):
+            needed = counted(first, last)
+            rows.append((str(number), f"{first} to {last}", f"{needed / 2**20:,.1f} MiB", f"{needed / whole:.0%}"))
+        yield from _aligned(rows)
+        yield f"a step of {counted.batch_size} samples: at most {max(counted(*s) for s in self.plan.at(0)) / whole:.0%} of the {whole / 2**20:,.1f} MiB of backpropagation"
 
 
 def _few(names):

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastff.training.memory import peak_memory
+from fastff.memory import peak_memory
 
 MIB = 2**18  # float32 numbers
 

@@ -4,7 +4,7 @@ from statistics import median
 
 from fastff.app import experiment
 from fastff.app.environment import environment
-from fastff.training.memory import peak_memory
+from fastff.memory import peak_memory
 
 MODES = ("backprop", "block", "layer", "stage")
 

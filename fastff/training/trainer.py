@@ -74,17 +74,17 @@ class Trainer(Session):
                 )
             if plan is not None:
                 raise ValueError(f"plan: expected none with schedule='greedy', which is one, got {plan!r}")
-            window, plan = None, plans.Greedy(count, frozen)
-        if window is not None or plan is not None:
+        elif window is not None or plan is not None:
             sff.set_plan(plan, window)
+        plan = plans.Greedy(count, frozen) if schedule == "greedy" else sff.plan
         options = Options(**options)
-        ranks = _ranks(Distributed.of(distributed), sff, frozen, options)
+        ranks = _ranks(Distributed.of(distributed), sff, plan, frozen, options)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
                 parameter.requires_grad_(False)
         make = optimizer or optim.adamw(optim.LOCAL_LR)
-        super().__init__(LocalEngine(sff, make, options, ranks, frozen, finish), options, lr_schedule)
+        super().__init__(LocalEngine(sff, make, options, ranks, plan, frozen, finish), options, lr_schedule)
 
 
 def _labelled(sff):
@@ -92,7 +92,7 @@ def _labelled(sff):
     return sff.heads[0].loss_name == "cross_entropy"
 
 
-def _ranks(distributed, sff, frozen, options):
+def _ranks(distributed, sff, plan, frozen, options):
     """Return the Ranks that train together. Raises ValueError for what they cannot do."""
     if distributed is None:
         return Ranks()
@@ -106,13 +106,13 @@ def _ranks(distributed, sff, frozen, options):
         text = f"expected a goodness with labels where ranks share the blocks, got {sff.goodness_name!r}"
         raise ValueError(f"distributed: {text}")
     if ranks.block_size > 1:
-        if not isinstance(sff.plan, plans.Turns) or len(sff.plan.turns) > 1:
+        if not isinstance(plan, plans.Turns) or len(plan.turns) > 1:
             text = "a plan whose segments are the same in every step where ranks share the blocks"
-            raise ValueError(f"distributed: expected {text}, got {sff.plan.name!r}; distributed='data' takes any")
-        most = len(route_of(sff.plan.at(0, frozen), range(len(sff.blocks))).chains)
+            raise ValueError(f"distributed: expected {text}, got {plan.name!r}; distributed='data' takes any")
+        most = len(route_of(plan.at(0, frozen), range(len(sff.blocks))).chains)
         if ranks.block_size > most:
             text = (
-                f"at most {most} ranks to share the blocks, since no gradient may pass between them ({sff.plan.name})"
+                f"at most {most} ranks to share the blocks, since no gradient may pass between them ({plan.name})"
             )
             raise ValueError(f"distributed: expected {text}, got {ranks.block_size}")
     return ranks
@@ -126,11 +126,11 @@ class LocalEngine:
     Attributes beyond the interface: step (LocalStep), parameters (lists by block, then the classifier's), block_optimizers (optimiser or
     None by block), classifier_optimizer (or None), start (the first block that is still trained)."""
 
-    def __init__(self, sff, make, options, ranks, frozen, finish):
-        self.sff, self.module, self.plan, self.frozen, self.finish = sff, sff, sff.plan, frozen, finish
+    def __init__(self, sff, make, options, ranks, plan, frozen, finish):
+        self.sff, self.module, self.plan, self.frozen, self.finish = sff, sff, plan, frozen, finish
         self.options, self.device = options, next(sff.parameters()).device
         self.names = [block.name for block in sff.blocks]
-        self.phase, self.phases, self.start = 0, sff.plan.phases, frozen
+        self.phase, self.phases, self.start = 0, plan.phases, frozen
         self.labelled, self.classifies = _labelled(sff), sff.heads[0].num_classes is not None
         if sff.readout and not self.labelled:
             text = "expected False with a loss of positive and negative images, which has no labels for a classifier"
@@ -167,7 +167,7 @@ class LocalEngine:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
             target = torch.arange(16, device=self.device) % sff.num_classes
-            engine = LocalEngine(sff, optim.adamw(), Options(), Ranks(), self.frozen, 0.0)
+            engine = LocalEngine(sff, optim.adamw(), Options(), Ranks(), self.plan, self.frozen, 0.0)
             return placement.chain_seconds(engine, images, target)
 
     def _autocast(self):
