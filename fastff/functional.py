@@ -8,6 +8,9 @@ Common arguments
     weight       [K, C], or [K, C, k, k] for a k x k head; None turns the squares off (then grid_weight is needed)
     bias         [K] or None
     grid_weight  [K, C, G, G] or None: the spatial term over a G x G grid of cells (tokens and [B, C, L] are one row of cells)
+    hidden       Hidden(weight [M, C], bn_weight, bn_bias, eps, mean, var) or None: a hidden layer between the means over cells and
+                 grid_weight, which is [K, M, G, G] then: relu(batch_norm(weight m)). mean, var [M] are the statistics of batch norm, or
+                 None for those of this batch, over its samples and cells
     target       [B] int64, classes 0..K-1. On a CPU a label out of range raises; on a GPU, where looking would make the host
                  wait, it makes that sample's loss NaN
     padding      zeros around x before a k x k head, an int or a pair
@@ -34,30 +37,31 @@ from fastff import ops, reference, spec
 from fastff.arguments import number_between, whole_number
 from fastff.kernels.torch.normalization import layer_norm_channels
 from fastff.ops.table import check_impl
-from fastff.spec import Epilogue, Groups, Loss, Normalization, Projection, Step, StepResult
+from fastff.spec import Epilogue, Groups, Hidden, Loss, Normalization, Projection, Step, StepResult  # noqa: F401  Hidden: for users
 
 GoodnessStep = GroupGoodnessStep = TailStep = GroupTailStep = StepResult
 
 
-def goodness(x, weight, bias=None, *, grid_weight=None, padding=0, channel_dim=1, impl="auto", algorithm="auto"):
+def goodness(
+    x, weight, bias=None, *, grid_weight=None, hidden=None, padding=0, channel_dim=1, impl="auto", algorithm="auto"
+):
     """Compute g [B, K], differentiable twice: g[b,k] = mean over positions p of (sum_c weight[k,c] x[b,c,p] + bias[k])^2, plus the spatial term.
 
     Arguments are those at the head of this file. Source: Krutsylo 2025, arXiv 2501.03176; the spatial term is this project's."""
     x = spec.canonical_x(x, channel_dim)
-    head = Projection.checked(x, weight, bias, grid_weight, padding, algorithm)
-    check_impl(impl)
-    return torch.ops.fastff.goodness(x, *head, impl, algorithm)
+    head = Projection.checked(x, weight, bias, grid_weight, padding, algorithm, hidden=hidden)
+    return ops.goodness.differentiable(x, head, impl, algorithm)[0]
 
 
 def goodness_loss(
-    x, weight, bias, target, *, grid_weight=None, padding=0, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean", channel_dim=1,
-    impl="auto", algorithm="auto",
+    x, weight, bias, target, *, grid_weight=None, hidden=None, padding=0, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean",
+    channel_dim=1, impl="auto", algorithm="auto",
 ):  # fmt: skip
-    """Compute the margin cross-entropy over tau * goodness, differentiable with respect to x, weight, bias, grid_weight and tau.
+    """Compute the margin cross-entropy over tau * goodness, differentiable with respect to x, weight, bias, grid_weight, hidden and tau.
 
     loss_b = logsumexp_k(u) - u[target_b] with u = tau * g and u[target_b] lowered by `margin`; [] or, for reduction "none", [B]."""
     options = {"channel_dim": channel_dim, "impl": impl, "algorithm": algorithm}
-    g = goodness(x, weight, bias, grid_weight=grid_weight, padding=padding, **options)
+    g = goodness(x, weight, bias, grid_weight=grid_weight, hidden=hidden, padding=padding, **options)
     return margin_cross_entropy(g, target, tau, margin, label_smoothing, reduction)
 
 
@@ -80,8 +84,8 @@ def loss_of(g, loss):
 
 
 def goodness_step(
-    x, weight, bias, target, *, grid_weight=None, padding=0, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean", grad_scale=None,
-    normalize="layer_norm", eps=1e-5, channel_dim=1, need_grad_x=True, impl="auto", algorithm="auto",
+    x, weight, bias, target, *, grid_weight=None, hidden=None, padding=0, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean",
+    grad_scale=None, normalize="layer_norm", eps=1e-5, channel_dim=1, need_grad_x=True, impl="auto", algorithm="auto",
 ):  # fmt: skip
     """Run the local training step on a block's output: loss, goodness, every gradient and the next block's input, outside autograd.
 
@@ -89,9 +93,9 @@ def goodness_step(
     for each class.
 
     Returns a StepResult with loss [] or [B], goodness [B, K], grad_x and normalized as x, grad_weight, grad_bias and grad_grid_weight as their
-    parameters, and grad_tau [] if tau is a tensor; None for what is absent."""
+    parameters, and grad_tau [] if tau is a tensor; with `hidden` its gradients and statistics (StepResult); None for what is absent."""
     x4 = spec.canonical_x(x, channel_dim)
-    head = Projection.checked(x4, weight, bias, grid_weight, padding, algorithm)
+    head = Projection.checked(x4, weight, bias, grid_weight, padding, algorithm, hidden=hidden)
     loss = Loss.checked(
         x4, target, tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
     )
@@ -104,8 +108,8 @@ def goodness_step(
 
 def tail_step(
     y, weight, bias, target, *, bn_weight=None, bn_bias=None, bn_eps=1e-5, residual=None, need_grad_residual=True, activation="relu",
-    grid_weight=None, padding=0, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean", grad_scale=None, normalize="layer_norm",
-    eps=1e-5, impl="auto", algorithm="auto",
+    grid_weight=None, hidden=None, padding=0, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean", grad_scale=None,
+    normalize="layer_norm", eps=1e-5, impl="auto", algorithm="auto",
 ):  # fmt: skip
     """Run the end of a block in one call: `goodness_step` on x = activation(batch_norm(y) + residual), and the gradients back to y.
 
@@ -121,7 +125,7 @@ def tail_step(
     epilogue = Epilogue(bn_weight, bn_bias, bn_eps, residual, need_grad_residual, activation)
     epilogue.check(y)
     y = spec.canonical_x(y, 1, "y")
-    head = Projection.checked(y, weight, bias, grid_weight, padding, algorithm, "y")
+    head = Projection.checked(y, weight, bias, grid_weight, padding, algorithm, "y", hidden)
     loss = Loss.checked(
         y, target, called="y", tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
     )  # fmt: skip

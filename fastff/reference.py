@@ -5,7 +5,7 @@ algorithm are this project's. Shapes here are canonical: x [B, C, H, W] with P p
 bias [K], grid_weight [K, C, G, G], target [B] (int64). Nothing is tiled, nothing is saved: read it, test against it in float64.
 
     a[b,k,p] = sum_c W[k,c] x[b,c,p] + beta[k]                                   the head, a convolution
-    g[b,k]   = (1/P) sum_p a[b,k,p]^2 + sum_cell V[k,cell] . mean_cell(x_b)      goodness
+    g[b,k]   = (1/P) sum_p a[b,k,p]^2 + sum_cell V[k,cell] . mean_cell(x_b)      goodness (or V . relu(batch_norm(U mean_cell(x_b))))
     u        = tau * g, lowered by the margin m at the target
     loss_b   = logsumexp_k(u[b,k]) - sum_k q[b,k] u[b,k]                         q: one-hot target, smoothed
     d[b,k]   = dL/dg[b,k] = tau * (softmax_k(u)[b,k] - q[b,k]) * r               r: 1/B for the mean, times grad_scale
@@ -27,14 +27,26 @@ def cell_means(x, grid_weight):
     return F.adaptive_avg_pool2d(x, [min(n, g) for n, g in zip(x.shape[2:], grid_weight.shape[2:], strict=True)])
 
 
-def goodness(x, weight=None, bias=None, grid_weight=None, padding=(0, 0)):
+def hidden_layer(means, weight, bn_weight=None, bn_bias=None, eps=1e-5, mean=None, var=None):
+    """A spec.Hidden on the means over cells: a [B, M, h, w], what batch norm is applied to, what ReLU is applied to, mean and var [M]."""
+    z = torch.einsum("mc,bchw->bmhw", weight, means)
+    a, h, mean, var = epilogue(z, bn_weight, bn_bias, eps, statistics=None if mean is None else (mean, var))
+    return a, z, h, mean, var
+
+
+def spatial(means, grid_weight, hidden=None):
+    """The spatial term of g [B, K] from the means over cells [B, C, h, w], and the mean and var [M] of a hidden layer's batch norm, or None."""
+    a, _, _, mean, var = (means, *[None] * 4) if hidden is None else hidden_layer(means, *hidden)
+    return a.flatten(1) @ grid_weight[..., : means.shape[2], : means.shape[3]].flatten(1).T, mean, var
+
+
+def goodness(x, weight=None, bias=None, grid_weight=None, padding=(0, 0), hidden=None):
     """g [B, K]: mean of squares of the head's outputs, plus the spatial term."""
     g = 0
     if weight is not None:
         g = F.conv2d(x, weight, bias, padding=padding).square().mean((2, 3))
     if grid_weight is not None:
-        means = cell_means(x, grid_weight)
-        g = g + torch.einsum("bchw,kchw->bk", means, grid_weight[..., : means.shape[2], : means.shape[3]])
+        g = g + spatial(cell_means(x, grid_weight), grid_weight, hidden)[0]
     return g
 
 
@@ -97,14 +109,25 @@ def goodness_second_moment(x, weight, bias=None, padding=(0, 0)):
     return torch.einsum("kc,bcd,kd->bk", W, S, W) + 2 * beta * (mu @ W.T) + beta**2
 
 
-def gradients_grid(d, x, grid_weight):
-    """Gradients of sum(d * g) for the spatial term: dV = d^T means; dL/dx is one constant vector per cell (spread by the pooling's adjoint)."""
-    means = cell_means(x, grid_weight)
+def spatial_gradients(d, means, grid_weight, hidden=None):
+    """Gradients of sum(d * g) for the spatial term: of means, of grid_weight (dV = d^T means), and of a hidden layer's weight, bn_weight, bn_bias."""
     h, w = means.shape[2:]
-    grad_grid = torch.zeros_like(grid_weight)
-    grad_grid[..., :h, :w] = torch.einsum("bk,bchw->kchw", d, means)
-    cells = torch.einsum("bk,kchw->bchw", d, grid_weight[..., :h, :w])
-    return torch.ops.aten._adaptive_avg_pool2d_backward(cells, x), grad_grid
+    a, z, before, mean, var = (means, *[None] * 4) if hidden is None else hidden_layer(means, *hidden)
+    grad_grid = torch.zeros_like(grid_weight, memory_format=torch.contiguous_format)
+    grad_grid[..., :h, :w] = (d.T @ a.flatten(1)).view(-1, *a.shape[1:])
+    grad = (d @ grid_weight[..., :h, :w].flatten(1)).view(a.shape)
+    if hidden is None:
+        return grad, grad_grid
+    constant = hidden.mean is not None
+    grad, _, *of_norm = epilogue_gradients(grad, z, before, mean, var, hidden.bn_weight, hidden.eps, constant=constant)
+    of_weight = torch.einsum("bmhw,bchw->mc", grad, means)
+    return torch.einsum("mc,bmhw->bchw", hidden.weight, grad), grad_grid, of_weight, *of_norm
+
+
+def gradients_grid(d, x, grid_weight, hidden=None):
+    """Those of `spatial_gradients` with dL/dx for that of means: one constant vector per cell (spread by the pooling's adjoint)."""
+    cells, *grads = spatial_gradients(d, cell_means(x, grid_weight), grid_weight, hidden)
+    return torch.ops.aten._adaptive_avg_pool2d_backward(cells, x), *grads
 
 
 ACTIVATIONS = {
@@ -135,17 +158,17 @@ def epilogue(y, weight=None, bias=None, eps=1e-5, residual=None, activation="rel
     return ACTIVATIONS[activation][0](h), h, mean, var
 
 
-def epilogue_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="relu", added=None):
+def epilogue_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activation="relu", added=None, constant=False):
     """From dL/dx: dL/dy, dL/dh (which is that of the residual), and the two sums that are dL/dweight and dL/dbias (Ioffe and Szegedy 2015).
 
-    added: dL/dh, dL/dweight and dL/dbias of another loss, to be added to those of this one."""
+    added: dL/dh, dL/dweight and dL/dbias of another loss, to be added to those of this one. constant: mean and var do not depend on y."""
     grad_h = grad_x * ACTIVATIONS[activation][1](h)
     rstd = channels((var + eps).rsqrt())
     normal = (y - channels(mean)) * rstd
     grad_bias, grad_weight = grad_h.sum((0, 2, 3)), (grad_h * normal).sum((0, 2, 3))
     if added is not None:
         grad_h, grad_weight, grad_bias = grad_h + added[0], grad_weight + added[1], grad_bias + added[2]
-    n = y.numel() / y.shape[1]
+    n = torch.inf if constant else y.numel() / y.shape[1]
     grad_y = rstd * (grad_h - channels(grad_bias) / n - normal * channels(grad_weight) / n)
     return grad_y if weight is None else grad_y * channels(weight), grad_h, grad_weight, grad_bias
 

@@ -52,7 +52,7 @@ class SFF(nn.Module):
             [+ activation] in one pass, at a block's end together with the goodness step. Modules inside a block are not all called as such
             then; a hook on one of these turns it off for its block. Modules whose Python does more than compute with tensors are called as they
             are (fastff/graph/plain.py); print(sff) names them.
-        head: the heads' further keywords: grid (default 4), kernel_size, squares, bias, scale, tau, learn_tau, margin, label_smoothing, impl,
+        head: the heads' further keywords: grid (default 4), hidden, kernel_size, squares, bias, scale, tau, learn_tau, margin, label_smoothing, impl,
             algorithm of fastff.nn.GoodnessHead; loss, theta, alpha, ... of fastff.nn.GroupGoodness.
             The paper's setting: grid=0, scale=1, window=1, vote="goodness".
 
@@ -235,6 +235,8 @@ class SFF(nn.Module):
         ]
         if self.goodness_name == "sff":
             options.insert(2, f"grid={self.heads[0].grid[0]}")
+            if self.heads[0].hidden_norm is not None:
+                options.insert(3, f"hidden={self.heads[0].hidden_norm.num_features}")
         else:
             options.insert(0, f"goodness={self.goodness_name}")
         whole = {}

@@ -122,16 +122,42 @@ class Plan(NamedTuple):
     classes: int
 
 
+class Hidden(NamedTuple):
+    """The hidden layer of a spatial term that is not linear: a[b,m,cell] = relu(batch_norm(sum_c weight[m,c] mean_cell(x_b)[c])).
+
+    weight [M, C]; bn_weight, bn_bias [M] or None; eps is added to the variance. mean, var [M] are the statistics of batch norm, or None for those
+    of this batch, over its samples and cells."""
+
+    weight: torch.Tensor
+    bn_weight: MaybeTensor = None
+    bn_bias: MaybeTensor = None
+    eps: float = 1e-5
+    mean: MaybeTensor = None
+    var: MaybeTensor = None
+
+
 class Projection(NamedTuple):
     """g[b,k] = mean over positions of (sum_c weight[k,c] x[b,c,p] + bias[k])^2, plus a linear term over a grid of cells.
 
-    weight [K, C, k, k] or None (no squares), bias [K] or None, grid_weight [K, C, G, G] or None, padding of the k x k head.
+    weight [K, C, k, k] or None (no squares), bias [K] or None, grid_weight [K, C, G, G] or None, padding of the k x k head. The others are the
+    fields of a Hidden, behind which the linear term is then: grid_weight [K, M, G, G].
     Source: Krutsylo 2025, arXiv 2501.03176; the spatial term is this project's."""
 
     weight: MaybeTensor
     bias: MaybeTensor = None
     grid_weight: MaybeTensor = None
     padding: Pair = (0, 0)
+    hidden_weight: MaybeTensor = None
+    hidden_bn_weight: MaybeTensor = None
+    hidden_bn_bias: MaybeTensor = None
+    hidden_eps: float = 1e-5
+    hidden_mean: MaybeTensor = None
+    hidden_var: MaybeTensor = None
+
+    @property
+    def hidden(self):
+        """The Hidden layer of the spatial term, or None."""
+        return None if self.hidden_weight is None else Hidden(*self[4:])
 
     @property
     def classes(self):
@@ -140,13 +166,22 @@ class Projection(NamedTuple):
 
     def dtype(self, x):
         """The dtype of the arithmetic on x: float64 if an argument is, else float32, also for 16-bit x, whose squares overflow."""
-        wide = any(t is not None and t.dtype == torch.float64 for t in (x, self.weight, self.grid_weight))
+        wide = any(t is not None and t.dtype == torch.float64 for t in (x, self.weight, self.grid_weight, self.hidden_weight))
         return torch.float64 if wide else torch.float32
 
+    def in_dtype(self, x):
+        """Return x and this Projection in the dtype of the arithmetic."""
+        dtype = self.dtype(x)
+        tensors = {name: t.to(dtype) for name, t in zip(self._fields, self, strict=True) if isinstance(t, torch.Tensor)}
+        return x.to(dtype), self._replace(**tensors)
+
     @classmethod
-    def checked(cls, x, weight, bias=None, grid_weight=None, padding=0, algorithm="auto", called="x"):
-        """Make one for x [B, C, H, W] from weight [K, C] or [K, C, k, k] and an int or a pair as padding."""
-        made = cls(weight, bias, grid_weight, (padding, padding) if isinstance(padding, int) else padding)
+    def checked(cls, x, weight, bias=None, grid_weight=None, padding=0, algorithm="auto", called="x", hidden=None):
+        """Make one for x [B, C, H, W] from weight [K, C] or [K, C, k, k], an int or a pair as padding, and a Hidden or None."""
+        if hidden is not None and not isinstance(hidden, Hidden):
+            raise TypeError(f"hidden: expected a fastff.spec.Hidden or None, got {type(hidden).__name__}")
+        padding = (padding, padding) if isinstance(padding, int) else padding
+        made = cls(weight, bias, grid_weight, padding, *(hidden or ()))
         made.check(x, algorithm, called)
         made = made._replace(padding=tuple(made.padding))
         return made if weight is None or weight.dim() == 4 else made._replace(weight=weight[:, :, None, None])
@@ -154,12 +189,14 @@ class Projection(NamedTuple):
     def check(self, x, algorithm="auto", called="x"):
         """Raise TypeError or ValueError unless this is a head for x [B, C, H, W]."""
         check_not_empty(x, called)
-        (weight, bias, grid_weight, padding), channels = self, x.shape[1]
+        (weight, bias, grid_weight, padding, *_), channels = self, x.shape[1]
         if weight is None and grid_weight is None:
             raise ValueError("weight: expected [K, C] or [K, C, k, k] unless grid_weight is given, got None for both")
         if weight is None and bias is not None:
             raise ValueError("bias: expected None without weight, since it is part of the squares")
-        for name, t in (("weight", weight), ("bias", bias), ("grid_weight", grid_weight)):
+        for name, t in zip(self._fields, self, strict=True):
+            if name in ("padding", "hidden_eps"):
+                continue
             if t is not None and (not isinstance(t, torch.Tensor) or t.dtype not in DTYPES):
                 got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
                 raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
@@ -170,6 +207,9 @@ class Projection(NamedTuple):
             raise ValueError(f"weight: expected {expected}, got {list(weight.shape)}")
         if bias is not None and bias.shape != (self.classes,):
             raise ValueError(f"bias: expected [{self.classes}], got {list(bias.shape)}")
+        if self.hidden_weight is not None:
+            self._check_hidden(x, called)
+            channels = self.hidden_weight.shape[0]
         if grid_weight is not None and (grid_weight.dim() != 4 or grid_weight.shape[:2] != (self.classes, channels)):
             raise ValueError(f"grid_weight: expected [{self.classes}, {channels}, G, G], got {list(grid_weight.shape)}")
         pair = isinstance(padding, tuple | list) and len(padding) == 2
@@ -182,6 +222,25 @@ class Projection(NamedTuple):
             raise ValueError(f"algorithm: expected 'auto', 'direct' or 'second_moment', got {algorithm!r}")
         if algorithm == "second_moment" and kernel != (1, 1):
             raise ValueError(f"algorithm: second_moment needs kernel size 1, got {list(kernel)}")
+
+    def _check_hidden(self, x, called):
+        weight, channels = self.hidden_weight, x.shape[1]
+        if weight.dim() != 2 or weight.shape[1] != channels or weight.shape[0] == 0:
+            expected = f"[M, {channels}] with M >= 1 for {called} of {channels} channels"
+            raise ValueError(f"hidden_weight: expected {expected}, got {list(weight.shape)}")
+        if self.grid_weight is None:
+            raise ValueError("hidden: expected None without grid_weight, whose cells it reads, got a hidden layer")
+        for name in ("hidden_bn_weight", "hidden_bn_bias", "hidden_mean", "hidden_var"):
+            t = getattr(self, name)
+            if t is not None and t.shape != weight.shape[:1]:
+                raise ValueError(f"{name}: expected [{weight.shape[0]}], got {list(t.shape)}")
+        number_between("hidden_eps", self.hidden_eps, 0, math.inf, low_allowed=True)
+        if (self.hidden_mean is None) != (self.hidden_var is None):
+            raise ValueError("hidden_mean, hidden_var: expected both or neither, got one of them")
+        values = x.shape[0] * math.prod(map(min, x.shape[2:], self.grid_weight.shape[2:]))
+        if self.hidden_mean is None and values < 2:
+            expected = "more than one sample or cell for the batch statistics of the hidden layer"
+            raise ValueError(f"{called}: expected {expected}, got {values} of shape {list(x.shape)}")
 
 
 class Groups(NamedTuple):
@@ -412,7 +471,8 @@ class StepResult(NamedTuple):
     loss [] or [B] or [B/2] (reduction "none"); goodness [B, K] (or [B, P]); grad_x and normalized as x; grad_weight, grad_bias,
     grad_grid_weight as the head's parameters, grad_tau []; grad_residual as x; grad_bn_weight, grad_bn_bias [C]; mean and var [C], the
     batch's mean and biased variance in float32 (float64 for float64). With an epilogue grad_x is the gradient of its input y (also
-    `grad_y`)."""
+    `grad_y`). With a Hidden layer: grad_hidden_weight, grad_hidden_bn_weight and grad_hidden_bn_bias as its parameters, hidden_mean and hidden_var
+    [M], with which its batch norm was computed."""
 
     loss: torch.Tensor
     goodness: torch.Tensor
@@ -427,12 +487,25 @@ class StepResult(NamedTuple):
     grad_bn_bias: MaybeTensor = None
     mean: MaybeTensor = None
     var: MaybeTensor = None
+    grad_hidden_weight: MaybeTensor = None
+    grad_hidden_bn_weight: MaybeTensor = None
+    grad_hidden_bn_bias: MaybeTensor = None
+    hidden_mean: MaybeTensor = None
+    hidden_var: MaybeTensor = None
 
     def before_epilogue(self, gradients, mean, var):
         """The result of a step with an epilogue, from that of the step behind it and the EpilogueGradients."""
         return self._replace(
             grad_x=gradients.y, grad_residual=gradients.residual, grad_bn_weight=gradients.weight, grad_bn_bias=gradients.bias,
             mean=mean, var=var,
+        )  # fmt: skip
+
+    def with_hidden(self, gradients, mean, var):
+        """The result with those of a Hidden layer: gradients of weight, bn_weight and bn_bias, and statistics."""
+        grad_weight, grad_bn_weight, grad_bn_bias = gradients
+        return self._replace(
+            grad_hidden_weight=grad_weight, grad_hidden_bn_weight=grad_bn_weight, grad_hidden_bn_bias=grad_bn_bias,
+            hidden_mean=mean, hidden_var=var,
         )  # fmt: skip
 
     @property

@@ -26,15 +26,21 @@ EAGER = {
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 
 
-def eager_goodness(x, weight, bias=None, grid_weight=None, padding=0):
-    """x [B, C, H, W] -> g [B, K] as anyone would write it: convolution, square, mean; adaptive pooling."""
+def eager_goodness(x, weight, bias=None, grid_weight=None, padding=0, hidden=None, norm=None):
+    """x [B, C, H, W] -> g [B, K] as anyone would write it: convolution, square, mean; adaptive pooling [, convolution, batch norm, ReLU], linear.
+
+    hidden: (weight [M, C], gamma, beta, eps, mean, var) or None; norm: an nn.BatchNorm2d in place of all but the first."""
     g = 0
     if weight is not None:
         g = F.conv2d(x, weight, bias, padding=padding).square().mean((2, 3))
     if grid_weight is not None:
         rows, columns = (min(n, cells) for n, cells in zip(x.shape[2:], grid_weight.shape[2:], strict=True))
-        means = F.adaptive_avg_pool2d(x, (rows, columns)).flatten(1)
-        g = g + means @ grid_weight[:, :, :rows, :columns].flatten(1).T
+        cells = F.adaptive_avg_pool2d(x, (rows, columns))
+        if hidden is not None:
+            u, *affine, eps, mean, var = hidden
+            z = F.conv2d(cells, u[:, :, None, None])
+            cells = F.relu(norm(z) if norm else F.batch_norm(z, mean, var, *affine, training=mean is None, eps=eps))
+        g = g + cells.flatten(1) @ grid_weight[:, :, :rows, :columns].flatten(1).T
     return g
 
 

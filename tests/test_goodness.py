@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import (
     LABELS,
@@ -24,7 +24,7 @@ from torch import nn
 import fastff.functional as ff
 from fastff.nn import FFConv2d, GoodnessHead
 from fastff.ops.goodness import ROWS
-from fastff.spec import Loss, Normalization, Projection, Step
+from fastff.spec import Hidden, Loss, Normalization, Projection, Step
 
 # With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so).
 TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,7 +41,7 @@ RUNS = [
     if row.name in IMPLEMENTATIONS and row.can_run(torch.zeros(1, 1, 1, 1, dtype=dtype)) is None
 ]
 IN_FLOAT64 = [impl for impl in IMPLEMENTATIONS if impl != "native"]
-NAMES = ("x", "weight", "bias", "grid_weight")
+NAMES = ("x", "weight", "bias", "grid_weight", "hidden_weight", "hidden_bn_weight", "hidden_bn_bias")
 EXAMPLES = int(os.environ.get("FASTFF_EXAMPLES", 25 if TRITON else 60))
 # bytes of temporaries: this machine's; a few samples or classes at a time; one at a time
 BUDGETS = (None, 16, 400, 4000)
@@ -91,7 +91,14 @@ def problems(draw, dtype):
     back = {1: lambda t: t, -1: lambda t: t.movedim(-1, 1)}[channel_dim]
     x = back(given_x).reshape(B, C, H, W)
     weight = values((2 / (C * kernel**2)) ** 0.5, K, C, kernel, kernel) if squares else None
-    grid_weight = values((1 / C) ** 0.5, K, C, *grid) if grid else None
+    M = draw(st.sampled_from([0, 0, 1, 5])) if grid else 0  # of a hidden layer
+    grid_weight = values((1 / (M or C)) ** 0.5, K, M or C, *grid) if grid else None
+    hidden, statistics = [None] * 3, (1e-5, None, None)
+    if M:
+        one_value = B * min(H, grid[0]) * min(W, grid[1]) == 1
+        hidden = [values((1 / C) ** 0.5, M, C), *(values(0.3, M, offset=o) if draw(st.booleans()) else None for o in (1, 0))]
+        if one_value or draw(st.booleans()):
+            statistics = (1e-3, values(0.3, M), values(0.3, M).abs() + 0.1)
     algorithms = ["auto", "direct"] + ["second_moment"] * (kernel == 1)
     parameter_layout = draw(st.sampled_from(["contiguous", "slice", "every other", "batch inside"]))
     memories = [around]
@@ -104,7 +111,8 @@ def problems(draw, dtype):
         return t
 
     return {
-        "canonical": (x, weight, values(0.5, K) if bias else None, grid_weight),
+        "canonical": (x, weight, values(0.5, K) if bias else None, grid_weight, *hidden),
+        "statistics": statistics,
         "x": given_x,
         "lay": lay,
         "memories": memories,
@@ -124,11 +132,25 @@ def problems(draw, dtype):
 
 
 def handed_in(problem):
-    """(weight, bias, grid_weight) as users hand them in."""
-    weight, bias, grid_weight = problem["canonical"][1:]
+    """(weight, bias, grid_weight, and those of a hidden layer) as users hand them in."""
+    weight, *others = problem["canonical"][1:]
     if weight is not None and problem["flat_weight"]:
         weight = weight[:, :, 0, 0]
-    return [problem["lay"](t) for t in (weight, bias, grid_weight)]
+    return [problem["lay"](t) for t in (weight, *others)]
+
+
+def hidden_of(problem, parameters):
+    """The Hidden layer of these parameters, or None."""
+    return None if parameters[3] is None else Hidden(*parameters[3:], *problem["statistics"])
+
+
+def eager_head(problem, leaves, norm=None):
+    """Goodness of leaves (x, weight, bias, grid_weight, and those of a hidden layer) by `eager_goodness`, in their dtype."""
+    x, weight, bias, grid_weight, *hidden = leaves
+    eps, *statistics = problem["statistics"]
+    statistics = [None if t is None else t.to(x.dtype, copy=True) for t in statistics]
+    hidden = None if hidden[0] is None else (*hidden, eps, *statistics)
+    return eager_goodness(x, weight, bias, grid_weight, problem["options"]["padding"], hidden, norm)
 
 
 def eager_gradients(tensors, dtype, scalar):
@@ -143,10 +165,37 @@ def eager_gradients(tensors, dtype, scalar):
     ]
 
 
-def magnitudes(tensors, d, padding):
-    """g and its gradients with every term of every sum positive."""
-    positive = [None if t is None else t.double().abs() for t in tensors]
-    return eager_gradients(positive, torch.float64, lambda *t: (g := eager_goodness(*t, padding), (g * d.abs()).sum()))
+def magnitudes(problem, d):
+    """g and its gradients with every term of every sum positive. Leaves out problems whose hidden layer has values close to the kink of ReLU."""
+    tensors = [None if t is None else t.double() for t in problem["canonical"]]
+    spread = 1.0
+    if tensors[4] is not None:
+        signed, (eps, mean, var) = [], problem["statistics"]
+        eager_head(problem, tensors, lambda z: signed.append(z) or z)
+        z = signed[0]
+        if mean is None:
+            var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+        mean, rstd = column(mean.double()), column(var.double() + eps).rsqrt()
+        largest = float(((z.abs() + mean.abs()) * rstd).max())
+        assume(float(affine((z - mean) * rstd, *tensors[5:]).abs().min()) > 1e-5 * (1 + largest))
+        spread = 2 + largest**2  # batch norm's gradient has three terms: dL/dh, its mean, and h times the mean of dL/dh h
+
+    def scalar(*leaves):
+        norm = lambda z: affine((z + mean.abs()) * rstd, *leaves[5:])  # noqa: E731
+        g = eager_head(problem, leaves, norm if tensors[4] is not None else None)
+        return g, (g * d.abs()).sum()
+
+    g, grads = eager_gradients([None if t is None else t.abs() for t in tensors], torch.float64, scalar)
+    return g, [t if t is None or i not in (0, 4) else t * spread for i, t in enumerate(grads)]
+
+
+def column(v):
+    return v[:, None, None]
+
+
+def affine(h, weight, bias):
+    h = h if weight is None else h * column(weight)
+    return h if bias is None else h + column(bias)
 
 
 @contextlib.contextmanager
@@ -172,23 +221,24 @@ def shown_as(problem, t):
 def test_goodness_and_its_gradients(data, dtype, impl):
     """Values, first derivatives for any cotangent, inputs and their surroundings untouched, the same bits twice."""
     problem = data.draw(problems(dtype))
-    tensors, d, padding = problem["canonical"], problem["d"], problem["options"]["padding"]
+    tensors, d = problem["canonical"], problem["d"]
 
     def scalar(*leaves):
-        g = eager_goodness(*leaves, padding)
+        g = eager_head(problem, leaves)
         return g, (g * d.to(g.dtype)).sum()
 
     exact_g, exact = eager_gradients(tensors, torch.float64, scalar)
     plain_g, plain = eager_gradients(tensors, plain_dtype(dtype), scalar)
-    large_g, large = magnitudes(tensors, d, padding)
+    large_g, large = magnitudes(problem, d)
     parameters = handed_in(problem)
     memories = [t for t in (problem["x"], *parameters, *problem["memories"]) if t is not None]
     with unchanged(memories), planned_for(problem["budget"]):
         runs = []
         for _ in range(2):
             leaves = [None if t is None else t.detach().requires_grad_() for t in (problem["x"], *parameters)]
-            x, weight, bias, grid_weight = leaves
-            g = ff.goodness(x, weight, bias, grid_weight=grid_weight, impl=impl, **problem["options"])
+            x, weight, bias, grid_weight, *_ = leaves
+            hidden = hidden_of(problem, leaves[1:])
+            g = ff.goodness(x, weight, bias, grid_weight=grid_weight, hidden=hidden, impl=impl, **problem["options"])
             found = iter(torch.autograd.grad(g, [t for t in leaves if t is not None], d.to(g.dtype)))
             runs.append((g, [None if t is None else next(found) for t in leaves]))
     g, grads = runs[0]
@@ -217,17 +267,12 @@ def test_goodness_step_and_loss(data, dtype, impl):
         data.draw(st.booleans()),
     )
     normalize = data.draw(st.sampled_from(["layer_norm", "layer_norm_channels", None]))
-    tensors, target, padding, options = (
-        problem["canonical"],
-        problem["target"],
-        problem["options"]["padding"],
-        problem["loss"],
-    )
+    tensors, target, options = problem["canonical"], problem["target"], problem["loss"]
     tau = torch.tensor(problem["tau"], dtype=compute_dtype(problem["x"].dtype))
 
     def scalar(*leaves):
         *leaves, temperature = leaves
-        g = eager_goodness(*leaves, padding)
+        g = eager_head(problem, leaves)
         loss = eager_loss(g, target, temperature, **options)
         return (g, loss), loss.sum()
 
@@ -236,7 +281,7 @@ def test_goodness_step_and_loss(data, dtype, impl):
     # |d| of each class, at most the sum of both its terms, over terms that are all positive
     weight_of_sample = 1 / len(target) if options["reduction"] == "mean" else 1.0
     d = problem["tau"] * weight_of_sample * ((problem["tau"] * exact_g.detach()).softmax(1) + 1)
-    large_g, large = magnitudes(tensors, d, padding)
+    large_g, large = magnitudes(problem, d)
     # a softmax magnifies the error of its argument: |loss error| <= 2 tau max |g error|, relative errors of d likewise
     sensitivity = 1 + 2 * problem["tau"] * large_g.max()
     large, large_loss = (
@@ -247,17 +292,21 @@ def test_goodness_step_and_loss(data, dtype, impl):
     parameters = handed_in(problem)
     given_tau = tau if problem["learn_tau"] else problem["tau"]
     memories = [t for t in (problem["x"], *parameters, *problem["memories"], target, tau) if t is not None]
-    x, (weight, bias, grid_weight) = problem["x"], parameters
-    kwargs = dict(grid_weight=grid_weight, impl=impl, **problem["options"], **options)
+    x, (weight, bias, grid_weight, *_) = problem["x"], parameters
+    kwargs = dict(impl=impl, **problem["options"], **options)
     with unchanged(memories), planned_for(problem["budget"]):
         scale = None if grad_scale is None else torch.tensor(grad_scale)
         step, again = (
-            ff.goodness_step(x, weight, bias, target, tau=given_tau, grad_scale=scale, normalize=normalize, need_grad_x=need_grad_x, **kwargs)
+            ff.goodness_step(
+                x, weight, bias, target, grid_weight=grid_weight, hidden=hidden_of(problem, parameters), tau=given_tau, grad_scale=scale,
+                normalize=normalize, need_grad_x=need_grad_x, **kwargs,
+            )
             for _ in range(2)
         )  # fmt: skip
         leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *parameters)]
         learned = tau.clone().requires_grad_() if problem["learn_tau"] else problem["tau"]
-        loss = ff.goodness_loss(*leaves[:3], target, tau=learned, **(kwargs | {"grid_weight": leaves[3]}))
+        kwargs |= {"grid_weight": leaves[3], "hidden": hidden_of(problem, leaves[1:])}
+        loss = ff.goodness_loss(*leaves[:3], target, tau=learned, **kwargs)
         wanted = [t for t in (*leaves, learned) if isinstance(t, torch.Tensor)]
         found = iter(torch.autograd.grad(loss.sum(), wanted))
         loss_grads = [next(found) if isinstance(t, torch.Tensor) else None for t in (*leaves, learned)]
@@ -271,8 +320,8 @@ def test_goodness_step_and_loss(data, dtype, impl):
     for which, value in (("step", step.loss), ("goodness_loss", loss.detach())):
         assert_as_exact(f"loss of {which}", value, exact_loss.detach(), plain_loss.detach(), large_loss * total)
     factor = 1.0 if grad_scale is None else grad_scale
-    step_grads = (step.grad_x, step.grad_weight, step.grad_bias, step.grad_grid_weight, step.grad_tau)
-    sizes = [*large[:4], (large_g * d).sum() * sensitivity / problem["tau"]]
+    step_grads = [getattr(step, f"grad_{name}") for name in (*NAMES, "tau")]
+    sizes = [*large, (large_g * d).sum() * sensitivity / problem["tau"]]
     for name, t, by_step, by_loss, want, rough, size in zip(
         (*NAMES, "tau"), (x, *parameters, tau if problem["learn_tau"] else None), step_grads, loss_grads, exact, plain, sizes, strict=True
     ):  # fmt: skip
@@ -435,6 +484,7 @@ def test_opcheck():
         (last, weight, None, None),
         (x.half(), None, None, grid_weight.half()),
     ):
+        hidden = (torch.randn(4, 4), torch.rand(4), torch.rand(4)) if inputs[3] is not None else ()
         torch.library.opcheck(ops.goodness.default, (*learned(*inputs), *how))
         torch.library.opcheck(ops.goodness.default, (*inputs, *how))
         for need_x in (True, False):
@@ -446,8 +496,10 @@ def test_opcheck():
             ("mean", "group_norm", torch.tensor(0.5)),
         ):
             loss = Loss("cross_entropy", target, 1.0, tau, 0.1, 0.1, reduction=reduction)
-            step = Step(inputs[0], None, Projection(*inputs[1:]), loss, Normalization(normalize, 6), tau is None)
-            torch.library.opcheck(ops.step.default, op_arguments(step))
+            for layer in {(), hidden}:
+                head = Projection(*inputs[1:], (0, 0), *layer)
+                step = Step(inputs[0], None, head, loss, Normalization(normalize, 6), tau is None)
+                torch.library.opcheck(ops.step.default, op_arguments(step))
         torch.library.opcheck(ops.layer_norm.default, (*learned(inputs[0]), 1e-5, "auto"))
 
 

@@ -89,6 +89,8 @@ def test_ten_steps_in_float32(model, window):
         {"kernel_size": 3, "grid": 0},
         {"grid": 0, "bias": True},
         {"squares": False},
+        {"hidden": 7},
+        {"hidden": 7, "squares": False, "learn_tau": True, "margin": 1.0, "label_smoothing": 0.1},
     ],
 )
 @pytest.mark.parametrize("window", [1, 2])

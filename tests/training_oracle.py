@@ -85,7 +85,9 @@ def by_hand(sff):
 def logits(head, x):
     """tau * goodness [B, K] of a goodness head as anyone would write it."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    g = eager_goodness(x.to(wide), head.weight, head.bias, head.grid_weight, padding=head.kernel_size // 2)
+    norm, padding = head.hidden_norm, head.kernel_size // 2
+    hidden = None if norm is None else (head.hidden_weight, *[None] * 5)
+    g = eager_goodness(x.to(wide), head.weight, head.bias, head.grid_weight, padding, hidden, norm)
     return g * (head.tau if head.log_tau is None else head.log_tau.exp())
 
 

@@ -9,7 +9,6 @@
 #include <algorithm>
 
 #include "normalization.h"
-#include "step.h"
 
 namespace goodness {
 namespace {
@@ -43,8 +42,8 @@ class Task {
     if (!squares) std::fill(g.begin(), g.end(), 0.0f);
     if (squares && (!p.d || squares->keeps())) squares->goodness(n, x, g.data());
     const int64_t apart = members > 1 ? sample(first, 1) - first : 1;  // of neighbouring samples of the task
-    if (grid) grid->add_goodness(n, x, p.cell_means + first * p.cells, apart * p.cells, g.data());
-    for (int64_t i = 0; i < n; ++i) std::copy_n(g.data() + i * p.K, p.K, p.g + sample(first, i) * p.K);
+    if (grid && !p.cell_grads) grid->add_goodness(n, x, p.cell_means + first * p.cells, apart * p.cells, g.data());
+    for (int64_t i = 0; !p.d && i < n; ++i) std::copy_n(g.data() + i * p.K, p.K, p.g + sample(first, i) * p.K);
     if (!p.loss && !p.d) return;
     if (p.d) std::copy_n(p.d + first * p.K, n * p.K, d.data());
     for (int64_t i = 0; p.loss && i < n; i += members) {
@@ -52,7 +51,7 @@ class Task {
           static_cast<float>((*p.loss)(first + i, p.K, g.data() + i * p.K, d.data() + i * p.K, p.grad_tau + first + i));
     }
     for (int64_t i = 0; p.all_d && i < n; ++i) std::copy_n(d.data() + i * p.K, p.K, p.all_d + sample(first, i) * p.K);
-    if (grid && grad_x) grid->input_gradient(n, d.data(), grad_x);
+    if (grid && grad_x) grid->input_gradient(first, n, d.data(), grad_x);
     if (squares) squares->gradients(n, x, d.data(), grad_x, p.cells > 0, sums);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = sample(first, i) * size;
@@ -101,9 +100,32 @@ class Task {
 // Terms of a sum over samples, or over tiles of one, that are added in floats.
 constexpr int64_t kTerms = 32;
 
-// results: where the gradients of the head's parameters and the epilogue's sums go; null for those not wanted, as is grad_grid_weight.
+// A sweep with what a spatial term without a hidden layer needs. results: as of sweep; grad_grid_weight: null if not wanted.
 void run(Problem& p, const Sums& results, float* grad_grid_weight) {
-  p.lay_out_weights(p.grad_x);
+  STD_TORCH_CHECK(!p.M, "only step_native has a hidden layer");
+  std::vector<float> cell_means(p.B * p.cells), all_d(grad_grid_weight ? p.B * p.K : 0);
+  p.cell_means = cell_means.data(), p.all_d = grad_grid_weight ? all_d.data() : nullptr;
+  sweep(p, results);
+  if (grad_grid_weight) multiply_transposed(p.K, p.cells, p.B, all_d.data(), cell_means.data(), grad_grid_weight);
+}
+
+// Empty tensors for the gradients of the parameters that there are.
+struct ParameterGradients {
+  Tensor weight, bias, grid_weight;
+
+  ParameterGradients(const Tensor& x, const spec::Projection& given)
+      : weight(of(x, given.weight)), bias(of(x, given.bias)), grid_weight(of(x, given.grid_weight)) {}
+  Sums sums(double* epilogue) const { return {nullptr, writable(weight), writable(bias), epilogue}; }
+
+ private:
+  static Tensor of(const Tensor& x, const MaybeTensor& t) {
+    return t ? empty(x, {t->sizes().begin(), t->sizes().end()}) : absent(x);
+  }
+};
+
+}  // namespace
+
+void sweep(const Problem& p, const Sums& results) {
   // Samples of a task: several where one is too small to fill a register block, or where the grid's products want more rows than one.
   const int64_t members = p.loss ? p.loss->samples() : 1, units = p.B / members;
   const int64_t wanted = std::max<int64_t>(p.cells ? 6 : 1, p.second_moment ? 1 : direct_samples(p));
@@ -112,8 +134,6 @@ void run(Problem& p, const Sums& results, float* grad_grid_weight) {
   const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / (size + channels), 2, 16));
   std::vector<vec::LineSum> partial(p.loss || p.d ? groups : 0, vec::LineSum(size, kTerms));
   std::vector<double> epilogue_sums(groups * channels, 0.0);
-  std::vector<float> cell_means(p.B * p.cells), all_d(grad_grid_weight ? p.B * p.K : 0);
-  p.cell_means = cell_means.data(), p.all_d = grad_grid_weight ? all_d.data() : nullptr;
   parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     Task task(p, step * members);
     for (int64_t group = begin; group < end; ++group) {
@@ -135,41 +155,26 @@ void run(Problem& p, const Sums& results, float* grad_grid_weight) {
   };
   collect(results.weight, 0, weights);
   collect(results.bias, weights, p.K);
-  for (size_t i = 0; i < epilogue_sums.size(); ++i) results.epilogue[i % channels] += epilogue_sums[i];
-  if (grad_grid_weight) grid_weight_gradient(p, all_d.data(), cell_means.data(), grad_grid_weight);
+  for (size_t i = 0; results.epilogue && i < epilogue_sums.size(); ++i)
+    results.epilogue[i % channels] += epilogue_sums[i];
 }
-
-// Empty tensors for the gradients of the parameters that there are.
-struct ParameterGradients {
-  Tensor weight, bias, grid_weight;
-
-  ParameterGradients(const Tensor& x, const spec::Projection& given)
-      : weight(of(x, given.weight)), bias(of(x, given.bias)), grid_weight(of(x, given.grid_weight)) {}
-  void run(Problem& p, double* epilogue) const {
-    goodness::run(p, {nullptr, writable(weight), writable(bias), epilogue}, writable(grid_weight));
-  }
-
- private:
-  static Tensor of(const Tensor& x, const MaybeTensor& t) {
-    return t ? empty(x, {t->sizes().begin(), t->sizes().end()}) : absent(x);
-  }
-};
-
-}  // namespace
 
 Problem::Problem(const Tensor& x, const spec::Projection& given, bool second_moment)
     : B(x.size(0)), C(x.size(1)), H(x.size(2)), W(x.size(3)), P(H * W),
       K((given.weight ? *given.weight : *given.grid_weight).size(0)), KP((K + kPadding - 1) / kPadding * kPadding),
       GH(given.grid_weight ? given.grid_weight->size(2) : 0), GW(given.grid_weight ? given.grid_weight->size(3) : 0),
-      cells(C * GH * GW), channels_last(is_channels_last(x)), second_moment(second_moment), x(floats(x)),
-      weight(floats(given.weight)), bias(floats(given.bias)), grid_weight(floats(given.grid_weight)) {
+      cells(C * GH * GW), M(given.hidden_weight ? given.hidden_weight->size(0) : 0), channels_last(is_channels_last(x)),
+      second_moment(second_moment), x(floats(x)), weight(floats(given.weight)), bias(floats(given.bias)),
+      grid_weight(floats(given.grid_weight)) {
   STD_TORCH_CHECK(!weight || given.weight->numel() == K * C, "the compiled library takes 1 x 1 heads only");
+  STD_TORCH_CHECK(!M || (given.hidden_weight->numel() == M * C && cells && given.grid_weight->size(1) == M),
+                  "hidden_weight must be [M, C], and grid_weight [K, M, GH, GW]");
 }
 
 void Problem::lay_out_weights(bool with_gradient) {
   if (weight && !second_moment) weight_t = gemm::Panels(C, K, weight, 1, C, KP);
   if (weight && !second_moment && with_gradient) weight_panels = gemm::Panels(K, C, weight, C, 1, C);
-  if (cells) grid_t = gemm::Panels(cells, K, grid_weight, 1, cells, KP);
+  if (cells && !M) grid_t = gemm::Panels(cells, K, grid_weight, 1, cells, KP);
 }
 
 namespace {
@@ -185,7 +190,9 @@ void step(const StepCall& call) {
   p.losses = writable(result.loss), p.g = writable(result.goodness), p.grad_x = writable(result.grad_x),
   p.normalized = writable(result.normalized);
   if (p.normalized) p.normalization = &call.given.normalization;
-  gradients.run(p, call.epilogue ? call.epilogue_sums : nullptr);
+  p.lay_out_weights(p.grad_x);
+  const Sums sums = gradients.sums(call.epilogue_sums);
+  p.M ? step_with_hidden_layer(p, call.given.projection, sums, result) : run(p, sums, writable(gradients.grid_weight));
 }
 
 struct Forward : spec::Part {
@@ -205,17 +212,18 @@ std::vector<Tensor> forward(const Forward& given) {
   Problem p(given.x, given.projection, given.second_moment);
   const Tensor g = empty(given.x, {p.B, p.K});
   p.g = writable(g);
+  p.lay_out_weights(false);
   run(p, {}, nullptr);
   return {g};
 }
 
 std::vector<Tensor> backward(const Backward& given) {
   Problem p(given.x, given.projection, given.second_moment);
-  const Tensor g = empty(given.x, {p.B, p.K}),
-               grad_x = given.need_grad_x ? empty_like(given.x, p.channels_last) : absent(given.x);
+  const Tensor grad_x = given.need_grad_x ? empty_like(given.x, p.channels_last) : absent(given.x);
   const ParameterGradients gradients(given.x, given.projection);
-  p.g = writable(g), p.d = floats(given.d), p.grad_x = writable(grad_x);
-  gradients.run(p, nullptr);
+  p.d = floats(given.d), p.grad_x = writable(grad_x);
+  p.lay_out_weights(p.grad_x);
+  run(p, gradients.sums(nullptr), writable(gradients.grid_weight));
   return {grad_x, gradients.weight, gradients.bias, gradients.grid_weight};
 }
 

@@ -6,13 +6,13 @@
 //   goodness_direct.cpp          squares from a = W x
 //   goodness_second_moment.cpp   squares from S = x x^T
 //   goodness_grid.cpp            the spatial term
+//   goodness_hidden.cpp          the spatial term with a hidden layer, whose batch norm needs the whole batch: two sweeps over x
 #pragma once
 
 #include <memory>
 
-#include "epilogue.h"
 #include "gemm.h"
-#include "loss.h"
+#include "step.h"
 #include "vec.h"
 
 namespace goodness {
@@ -26,8 +26,9 @@ struct Problem {
   void lay_out_weights(bool with_gradient);
 
   int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded; cells: C * GH * GW
+  int64_t M;                                    // channels of the hidden layer, or 0
   bool channels_last, second_moment;
-  const float *x, *weight, *bias, *grid_weight;  // [K, C], [K], [K, C, GH, GW]
+  const float *x, *weight, *bias, *grid_weight;  // [K, C], [K], [K, C, GH, GW] ([K, M, GH, GW] with a hidden layer)
   const Epilogue* epilogue = nullptr;            // what makes the head's input of x
   const Loss* loss = nullptr;                    // gradients are of the loss,
   const float* d = nullptr;                      // or of sum(d * g); without either only goodness is computed
@@ -35,6 +36,7 @@ struct Problem {
   float *g = nullptr, *losses = nullptr, *grad_x = nullptr, *normalized = nullptr;
   double* grad_tau = nullptr;                     // a summand for each loss
   float *cell_means = nullptr, *all_d = nullptr;  // [B, cells], and [B, K] where dL/dV is wanted
+  const float* cell_grads = nullptr;              // dL/dmeans [B, cells], of a hidden layer
   gemm::Panels weight_t, weight_panels, grid_t;   // W^T [C, K] and W [K, C] of the direct algorithm, V^T [cells, K]
 };
 
@@ -63,16 +65,18 @@ std::unique_ptr<Squares> direct(const Problem& p, int64_t most);
 std::unique_ptr<Squares> direct_channels_first(const Problem& p, int64_t most);
 std::unique_ptr<Squares> second_moment(const Problem& p, int64_t most);
 
-// The spatial term: means over cells [n, C, GH, GW] times V^T, and its adjoint in x.
+// The spatial term: means over cells [n, C, GH, GW] times V^T, and its adjoint in x. With a hidden layer only the means, [n, GH, GW, C], and
+// the adjoint from p.cell_grads.
 class Grid {
  public:
   Grid(const Problem& p, int64_t most, bool channels_last);
   void add_goodness(int64_t n, const float* x, float* means, int64_t stride, float* g);  // means: n rows `stride` apart
-  void input_gradient(int64_t n, const float* d, float* grad_x);                         // writes grad_x
+  void input_gradient(int64_t first, int64_t n, const float* d, float* grad_x);          // writes grad_x
 
  private:
   const Problem& p;
   int64_t lines, length, next_c, next_w;  // lines of a row of x, their length, distances in a row
+  int64_t next_channel, next_cell;        // distances in the means
   std::vector<float> spread, scores, row, cell;
   std::vector<double> totals;
 
@@ -80,7 +84,13 @@ class Grid {
   void spread_over(const float* values, float* grad_x);
 };
 
-// dL/dV [K, cells] = d^T means, of the whole batch.
-void grid_weight_gradient(const Problem& p, const float* d, const float* means, float* grad);
+// c [M, N] = a^T b, of a [rows, M] and b [rows, N].
+void multiply_transposed(int64_t M, int64_t N, int64_t rows, const float* a, const float* b, float* c);
+
+// All tasks of a batch. results: where the gradients of the head's parameters and the epilogue's sums go; null for those not wanted.
+void sweep(const Problem& p, const Sums& results);
+
+// A step with a hidden layer.
+void step_with_hidden_layer(Problem& p, const spec::Projection& given, const Sums& results, spec::StepResult& r);
 
 }  // namespace goodness

@@ -76,10 +76,14 @@ struct Epilogue : Part {
 
 struct Projection : Part {
   using Part::Part;
-  MaybeTensor weight = tensor("weight");            // [K, C, 1, 1]
-  MaybeTensor bias = tensor("bias");                // [K]
-  MaybeTensor grid_weight = tensor("grid_weight");  // [K, C, GH, GW]
-  std::vector<int64_t> padding = pair("padding");   // 0, 0
+  MaybeTensor weight = tensor("weight");                // [K, C, 1, 1]
+  MaybeTensor bias = tensor("bias");                    // [K]
+  MaybeTensor grid_weight = tensor("grid_weight");      // [K, C, GH, GW]
+  std::vector<int64_t> padding = pair("padding");       // 0, 0
+  MaybeTensor hidden_weight = tensor("hidden_weight");  // [M, C]: grid_weight is [K, M, GH, GW] then
+  MaybeTensor hidden_bn_weight = tensor("hidden_bn_weight"), hidden_bn_bias = tensor("hidden_bn_bias");  // [M]
+  double hidden_eps = number("hidden_eps");
+  MaybeTensor hidden_mean = tensor("hidden_mean"), hidden_var = tensor("hidden_var");  // [M], or none: the batch's
 };
 
 struct Groups : Part {

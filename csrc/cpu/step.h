@@ -24,7 +24,8 @@ struct Step : Part {
 // Results of a step, empty where absent. loss: [B], or [B / 2] of pairs, unreduced; grad_tau: one element, the sum over the batch.
 struct StepResult {
   Tensor loss, goodness, grad_x, grad_weight, grad_bias, grad_grid_weight, grad_tau, normalized, grad_residual,
-      grad_bn_weight, grad_bn_bias, mean, var;
+      grad_bn_weight, grad_bn_bias, mean, var, grad_hidden_weight, grad_hidden_bn_weight, grad_hidden_bn_bias,
+      hidden_mean, hidden_var;
 };
 
 }  // namespace spec

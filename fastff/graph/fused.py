@@ -43,7 +43,8 @@ def update_statistics(norm, mean, var, count):
     if norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     if norm.track_running_stats and norm.running_mean is not None:
-        epilogue_op.update_running_statistics(norm.running_mean, norm.running_var, mean, var, norm.momentum, count)
+        rate = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        epilogue_op.update_running_statistics(norm.running_mean, norm.running_var, mean, var, rate, count)
 
 
 def description(norm, activation, residual=None, need_grad_residual=False):

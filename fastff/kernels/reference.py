@@ -11,28 +11,31 @@ def goodness(x, head, plan=None):
     """Return g of a Projection, by the algorithm of the plan, or of Groups."""
     if isinstance(head, Groups):
         return reference.group_goodness(widened(x), *head)
-    x, weight, bias, grid_weight = _in_dtype(x, head)
+    x, head = head.in_dtype(x)
+    weight, bias, grid_weight, padding, *_ = head
     if plan.algorithm != "second_moment" or weight is None:
-        return reference.goodness(x, weight, bias, grid_weight, head.padding)
-    g = reference.goodness_second_moment(x, weight, bias, head.padding)
-    return g if grid_weight is None else g + reference.goodness(x, grid_weight=grid_weight)
+        return reference.goodness(x, weight, bias, grid_weight, padding, head.hidden)
+    g = reference.goodness_second_moment(x, weight, bias, padding)
+    return g if grid_weight is None else g + reference.goodness(x, grid_weight=grid_weight, hidden=head.hidden)
 
 
 def goodness_backward(d, x, head, plan=None, need_grad_x=True):
-    """Return dL/dx for Groups; for a Projection the gradients of x, weight, bias and grid_weight, None for absent ones."""
+    """Return dL/dx for Groups; for a Projection the gradients of x, weight, bias, grid_weight (None for absent ones) and of a hidden layer."""
     if isinstance(head, Groups):
         return reference.group_goodness_gradient(d, widened(x), *head).to(x.dtype)
-    wide, weight, bias, grid_weight = _in_dtype(x, head)
+    wide, head = head.in_dtype(x)
+    weight, bias, grid_weight, *_ = head
     d = d.to(wide.dtype)
-    grad_x, grad_weight, grad_bias, grad_grid = torch.zeros_like(wide), None, None, None
+    grad_x, grad_weight, grad_bias, grad_grid, of_hidden = torch.zeros_like(wide), None, None, None, ()
     if weight is not None:
         second = plan.algorithm == "second_moment"
         gradients = reference.gradients_second_moment if second else reference.gradients_direct
         grad_x, grad_weight, grad_bias = gradients(d, wide, weight, bias, head.padding)
     if grid_weight is not None:
-        spread, grad_grid = reference.gradients_grid(d, wide, grid_weight)
+        spread, grad_grid, *of_hidden = reference.gradients_grid(d, wide, grid_weight, head.hidden)
         grad_x = grad_x + spread
-    return grad_x if need_grad_x else None, grad_weight, grad_bias if bias is not None else None, grad_grid
+    grad_bias = grad_bias if bias is not None else None
+    return grad_x if need_grad_x else None, grad_weight, grad_bias, grad_grid, *of_hidden
 
 
 def normalize(x, normalization):
@@ -55,7 +58,11 @@ def step(local, plan=None):
     )
     grads = goodness_backward(d, x, head, plan)
     grad_x, *grads = (grads, None, None, None) if isinstance(head, Groups) else grads
-    result = StepResult(losses, g, grad_x, *grads, grad_tau, normalize(x, local.normalization))
+    result = StepResult(losses, g, grad_x, *grads[:3], grad_tau, normalize(x, local.normalization))
+    if grads[3:]:
+        wide, head = head.in_dtype(x)
+        means = reference.cell_means(wide, head.grid_weight)
+        result = result.with_hidden(grads[3:], *reference.spatial(means, head.grid_weight, head.hidden)[1:])
     if epilogue is None:
         return result
     grad_y, grad_h, grad_weight, grad_bias = reference.epilogue_gradients(
@@ -64,11 +71,6 @@ def step(local, plan=None):
     return result._replace(
         grad_x=grad_y, grad_residual=grad_h, grad_bn_weight=grad_weight, grad_bn_bias=grad_bias, mean=mean, var=var
     )
-
-
-def _in_dtype(x, projection):
-    dtype = projection.dtype(x)
-    return [None if t is None else t.to(dtype) for t in (x, *projection[:3])]
 
 
 def layer_norm(x, eps):

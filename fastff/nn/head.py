@@ -5,6 +5,8 @@ from torch import nn
 
 import fastff.functional as ff
 from fastff import ops, spec
+from fastff.arguments import whole_number
+from fastff.graph import fused
 from fastff.ops.gradients import add_gradient
 
 
@@ -67,12 +69,12 @@ class Head(nn.Module):
         step = ops.step.run(
             spec.Step(x4, epilogue, goodness, loss, normalization, need_grad_x, self.algorithm), self.impl
         )
-        self._add_gradients(goodness, step)
+        self._finish(goodness, x4, step)
         grad_x, normalized = (spec.restore(t, x, channel_dim) for t in (step.grad_x, step.normalized))
         return step._replace(grad_x=grad_x, normalized=normalized)
 
-    def _add_gradients(self, goodness, step):
-        """Add the gradients of this head's parameters, those of its description of the goodness, to their .grad."""
+    def _finish(self, goodness, x, step):
+        """Add the gradients of this head's parameters, those of its description of the goodness, to their .grad, and update its buffers."""
 
 
 class GoodnessHead(Head):
@@ -83,6 +85,9 @@ class GoodnessHead(Head):
         num_classes: K.
         kernel_size: 1, 3 or 5, with "same" padding.
         grid: cells on a side of the spatial term, or a pair; 0 for none (the paper's).
+        hidden: channels of a hidden layer of the spatial term, relu(batch_norm(hidden_weight m)) of the means m over cells, which makes the term
+            a classifier that is not linear; 0 for none. Its batch norm is an nn.BatchNorm2d over samples and cells: in training mode each
+            sample's goodness depends on the batch (a micro-batch, of this rank alone), in evaluation mode it does not.
         squares: False leaves the spatial term alone, a local linear classifier (Nokland and Eidnes 2019, arXiv 1901.06656).
         bias: a bias inside the squares.
         scale: the standard deviation of the weight relative to PyTorch's default for a convolution. None: 4 without the spatial term,
@@ -92,12 +97,13 @@ class GoodnessHead(Head):
         channel_dim: 1, or -1 for tokens [B, N, C] and [B, H, W, C].
         impl, algorithm: as in fastff.functional.
 
-    Attributes: weight [K, C, k, k] or None, bias [K] or None, grid_weight [K, C, G, G] or None, log_tau [] or None.
+    Attributes: weight [K, C, k, k] or None, bias [K] or None, grid_weight [K, C, G, G] ([K, hidden, G, G]) or None, hidden_weight [hidden, C] or
+    None, hidden_norm (the nn.BatchNorm2d) or None, log_tau [] or None.
     """
 
     def __init__(
-        self, channels, num_classes, kernel_size=1, grid=0, *, squares=True, bias=False, scale=None, learn_tau=False, channel_dim=1,
-        impl="auto", algorithm="auto", device=None, dtype=None, **loss,
+        self, channels, num_classes, kernel_size=1, grid=0, *, hidden=0, squares=True, bias=False, scale=None, learn_tau=False,
+        channel_dim=1, impl="auto", algorithm="auto", device=None, dtype=None, **loss,
     ):  # fmt: skip
         super().__init__()
         for name, value in (("channels", channels), ("num_classes", num_classes)):
@@ -108,6 +114,9 @@ class GoodnessHead(Head):
         grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
         if len(grid) != 2 or min(grid) < 0:
             raise ValueError(f"grid: expected a whole number of at least 0 or a pair, got {grid}")
+        hidden = whole_number("hidden", hidden, least=0)
+        if hidden and 0 in grid:
+            raise ValueError(f"hidden: expected 0 without a spatial term (grid > 0), got {hidden}")
         if not squares and (0 in grid or bias):
             raise ValueError(
                 f"squares: False needs a spatial term (grid > 0) and no bias, got grid={grid}, bias={bias}"
@@ -126,7 +135,9 @@ class GoodnessHead(Head):
 
         self.weight = parameter(squares, num_classes, channels, kernel_size, kernel_size)
         self.bias = parameter(bias, num_classes)
-        self.grid_weight = parameter(all(grid), num_classes, channels, *grid)
+        self.grid_weight = parameter(all(grid), num_classes, hidden or channels, *grid)
+        self.hidden_weight = parameter(hidden, hidden, channels)
+        self.hidden_norm = nn.BatchNorm2d(hidden, **factory) if hidden else None
         self.log_tau = parameter(learn_tau)
         self.reset_parameters()
 
@@ -137,18 +148,27 @@ class GoodnessHead(Head):
                 nn.init.uniform_(self.weight, -self.scale * default * 3**0.5, self.scale * default * 3**0.5)
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
-            if self.grid_weight is not None:
+            if self.hidden_norm is not None:
+                for weight in (self.hidden_weight, self.grid_weight):  # as nn.Linear does
+                    nn.init.kaiming_uniform_(weight, 5**0.5)
+                self.hidden_norm.reset_parameters()
+            elif self.grid_weight is not None:
                 nn.init.normal_(self.grid_weight, std=0.5 * (3 * self.channels) ** -0.5)
             if self.log_tau is not None:
                 self.log_tau.fill_(float(torch.tensor(self.tau).log()))
 
     def extra_repr(self):
         parts = [f"{self.channels}, {self.num_classes}, kernel_size={self.kernel_size}, grid={self.grid}"]
+        parts += [f"hidden={len(self.hidden_weight)}"] if self.hidden_norm is not None else []
         return ", ".join(parts + [f"tau={self.tau}, margin={self.margin}"])
 
     def goodness_spec(self):
         """Describe the goodness."""
-        return spec.Projection(self.weight, self.bias, self.grid_weight, (self.kernel_size // 2,) * 2)
+        norm, hidden = self.hidden_norm, ()
+        if norm is not None:
+            statistics = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+            hidden = (self.hidden_weight, norm.weight, norm.bias, norm.eps, *statistics)
+        return spec.Projection(self.weight, self.bias, self.grid_weight, (self.kernel_size // 2,) * 2, *hidden)
 
     def loss_spec(self, target, grad_scale=None):
         """Describe the loss of these targets."""
@@ -161,15 +181,27 @@ class GoodnessHead(Head):
 
     def forward(self, x):
         """Compute goodness [B, K], differentiable."""
-        *parameters, grid_weight, padding = self.goodness_spec()
-        return ff.goodness(
-            x, *parameters, grid_weight=grid_weight, padding=padding, channel_dim=self.channel_dim, impl=self.impl,
-            algorithm=self.algorithm,
-        )  # fmt: skip
+        x, goodness = spec.canonical_x(x, self.channel_dim), self.goodness_spec()
+        goodness.check(x, self.algorithm)
+        g, mean, var = ops.goodness.differentiable(x, goodness, self.impl, self.algorithm)
+        if mean is not None:
+            self._update_statistics(x, mean.detach(), var.detach())
+        return g
 
-    def _add_gradients(self, goodness, step):
+    def _update_statistics(self, x, mean, var):
+        """Move the running statistics of the hidden layer towards a batch's, as nn.BatchNorm2d does."""
+        if self.hidden_norm.training:
+            cells = [min(n, cells) for n, cells in zip(x.shape[2:], self.grid, strict=True)]
+            fused.update_statistics(self.hidden_norm, mean, var, len(x) * cells[0] * cells[1])
+
+    def _finish(self, goodness, x, step):
         add_gradient(goodness.weight, step.grad_weight)
         add_gradient(goodness.bias, step.grad_bias)
         add_gradient(goodness.grid_weight, step.grad_grid_weight)
+        if self.hidden_norm is not None:
+            add_gradient(goodness.hidden_weight, step.grad_hidden_weight)
+            add_gradient(goodness.hidden_bn_weight, step.grad_hidden_bn_weight)
+            add_gradient(goodness.hidden_bn_bias, step.grad_hidden_bn_bias)
+            self._update_statistics(x, step.hidden_mean, step.hidden_var)
         if self.log_tau is not None:
             add_gradient(self.log_tau, step.grad_tau * self.log_tau.exp())

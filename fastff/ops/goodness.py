@@ -18,7 +18,7 @@ from fastff.kernels.layout import as_result_of, empty_like
 from fastff.kernels.native import goodness as native_goodness
 from fastff.kernels.torch import goodness as torch_goodness
 from fastff.ops.plan import plan
-from fastff.ops.table import Implementation, Lazy, always, choose, implement
+from fastff.ops.table import Implementation, Lazy, always, check_impl, choose, implement
 from fastff.spec import Projection
 
 
@@ -72,6 +72,23 @@ def planned(run, x, projection, algorithm):
     P = (H + 2 * padding[0] - kernel[0] + 1) * (W + 2 * padding[1] - kernel[1] + 1)
     most, cost = getattr(run, "SECOND_MOMENT_CHANNELS", math.inf), getattr(run, "SECOND_MOMENT_COST", 1.0)
     return plan(B, C, P, weight.shape[0], kernel, algorithm, x.device.type, most, cost)
+
+
+def differentiable(x, projection, impl, algorithm):
+    """Return g [B, K] of a Projection, and mean and var [M] of its hidden layer's batch norm, or None. A hidden layer is on PyTorch's operators."""
+    check_impl(impl)
+    weight, bias, grid_weight, padding, *_ = projection
+    if projection.hidden is None:
+        return torch.ops.fastff.goodness(x, weight, bias, grid_weight, padding, impl, algorithm), None, None
+    if impl != "auto":
+        choose("goodness", ROWS, impl, x)  # raises where what was asked for cannot run
+    with torch.autocast(x.device.type, enabled=False):
+        wide, head = projection.in_dtype(x)
+        term, mean, var = reference.spatial(reference.cell_means(wide, head.grid_weight), head.grid_weight, head.hidden)
+        if weight is not None:
+            x = wide if x.requires_grad else x  # the gradients of both terms are added before they are rounded to x's dtype
+            term = term + torch.ops.fastff.goodness(x, weight, bias, None, padding, impl, algorithm)
+    return term, mean, var
 
 
 def _goodness(x, weight, bias, grid_weight, padding, impl, algorithm):

@@ -26,6 +26,7 @@ def run(step, impl="auto"):
     asked = {name for name, here in as_x.items() if here} | {name for name, p in parameters.items() if p is not None}
     asked |= {"loss", "goodness"} | ({"grad_tau"} if step.loss.learned_tau is not None else set())
     asked |= {"mean", "var"} if step.epilogue is not None else set()
+    asked |= {"hidden_mean", "hidden_var"} if parameters["grad_hidden_weight"] is not None else set()
     return StepResult(*(t if name in asked else None for name, t in zip(StepResult._fields, tensors, strict=True)))
 
 
@@ -42,7 +43,8 @@ def _parameters(step):
     epilogue = step.epilogue or Epilogue()
     return {
         "grad_weight": head.weight, "grad_bias": head.bias, "grad_grid_weight": head.grid_weight,
-        "grad_bn_weight": epilogue.weight, "grad_bn_bias": epilogue.bias,
+        "grad_bn_weight": epilogue.weight, "grad_bn_bias": epilogue.bias, "grad_hidden_weight": head.hidden_weight,
+        "grad_hidden_bn_weight": head.hidden_bn_weight, "grad_hidden_bn_bias": head.hidden_bn_bias,
     }  # fmt: skip
 
 
@@ -85,6 +87,7 @@ def _fake(step):
     dtype = step.goodness.dtype(x) if projected else wide
     losses = (step.loss.count(len(x)),) if step.loss.reduction == "none" else ()
     as_x = {name: empty_like(x) if asked else None for name, asked in _as_x(step).items()}
+    M = len(step.goodness.hidden_weight) if projected and step.goodness.hidden is not None else None
     gradients = {
         name: None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
         for name, p in _parameters(step).items()
@@ -95,6 +98,8 @@ def _fake(step):
         grad_tau=None if step.loss.learned_tau is None else x.new_empty((), dtype=dtype),
         mean=None if step.epilogue is None else x.new_empty(C, dtype=wide),
         var=None if step.epilogue is None else x.new_empty(C, dtype=wide),
+        hidden_mean=None if M is None else x.new_empty(M, dtype=dtype),
+        hidden_var=None if M is None else x.new_empty(M, dtype=dtype),
         **as_x,
         **gradients,
     )

@@ -107,8 +107,9 @@ class Place:
         """Finish all updates, average the statistics of batch norm, and give every rank the weights of all blocks."""
         self.settle()
         ranks = self.ranks
-        if ranks.data_size > 1 and ranks.distributed.batch_norm == "local":
-            ranks.mean_([b for index in self.own for b in self.sff.blocks[index].buffers()])
+        if ranks.data_size > 1:  # heads use the statistics of their own rank in any case
+            local = [self.sff.heads, *([self.sff.blocks] if ranks.distributed.batch_norm == "local" else [])]
+            ranks.mean_([b for modules in local for index in self.own for b in modules[index].buffers()])
         if ranks.block_size > 1:
             for rank, own in enumerate(self.placed):
                 ranks.broadcast_([t for index in own for t in self._tensors(index)], rank, ranks.block_group)

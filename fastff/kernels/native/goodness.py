@@ -73,10 +73,9 @@ def step(local, plan):
 
 def _cut(projection, x):
     """Return the Projection in float32, with at most one cell of the grid a position of x."""
-    weight, bias, grid_weight, padding = projection
-    if grid_weight is not None:
-        grid_weight = grid_weight[..., : x.shape[2], : x.shape[3]]
-    return Projection(*(None if t is None else t.float() for t in (weight, bias, grid_weight)), padding)
+    if projection.grid_weight is not None:
+        projection = projection._replace(grid_weight=projection.grid_weight[..., : x.shape[2], : x.shape[3]])
+    return Projection(*(t.float() if isinstance(t, torch.Tensor) else t for t in projection))
 
 
 def _whole(projection, grad_grid):

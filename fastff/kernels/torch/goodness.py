@@ -154,34 +154,26 @@ class Convolution:
 
 
 class Grid:
-    """The spatial term: cell means by two thin matrix products, one per axis, and their adjoint."""
+    """Means over the cells of the spatial term by two thin matrix products, one per axis, and their adjoint."""
 
     def __init__(self, grid_weight, x):
         self.down, self.right = (
             _pooling_matrix(size, cells, grid_weight)
             for size, cells in zip(x.shape[2:], grid_weight.shape[2:], strict=True)
         )
-        self.cells = grid_weight[..., : self.down.shape[1], : self.right.shape[1]].flatten(1)
 
-    def goodness(self, x):
+    def means(self, x):
+        """[b, C, rows, columns] of cells."""
         b, c, h, w = x.shape
         if is_channels_last(x):
             means = self.right.T @ x.permute(0, 2, 3, 1).view(b * h, w, c)
-            means = (self.down.T @ means.view(b, h, -1)).view(b, -1, c).mT
-        else:
-            means = self.down.T @ (x @ self.right)
-        self.means = means.reshape(b, -1)
-        return self.means @ self.cells.T
+            means = self.down.T @ means.view(b, h, -1)
+            return means.view(b, self.down.shape[1], -1, c).permute(0, 3, 1, 2)
+        return self.down.T @ (x @ self.right)
 
-    def gradients(self, d, grad_x, grad_grid):
-        """Writes grad_x (where it is not None), adds to grad_grid."""
-        h, w = self.down.shape[1], self.right.shape[1]
-        part = grad_grid[..., :h, :w]
-        part.add_((d.T @ self.means).view(part.shape))
-        if grad_x is None:
-            return
-        b, c = grad_x.shape[:2]
-        cells = (d @ self.cells).view(b, c, h, w)
+    def spread(self, cells, grad_x):
+        """Write grad_x from the gradient of the means."""
+        b, c, h, w = cells.shape
         if is_channels_last(grad_x):
             rows = (self.down @ cells.permute(0, 2, 3, 1).reshape(b, h, -1)).view(-1, w, c)
             torch.bmm(self.right.expand(len(rows), -1, -1), rows, out=grad_x.permute(0, 2, 3, 1).view(len(rows), -1, c))
@@ -205,11 +197,12 @@ class _Head:
 
     def __init__(self, x, projection, plan):
         self.x, self.plan, self.dtype = x, plan, projection.dtype(x)
-        parameters = [None if p is None else p.to(self.dtype) for p in projection[:3]]
-        weight, bias, grid_weight = parameters
+        _, projection = projection.in_dtype(x[:0])
+        weight, bias, self.grid_weight, *_ = parameters = projection[:3]
+        self.hidden, self.means = projection.hidden, None
         extra = {"padding": projection.padding} if plan.algorithm == "convolution" else {}
         self.squares = None if weight is None else ALGORITHMS[plan.algorithm](weight, bias, plan, **extra)
-        self.grid = None if grid_weight is None else Grid(grid_weight, x)
+        self.grid = None if self.grid_weight is None else Grid(self.grid_weight, x)
         self.grads = [
             None if p is None else torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters
         ]
@@ -221,17 +214,25 @@ class _Head:
             yield chunk, dense(self.x[chunk].to(self.dtype))
 
     def goodness(self, x):
-        if self.squares is None:
-            return self.grid.goodness(x)
-        g = self.squares.goodness(x)
-        return g if self.grid is None else g.add_(self.grid.goodness(x))
+        """g of a chunk, and its `means`. A hidden layer's part is left out: its batch norm needs the means of all chunks."""
+        g = None if self.squares is None else self.squares.goodness(x)
+        if self.grid is not None:
+            self.means = self.grid.means(x)
+        if self.grid is None or self.hidden is not None:
+            return x.new_zeros(len(x), len(self.grid_weight)) if g is None else g
+        linear, *_ = reference.spatial(self.means, self.grid_weight)
+        return linear if g is None else g.add_(linear)
 
-    def gradients(self, d, x, grad_x):
-        """Add to the parameters' gradients; overwrite grad_x, of x's shape and any dtype, unless it is None."""
+    def gradients(self, d, x, grad_x, cells=None):
+        """Add to the parameters' gradients; overwrite grad_x, of x's shape and any dtype, unless it is None. cells: dL/dmeans of a hidden layer."""
         grad_weight, grad_bias, grad_grid = self.grads
         wide = grad_x if grad_x is None or grad_x.dtype == self.dtype else empty_like(grad_x, self.dtype)
         if self.grid is not None:
-            self.grid.gradients(d, wide, grad_grid)
+            if self.hidden is None:
+                cells, of_chunk = reference.spatial_gradients(d, self.means, self.grid_weight)
+                grad_grid.add_(of_chunk)
+            if wide is not None:
+                self.grid.spread(cells, wide)
         if self.squares is not None:
             self.squares.gradients(d, x, wide, grad_weight, grad_bias, add=self.grid is not None)
         if wide is not grad_x:
@@ -265,6 +266,8 @@ def _step(local, plan):
     x, loss = local.x, local.loss
     head, scale = _Head(x, local.goodness, plan), loss.scale(len(x))
     grad_x = empty_like(x) if local.need_grad_x else None
+    if head.hidden is not None:
+        return _step_with_hidden_layer(head, loss, scale, grad_x)
     parts = []
     for part, chunk in head.chunks(None if loss.name == "cross_entropy" else len(x)):
         g = head.goodness(chunk)
@@ -275,6 +278,19 @@ def _step(local, plan):
     losses, g, grad_tau = zip(*parts, strict=True)
     grad_tau = None if grad_tau[0] is None else torch.stack(grad_tau).sum()
     return StepResult(_joined(losses), _joined(g), grad_x, *head.grads, grad_tau)
+
+
+def _step_with_hidden_layer(head, loss, scale, grad_x):
+    """Take all chunks through the squares and the cells, and, after the loss, once more through the gradients."""
+    g, means = map(_joined, zip(*((head.goodness(chunk), head.means) for _, chunk in head.chunks()), strict=True))
+    term, mean, var = reference.spatial(means, head.grid_weight, head.hidden)
+    g = g + term
+    losses, (d, grad_tau) = reference.losses(g, loss), reference.loss_gradient(g, loss, scale)
+    cells, head.grads[2], *of_hidden = reference.spatial_gradients(d, means, head.grid_weight, head.hidden)
+    for part, chunk in head.chunks():
+        head.goodness(chunk)
+        head.gradients(d[part], chunk, None if grad_x is None else grad_x[part], cells[part])
+    return StepResult(losses, g, grad_x, *head.grads, grad_tau).with_hidden(of_hidden, mean, var)
 
 
 def _joined(chunks):

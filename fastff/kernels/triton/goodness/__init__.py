@@ -43,7 +43,7 @@ class Launch:
     def __init__(self, x, projection, plan, around=None, sizes=None):
         self.x = dense(x)
         B, C, H, W = x.shape
-        weight, bias, grid_weight, _ = projection
+        weight, bias, grid_weight, *_ = projection
         self.head = Head(weight.flatten(1).contiguous(), None if bias is None else bias.contiguous())
         self.second_moment = plan.algorithm == "second_moment"
         self.shape = Shape(B, C, H * W, H, W, len(weight))
@@ -63,7 +63,7 @@ class Launch:
         self.groups = -(-B // self.blocks.NS)
         self.positions, self.parts = self._parts()
         self.fused = self.parts == 1 and grid_weight is None
-        self.grid = None if grid_weight is None else GridTerm(grid_weight, self.x, self.parts)
+        self.grid = None if grid_weight is None else GridTerm(projection, self.x, self.parts)
         self.channel_sums = None if around is None else self._new(self.groups * self.parts, 2, C)
         self.scratch = Scratch(
             self._new(B, len(weight)), self._new(B, len(weight)), self._new(self.parts, 2, B),
@@ -128,10 +128,14 @@ class Launch:
         self.scratch = self.scratch._replace(**sums)
 
     def cells(self):
-        return None if self.grid is None else self.grid.cells(self.scratch.d)
+        """The gradient of the means over cells for the d in scratch, or None."""
+        if self.grid is None:
+            return None
+        self.grid.backward(self.scratch.d)
+        return self.grid.cells
 
     def head_gradients(self):
-        """dL/dW [K, C, 1, 1], dL/dbeta, dL/dV for the d in scratch; None where there is no such parameter."""
+        """dL/dW [K, C, 1, 1], dL/dbeta, dL/dV for the d in scratch, after `cells`; None where there is no such parameter."""
         B, C, K = self.shape.B, self.shape.C, self.shape.K
         tiles = -(-K // self.blocks.BK)
         units = B if self.second_moment else self.groups
@@ -158,7 +162,7 @@ class Launch:
             )  # fmt: skip
             grad_weight = partial.sum(0)
             grad_bias = None if part_bias is None else part_bias.sum(0)
-        grad_grid = None if self.grid is None else self.grid.gradient(d)
+        grad_grid = None if self.grid is None else self.grid.grads[0]
         return grad_weight.view(K, C, 1, 1), grad_bias, grad_grid
 
     def step(self, wanted, normalize, grad_x):
@@ -177,7 +181,10 @@ class Launch:
             self.sweep(("second",), cells=self.cells(), **second)
         grads = self.head_gradients()
         grad_tau = None if grad_tau is None else grad_tau.sum() * wanted.tau
-        return spec.StepResult(losses, self.scratch.g, grad_x, *grads, grad_tau, normalized)
+        result = spec.StepResult(losses, self.scratch.g, grad_x, *grads, grad_tau, normalized)
+        if self.grid is None or self.grid.hidden is None:
+            return result
+        return result.with_hidden(self.grid.grads[1:], *self.grid.statistics)
 
 
 def fits(x, projection):
@@ -210,9 +217,9 @@ def goodness_backward(d, x, projection, plan, need_grad_x):
         if launch.second_moment or launch.grid is not None:
             launch.first()
         launch.scratch = launch.scratch._replace(d=d.float().contiguous())
-        grad_x = empty_like(x) if need_grad_x else None
+        grad_x, cells = empty_like(x) if need_grad_x else None, launch.cells()
         if need_grad_x:
-            launch.sweep(("second",), grad_x=grad_x, cells=launch.cells())
+            launch.sweep(("second",), grad_x=grad_x, cells=cells)
         return grad_x, *launch.head_gradients()
 
 

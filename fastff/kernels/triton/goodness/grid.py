@@ -1,7 +1,7 @@
-"""The spatial term of goodness, linear over a grid of cells: sums over cells beside the first sweep, their gradient in the second.
+"""The spatial term of goodness over a grid of cells: sums over cells beside the first sweep, their gradient in the second.
 
-Cells have the edges of adaptive average pooling, [i H // GH, ceil((i + 1) H / GH)), so they overlap where the grid does not divide. The
-product of cell means [B, C GH GW] with the grid's weights is cuBLAS's.
+Cells have the edges of adaptive average pooling, [i H // GH, ceil((i + 1) H / GH)), so they overlap where the grid does not divide. What lies
+between, a product of the cell means [B, C GH GW] with the grid's weights or a hidden layer, is on PyTorch's operators.
 """
 
 from collections import namedtuple
@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastff import reference
 from fastff.kernels.triton.goodness.arguments import Config, Shape, dot
 
 Grid = namedtuple("Grid", "means cells GH GW")
@@ -67,31 +68,24 @@ def spread_cells(p, first, c, grid: Grid, shape: Shape, config: Config):
 
 
 class GridTerm:
-    """The host's side: g += means V, cells = d V, dL/dV = d^T means."""
+    """The host's side: from sums over cells to the term of g, and from d to the gradients."""
 
-    def __init__(self, grid_weight, x, parts):
-        self.weight, self.parts = grid_weight, parts
-        self.sizes = grid_sizes(grid_weight, x)
+    def __init__(self, projection, x, parts):
+        _, projection = projection.in_dtype(x[:0])
+        self.weight, self.hidden, self.statistics = projection.grid_weight, projection.hidden, (None, None)
+        self.sizes = grid_sizes(self.weight, x)
         self.means = x.new_empty((parts, *x.shape[:2], self.sizes[0] * self.sizes[1]), dtype=torch.float32)
-
-    def _rows(self):
-        return self.weight[..., : self.sizes[0], : self.sizes[1]].float().flatten(1)
 
     def goodness(self, x):
         """The term of g [B, K], from the sums over cells in `means`."""
-        self.means = self.means.sum(0) / _areas(x, self.sizes)
-        return self.means.flatten(1) @ self._rows().T
+        self.means = (self.means.sum(0) / _areas(x, self.sizes)).unflatten(2, self.sizes)
+        term, *self.statistics = reference.spatial(self.means, self.weight, self.hidden)
+        return term
 
-    def cells(self, d):
-        """d V by cell."""
-        return (d @ self._rows()).view(len(d), -1, self.sizes[0] * self.sizes[1])
-
-    def gradient(self, d):
-        """dL/dV in float32; zero for cells that a small x does not have."""
-        grad = torch.zeros_like(self.weight, dtype=torch.float32, memory_format=torch.contiguous_format)
-        part = grad[..., : self.sizes[0], : self.sizes[1]]
-        part.copy_((d.T @ self.means.flatten(1)).view(part.shape))
-        return grad
+    def backward(self, d):
+        """From d, the gradient of the means (`cells`), and those of grid_weight and of a hidden layer (`grads`), in float32."""
+        cells, *self.grads = reference.spatial_gradients(d, self.means, self.weight, self.hidden)
+        self.cells = cells.contiguous()
 
 
 def grid_sizes(grid_weight, x):
