@@ -28,8 +28,8 @@ from benchmarks import scale
 from benchmarks.roofline import SHAPES
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile, ratios
-from fastff.training import Backprop, Trainer
 from fastff.memory import peak_memory
+from fastff.training import Backprop, Trainer
 
 PARTS = ["check", "kernels", "epilogues", "step", "scale"]
 CHECKED = [(5, 24, 9, 7), (3, 64, 32, 100), (40, 128, 4, 11), (6, 256, 7, 33), (70, 96, 1, 10), (2, 64, 56, 1000)]

@@ -28,9 +28,9 @@ from benchmarks.scale_model import ROOT, Block, Blocks, Plan, block_ranges, plan
 from benchmarks.step import ADAM, PAPER, build
 from fastff import Distributed, parallel
 from fastff.bench import quantile
+from fastff.memory import peak_memory
 from fastff.parallel.reduce import _Bucket
 from fastff.training import Backprop, Trainer, optim
-from fastff.memory import peak_memory
 
 
 def measure_blocks(a, device):

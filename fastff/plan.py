@@ -104,9 +104,9 @@ class Budget:
     Where the first blocks have finished, the others have all the memory, and segments become one where it suffices.
 
     Args:
-        memory: function of (first, last) that returns the bytes a step needs at most while it trains a segment
-            (fastff.segment_memory.SegmentMemory), with the number of `blocks`.
-        budget: bytes, at least `least(memory)`."""
+        memory: function of (first, last) that returns what a step needs at most while it trains a segment, with the number of `blocks`
+            (SegmentMemory, in bytes, or SegmentEstimate, of fastff/segment_memory.py).
+        budget: in the same unit, at least `least(memory)`."""
 
     memory: object
     budget: float
@@ -123,11 +123,15 @@ class Budget:
     def at(self, t, start=0, phase=0):
         count = self.memory.blocks
         whole = _fewest(self.memory, self.budget, 0, tuple(range(count)))
-        return whole if start == 0 else _fewest(self.memory, self.budget, start, tuple(last for _, last in whole if last >= start))
+        return (
+            whole
+            if start == 0
+            else _fewest(self.memory, self.budget, start, tuple(last for _, last in whole if last >= start))
+        )
 
 
 def least(memory):
-    """The smallest budget: what the largest segment of one block needs, in bytes."""
+    """The smallest budget: what the largest segment of one block needs."""
     return max(memory(i, i) for i in range(memory.blocks))
 
 

@@ -1,11 +1,13 @@
-"""How much memory a step needs while it trains a segment of blocks, counted before anything is trained.
+"""How much memory a step needs while it trains a segment of blocks, known before anything is trained.
 
-Every block is run once by itself on small minibatches of two sizes, forward and backward, with and without a loss, while each allocation is
-recorded. From what a block needs at most and what it keeps between its passes follows the peak of any segment; a line through the two sizes gives
-other sizes. Backpropagation through the whole model is measured in the same way.
+SegmentEstimate is a rule of thumb, by which default plans are made. SegmentMemory counts: every block is run once by itself on small
+minibatches of two sizes, forward and backward, with and without a loss, while each allocation is recorded. From what a block needs at most and
+what it keeps between its passes follows the peak of any segment; a line through the two sizes gives other sizes. Backpropagation through the whole
+model is measured in the same way.
 """
 
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,27 @@ import torch.nn.functional as F
 from fastff.memory import phases
 
 SIZES = 4, 8  # samples of the minibatches that are measured
+
+
+class SegmentEstimate:
+    """What segments keep for their backward passes, relative to each other, by a rule of thumb that runs nothing: each layer with a weight of two or
+    more dimensions keeps one value for each of its channels at each position of its block's output. The interface is that of SegmentMemory,
+    in values of one sample.
+
+    Args: blocks, of fastff.graph.cut."""
+
+    def __init__(self, blocks):
+        self.sizes = [_values_kept(block) for block in blocks]
+        self.blocks, self.backprop = len(blocks), sum(self.sizes)
+
+    def __call__(self, first, last):
+        return sum(self.sizes[first : last + 1])
+
+
+def _values_kept(block):
+    shape = block.output_shape
+    positions = math.prod(shape) // shape[0 if block.channel_dim == 1 else -1]
+    return positions * sum(p.shape[0] for p in block.parameters() if p.dim() > 1)
 
 
 class Block(NamedTuple):

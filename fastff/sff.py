@@ -13,7 +13,7 @@ from fastff.graph.cut import cut
 from fastff.nn.block import LocalBlock, make_head
 from fastff.nn.head import GoodnessHead
 from fastff.ops.goodness import plan_for
-from fastff.segment_memory import SegmentMemory
+from fastff.segment_memory import SegmentEstimate, SegmentMemory
 
 VOTES = ("softmax", "goodness", "last")
 
@@ -32,17 +32,19 @@ class SFF(nn.Module):
     Args:
         model: any nn.Module of one tensor argument; it is not changed, and shares its parameters: model.state_dict() keeps its names.
         num_classes: K.
-        granularity: "layer", "block", "stage", "model" (one block), "auto" (blocks, in segments of `memory`) or a list of module paths that end blocks (fastff/graph/cut.py).
+        granularity: what a block is: "layer", "block", "stage", "model" (one block) or a list of module paths that end blocks
+            (fastff/graph/cut.py). "auto" are blocks as "block" makes them, trained in the fewest segments of which none keeps more than 0.45
+            of what all blocks keep, by a rule of thumb, or in segments of `memory`.
         input_shape: of one sample, (C, H, W) for images.
         goodness: a name that fastff.nn.FFBlock knows: "sff", "projection", or without weights "class_group", "class_group_mean" and, of
             batches whose first half is positive and second half negative, "sum_of_squares", "mean_of_squares", "position".
-        window: the loss of block l also trains the window - 1 blocks before it; 1 is the paper's. Default 2, unless there is a plan.
+        window: the loss of block l also trains the window - 1 blocks before it; 1 is the paper's. Default 2, but for "auto".
         plan: instead of a window, which losses the Trainer's steps have and which blocks each trains (fastff/plan.py): the blocks that end
             segments, such as [1, 3, 8]; several such lists, which take turns; "pairs" or "drawn" for cuts that move; or a plan. Heads of
             blocks that never end a segment do not learn, and do not vote.
         memory: instead of a plan, what a step may take at most: a share of what backpropagation takes (at most 1) or bytes (above 1). The
             plan has the fewest segments that keep to it, counted here for minibatches of `batch_size` (fastff/segment_memory.py);
-            print(sff) shows them. Default with granularity "auto": 0.45.
+            print(sff) shows them.
         batch_size: of the minibatches that `memory` is counted for.
         vote: "softmax" averages the blocks' softmax(tau * goodness), "goodness" averages goodness, "last" takes the last block's.
         normalize: between blocks: a name of fastff.spec.NORMALIZATIONS such as "layer_norm" (over a sample), or None.
@@ -52,16 +54,16 @@ class SFF(nn.Module):
             [+ activation] in one pass, at a block's end together with the goodness step. Modules inside a block are not all called as such
             then; a hook on one of these turns it off for its block. Modules whose Python does more than compute with tensors are called as they
             are (fastff/graph/plain.py); print(sff) names them.
-        head: the heads' further keywords: grid (default 4), hidden, kernel_size, squares, bias, scale, tau, learn_tau, margin, label_smoothing, impl,
+        head: the heads' further keywords: grid (default 4), hidden (default 64 where the grid has several cells), kernel_size, squares, bias, scale, tau, learn_tau, margin, label_smoothing, impl,
             algorithm of fastff.nn.GoodnessHead; loss, theta, alpha, ... of fastff.nn.GroupGoodness.
-            The paper's setting: grid=0, scale=1, window=1, vote="goodness".
+            The paper's setting: granularity="block", grid=0, scale=1, window=1, vote="goodness".
 
     Attributes: model, blocks (tuple of fastff.graph.cut.Block), heads (ModuleList), local_blocks (tuple of fastff.nn.LocalBlock: a block
     with its head), readout (a tuple with the classifier's Block, or None).
     """
 
     def __init__(
-        self, model, num_classes, granularity="block", input_shape=(3, 32, 32), *, goodness="sff", window=None, plan=None,
+        self, model, num_classes, granularity="auto", input_shape=(3, 32, 32), *, goodness="sff", window=None, plan=None,
         memory=None, batch_size=64, vote="softmax", normalize="layer_norm", readout=False, channel_dim=None, fuse=True, **head,
     ):  # fmt: skip
         super().__init__()
@@ -72,9 +74,7 @@ class SFF(nn.Module):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             raise ValueError(f"normalize: expected one of {', '.join(spec.NORMALIZATIONS)} or None, got {normalize!r}")
-        if granularity == "auto":
-            granularity, memory = "block", 0.45 if memory is None else memory
-        blocks, classifier = cut(model, granularity, input_shape, num_classes)
+        blocks, classifier = cut(model, "block" if granularity == "auto" else granularity, input_shape, num_classes)
         if readout and classifier is None:
             raise ValueError("readout: the model has nothing behind its last block to keep")
         self.model = model
@@ -117,12 +117,17 @@ class SFF(nn.Module):
         The arguments are those of SFF. Raises TypeError, ValueError."""
         given = [name for name, value in (("plan", plan), ("window", window), ("memory", memory)) if value is not None]
         if len(given) > 1:
-            raise ValueError(f"{given[1]}: expected None beside a {given[0]}, got {window if given[1] == 'window' else memory!r}")
+            raise ValueError(
+                f"{given[1]}: expected None beside a {given[0]}, got {window if given[1] == 'window' else memory!r}"
+            )
         count, self.window = len(self.blocks), None
         if plan is not None:
             self.plan = plans.of(plan, count)
         elif memory is not None:
             self.plan = self._within(memory, whole_number("batch_size", batch_size))
+        elif window is None and self.granularity == "auto":
+            kept = SegmentEstimate(self.blocks)
+            self.plan = plans.Budget(kept, max(0.45 * kept.backprop, plans.least(kept)))
         else:
             self.window = whole_number("window", 2 if window is None else window)
             self.plan = plans.window(self.window, count)
@@ -245,7 +250,7 @@ class SFF(nn.Module):
                 whole.setdefault(reason, {})[module] = None
         notes = [f"called as they are: {', '.join(modules)}: {reason}" for reason, modules in whole.items()]
         for block in self.blocks:
-            if block.holds and self.granularity == "block":
+            if block.holds and self.granularity in ("auto", "block"):
                 notes.append(
                     f"coarser than the model: {block.name} holds {len(block.holds)} of its blocks, {_few(block.holds)}"
                 )
@@ -254,16 +259,17 @@ class SFF(nn.Module):
 
     def _segments(self):
         """Lines about the memory of the plan's segments, where it was counted."""
-        if not isinstance(self.plan, plans.Budget):
+        if not isinstance(getattr(self.plan, "memory", None), SegmentMemory):
             return
-        counted = self.plan.memory
-        whole = counted.backprop
-        rows = [("segment", "blocks", "memory", "of backpropagation's")]
-        for number, (first, last) in enumerate(self.plan.at(0)):
+        counted, segments = self.plan.memory, self.plan.at(0)
+        rows, largest = [("segment", "blocks", "memory", "of backpropagation's")], 0.0
+        for number, (first, last) in enumerate(segments):
             needed = counted(first, last)
-            rows.append((str(number), f"{first} to {last}", f"{needed / 2**20:,.1f} MiB", f"{needed / whole:.0%}"))
+            share, largest = f"{needed / counted.backprop:.0%}", max(largest, needed)
+            rows.append((str(number), f"{first} to {last}", f"{needed / 2**20:,.1f} MiB", share))
         yield from _aligned(rows)
-        yield f"a step of {counted.batch_size} samples: at most {max(counted(*s) for s in self.plan.at(0)) / whole:.0%} of the {whole / 2**20:,.1f} MiB of backpropagation"
+        share, whole = f"{largest / counted.backprop:.0%}", f"{counted.backprop / 2**20:,.1f} MiB"
+        yield f"a step of {counted.batch_size} samples takes at most {share} of the {whole} of backpropagation"
 
 
 def _few(names):
@@ -300,6 +306,8 @@ def _head(block, num_classes, goodness, channel_dim, options, like):
     if goodness in ("sff", "projection"):
         grid = options.pop("grid", 4) if goodness == "sff" else max(block.output_shape)
         channels, options["grid"] = _sizes(block.output_shape, dim, grid)
+        if goodness == "sff" and math.prod(options["grid"]) > 1:
+            options.setdefault("hidden", 64)
         if len(block.output_shape) < 3:
             options.pop("kernel_size", None)
         options |= {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}

@@ -47,7 +47,7 @@ MODELS = {
 def made(name="plain", dtype=torch.float64, seed=0, **options):
     torch.manual_seed(seed)
     make, shape = MODELS[name]
-    return SFF(make().to(dtype), CLASSES, input_shape=shape, **options)
+    return SFF(make().to(dtype), CLASSES, input_shape=shape, **{"granularity": "block"} | options)
 
 
 def batches(sff, steps=10, size=6, dtype=torch.float64):
@@ -67,12 +67,12 @@ def adamw(groups):
 def by_hand(sff):
     """[(function from the tensors alive to those after, its modules)] of the blocks, named by hand where they can be."""
     model = sff.model
-    if isinstance(model, fastff.models.resnet.ResNet) and sff.granularity == "block":
+    if isinstance(model, fastff.models.resnet.ResNet) and sff.granularity in ("auto", "block"):
         stem = nn.Sequential(model.conv1, model.bn1, model.relu)
         modules = [stem, *model.layer1, *model.layer2, *model.layer3, *model.layer4]
     elif (
         isinstance(model, fastff.models.mobilenet_v3.MobileNetV3)
-        and sff.granularity == "block"
+        and sff.granularity in ("auto", "block")
         or isinstance(model, Plain)
     ):
         modules = list(model.features)

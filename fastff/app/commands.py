@@ -60,7 +60,7 @@ def command(function):
         except BrokenPipeError:
             raise
         except torch.OutOfMemoryError as error:
-            advice = "Smaller --batch-size, more --micro-batches or --window 1 need less memory."
+            advice = "Smaller --batch-size, more --micro-batches or a smaller --memory need less memory."
             message, code = f"{str(error).splitlines()[0]} {advice}", 1
         except (Diverged, RankFailed) as error:
             message, code = str(error), 1
@@ -104,16 +104,25 @@ Batch = Annotated[int | None, option(f"Images in a minibatch. Default: {default[
 Lr = Annotated[float | None, option("Learning rate. Default: 4e-3 block by block, 2e-3 for backpropagation.")]
 Decay = Annotated[float | None, option(f"Weight decay. Default: {default['weight_decay']}.")]
 Updates = Annotated[
-    str | None, option(f"adamw, or muon: orthogonalised updates of convolutions. Default: {default['optimizer']}.")
+    str | None,
+    option(
+        f"muon: orthogonalised updates of convolutions, AdamW for the rest; or adamw. Default: {default['optimizer']}."
+    ),
 ]
 Subset = Annotated[int | None, option("Train on this many images, equally many of each class.")]
 Size = Annotated[int | None, option("Height and width of images from folders (64) and Imagenette (160).")]
 Seed = Annotated[int | None, option("Seed of weights, order, augmentation and subset. Default: 0.")]
 Device = Annotated[str | None, option("cpu or cuda. Default: cuda where there is one.")]
-Window = Annotated[int | None, option("Blocks that a local loss trains: its own and those before. Default: 2.")]
+windows = "Blocks that a local loss trains: its own and those before. Default: 2 with another granularity than auto."
+Window = Annotated[int | None, option(windows)]
+plans = "Instead of a window: the blocks that end segments, such as 1,3,8, or several such lists, which take turns, with |; or pairs, drawn."
+Plan = Annotated[str | None, option(plans)]
+budgets = "Instead of a plan: what a step may take, as a share of backpropagation's memory (0.4) or in bytes; the fewest segments that do."
+Memory = Annotated[float | None, option(budgets)]
 Grid = Annotated[int | None, option("Cells on a side of the spatial term; 0 for none. Default: 4.")]
+Hidden = Annotated[int | None, option("Channels of the spatial term's hidden layer; 0 for none. Default: 64.")]
 
-cuts = "layer, block, stage, model, or module paths that end blocks, with commas. Default: block."
+cuts = "What a block is: layer, block, stage, model, or module paths that end blocks, with commas. Default: auto, blocks in a few segments."
 Cut = Annotated[str | None, option(cuts)]
 schedules = "all: every block in every minibatch; greedy: one after the other. Default: all."
 Schedule = Annotated[str | None, option(schedules)]
@@ -124,7 +133,8 @@ Layout = Annotated[bool | None, option("Memory format. Default: channels last.",
 def compare(
     data: Data = None, root: Root = None, model: Model = None, width: Width = None, epochs: Epochs = None,
     batch_size: Batch = None, lr: Lr = None, weight_decay: Decay = None, optimizer: Updates = None, subset: Subset = None,
-    image_size: Size = None, seed: Seed = None, window: Window = None, grid: Grid = None, device: Device = None,
+    image_size: Size = None, seed: Seed = None, window: Window = None, plan: Plan = None,
+    memory: Memory = None, grid: Grid = None, hidden: Hidden = None, device: Device = None,
     modes: Annotated[str, option(f"Names out of {', '.join(comparison.MODES)}, with commas.")] = "backprop,block,layer",
     out: Annotated[Path, option("Folder for the picture.")] = Path("runs/compare"),
     json_file: Annotated[Path | None, option("Write all figures to this file.", "--json")] = None,
@@ -165,7 +175,9 @@ def train(
     data: Data = None, root: Root = None, model: Model = None, width: Width = None, granularity: Cut = None,
     mode: Annotated[str | None, option("sff or backprop. Default: sff.")] = None,
     epochs: Epochs = None, batch_size: Batch = None, lr: Lr = None, weight_decay: Decay = None, optimizer: Updates = None,
-    subset: Subset = None, image_size: Size = None, seed: Seed = None, window: Window = None, grid: Grid = None, schedule: Schedule = None,
+    subset: Subset = None, image_size: Size = None, seed: Seed = None, window: Window = None, plan: Plan = None,
+    memory: Memory = None, grid: Grid = None, hidden: Hidden = None, schedule: Schedule = None,
+    finish: Annotated[float | None, option("How early the first block finishes, in 0..1; the others in proportion. Default: 0.")] = None,
     micro_batches: Annotated[int | None, option("Parts a minibatch is cut into. Default: 1.")] = None,
     clip: Annotated[float | None, option("Largest norm of a block's gradients.")] = None,
     amp: Annotated[str | None, option("bf16 or fp16.")] = None,
@@ -192,7 +204,7 @@ def train(
             block_ranks=block_ranks, batch_norm=batch_norm or "local", shard_optimizer=shard_optimizer, timeout=timeout
         )
         parallel.start(where, timeout)
-        if block_ranks > 1 and window is None:
+        if block_ranks > 1 and window is plan is memory is None:
             given["window"] = 1
     elif block_ranks > 1:
         raise ValueError(f"block_ranks: expected 1 for one process (torchrun starts several), got {block_ranks}")

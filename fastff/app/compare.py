@@ -7,6 +7,7 @@ from fastff.app.environment import environment
 from fastff.memory import peak_memory
 
 MODES = ("backprop", "block", "layer", "stage")
+CUTS = {"block": "auto"}  # granularities of modes; of others that of the same name
 
 
 def modes_named(text):
@@ -48,7 +49,7 @@ def run_mode(s, dataset, mode, device, progress=True):
 
     Seconds are those of training without evaluation. Accuracies are those of the vote, in eval mode and without
     augmentation. The accuracies of the blocks are those on the test images."""
-    s = s | ({"mode": "backprop"} if mode == "backprop" else {"mode": "sff", "granularity": mode})
+    s = s | ({"mode": "backprop"} if mode == "backprop" else {"mode": "sff", "granularity": CUTS.get(mode, mode)})
     memory = step_memory(s, dataset, device)
     trainer = experiment.build_trainer(s, experiment.build_network(s, dataset.num_classes, dataset.input_shape, device))
     train, test = experiment.loaders(s, dataset, device)

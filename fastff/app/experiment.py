@@ -23,18 +23,21 @@ MODELS = ("resnet18", "resnet34", "mobilenet_v3_small", "mobilenet_v3_large")
 
 DEFAULTS = {
     "data": "digits", "root": None, "subset": None, "image_size": None,
-    "model": "resnet18", "width": 16, "mode": "sff", "granularity": "block",
-    "epochs": 15, "batch_size": 64, "lr": None, "weight_decay": 0.05, "optimizer": "adamw",
-    "grid": 4, "scale": None, "window": 2, "vote": "softmax", "schedule": "all",
+    "model": "resnet18", "width": 16, "mode": "sff", "granularity": "auto",
+    "epochs": 15, "batch_size": 64, "lr": None, "weight_decay": 0.05, "optimizer": "muon",
+    "grid": 4, "hidden": 64, "scale": None, "window": None, "plan": None, "memory": None, "finish": 0.0, "vote": "softmax",
+    "schedule": "all",
     "micro_batches": 1, "clip": None, "amp": None, "compile": False, "channels_last": True,
     "seed": 0, "freeze": 0, "batch_norm": "local",
 }  # fmt: skip
+# What runs did that were saved before there was such a setting, where it is not today's default.
+BEFORE = {"optimizer": "adamw", "hidden": 0}
 CHOICES = {
     "model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": tuple(AMP), "batch_norm": BATCH_NORMS,
     "optimizer": ("adamw", "muon"),
 }  # fmt: skip
 # Smallest allowed value of each whole number. Batch norm needs two values of each channel, and a channel may have one position.
-LEAST = {"epochs": 1, "batch_size": 2, "width": 1, "micro_batches": 1, "window": 1, "grid": 0, "freeze": 0, "seed": 0}
+LEAST = {"epochs": 1, "batch_size": 2, "width": 1, "micro_batches": 1, "grid": 0, "hidden": 0, "freeze": 0, "seed": 0}
 # The weight gradient of a strided 1 x 1 convolution in channels_last writes past the end of oneDNN's buffer if the
 # convolution has fewer channels than a vector register has floats (oneDNN issue 6035; seen with torch 2.13 and AVX2 at 2
 # to 6 channels). The process crashes then, possibly later. The shortcuts of a ResNet are such convolutions. The longest
@@ -74,6 +77,12 @@ def settings(**given):
             raise ValueError(f"{key}: expected one of {', '.join(map(str, filter(None, allowed)))}, got {s[key]!r}")
     for key, least in LEAST.items():
         s[key] = whole_number(key, s[key], least)
+    if s["window"] is not None:
+        s["window"] = whole_number("window", s["window"])
+    if s["hidden"] and not s["grid"]:
+        if "hidden" in given:
+            raise ValueError(f"hidden: expected 0 without a spatial term (grid 0), got {s['hidden']}")
+        s["hidden"] = 0
     for key in ("lr", "clip"):
         if s[key] is not None and not 0 < s[key] < math.inf:
             raise ValueError(f"{key}: expected a positive number, got {s[key]!r}")
@@ -83,12 +92,13 @@ def settings(**given):
         got = f"{s['micro_batches']} parts of a batch of {s['batch_size']}"
         raise ValueError(f"micro_batches: expected parts of at least 2 images each, got {got}")
     if s["mode"] == "backprop":
-        for key in ("window", "grid", "schedule", "freeze", "granularity"):
+        for key in ("window", "plan", "memory", "finish", "grid", "hidden", "schedule", "freeze", "granularity"):
             if key in given and given[key] != DEFAULTS[key]:
                 raise ValueError(f"{key}: expected none with mode backprop, which has no blocks, got {given[key]!r}")
     if s["schedule"] == "greedy":
-        if "window" not in given:
-            s["window"] = 1
+        if s["window"] not in (None, 1):
+            got = s["window"]
+            raise ValueError(f"window: expected 1 with schedule='greedy', which trains one block alone, got {got}")
         if s["freeze"]:  # a greedy run would never train the heads of frozen blocks
             raise ValueError(f"freeze: expected 0 with schedule greedy, got {s['freeze']}")
     if s["model"].startswith("resnet") and s["width"] < CHANNELS_LAST_WIDTH and s["channels_last"]:
@@ -156,8 +166,22 @@ def build_network(s, num_classes, input_shape, device="cpu"):
         paths = [path.strip() for path in granularity.split(",")]
         if len(paths) > 1 or paths[0] in dict(net.named_modules()) or "." in granularity:
             granularity = paths
-    heads = {key: s[key] for key in ("grid", "scale", "window", "vote")}
-    return SFF(net, num_classes, granularity, input_shape, readout=s["mode"] == "backprop", **heads).to(device)
+    options = {key: s[key] for key in ("grid", "hidden", "scale", "window", "memory", "batch_size", "vote")}
+    if s["mode"] == "sff":
+        options["plan"] = _plan(s["plan"])
+    return SFF(net, num_classes, granularity, input_shape, readout=s["mode"] == "backprop", **options).to(device)
+
+
+def _plan(text):
+    """The argument `plan` of SFF that a setting means: "pairs", "drawn", or numbers of blocks with commas, turns of them with |."""
+    if text is None or text in ("pairs", "drawn"):
+        return text
+    try:
+        turns = [[int(number) for number in turn.split(",")] for turn in text.split("|")]
+    except ValueError:
+        expected = "pairs, drawn, or the blocks that end segments, such as 1,3,8, or turns of them, such as 1,3,8|0,2,8"
+        raise ValueError(f"plan: expected {expected}, got {text!r}") from None
+    return turns if len(turns) > 1 else turns[0]
 
 
 def build_trainer(s, sff, distributed=None):
@@ -177,7 +201,8 @@ def build_trainer(s, sff, distributed=None):
         count = len(sff.blocks)
         raise ValueError(f"freeze: expected at most {count - 1} of the {count} blocks, got {s['freeze']}")
     frozen = {"frozen": s["freeze"], "train_frozen_heads": True}
-    return Trainer(sff, make, schedule=s["schedule"], distributed=distributed, **frozen, **options)
+    how = {"schedule": s["schedule"], "finish": s["finish"]}
+    return Trainer(sff, make, distributed=distributed, **how, **frozen, **options)
 
 
 def describe(s, dataset):
@@ -294,8 +319,8 @@ def read_run(folder, device="cpu"):
         raise CheckpointError(
             f"{file}: expected a checkpoint of fastff train, it does not say how to build the network"
         )
-    # A setting that the run does not have, since it was added to fastff later, gets its default.
-    return state, meta | {"settings": DEFAULTS | meta["settings"]}
+    # A setting that the run does not have was added to fastff later.
+    return state, meta | {"settings": DEFAULTS | BEFORE | meta["settings"]}
 
 
 def transfer(sff, folder):
@@ -392,10 +417,11 @@ def classify(folder, paths, device, exit_threshold=None):
                 answers.append(Answer(classes[label], confidence, []))
             continue
         found = sff.predict(images, exit_threshold)
-        votes = torch.stack([h.logits(g).softmax(1) for h, g in zip(sff.heads, sff.goodness(images), strict=True)])
-        confidence, label = votes.max(2)
+        voters = sff.plan.voters
+        votes = [sff.heads[i].logits(g).softmax(1) for i, g in zip(voters, sff.goodness(images), strict=True)]
+        confidence, label = torch.stack(votes).max(2)
         for i in range(len(images)):
-            computed = range(int(found.block[i]) + 1)
-            blocks = [(sff.blocks[b].name, classes[int(label[b, i])], float(confidence[b, i])) for b in computed]
+            computed = [(n, b) for n, b in enumerate(voters) if b <= int(found.block[i])]
+            blocks = [(sff.blocks[b].name, classes[int(label[n, i])], float(confidence[n, i])) for n, b in computed]
             answers.append(Answer(classes[int(found.label[i])], float(found.confidence[i]), blocks))
     return answers

@@ -17,7 +17,8 @@ class Backprop(Session):
 
     Args:
         sff: fastff.SFF made with readout=True. Its cut is used by the two options below; otherwise only its model is used.
-        optimizer: function that makes the optimiser from parameter groups; default AdamW, fused, 2e-3.
+        optimizer: function that makes the optimiser from parameter groups; default
+            fastff.training.optim.muon(2e-3).
         checkpointing: keep only the tensors at the cuts, and compute each block again in the backward pass.
         deep_supervision: add the local loss of each block's head, with gradients through all blocks before it.
         lr_schedule, options: as in fastff.Trainer.
@@ -29,7 +30,7 @@ class Backprop(Session):
     ):
         if not isinstance(sff, SFF) or not sff.readout:
             raise ValueError("sff: expected fastff.SFF with readout=True, so that the model's classifier is kept")
-        options, make = Options(**options), optimizer or optim.adamw(optim.BACKPROP_LR)
+        options, make = Options(**options), optimizer or optim.muon(optim.BACKPROP_LR)
         super().__init__(BackpropEngine(sff, make, options, checkpointing, deep_supervision), options, lr_schedule)
 
 

@@ -25,7 +25,8 @@ class Trainer(Session):
 
     Args:
         sff: fastff.SFF.
-        optimizer: function that makes the optimiser of a block from its parameter groups; default AdamW, fused, 4e-3.
+        optimizer: function that makes the optimiser of a block from its parameter groups; default fastff.training.optim.muon(4e-3):
+            orthogonalised updates of convolutions, AdamW for the rest.
         schedule: "all" trains every block in every minibatch (as in the paper); "greedy" one block after the other, for `epochs` of fit each.
         window: the loss of each block also trains the window - 1 blocks before it; takes the place of the SFF's plan.
         plan: which losses a step has and which blocks each trains, as for SFF, whose plan it becomes.
@@ -83,7 +84,7 @@ class Trainer(Session):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
                 parameter.requires_grad_(False)
-        make = optimizer or optim.adamw(optim.LOCAL_LR)
+        make = optimizer or optim.muon(optim.LOCAL_LR)
         super().__init__(LocalEngine(sff, make, options, ranks, plan, frozen, finish), options, lr_schedule)
 
 
@@ -111,9 +112,7 @@ def _ranks(distributed, sff, plan, frozen, options):
             raise ValueError(f"distributed: expected {text}, got {plan.name!r}; distributed='data' takes any")
         most = len(route_of(plan.at(0, frozen), range(len(sff.blocks))).chains)
         if ranks.block_size > most:
-            text = (
-                f"at most {most} ranks to share the blocks, since no gradient may pass between them ({plan.name})"
-            )
+            text = f"at most {most} ranks to share the blocks, since no gradient may pass between them ({plan.name})"
             raise ValueError(f"distributed: expected {text}, got {ranks.block_size}")
     return ranks
 
@@ -196,8 +195,6 @@ class LocalEngine:
 
     def set_progress(self, schedule, progress):
         """Set the learning rates for a step that ends at `progress` (0..1 of fit): with `finish`, each block's on a schedule of its own."""
-        if not self.finish:
-            return optim.set_progress(self.optimizers, schedule, progress)
         count, before = len(self.sff.blocks), self.start
         ends = [1 - self.finish * (1 - i / max(1, count - 1)) for i in range(count)]
         for optimizer, end in zip(self.block_optimizers, ends, strict=True):
