@@ -15,7 +15,7 @@ from fastff.nn.head import GoodnessHead
 from fastff.ops.goodness import plan_for
 from fastff.segment_memory import SegmentEstimate, SegmentMemory
 
-VOTES = ("softmax", "goodness", "last")
+VOTES = ("weighted", "softmax", "goodness", "last")
 
 
 class Prediction(NamedTuple):
@@ -46,7 +46,8 @@ class SFF(nn.Module):
             plan has the fewest segments that keep to it, counted here for minibatches of `batch_size` (fastff/segment_memory.py);
             print(sff) shows them.
         batch_size: of the minibatches that `memory` is counted for.
-        vote: "softmax" averages the blocks' softmax(tau * goodness), "goodness" averages goodness, "last" takes the last block's.
+        vote: "weighted" averages the blocks' log softmax(tau * goodness), the n-th voter's with weight n, since later ones know more (and takes
+            the softmax of that); "softmax" averages their softmax; "goodness" their goodness; "last" takes the last block's goodness.
         normalize: between blocks: a name of fastff.spec.NORMALIZATIONS such as "layer_norm" (over a sample), or None.
         readout: keep the model's own classifier, trained on detached features beside the blocks; otherwise it is not used.
         channel_dim: of the blocks' outputs, 1 or -1; None finds out from their shapes.
@@ -64,7 +65,7 @@ class SFF(nn.Module):
 
     def __init__(
         self, model, num_classes, granularity="auto", input_shape=(3, 32, 32), *, goodness="sff", window=None, plan=None,
-        memory=None, batch_size=64, vote="softmax", normalize="layer_norm", readout=False, channel_dim=None, fuse=True, **head,
+        memory=None, batch_size=64, vote="weighted", normalize="layer_norm", readout=False, channel_dim=None, fuse=True, **head,
     ):  # fmt: skip
         super().__init__()
         if vote not in VOTES:
@@ -177,13 +178,17 @@ class SFF(nn.Module):
         """What blocks with these goodness vectors, those that vote or the first of them, say together: [B, K]."""
         if self.vote == "last":
             return goodness[-1]
+        heads = [self.heads[i] for i in self.plan.voters]
+        logits = [head.logits(g) for g, head in zip(goodness, heads, strict=False)]
         if self.vote == "softmax":
-            heads = [self.heads[i] for i in self.plan.voters]
-            goodness = [head.logits(g).softmax(1) for g, head in zip(goodness, heads, strict=False)]
-        return torch.stack(goodness).mean(0)
+            return torch.stack([z.softmax(1) for z in logits]).mean(0)
+        if self.vote == "goodness":
+            return torch.stack(goodness).mean(0)
+        weight = 2 / (len(logits) * (len(logits) + 1))  # of the first voter; all weights are one together
+        return sum(n * weight * z.log_softmax(1) for n, z in enumerate(logits, 1)).softmax(1)
 
     def forward(self, images):
-        """The vote of the blocks [B, K]: probabilities for vote="softmax", goodness otherwise."""
+        """The vote of the blocks [B, K]: probabilities for vote="weighted" and "softmax", goodness otherwise."""
         return self.votes(self.goodness(images))
 
     @torch.no_grad()
@@ -207,7 +212,7 @@ class SFF(nn.Module):
                 continue
             seen.append(block.head(main))
             vote = self.votes(seen)
-            probabilities = vote if self.vote == "softmax" else block.head.logits(vote).softmax(1)
+            probabilities = vote if self.vote in ("weighted", "softmax") else block.head.logits(vote).softmax(1)
             sure, best = probabilities.max(1)
             last = index + 1 == len(self.blocks)
             leave = (

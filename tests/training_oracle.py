@@ -47,7 +47,8 @@ MODELS = {
 def made(name="plain", dtype=torch.float64, seed=0, **options):
     torch.manual_seed(seed)
     make, shape = MODELS[name]
-    return SFF(make().to(dtype), CLASSES, input_shape=shape, **{"granularity": "block"} | options)
+    plain = {"granularity": "block"} | ({"hidden": 0} if options.get("goodness", "sff") == "sff" else {})
+    return SFF(make().to(dtype), CLASSES, input_shape=shape, **plain | options)
 
 
 def batches(sff, steps=10, size=6, dtype=torch.float64):

@@ -68,7 +68,7 @@ def run_mode(s, dataset, mode, device, progress=True):
         "peak_memory_mb": memory,
         "epochs": s["epochs"],
         "blocks": history[-1]["blocks"],
-        "block_names": list(trainer.names) if history[-1]["blocks"] else [],
+        "block_names": [trainer.names[i] for i in trainer.sff.plan.voters] if history[-1]["blocks"] else [],
         "history": history,
     }
 

@@ -25,13 +25,13 @@ DEFAULTS = {
     "data": "digits", "root": None, "subset": None, "image_size": None,
     "model": "resnet18", "width": 16, "mode": "sff", "granularity": "auto",
     "epochs": 15, "batch_size": 64, "lr": None, "weight_decay": 0.05, "optimizer": "muon",
-    "grid": 4, "hidden": 64, "scale": None, "window": None, "plan": None, "memory": None, "finish": 0.0, "vote": "softmax",
+    "grid": 4, "hidden": 64, "scale": None, "window": None, "plan": None, "memory": None, "finish": 0.0, "vote": "weighted",
     "schedule": "all",
     "micro_batches": 1, "clip": None, "amp": None, "compile": False, "channels_last": True,
     "seed": 0, "freeze": 0, "batch_norm": "local",
 }  # fmt: skip
 # What runs did that were saved before there was such a setting, where it is not today's default.
-BEFORE = {"optimizer": "adamw", "hidden": 0}
+BEFORE = {"optimizer": "adamw", "hidden": 0, "vote": "softmax", "granularity": "block"}
 CHOICES = {
     "model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": tuple(AMP), "batch_norm": BATCH_NORMS,
     "optimizer": ("adamw", "muon"),

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-ROWS = 128
+ROWS = 64
 
 
 def orthogonalized(matrix):

@@ -157,8 +157,8 @@ class LocalEngine:
 
     def _learned(self, index):
         """The parameters of a block that this engine's steps may train: not those of a head without a loss."""
-        with_loss = index in self.plan.voters or index < self.frozen
-        return self.sff.block_parameters(index) if with_loss else self.sff.blocks[index].parameters()
+        voter = index in self.plan.voters
+        return self.sff.block_parameters(index) if voter else self.sff.blocks[index].parameters()
 
     def _measure(self):
         """Return the seconds of each chain of blocks, measured on a copy."""
@@ -208,10 +208,14 @@ class LocalEngine:
 
     def segments(self, t):
         """The segments of step t, with one for the head of each frozen block that learns."""
-        heads = tuple(
-            plans.Segment(i, i) for i in range(self.frozen) if self.block_optimizers[i] is not None and self.phases == 1
-        )
-        return (*heads, *self.plan.at(t, self.start, self.phase))
+        if self.phases > 1:
+            return self.plan.at(t, self.start, self.phase)
+        heads = [i for i in self.plan.voters if i < self.frozen and self.block_optimizers[i] is not None]
+        if self.start == self.frozen:
+            segments = plans.starting_at(self.frozen, self.plan.at(t))
+        else:
+            segments = self.plan.at(t, self.start)
+        return (*(plans.Segment(i, i) for i in heads), *segments)
 
     def counted(self, t):
         """Return [L], 1 for the blocks with a loss on this rank in step t, else 0."""
