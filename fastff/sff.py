@@ -55,8 +55,9 @@ class SFF(nn.Module):
             [+ activation] in one pass, at a block's end together with the goodness step. Modules inside a block are not all called as such
             then; a hook on one of these turns it off for its block. Modules whose Python does more than compute with tensors are called as they
             are (fastff/graph/plain.py); print(sff) names them.
-        head: the heads' further keywords: grid (default 4), hidden (default 64 where the grid has several cells), kernel_size, squares, bias, scale, tau, learn_tau, margin, label_smoothing, impl,
-            algorithm of fastff.nn.GoodnessHead; loss, theta, alpha, ... of fastff.nn.GroupGoodness.
+        head: the heads' further keywords: grid (default 4), hidden (default 64 where the grid has several cells), kernel_size, squares, bias,
+            scale, tau, learn_tau, margin, label_smoothing, impl, algorithm of fastff.nn.GoodnessHead; loss, theta, alpha, ... of
+            fastff.nn.GroupGoodness.
             The paper's setting: granularity="block", grid=0, scale=1, window=1, vote="goodness".
 
     Attributes: model, blocks (tuple of fastff.graph.cut.Block), heads (ModuleList), local_blocks (tuple of fastff.nn.LocalBlock: a block

@@ -211,10 +211,8 @@ class LocalEngine:
         if self.phases > 1:
             return self.plan.at(t, self.start, self.phase)
         heads = [i for i in self.plan.voters if i < self.frozen and self.block_optimizers[i] is not None]
-        if self.start == self.frozen:
-            segments = plans.starting_at(self.frozen, self.plan.at(t))
-        else:
-            segments = self.plan.at(t, self.start)
+        finished = self.start > self.frozen
+        segments = self.plan.at(t, self.start) if finished else plans.starting_at(self.frozen, self.plan.at(t))
         return (*(plans.Segment(i, i) for i in heads), *segments)
 
     def counted(self, t):
