@@ -166,7 +166,9 @@ class Projection(NamedTuple):
 
     def dtype(self, x):
         """The dtype of the arithmetic on x: float64 if an argument is, else float32, also for 16-bit x, whose squares overflow."""
-        wide = any(t is not None and t.dtype == torch.float64 for t in (x, self.weight, self.grid_weight, self.hidden_weight))
+        wide = any(
+            t is not None and t.dtype == torch.float64 for t in (x, self.weight, self.grid_weight, self.hidden_weight)
+        )
         return torch.float64 if wide else torch.float32
 
     def in_dtype(self, x):

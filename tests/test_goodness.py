@@ -96,7 +96,10 @@ def problems(draw, dtype):
     hidden, statistics = [None] * 3, (1e-5, None, None)
     if M:
         one_value = B * min(H, grid[0]) * min(W, grid[1]) == 1
-        hidden = [values((1 / C) ** 0.5, M, C), *(values(0.3, M, offset=o) if draw(st.booleans()) else None for o in (1, 0))]
+        hidden = [
+            values((1 / C) ** 0.5, M, C),
+            *(values(0.3, M, offset=o) if draw(st.booleans()) else None for o in (1, 0)),
+        ]
         if one_value or draw(st.booleans()):
             statistics = (1e-3, values(0.3, M), values(0.3, M).abs() + 0.1)
     algorithms = ["auto", "direct"] + ["second_moment"] * (kernel == 1)
@@ -178,7 +181,9 @@ def magnitudes(problem, d):
         mean, rstd = column(mean.double()), column(var.double() + eps).rsqrt()
         largest = float(((z.abs() + mean.abs()) * rstd).max())
         assume(float(affine((z - mean) * rstd, *tensors[5:]).abs().min()) > 1e-5 * (1 + largest))
-        spread = 2 + largest**2  # batch norm's gradient has three terms: dL/dh, its mean, and h times the mean of dL/dh h
+        spread = (
+            2 + largest**2
+        )  # batch norm's gradient has three terms: dL/dh, its mean, and h times the mean of dL/dh h
 
     def scalar(*leaves):
         norm = lambda z: affine((z + mean.abs()) * rstd, *leaves[5:])  # noqa: E731

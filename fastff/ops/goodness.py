@@ -86,7 +86,9 @@ def differentiable(x, projection, impl, algorithm):
         wide, head = projection.in_dtype(x)
         term, mean, var = reference.spatial(reference.cell_means(wide, head.grid_weight), head.grid_weight, head.hidden)
         if weight is not None:
-            x = wide if x.requires_grad else x  # the gradients of both terms are added before they are rounded to x's dtype
+            x = (
+                wide if x.requires_grad else x
+            )  # the gradients of both terms are added before they are rounded to x's dtype
             term = term + torch.ops.fastff.goodness(x, weight, bias, None, padding, impl, algorithm)
     return term, mean, var
 
