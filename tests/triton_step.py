@@ -29,7 +29,7 @@ def test_step(name, activation, hidden):
             tensors = (t.to(dtype) for t in (x, residual, weight, bn_weight, bn_bias))
             y, r, w, scale, shift = tensors
             grid_weight, layer = (
-                torch.linspace(-1, 1, 5 * 16 * 6, dtype=dtype).sin().view(5, 16, 2, 3),
+                torch.linspace(-1, 1, 5 * 16 * 6, dtype=dtype).sin().div(8).view(5, 16, 2, 3),
                 w.new_ones(16, 16).tril() / 4,
             )
             head = spec.Projection(w, None, grid_weight, (0, 0), layer, scale, shift) if hidden else spec.Projection(w)
