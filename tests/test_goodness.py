@@ -513,7 +513,7 @@ def test_compile_and_export():
         def __init__(self):
             super().__init__()
             self.block = FFConv2d(3, 4, 3, num_classes=5, grid=2, bias=True)
-            self.head = GoodnessHead(4, 5, kernel_size=3, learn_tau=True)
+            self.head = GoodnessHead(4, 5, kernel_size=3, grid=2, hidden=3, learn_tau=True)
 
         def forward(self, x):
             y, g = self.block(x)

@@ -517,3 +517,10 @@ def test_what_a_hidden_layer_refuses():
             ff.goodness(x, torch.randn(3, 6), **({"grid_weight": V, "hidden": hidden} | change))
     with pytest.raises(TypeError, match="hidden: expected a fastff.spec.Hidden or None, got Tensor"):
         ff.goodness(x, None, grid_weight=V, hidden=hidden.weight)
+
+
+def test_a_hidden_layer_compiled_in_training_mode():
+    head, x = hidden_head(), torch.randn(4, 6, 5, 5)
+    twin = copy.deepcopy(head)
+    torch.testing.assert_close(torch.compile(head, fullgraph=True, backend="aot_eager")(x), twin(x))
+    torch.testing.assert_close(head.state_dict(), twin.state_dict())
