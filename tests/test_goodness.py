@@ -389,7 +389,7 @@ def test_every_form_of_the_algorithms(shape, classes, impl, algorithm, layout):
         with planned_for(budget):
             step = ff.goodness_step(x, weight, bias, target, grid_weight=grid_weight, impl=impl, algorithm=algorithm)
         got = (step.grad_x, step.grad_weight[:, :, None, None], step.grad_bias, step.grad_grid_weight)
-        for name, a, b in zip(NAMES, got, exact, strict=True):
+        for name, a, b in zip(NAMES[:4], got, exact, strict=True):
             torch.testing.assert_close(
                 a.double(),
                 b,
