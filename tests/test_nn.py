@@ -524,3 +524,18 @@ def test_a_hidden_layer_compiled_in_training_mode():
     twin = copy.deepcopy(head)
     torch.testing.assert_close(torch.compile(head, fullgraph=True, backend="aot_eager")(x), twin(x))
     torch.testing.assert_close(head.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("hidden", [0, 4])
+def test_a_head_inside_the_users_autocast(impl, hidden):
+    """A step, and a head with a hidden layer, compute in float32 as they do without it."""
+    torch.manual_seed(0)
+    head, x, target = (
+        GoodnessHead(6, CLASSES, grid=2, hidden=hidden, impl=impl),
+        torch.randn(4, 6, 5, 5),
+        torch.arange(4),
+    )
+    expected = head.local_step(x, target), head(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close((head.local_step(x, target), head(x)), expected, rtol=0, atol=0)
