@@ -171,6 +171,11 @@ class Projection(NamedTuple):
         )
         return torch.float64 if wide else torch.float32
 
+    def hidden_values(self, x):
+        """The number of values of each channel of the hidden layer for x [B, C, H, W]: samples times cells, at most one cell a position."""
+        (B, _, H, W), (*_, rows, columns) = x.shape, self.grid_weight.shape
+        return B * min(H, rows) * min(W, columns)
+
     def in_dtype(self, x):
         """Return x and this Projection in the dtype of the arithmetic."""
         dtype = self.dtype(x)
@@ -182,6 +187,8 @@ class Projection(NamedTuple):
         """Make one for x [B, C, H, W] from weight [K, C] or [K, C, k, k], an int or a pair as padding, and a Hidden or None."""
         if hidden is not None and not isinstance(hidden, Hidden):
             raise TypeError(f"hidden: expected a fastff.spec.Hidden or None, got {type(hidden).__name__}")
+        if hidden is not None and hidden.weight is None:
+            raise TypeError("hidden_weight: expected a floating-point tensor, got NoneType")
         padding = (padding, padding) if isinstance(padding, int) else padding
         made = cls(weight, bias, grid_weight, padding, *(hidden or ()))
         made.check(x, algorithm, called)
@@ -214,6 +221,9 @@ class Projection(NamedTuple):
             channels = self.hidden_weight.shape[0]
         if grid_weight is not None and (grid_weight.dim() != 4 or grid_weight.shape[:2] != (self.classes, channels)):
             raise ValueError(f"grid_weight: expected [{self.classes}, {channels}, G, G], got {list(grid_weight.shape)}")
+        if self.hidden_weight is not None and self.hidden_mean is None and self.hidden_values(x) < 2:
+            expected = "more than one sample or cell for the batch statistics of the hidden layer"
+            raise ValueError(f"{called}: expected {expected}, got {self.hidden_values(x)} of shape {list(x.shape)}")
         pair = isinstance(padding, tuple | list) and len(padding) == 2
         if not pair or not all(isinstance(p, int) and p >= 0 for p in padding):
             raise ValueError(f"padding: expected an int or a pair of at least 0, got {padding!r}")
@@ -239,10 +249,6 @@ class Projection(NamedTuple):
         number_between("hidden_eps", self.hidden_eps, 0, math.inf, low_allowed=True)
         if (self.hidden_mean is None) != (self.hidden_var is None):
             raise ValueError("hidden_mean, hidden_var: expected both or neither, got one of them")
-        values = x.shape[0] * math.prod(map(min, x.shape[2:], self.grid_weight.shape[2:]))
-        if self.hidden_mean is None and values < 2:
-            expected = "more than one sample or cell for the batch statistics of the hidden layer"
-            raise ValueError(f"{called}: expected {expected}, got {values} of shape {list(x.shape)}")
 
 
 class Groups(NamedTuple):

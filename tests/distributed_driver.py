@@ -187,10 +187,13 @@ def main(folder):
         held.append(state_bytes(trainer))
     found["state"] = trainer.ranks.gather(held)
     # local batch norm: every rank its own statistics, their mean after synchronize
-    trainer = Trainer(network("resnet18-8"), SGD, distributed="data")
-    train(trainer, 2)
-    means = trainer.ranks.gather(trainer.sff.model.bn1.running_mean)
-    found["local"] = all(torch.equal(means[0], other) for other in means)
+    found["local"] = True
+    for kind in ("data", Distributed(batch_norm="synchronized")):  # a hidden layer's are a rank's own in both
+        trainer = Trainer(network("resnet18-8", grid=2, hidden=3), SGD, distributed=kind)
+        train(trainer, 2)
+        for norm in (trainer.sff.model.bn1, trainer.sff.heads[0].hidden_norm):
+            means = trainer.ranks.gather(norm.running_mean)
+            found["local"] &= all(torch.equal(means[0], other) for other in means)
     # another loader, with torch's sampler
     data_set = [(torch.randn(3, 16, 16), i % CLASSES) for i in range(32)]
     sampler = torch.utils.data.DistributedSampler(data_set)

@@ -35,6 +35,7 @@ WRONG = {
     "groups": [*COUNT, C + 1], "power": [None, "a", 0, 3, 1.5, NAN, object(), []], "num_classes": [*COUNT, 10_000],
     "need_grad_x": [None, *FLAG], "need_grad_residual": [None, *FLAG], "mean": [None, *FLAG], "positions": [None, *FLAG],
     "value": ["a", object(), [1.0], torch.zeros(2)],
+    "hidden": ["a", 1.5, object(), (torch.zeros(5, C),), *map(ff.Hidden, TENSOR), ff.Hidden(torch.zeros(5, C), *[object()] * 5)],
 }  # fmt: skip
 
 
@@ -76,7 +77,12 @@ def test_wrong_values_are_named(name):
             FUNCTIONS[name](**given | {argument: value})
         except (TypeError, ValueError, RuntimeError) as error:
             text = str(error).splitlines()[0]
-            if not text.startswith((f"{argument}:", f"{argument}=")) or isinstance(error, RuntimeError):
+            said = (
+                f"{argument}:",
+                f"{argument}=",
+                *(f"hidden_{field}:" for field in ff.Hidden._fields if argument == "hidden"),
+            )
+            if not text.startswith(said) or isinstance(error, RuntimeError):
                 wrong.append(f"{called}: {type(error).__name__}: {text[:100]}")
         except Exception as error:
             wrong.append(f"{called}: {type(error).__name__}: {error}"[:150])

@@ -100,49 +100,89 @@ def head(draw, C, B):
     return weight, bias, grid_weight, draw.labels(K, B), draw.of("direct", "second_moment")
 
 
+def hidden_layer(draw, x, grid_weight):
+    """(grid_weight of another shape, a Hidden layer on x, True) for half of the heads with a grid, else (grid_weight, None, True).
+
+    False if its batch norm has values close to the kink of ReLU or close together: they are computed from x in float64."""
+    if grid_weight is None or draw.of(True, False):
+        return grid_weight, None, True
+    M, C = draw.of(1, 5, 16, 70), x.shape[1]
+    (known,) = draw.maybe((draw.laid(draw.values(M, scale=0.3)), draw.laid(draw.values(M).abs() + 0.1)))
+    affine = draw.maybe(draw.laid(draw.values(M)), draw.laid(draw.values(M)))
+    hidden = spec.Hidden(draw.laid(draw.values(M, C, scale=(1 / C) ** 0.5)), *affine, 1e-3, *(known or (None, None)))
+    means = reference.cell_means(x.double(), grid_weight)
+    _, _, h, _, var = reference.hidden_layer(means, *wide_hidden(hidden))
+    fits = float(h.abs().min()) > 1e-4 and float(var.min()) > 1e-2
+    shape = (len(grid_weight), M, *grid_weight.shape[2:])
+    return draw.laid(draw.values(*shape, scale=(1 / M) ** 0.5)), hidden, fits
+
+
+def wide_hidden(hidden):
+    """The Hidden layer in float64, or None."""
+    return hidden and spec.Hidden(*(t.double() if isinstance(t, torch.Tensor) else t for t in hidden))
+
+
 def temperature(draw):
     """tau as a number or a learned one, and the factor of all gradients."""
     (grad_scale,) = draw.maybe(draw.factor((), (1,)))
     return draw.of(0.5, draw.factor(())), grad_scale
 
 
-def step_gradients(x, weight, bias, grid_weight, target, tau, grad_scale):
-    """(losses, g, grad_x, grad_weight, grad_bias, grad_grid, grad_tau) by the definitions, and how much more may be off where goodness is large."""
+def step_gradients(x, weight, bias, grid_weight, hidden, target, tau, grad_scale):
+    """{field of the step: its value, losses not reduced} by the definitions, and how much more may be off where goodness is large."""
     flat = weight.view(*weight.shape[:2], 1, 1)
     learned, tau = isinstance(tau, torch.Tensor), float(tau)
-    g = reference.goodness(x, flat, bias, grid_weight)
+    g = reference.goodness(x, flat, bias, grid_weight, hidden=hidden)
     scale = (1.0 if grad_scale is None else float(grad_scale)) / len(x)
     d, grad_tau = reference.goodness_gradient(g, target, tau, scale=scale)
-    grads = head_gradients(d, x, weight, bias, grid_weight)
-    losses = reference.margin_cross_entropy(g, target, tau)
-    return losses, g, *grads, grad_tau if learned else None, max(1.0, tau * float(g.abs().max()) / 50)
+    found = {
+        "loss": reference.margin_cross_entropy(g, target, tau).mean(),
+        "goodness": g,
+        "grad_tau": grad_tau if learned else None,
+    }
+    found |= zip(GRADIENTS, head_gradients(d, x, weight, bias, grid_weight, hidden), strict=False)
+    found |= zip(("hidden_mean", "hidden_var"), (None, None), strict=True)
+    if hidden is not None:
+        found |= zip(
+            ("hidden_mean", "hidden_var"),
+            reference.hidden_layer(reference.cell_means(x, grid_weight), *hidden)[-2:],
+            strict=True,
+        )
+    return found, max(1.0, tau * float(g.abs().max()) / 50)
 
 
-def head_gradients(d, x, weight, bias, grid_weight):
-    """(grad_x, grad_weight, grad_bias, grad_grid) of the sum of d * g."""
+GRADIENTS = (
+    "grad_x", "grad_weight", "grad_bias", "grad_grid_weight", "grad_hidden_weight", "grad_hidden_bn_weight", "grad_hidden_bn_bias"
+)  # fmt: skip
+
+
+def head_gradients(d, x, weight, bias, grid_weight, hidden=None):
+    """The GRADIENTS of the sum of d * g."""
     grad_x, grad_weight, grad_bias = reference.gradients_direct(d, x, weight.view(*weight.shape[:2], 1, 1), bias)
-    grad_grid = None
+    grads = [None] * 4
     if grid_weight is not None:
-        spread, grad_grid = reference.gradients_grid(d, x, grid_weight)
+        spread, *found = reference.gradients_grid(d, x, grid_weight, hidden)
         grad_x = grad_x + spread
-    return grad_x, grad_weight.view(weight.shape), grad_bias if bias is not None else None, grad_grid
+        present = (True, *(t is not None for t in (hidden or ())[:3]))
+        grads = [grad if here else None for grad, here in zip(found, present, strict=True)] + [None] * (4 - len(found))
+    return grad_x, grad_weight.view(weight.shape), grad_bias if bias is not None else None, *grads
 
 
 def goodness(draw):
     x = draw.images()
     weight, bias, grid_weight, target, algorithm = head(draw, x.shape[1], len(x))
+    grid_weight, hidden, fits = hidden_layer(draw, x, grid_weight)
+    if not fits:
+        return
     need, normalize = draw.of(True, False), draw.of("layer_norm", None)
     tau, grad_scale = temperature(draw)
     step = ff.goodness_step(
-        x, weight, bias, target, grid_weight=grid_weight, tau=tau, grad_scale=grad_scale, algorithm=algorithm, impl="native",
+        x, weight, bias, target, grid_weight=grid_weight, hidden=hidden, tau=tau, grad_scale=grad_scale, algorithm=algorithm, impl="native",
         normalize=normalize, need_grad_x=need,
     )  # fmt: skip
-    losses, g, grad_x, *want, loose = step_gradients(*wide(x, weight, bias, grid_weight), target, tau, grad_scale)
-    close("loss", step.loss, losses.mean(), 1.0, loose)
-    for name, got, exact in zip(
-        ff.GoodnessStep._fields[1:7], step[1:7], (g, grad_x if need else None, *want), strict=True
-    ):
-        close(name, got, exact, 0.1, loose)
+    want, loose = step_gradients(*wide(x, weight, bias, grid_weight), wide_hidden(hidden), target, tau, grad_scale)
+    for name, exact in (want | ({} if need else {"grad_x": None})).items():
+        close(name, getattr(step, name), exact, 1.0 if name == "loss" else 0.1, loose)
     if normalize and x[0].numel() > 1:
         close("normalized", step.normalized.flatten(1), reference.layer_norm(x.double()), 1.0)
 
@@ -158,7 +198,9 @@ def differentiated(draw):
     got = [None if t is None else next(found) for t in (x, weight, bias, grid_weight)]
     exact = wide(*(None if t is None else t.detach() for t in (x, weight, bias, grid_weight)))
     close("g", g.detach(), reference.goodness(exact[0], exact[1].view(*weight.shape[:2], 1, 1), *exact[2:]), 0.1)
-    for name, a, b in zip(("x", "weight", "bias", "grid_weight"), got, head_gradients(d.double(), *exact), strict=True):
+    for name, a, b in zip(
+        ("x", "weight", "bias", "grid_weight"), got, head_gradients(d.double(), *exact), strict=False
+    ):
         close(f"dL/d{name}", a, b, 0.1)
 
 
@@ -174,16 +216,17 @@ def epilogue_step(draw):
     x, h, mean, var = reference.epilogue(*wide(y, gamma, beta), 1e-5, *wide(residual), activation)
     if any(float((h - kink).abs().min()) < 1e-4 for kink in KINKS.get(activation, ())) or float(var.min()) < 1e-3:
         return
+    grid_weight, hidden, fits = hidden_layer(draw, x, grid_weight)
+    if not fits:
+        return
     step = ff.tail_step(
         y, weight, bias, target, bn_weight=gamma, bn_bias=beta, residual=residual, activation=activation, grid_weight=grid_weight, tau=tau,
-        grad_scale=grad_scale, algorithm=algorithm, impl="native",
+        hidden=hidden, grad_scale=grad_scale, algorithm=algorithm, impl="native",
     )  # fmt: skip
-    losses, g, grad_x, *grads, loose = step_gradients(x, *wide(weight, bias, grid_weight), target, tau, grad_scale)
-    grad_y, grad_h, grad_gamma, grad_beta = reference.epilogue_gradients(
-        grad_x, y.double(), h, mean, var, *wide(gamma), 1e-5, activation
+    expected, loose = step_gradients(x, *wide(weight, bias, grid_weight), wide_hidden(hidden), target, tau, grad_scale)
+    expected["grad_x"], grad_h, grad_gamma, grad_beta = reference.epilogue_gradients(
+        expected["grad_x"], y.double(), h, mean, var, *wide(gamma), 1e-5, activation
     )
-    names = ("loss", "goodness", "grad_y", "grad_weight", "grad_bias", "grad_grid_weight", "grad_tau")
-    expected = dict(zip(names, (losses.mean(), g, grad_y, *grads), strict=True))
     expected["grad_residual"] = None if residual is None else grad_h
     expected["grad_bn_weight"] = None if gamma is None else grad_gamma
     expected["grad_bn_bias"] = None if beta is None else grad_beta
@@ -274,7 +317,8 @@ def block(draw):
     """A block that trains itself, its parameters and running statistics in layouts of their own, against one in float64."""
     B, C, D, K, size = draw.between(2, 5), draw.of(1, 3, 16, 17), draw.of(1, 5, 16), draw.of(1, 7), draw.between(3, 9)
     x, target, groups = draw.laid(draw.values(B, C, size, size)), draw.labels(K, B), draw.of(1, C)
-    options = {"grid": draw.of(0, 2), "bias": draw.of(True, False), "learn_tau": True}
+    grid = draw.of(0, 2)
+    options = {"grid": grid, "hidden": draw.of(0, 5) if grid else 0, "bias": draw.of(True, False), "learn_tau": True}
     kernel = draw.of(1, 3)
     twins = []
     for _ in range(2):
@@ -294,6 +338,13 @@ def block(draw):
         y = exact.module[0](x.double())
     if float(y.var((0, 2, 3)).min()) < 1e-2:
         return
+    if options["hidden"]:
+        with torch.no_grad():
+            means = reference.cell_means(exact.module[1:](y), exact.head.grid_weight)
+            _, _, h, _, var = reference.hidden_layer(means, *exact.head.goodness_spec().hidden)
+        if float(h.abs().min()) < 1e-4 or float(var.min()) < 1e-3:
+            return
+        exact.load_state_dict(state)  # the running statistics, which y has moved
     (normalized, loss), (want, want_loss) = ours.local_step(x, target), exact.local_step(x.double(), target)
     close("loss", loss, want_loss, 1.0)
     close("normalized", normalized, want, 1.0)

@@ -249,7 +249,12 @@ def test_training_with_fused_epilogues_is_training_without(name, granularity):
     net = make().double()
     size, micro_batches = (64, 1) if "torchvision" in name else (32, 2)
     batches = [(torch.randn(6, 3, size, size, dtype=torch.float64), torch.randint(5, (6,))) for _ in range(3)]
-    options = {"input_shape": (3, size, size), "window": 1, "granularity": granularity}
+    options = {
+        "input_shape": (3, size, size),
+        "window": 1,
+        "granularity": granularity,
+        "hidden": 6 * (name == "resnet18"),
+    }
     fused, plain = (SFF(copy.deepcopy(net), 5, **options, fuse=fuse) for fuse in (True, False))
     plain.load_state_dict(fused.state_dict())
     epilogues = epilogues_of(fused)

@@ -389,7 +389,7 @@ def test_every_form_of_the_algorithms(shape, classes, impl, algorithm, layout):
         with planned_for(budget):
             step = ff.goodness_step(x, weight, bias, target, grid_weight=grid_weight, impl=impl, algorithm=algorithm)
         got = (step.grad_x, step.grad_weight[:, :, None, None], step.grad_bias, step.grad_grid_weight)
-        for name, a, b in zip(NAMES, got, exact, strict=True):
+        for name, a, b in zip(NAMES[:4], got, exact, strict=True):
             torch.testing.assert_close(
                 a.double(),
                 b,
@@ -513,7 +513,7 @@ def test_compile_and_export():
         def __init__(self):
             super().__init__()
             self.block = FFConv2d(3, 4, 3, num_classes=5, grid=2, bias=True)
-            self.head = GoodnessHead(4, 5, kernel_size=3, learn_tau=True)
+            self.head = GoodnessHead(4, 5, kernel_size=3, grid=2, hidden=3, learn_tau=True)
 
         def forward(self, x):
             y, g = self.block(x)

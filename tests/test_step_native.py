@@ -10,7 +10,7 @@ from oracle import EAGER, assert_as_exact
 from fastff import reference, spec
 from fastff.kernels import native
 from fastff.kernels.native.step import run
-from fastff.spec import Epilogue, Groups, Loss, Normalization, Projection, Step, StepResult
+from fastff.spec import Epilogue, Groups, Hidden, Loss, Normalization, Projection, Step, StepResult
 
 pytestmark = pytest.mark.skipif(bool(native.reason()), reason=native.reason() or "available")
 
@@ -47,9 +47,16 @@ def eager_step(step):
         h = h if bn_bias is None else h + bn_bias[:, None, None]
         h = h if residual is None else h + residual
         h = EAGER[epilogue.activation](h)
+    hidden, statistics = [None] * 3, (None, None)
     if isinstance(head, Projection):
         weight, bias, grid_weight = leaf(head.weight), leaf(head.bias), leaf(head.grid_weight)
-        g = reference.goodness(h, weight, bias, grid_weight)
+        layer = head.hidden
+        if layer is not None:
+            hidden = [leaf(t) for t in layer[:3]]
+            layer = Hidden(*hidden, *layer[3:])
+            means = reference.cell_means(h, grid_weight).detach()
+            statistics = [t.detach() for t in reference.hidden_layer(means, *layer)[-2:]]
+        g = reference.goodness(h, weight, bias, grid_weight, hidden=layer)
     else:
         weight = bias = grid_weight = None
         g = reference.group_goodness(h, *head)
@@ -60,12 +67,12 @@ def eager_step(step):
     else:
         losses = reference.forward_forward_losses(g, loss.name, loss.theta, loss.alpha)
     scale = loss.scale(len(x)) * (1 if loss.grad_scale is None else loss.grad_scale.to(wide))
-    leaves = [x, weight, bias, grid_weight, tau, residual, bn_weight, bn_bias]
+    leaves = [x, weight, bias, grid_weight, tau, residual, bn_weight, bn_bias, *hidden]
     wanted = [leaf for leaf in leaves if leaf is not None]
     found = iter(torch.autograd.grad((losses * scale).sum(), wanted, allow_unused=True))
     grads = [None if leaf is None else next(found) for leaf in leaves]
     normalized = eager_normalized(h.detach(), step.normalization)
-    return StepResult(losses, g, *grads[:5], normalized, *grads[5:], mean, var)
+    return StepResult(losses, g, *grads[:5], normalized, *grads[5:8], mean, var, *grads[8:], *statistics)
 
 
 def to(step, dtype):
@@ -85,6 +92,7 @@ def check(step):
     for name, result, exact, float32 in zip(StepResult._fields, got, wide, plain, strict=True):
         if exact is None or (name == "grad_x" and not step.need_grad_x):
             batch_norm = step.epilogue is not None and name in ("grad_bn_weight", "grad_bn_bias")
+            batch_norm |= name in ("grad_hidden_bn_weight", "grad_hidden_bn_bias")
             assert result is None or batch_norm, f"{name} is not absent"
             continue
         assert_as_exact(
@@ -107,11 +115,15 @@ def drawn(shape=(6, 12, 7, 5), channels_last=False, seed=0):
     return generator, x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
-def projection(generator, C, K=10, bias=True, grid=True):
+def projection(generator, C, K=10, bias=True, grid=True, hidden=0, known=False):
     def draw(*size):
         return torch.randn(size, generator=generator) / C**0.5
 
-    return Projection(draw(K, C, 1, 1), draw(K) if bias else None, draw(K, C, 2, 3) if grid else None)
+    made = Projection(draw(K, C, 1, 1), draw(K) if bias else None, draw(K, hidden or C, 2, 3) if grid else None)
+    if not hidden:
+        return made
+    statistics = (draw(hidden), draw(hidden).square() + 0.1) if known else (None, None)
+    return Projection(*made[:4], draw(hidden, C), draw(hidden) + 1 if bias else None, draw(hidden), 1e-3, *statistics)
 
 
 def loss_of(name, B, K, **options):
@@ -142,6 +154,25 @@ def test_projection(channels_last, algorithm, K, activation):
         grad_scale=torch.tensor(2.0),
     )
     check(Step(x, epilogue, projection(generator, 12, K), loss, Normalization("layer_norm"), True, algorithm))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("algorithm", ["direct", "second_moment"])
+@pytest.mark.parametrize("shape", [(7, 12, 9, 8), (33, 5, 3, 4), (6, 40, 20, 20)])
+def test_hidden_layer(channels_last, algorithm, shape):
+    """Of every size of task, with the batch's statistics and with given ones, with and without a block's epilogue, of losses of pairs too."""
+    generator, x = drawn(shape, channels_last)
+    for K, M, known, activation, name in (
+        (10, 16, False, "silu", "cross_entropy"), (40, 70, True, None, "cross_entropy"), (10, 3, False, "none", "symba"),
+    ):  # fmt: skip
+        x = x if name == "cross_entropy" else x[: len(x) // 2 * 2]
+        epilogue = (
+            None if activation is None else Epilogue(torch.rand(shape[1]) + 0.5, residual=x, activation=activation)
+        )
+        head = projection(generator, shape[1], K, known is False, hidden=M, known=known)
+        loss = loss_of(name, len(x), K, tau=0.7, grad_scale=torch.tensor(2.0))
+        check(Step(x, epilogue, head, loss, Normalization("layer_norm"), activation is not None, algorithm))
+        check(Step(x, epilogue, head._replace(weight=None, bias=None), loss, Normalization()))
 
 
 @pytest.mark.parametrize("name", spec.LOSSES)
@@ -239,11 +270,11 @@ def test_many_positions_do_not_add_up_errors(head):
                     assert error < bound, f"{name}: relative error {error:.2g}"
 
 
-@pytest.mark.parametrize("head", ["projection", "groups"])
+@pytest.mark.parametrize("head", ["projection", "hidden", "groups"])
 @pytest.mark.parametrize("name", ["cross_entropy", "symba"])
 def test_number_of_threads_changes_no_bit(head, name):
     generator, x = drawn((8, 16, 5, 5))
-    goodness = projection(generator, 16) if head == "projection" else Groups(10)
+    goodness = Groups(10) if head == "groups" else projection(generator, 16, hidden=20 if head == "hidden" else 0)
     step = Step(x, Epilogue(residual=x), goodness, loss_of(name, 8, 10), Normalization("layer_norm"))
     threads, results = torch.get_num_threads(), []
     try:
@@ -265,6 +296,10 @@ def test_number_of_threads_changes_no_bit(head, name):
         ({"loss": Loss(target=torch.tensor([0.0, 1, 1, 2]))}, "int64"),
         ({"x": torch.ones(3, 8, 3, 3), "loss": Loss("softplus")}, "as many positive as negative"),
         ({"goodness": Projection(torch.ones(10, 8, 3, 3))}, "1 x 1 heads"),
+        (
+            {"goodness": Projection(None, grid_weight=torch.ones(10, 8, 2, 2), hidden_weight=torch.ones(5, 8))},
+            "hidden_weight",
+        ),
     ],
 )
 def test_errors_are_raised(change, message):

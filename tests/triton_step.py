@@ -17,9 +17,10 @@ def problem(channels_last=False):
     return x, residual, torch.randn(5, 16, 1, 1), torch.rand(16) + 0.5, torch.randn(16)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("name", spec.LOSSES)
-def test_step(name, activation):
+def test_step(name, activation, hidden):
     x, residual, weight, bn_weight, bn_bias = problem(channels_last=activation is None)
     loss = spec.Loss(name, torch.arange(6) % 5 if name == "cross_entropy" else None)
     for normalize, algorithm in (("layer_norm", "direct"), ("layer_norm_channels", "second_moment"), ("rms", "direct")):
@@ -27,8 +28,13 @@ def test_step(name, activation):
         def step(dtype, implementation, normalize=normalize, algorithm=algorithm):
             tensors = (t.to(dtype) for t in (x, residual, weight, bn_weight, bn_bias))
             y, r, w, scale, shift = tensors
+            grid_weight, layer = (
+                torch.linspace(-1, 1, 5 * 16 * 6, dtype=dtype).sin().div(8).view(5, 16, 2, 3),
+                w.new_ones(16, 16).tril() / 4,
+            )
+            head = spec.Projection(w, None, grid_weight, (0, 0), layer, scale, shift) if hidden else spec.Projection(w)
             around = activation and spec.Epilogue(scale, shift, residual=r, activation=activation)
-            local = spec.Step(y, around, spec.Projection(w), loss, spec.Normalization(normalize))
+            local = spec.Step(y, around, head, loss, spec.Normalization(normalize))
             return implementation.step(local, spec.Plan(algorithm, 6, 5))
 
         got, exact = step(torch.float32, goodness), step(torch.float64, plain)

@@ -83,24 +83,11 @@ std::vector<Tensor> step_native(const spec::Step& given) {
     else
       *writable(r.grad_tau) = static_cast<float>(total);
   }
-  return {r.loss,
-          r.goodness,
-          r.grad_x,
-          r.grad_weight,
-          r.grad_bias,
-          r.grad_grid_weight,
-          r.grad_tau,
-          r.normalized,
-          r.grad_residual,
-          r.grad_bn_weight,
-          r.grad_bn_bias,
-          r.mean,
-          r.var,
-          r.grad_hidden_weight,
-          r.grad_hidden_bn_weight,
-          r.grad_hidden_bn_bias,
-          r.hidden_mean,
-          r.hidden_var};
+  // clang-format off
+  return {r.loss, r.goodness, r.grad_x, r.grad_weight, r.grad_bias, r.grad_grid_weight, r.grad_tau, r.normalized, r.grad_residual,
+          r.grad_bn_weight, r.grad_bn_bias, r.mean, r.var, r.grad_hidden_weight, r.grad_hidden_bn_weight, r.grad_hidden_bn_bias,
+          r.hidden_mean, r.hidden_var};
+  // clang-format on
 }
 
 }  // namespace

@@ -185,14 +185,13 @@ class GoodnessHead(Head):
         goodness.check(x, self.algorithm)
         g, mean, var = ops.goodness.differentiable(x, goodness, self.impl, self.algorithm)
         if mean is not None:
-            self._update_statistics(x, mean.detach(), var.detach())
+            self._update_statistics(goodness.hidden_values(x), mean.detach(), var.detach())
         return g
 
-    def _update_statistics(self, x, mean, var):
-        """Move the running statistics of the hidden layer towards a batch's, as nn.BatchNorm2d does."""
+    def _update_statistics(self, count, mean, var):
+        """Move the running statistics of the hidden layer towards those of `count` values, as nn.BatchNorm2d does."""
         if self.hidden_norm.training:
-            cells = [min(n, cells) for n, cells in zip(x.shape[2:], self.grid, strict=True)]
-            fused.update_statistics(self.hidden_norm, mean, var, len(x) * cells[0] * cells[1])
+            fused.update_statistics(self.hidden_norm, mean, var, count)
 
     def _finish(self, goodness, x, step):
         add_gradient(goodness.weight, step.grad_weight)
@@ -202,6 +201,6 @@ class GoodnessHead(Head):
             add_gradient(goodness.hidden_weight, step.grad_hidden_weight)
             add_gradient(goodness.hidden_bn_weight, step.grad_hidden_bn_weight)
             add_gradient(goodness.hidden_bn_bias, step.grad_hidden_bn_bias)
-            self._update_statistics(x, step.hidden_mean, step.hidden_var)
+            self._update_statistics(goodness.hidden_values(x), step.hidden_mean, step.hidden_var)
         if self.log_tau is not None:
             add_gradient(self.log_tau, step.grad_tau * self.log_tau.exp())

@@ -56,7 +56,8 @@ def update_running_statistics(running_mean, running_var, mean, var, momentum, co
     # Like PyTorch's batch norm, unseen by autograd: a former call of the same module in this graph keeps its buffers for its backward pass.
     running_mean, running_var = running_mean.data, running_var.data
     tensors = (running_mean, running_var, mean, var)
-    if native.reason() == "" and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors):
+    plain = not torch.compiler.is_compiling() and native.reason() == ""
+    if plain and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors):
         native_epilogue.update_running_statistics(*tensors, momentum, count)
     else:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)

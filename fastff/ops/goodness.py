@@ -18,7 +18,7 @@ from fastff.kernels.layout import as_result_of, empty_like
 from fastff.kernels.native import goodness as native_goodness
 from fastff.kernels.torch import goodness as torch_goodness
 from fastff.ops.plan import plan
-from fastff.ops.table import Implementation, Lazy, always, check_impl, choose, implement
+from fastff.ops.table import Implementation, Lazy, always, check_impl, choose, implement, without_autocast
 from fastff.spec import Projection
 
 
@@ -82,20 +82,20 @@ def differentiable(x, projection, impl, algorithm):
         return torch.ops.fastff.goodness(x, weight, bias, grid_weight, padding, impl, algorithm), None, None
     if impl != "auto":
         choose("goodness", ROWS, impl, x)  # raises where what was asked for cannot run
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         wide, head = projection.in_dtype(x)
         term, mean, var = reference.spatial(reference.cell_means(wide, head.grid_weight), head.grid_weight, head.hidden)
         if weight is not None:
-            x = (
-                wide if x.requires_grad else x
-            )  # the gradients of both terms are added before they are rounded to x's dtype
+            # the gradients of both terms are added before they are rounded to x's dtype
+            x = wide if x.requires_grad else x
             term = term + torch.ops.fastff.goodness(x, weight, bias, None, padding, impl, algorithm)
     return term, mean, var
 
 
 def _goodness(x, weight, bias, grid_weight, padding, impl, algorithm):
     run, projection = choose("goodness", ROWS, impl, x).run, Projection(weight, bias, grid_weight, tuple(padding))
-    g = run.goodness(x, projection, planned(run, x, projection, algorithm))
+    with without_autocast(x):
+        g = run.goodness(x, projection, planned(run, x, projection, algorithm))
     return g.to(projection.dtype(x)).contiguous()
 
 
@@ -107,7 +107,8 @@ def _goodness_fake(x, weight, bias, grid_weight, padding, impl, algorithm):
 def _goodness_backward(d, x, weight, bias, grid_weight, padding, impl, algorithm, need_grad_x):
     run, projection = choose("goodness", ROWS, impl, x).run, Projection(weight, bias, grid_weight, tuple(padding))
     plan = planned(run, x, projection, algorithm)
-    grad_x, *grads = run.goodness_backward(d.contiguous(), x, projection, plan, need_grad_x)
+    with without_autocast(x):
+        grad_x, *grads = run.goodness_backward(d.contiguous(), x, projection, plan, need_grad_x)
     return as_result_of(x, grad_x) if need_grad_x else x.new_empty(0), *(
         x.new_empty(0) if p is None else grad.to(p.dtype).contiguous()
         for grad, p in zip(grads, (weight, bias, grid_weight), strict=True)

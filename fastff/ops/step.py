@@ -12,7 +12,7 @@ import torch
 from fastff import reference, spec
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.ops import goodness, group_goodness
-from fastff.ops.table import choose, dispatched, implement
+from fastff.ops.table import choose, dispatched, implement, without_autocast
 from fastff.spec import Epilogue, Projection, Step, StepResult
 
 
@@ -55,11 +55,12 @@ def _run(step, impl):
     if loss.target is not None:
         spec.check_labels(loss.target, head.classes if projected else head.count)
     step = Step(x, epilogue, head, loss, *step[4:])
-    if projected:
-        row = choose("goodness", goodness.ROWS, impl, x).run
-        result = row.step(step, goodness.planned(row, x, head, step.algorithm))
-    else:
-        result = choose("group_goodness", group_goodness.ROWS, impl, x).run.step(step)
+    with without_autocast(x):
+        if projected:
+            row = choose("goodness", goodness.ROWS, impl, x).run
+            result = row.step(step, goodness.planned(row, x, head, step.algorithm))
+        else:
+            result = choose("group_goodness", group_goodness.ROWS, impl, x).run.step(step)
     found = result._asdict()
     found |= {name: as_result_of(x, found[name]) if asked else None for name, asked in _as_x(step).items()}
     for name, parameter in _parameters(step).items():

@@ -1,5 +1,6 @@
 """Which implementation of an op runs: an ordered table of rows, each with a predicate that gives the reason it refuses."""
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable
@@ -89,6 +90,13 @@ def dispatched(x, *others):
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta:
         return True
     return not PLAIN.issuperset(map(type, (x, *others)))
+
+
+def without_autocast(x):
+    """Return a context in which PyTorch's operators compute in the dtypes of what they are given, on the device of x."""
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def implement(lib, name, run, fake):

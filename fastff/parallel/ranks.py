@@ -30,6 +30,7 @@ class Distributed:
             data parallelism alone.
         placement: number of successive blocks of each of these ranks, [block_ranks] numbers; None balances the blocks by their measured times.
         batch_norm: "local" uses the statistics of a rank's share of the minibatch, "synchronized" those of the whole minibatch.
+            The hidden layer of a head uses those of the share in both cases.
         shard_optimizer: whether each data-parallel rank keeps the optimizer state of a part of the parameters only.
         timeout: seconds that a rank waits for another before it fails. It has no effect if torch.distributed was initialized before.
         mesh: a torch DeviceMesh with dimensions named "data" or "block" or both, instead of block_ranks.
