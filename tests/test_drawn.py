@@ -212,13 +212,12 @@ def depthwise(draw):
     if min(x.shape[2:]) + 2 * padding < kernel:
         return
     weight = draw.laid(draw.values(x.shape[1], 1, kernel, kernel))
-    y, sums = torch.ops.fastff.depthwise(x, weight, stride, padding, "native")
+    y = torch.ops.fastff.depthwise(x, weight, stride, padding, "native")
     exact = reference.depthwise(x.double(), weight.double(), stride, padding)
     grad = draw.laid(draw.values(*y.shape))
     dx, dw = torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, True, "native")
     want = reference.depthwise_gradients(grad.double(), x.double(), weight.double(), stride, padding)
     close("y", y, exact, 1.0)
-    close("sums", sums, torch.stack([exact.sum((0, 2, 3)), exact.square().sum((0, 2, 3))]), 1.0)
     close("dL/dx", dx, want[0], 1.0)
     close("dL/dweight", dw, want[1], 1.0)
 

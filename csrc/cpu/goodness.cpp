@@ -75,7 +75,7 @@ class Task {
   std::unique_ptr<Squares> squares;
   std::optional<Grid> grid;
   std::optional<Normalizer<float>> normalize;
-  std::vector<float> g, d, x_copy, x_transposed, grad_copy;
+  Buffer<float> g, d, x_copy, x_transposed, grad_copy;
 
   int64_t sample(int64_t first, int64_t i) const { return members > 1 ? p.loss->sample(first, i) : first + i; }
 
@@ -111,8 +111,8 @@ void run(Problem& p, const Sums& results, float* grad_grid_weight) {
   const int64_t weights = p.weight ? p.K * p.C : 0, size = weights + p.K, channels = p.epilogue ? 2 * p.C : 0;
   const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / (size + channels), 2, 16));
   std::vector<vec::LineSum> partial(p.loss || p.d ? groups : 0, vec::LineSum(size, kTerms));
-  std::vector<double> epilogue_sums(groups * channels, 0.0);
-  std::vector<float> cell_means(p.B * p.cells), all_d(grad_grid_weight ? p.B * p.K : 0);
+  Buffer<double> epilogue_sums(groups * channels, 0.0);
+  Buffer<float> cell_means(p.B * p.cells), all_d(grad_grid_weight ? p.B * p.K : 0);
   p.cell_means = cell_means.data(), p.all_d = grad_grid_weight ? all_d.data() : nullptr;
   parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     Task task(p, step * members);

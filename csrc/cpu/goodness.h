@@ -73,8 +73,8 @@ class Grid {
  private:
   const Problem& p;
   int64_t lines, length, next_c, next_w;  // lines of a row of x, their length, distances in a row
-  std::vector<float> spread, scores, row, cell;
-  std::vector<double> totals;
+  Buffer<float> spread, scores, row, cell;
+  Buffer<double> totals;
 
   void means_of(const float* x, float* means);
   void spread_over(const float* values, float* grad_x);
