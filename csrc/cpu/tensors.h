@@ -42,6 +42,20 @@ void with_type(const char* op, const Tensor& x, const F& f) {
   }
 }
 
+// to = n elements of x from element `at` on; n elements of y from `at` on = from.
+inline void widen(const Tensor& x, int64_t at, int64_t n, float* __restrict to) {
+  with_type("widen", x, [&]<typename T>(T*) {
+    const T* const from = static_cast<const T*>(x.const_data_ptr()) + at;
+    for (int64_t i = 0; i < n; ++i) to[i] = load<std::conditional_t<std::is_same_v<T, double>, double, float>>(from[i]);
+  });
+}
+inline void narrow(const float* __restrict from, int64_t n, const Tensor& y, int64_t at) {
+  with_type("narrow", y, [&]<typename T>(T*) {
+    T* const to = writable<T>(y) + at;
+    for (int64_t i = 0; i < n; ++i) store(to + i, from[i]);
+  });
+}
+
 // torch::stable::parallel_for, out of which the first exception of a thread comes as it is.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {

@@ -30,14 +30,6 @@ class Reference:
         return (dx.to(x.dtype) if need_grad_x else None), dw.to(weight.dtype)
 
 
-def _native_can_run(x):
-    if x.device.type != "cpu":
-        return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
-    if x.dtype != torch.float32:
-        return f"the compiled kernel is for float32, x is {x.dtype}"
-    return native.reason() or None
-
-
 def _native_skip_reason(x):
     if x.shape[1] < 16:
         return f"slower than PyTorch below 16 channels, x has {x.shape[1]}"
@@ -53,7 +45,7 @@ ROWS = [
     ),
     Implementation(
         "native",
-        _native_can_run,
+        native.takes(torch.float32),
         native_depthwise,
         "other filters than 3 x 3 and 5 x 5 by PyTorch",
         _native_skip_reason,
