@@ -254,7 +254,9 @@ def sixteen_bits(draw):
     for name, exact in zip(("grad_weight", "grad_bias", "grad_grid_weight"), want[1:], strict=True):
         close(name, getattr(step, name), exact, 0.1, loose)
     if normalize:
-        close("normalized", step.normalized, reference.normalized(x.double(), normalize, len(weight), 1e-3), 1.0, rounded)
+        close(
+            "normalized", step.normalized, reference.normalized(x.double(), normalize, len(weight), 1e-3), 1.0, rounded
+        )
 
 
 def group_goodness(draw):
