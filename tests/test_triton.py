@@ -260,7 +260,7 @@ def test_group_goodness_fits_the_chip(channels_last, arch, dtype):
 
     norms, lengths = ("group_norm", "layer_norm_channels"), ("l2", "l2_channels")
     for C, P, K, loss, names in [
-        (64, 1024, 10, 0, norms), (960, 49, 100, 0, lengths), (128, 256, 1, 1, norms), (500, 1, 1, 4, lengths)
+        (64, 1024, 10, 0, norms), (960, 49, 100, 0, norms), (128, 256, 1, 1, norms), (500, 1, 1, 4, lengths)
     ]:  # fmt: skip
         BC, R = module.tiles(channels_last, C, P)
         fixed = dict.fromkeys(["learned_tau", "grad_tau"]) | {
