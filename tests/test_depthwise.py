@@ -1,4 +1,4 @@
-"""Depthwise convolution against PyTorch's in float64: values, sums and gradients of every row, layouts, dtypes, strides and paddings.
+"""Depthwise convolution against PyTorch's in float64: values and gradients of every row, layouts, dtypes, strides and paddings.
 
 With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so)."""
 
@@ -23,13 +23,12 @@ DTYPES = (
 
 
 def plain(x, weight, grad, stride, padding, dtype):
-    """(y, sums, dL/dx, dL/dweight) by PyTorch in `dtype`."""
+    """(y, dL/dx, dL/dweight) by PyTorch in `dtype`."""
     x, weight, grad = (t.detach().to(dtype) for t in (x, weight, grad))
     x.requires_grad_()
     weight.requires_grad_()
     y = F.conv2d(x, weight, stride=stride, padding=padding, groups=len(weight))
-    sums = torch.stack([y.sum((0, 2, 3)), y.square().sum((0, 2, 3))])
-    return (y.detach(), sums.detach(), *torch.autograd.grad(y, (x, weight), grad))
+    return (y.detach(), *torch.autograd.grad(y, (x, weight), grad))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -50,11 +49,11 @@ def test_values_and_gradients(data, dtype, impl):
     need_x, before = data.draw(st.booleans()), memory.clone()
     runs = []
     for _ in range(2):
-        y, sums = torch.ops.fastff.depthwise(x, weight, stride, padding, impl)
-        runs.append((y, sums, *torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_x, impl)))
+        y = torch.ops.fastff.depthwise(x, weight, stride, padding, impl)
+        runs.append((y, *torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, need_x, impl)))
     assert all(map(torch.equal, *runs))
     assert same_bits(memory, before), "an input was written"
-    y, sums, dx, dw = runs[0]
+    y, dx, dw = runs[0]
     assert y.stride() == out_like(x, weight, stride, padding).stride()
     exact = plain(x, weight, grad, stride, padding, torch.float64)
     # the torch row is PyTorch in that dtype itself
@@ -63,14 +62,11 @@ def test_values_and_gradients(data, dtype, impl):
     )
     size = plain(x.abs(), weight.abs(), grad.abs(), stride, padding, torch.float64)
     assert_as_exact("y", y, exact[0], rough[0], size[0])
-    if impl != "triton" or dtype == torch.float32:  # 16 bits: sums of y as it was rounded
-        of_y = torch.stack([y.double().sum((0, 2, 3)), y.double().square().sum((0, 2, 3))])
-        torch.testing.assert_close(sums.double(), of_y, rtol=1e-5, atol=1e-5 * float(of_y.abs().max()))
     if need_x:
-        assert_as_exact("dL/dx", dx, exact[2], rough[2], size[2])
+        assert_as_exact("dL/dx", dx, exact[1], rough[1], size[1])
     else:
         assert dx.numel() == 0
-    assert_as_exact("dL/dweight", dw, exact[3], rough[3], size[3])
+    assert_as_exact("dL/dweight", dw, exact[2], rough[2], size[2])
 
 
 @pytest.mark.skipif(TRITON, reason="float64, and no kernels in it")
@@ -127,6 +123,5 @@ def test_gradient_of_another_shape_or_type(grad):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_empty_batch(impl):
-    y, sums = torch.ops.fastff.depthwise(torch.zeros(0, 3, 6, 6), torch.ones(3, 1, 3, 3), 1, 1, impl)
+    y = torch.ops.fastff.depthwise(torch.zeros(0, 3, 6, 6), torch.ones(3, 1, 3, 3), 1, 1, impl)
     assert y.shape == (0, 3, 6, 6)
-    assert not sums.any()

@@ -68,9 +68,9 @@ class Draw:
     def maybe(self, *tensors):
         return [t if self.of(True, False) else None for t in tensors]
 
-    def images(self):
+    def images(self, dtype=torch.float32):
         B, C, H, W = self.between(1, 5), self.of(1, 3, 8, 16, 17, 33), self.between(1, 12), self.between(1, 12)
-        return self.laid(self.values(B, C, H, W))
+        return self.laid(self.values(B, C, H, W).to(dtype))
 
     def untouched(self):
         return all(same_bits(memory, before) for memory, before in self.memories)
@@ -255,15 +255,51 @@ def depthwise(draw):
     if min(x.shape[2:]) + 2 * padding < kernel:
         return
     weight = draw.laid(draw.values(x.shape[1], 1, kernel, kernel))
-    y, sums = torch.ops.fastff.depthwise(x, weight, stride, padding, "native")
+    y = torch.ops.fastff.depthwise(x, weight, stride, padding, "native")
     exact = reference.depthwise(x.double(), weight.double(), stride, padding)
     grad = draw.laid(draw.values(*y.shape))
     dx, dw = torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, True, "native")
     want = reference.depthwise_gradients(grad.double(), x.double(), weight.double(), stride, padding)
     close("y", y, exact, 1.0)
-    close("sums", sums, torch.stack([exact.sum((0, 2, 3)), exact.square().sum((0, 2, 3))]), 1.0)
     close("dL/dx", dx, want[0], 1.0)
     close("dL/dweight", dw, want[1], 1.0)
+
+
+def sixteen_bits(draw):
+    """A step on 16-bit images, the first of which may be black, by autograd of the definition on the same images in float64."""
+    dtype = draw.of(torch.bfloat16, torch.float16)
+    x = draw.images(dtype)
+    if draw.of(True, False) and 0 not in x.stride():
+        x[0] = 0
+        draw.memories = [(memory, memory.clone()) for memory, _ in draw.memories]
+    weight, bias, grid_weight, target, algorithm = head(draw, x.shape[1], len(x))
+    options = {"margin": draw.of(0.0, 0.5), "label_smoothing": draw.of(0.0, 0.2), "tau": 0.3}
+    need, normalize = draw.of(True, False), draw.of(None, *spec.NORMALIZATIONS[1:])
+    if normalize == "group_norm" and len(weight) > x.shape[1]:
+        return
+    step = ff.goodness_step(
+        x, weight, bias, target, grid_weight=grid_weight, **options, algorithm=algorithm, impl="native", normalize=normalize,
+        need_grad_x=need, eps=1e-3,
+    )  # fmt: skip
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias, grid_weight) if t is not None]
+    rest = iter(leaves[1:])
+    _, *parameters = (t is not None and next(rest) for t in (None, weight, bias, grid_weight))
+    flat, *others = (t if isinstance(t, torch.Tensor) else None for t in parameters)
+    g = reference.goodness(leaves[0], flat.view(*flat.shape[:2], 1, 1), *others)
+    loss = reference.margin_cross_entropy(
+        g, target, options["tau"], options["margin"], options["label_smoothing"]
+    ).mean()
+    found, loose = iter(torch.autograd.grad(loss, leaves)), max(1.0, float(g.detach().abs().max()) / 50)
+    want = [None if t is None else next(found) for t in (x, weight, bias, grid_weight)]
+    rounded = loose + torch.finfo(dtype).eps / 2e-4  # results of 16 bits
+    close("loss", step.loss, loss.detach(), 1.0, loose)
+    close("grad_x", step.grad_x, want[0] if need else None, 1e-3, rounded)
+    for name, exact in zip(("grad_weight", "grad_bias", "grad_grid_weight"), want[1:], strict=True):
+        close(name, getattr(step, name), exact, 0.1, loose)
+    if normalize:
+        close(
+            "normalized", step.normalized, reference.normalized(x.double(), normalize, len(weight), 1e-3), 1.0, rounded
+        )
 
 
 def group_goodness(draw):
@@ -354,7 +390,17 @@ def block(draw):
         close(name, a, b.double(), 1.0)
 
 
-OPS = (goodness, differentiated, epilogue_step, convolution, depthwise, group_goodness, group_differentiated, block)
+OPS = (
+    goodness,
+    differentiated,
+    epilogue_step,
+    convolution,
+    depthwise,
+    group_goodness,
+    group_differentiated,
+    block,
+    sixteen_bits,
+)
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -1,6 +1,7 @@
 """goodness, goodness_loss and goodness_step against autograd of the eager formulation in float64."""
 
 import contextlib
+import itertools
 import os
 
 import pytest
@@ -16,6 +17,7 @@ from oracle import (
     eager_loss,
     memory_events,
     op_arguments,
+    peak_memory,
     planned_for,
     same_bits,
 )
@@ -629,6 +631,27 @@ def test_large_head_is_never_formed_whole(algorithm):
         held += size
         peak = max(peak, held)
     assert peak <= memory, f"{peak} bytes at the peak, expected at most {memory}"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name in ("native", "torch")])
+def test_memory_is_that_of_the_results(impl, dtype, layout):
+    """dL/dx and the next input have x's size; some samples at a time are widened to float32. (Not for layer_norm_channels by PyTorch.)"""
+    x = torch.randn(128, 32, 32, 32).to(dtype).contiguous(memory_format=layout)
+    weight, target, size = torch.randn(10, 32), torch.zeros(128, dtype=torch.int64), x.numel() * x.element_size()
+    for algorithm, need_grad_x, normalize in itertools.product(
+        ("direct", "second_moment"), (True, False), (None, "layer_norm", "rms")
+    ):
+        options = {"algorithm": algorithm, "need_grad_x": need_grad_x, "normalize": normalize, "impl": impl}
+        with planned_for(2**20):
+            ff.goodness_step(x, weight, None, target, **options)
+            peak = peak_memory(lambda o=options: ff.goodness_step(x, weight, None, target, **o))
+        some = 0 if impl == "native" else 2**20 + 4 * 4 * 2**18
+        results = (need_grad_x + (normalize is not None)) * size
+        assert peak <= results + some + 2**16, (
+            f"{options}: {peak / size:.2f} times x, of which results {results / size:.0f}"
+        )
 
 
 def test_same_loss_whatever_the_batch_is_cut_into():

@@ -51,8 +51,8 @@ def tail_step(y, target, weight=None, bias=None, **options):
 
 
 def depthwise(x, weight, d, impl, stride=1, padding=1, need_x=True):
-    y, sums = torch.ops.fastff.depthwise(x, weight, stride, padding, impl)
-    return y, sums, *torch.ops.fastff.depthwise_backward(d, x, weight, stride, padding, need_x, impl)
+    y = torch.ops.fastff.depthwise(x, weight, stride, padding, impl)
+    return y, *torch.ops.fastff.depthwise_backward(d, x, weight, stride, padding, need_x, impl)
 
 
 def convolution_weight_gradient(x, d, impl, kernel=3, stride=1, padding=1):

@@ -29,6 +29,7 @@ INTERPRETED = {
     "group_goodness": ("test_group_goodness.py", "step or alone"),
     "group_epilogue": ("test_group_epilogue_step.py", "test_step and triton and (none or l2 or rms)"),
     "step": ("triton_step.py", "test"),
+    "sums": ("triton_sums.py", "test"),
     "trainer": ("triton_trainer.py", "test"),
     "tuning": ("triton_tuning.py", "test"),
 }
@@ -244,7 +245,7 @@ def test_depthwise_fits_the_chip(channels_last, arch, dtype):
         sizes["TAPS"] = triton.next_power_of_2(kernel**2)
         for launch, fixed in (
             (module.convolve, {"ADJOINT": False}),
-            (module.convolve, {"ADJOINT": True, "sums": None}),
+            (module.convolve, {"ADJOINT": True}),
             (module.weight_gradient, {"ADJOINT": False}),
         ):
             binary = compiled(launch, dtype, arch, warps, **sizes, **fixed)
@@ -257,18 +258,21 @@ def test_depthwise_fits_the_chip(channels_last, arch, dtype):
 def test_group_goodness_fits_the_chip(channels_last, arch, dtype):
     from fastff.kernels.triton import group_goodness as module
 
-    for C, P, K, loss in [(64, 1024, 10, 0), (960, 49, 100, 0), (128, 256, 1, 1), (500, 1, 1, 4)]:
+    norms, lengths = ("group_norm", "layer_norm_channels"), ("l2", "l2_channels")
+    for C, P, K, loss, names in [
+        (64, 1024, 10, 0, norms), (960, 49, 100, 0, norms), (128, 256, 1, 1, norms), (500, 1, 1, 4, lengths)
+    ]:  # fmt: skip
         BC, R = module.tiles(channels_last, C, P)
         fixed = dict.fromkeys(["learned_tau", "grad_tau"]) | {
-            "POWER": 2, "MEAN": True, "TERMS": 1, "GOODNESS": True, "LOSS": loss, "MEMBERS": 1 + (loss == 4), "BC": BC, "R": R,
+            "POWER": 2, "MEAN": True, "GOODNESS": True, "LOSS": loss, "MEMBERS": 1 + (loss == 4), "BC": BC, "R": R,
             "KP": triton.next_power_of_2(K), "GP": triton.next_power_of_2(-(-C // K)), "channel_stride" if channels_last else "position_stride": 1,
         }  # fmt: skip
-        group_norm, layer_norm = (spec.NORMALIZATIONS.index(name) for name in ("group_norm", "layer_norm_channels"))
+        of_samples, of_positions = (spec.NORMALIZATIONS.index(name) for name in names)
         absent = {"d": None, "sums": None, "factors": None, "target": None}
         absent |= {} if loss else {"LOSS": None, "losses": None, "grad_x": None, "grad_scale": None}
         for kernel, more in (
-            (module.samples, {"NORM": group_norm} | ({"target": None} if loss else {})),
-            (module.positions, {"NORM": layer_norm} | absent),
+            (module.samples, {"NORM": of_samples} | ({"target": None} if loss else {})),
+            (module.positions, {"NORM": of_positions} | absent),
         ):
             binary = compiled(kernel, dtype, arch, module.WARPS, **fixed | more)
             assert binary.metadata.shared <= SHARED[arch]

@@ -1,11 +1,31 @@
 // Shared by the CPU operators. The whole folder is compiled once for each instruction set of setup.py's LEVELS, as one library each.
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #define FASTFF_INLINE inline __attribute__((always_inline))
 #define FASTFF_UNROLL _Pragma("GCC unroll 16")  // before a loop over registers: none has more turns
+
+// Numbers in memory of the operators' own. Where there is none left, an error says how much was asked for.
+template <typename T>
+struct Memory {
+  using value_type = T;
+
+  T* allocate(size_t n) {
+    void* memory = ::operator new(n * sizeof(T), std::nothrow);
+    STD_TORCH_CHECK(memory, "not enough memory: the compiled library could not allocate ", n * sizeof(T), " bytes");
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, size_t) { ::operator delete(memory); }
+  bool operator==(const Memory&) const { return true; }
+};
+template <typename T>
+using Buffer = std::vector<T, Memory<T>>;
 
 // 16-bit floats as bits, and their conversions as branch-free integer arithmetic, which GCC vectorises; it leaves the
 // conversions of torch's own BFloat16 and Half scalar (layer_norm_native took 5 and 3.5 times as long with them).

@@ -6,7 +6,8 @@
 // A tile is some rows of an image, or some images where they are small. x is copied in panels of one or two vectors of channels, with its zeros around
 // it, so that each of the k k taps is the same panel from another start; dy is copied in blocks of kRows. Registers hold kRows x 1 or 2 vectors
 // of sums over all positions of the tile: 6 x 2 x 8 with AVX2's 16 registers, 12 x 2 x 16 with AVX-512's 32. A panel stays in the L1 cache
-// (small dW) or L2 cache for all blocks and taps. Sums of groups of images are added in order: the number of threads changes no bit.
+// (small dW) or L2 cache for all blocks and taps. Tiles are added up with what their roundings lost (Kahan 1965), so that the error does not grow
+// with their number; sums of groups of images are added in order: the number of threads changes no bit.
 
 #include <torch/csrc/stable/library.h>
 
@@ -33,13 +34,13 @@ struct Shape {
   int64_t B, H, W, C, P, Q, D, k, stride, padding;  // x [B, H, W, C], dy [B, P, Q, D]
 };
 
-// Rows first .. first + rows - 1 of dy, of images image .. image + images - 1.
+// Rows first .. first + rows - 1 of dy, of images image .. image + images - 1; columns from `left` on.
 struct Tile {
-  int64_t image, images, first, rows;
+  int64_t image, images, first, rows, left, columns;
 };
 
 int64_t padded_rows(const Shape& s, int64_t rows) { return (rows - 1) * s.stride + s.k; }
-int64_t padded_columns(const Shape& s) { return (s.Q - 1) * s.stride + s.k; }
+int64_t padded_columns(const Shape& s, int64_t columns) { return (columns - 1) * s.stride + s.k; }
 
 // Vectors of a panel that begins at channel c.
 int64_t vectors(const Shape& s, int64_t c) { return s.C - c > kLanes ? 2 : 1; }
@@ -48,12 +49,12 @@ int64_t vectors(const Shape& s, int64_t c) { return s.C - c > kLanes ? 2 : 1; }
 template <int N>
 void pack_x(const Shape& s, const Tile& t, const float* x, int64_t c, float* panel) {
   constexpr int64_t wide = N * kLanes;
-  const int64_t height = padded_rows(s, t.rows), width = padded_columns(s), lanes = std::min(wide, s.C - c);
+  const int64_t height = padded_rows(s, t.rows), width = padded_columns(s, t.columns), lanes = std::min(wide, s.C - c);
   for (int64_t b = 0; b < t.images; ++b) {
     for (int64_t r = 0; r < height; ++r) {
       const int64_t h = t.first * s.stride + r - s.padding;
       for (int64_t q = 0; q < width; ++q, panel += wide) {
-        const int64_t w = q - s.padding;
+        const int64_t w = t.left * s.stride + q - s.padding;
         if (h < 0 || h >= s.H || w < 0 || w >= s.W) {
           for (int64_t l = 0; l < wide; ++l) panel[l] = 0;
           continue;
@@ -70,11 +71,11 @@ void pack_x(const Shape& s, const Tile& t, const float* x, int64_t c, float* pan
 
 // blocks [D / kRows][positions][kRows], the last one narrower.
 void pack_dy(const Shape& s, const Tile& t, const float* dy, float* blocks) {
-  const int64_t positions = t.images * t.rows * s.Q;
-  for (int64_t b = 0; b < t.images; ++b) {
-    const float* source = dy + ((t.image + b) * s.P + t.first) * s.Q * s.D;
-    for (int64_t r = 0; r < t.rows * s.Q; ++r, source += s.D) {
-      const int64_t at = b * t.rows * s.Q + r;
+  const int64_t positions = t.images * t.rows * t.columns;
+  for (int64_t line = 0; line < t.images * t.rows; ++line) {
+    const int64_t row = (t.image + line / t.rows) * s.P + t.first + line % t.rows;
+    const float* source = dy + (row * s.Q + t.left) * s.D;
+    for (int64_t at = line * t.columns; at < (line + 1) * t.columns; ++at, source += s.D) {
       int64_t d = 0;
       for (; d + kRows <= s.D; d += kRows) {
         float* target = blocks + d * positions + at * kRows;
@@ -86,17 +87,31 @@ void pack_dy(const Shape& s, const Tile& t, const float* dy, float* blocks) {
   }
 }
 
+// What tiles are added up in: sum - lost is the sum so far.
+struct Sums {
+  float *sum, *lost;
+
+  Sums at(int64_t i) const { return {sum + i, lost + i}; }
+};
+template <typename T>
+FASTFF_INLINE void add(T& sum, T& lost, T term) {
+  const T more = term - lost, next = sum + more;
+  lost = (next - sum) - more;
+  sum = next;
+}
+
 // out[i, 0 .. lanes - 1] += sum over the tile's positions of dy[position, i] x[position, lane]; rows of out lie ldo apart.
 template <int M, int N>
-FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, const float* x, float* out, int64_t ldo,
+FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, const float* x, Sums out, int64_t ldo,
                               int64_t lanes) {
   constexpr int64_t wide = N * kLanes;
-  const int64_t width = padded_columns(s) * wide, height = padded_rows(s, t.rows) * width, step = s.stride * wide;
+  const int64_t width = padded_columns(s, t.columns) * wide, height = padded_rows(s, t.rows) * width,
+                step = s.stride * wide;
   Vector sum[M][N] = {};
   for (int64_t b = 0; b < t.images; ++b) {
     for (int64_t r = 0; r < t.rows; ++r) {
       const float* at = x + b * height + r * s.stride * width;
-      for (int64_t q = 0; q < s.Q; ++q, at += step, dy += M) {
+      for (int64_t q = 0; q < t.columns; ++q, at += step, dy += M) {
         Vector right[N];
         FASTFF_UNROLL for (int j = 0; j < N; ++j) right[j] = read(at + j * kLanes);
         FASTFF_UNROLL for (int i = 0; i < M; ++i) {
@@ -106,13 +121,18 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
     }
   }
   FASTFF_UNROLL for (int i = 0; i < M; ++i) {
-    float* target = out + i * ldo;
+    const Sums row = out.at(i * ldo);
     if (lanes == wide) {
-      FASTFF_UNROLL for (int j = 0; j < N; ++j) write(target + j * kLanes, read(target + j * kLanes) + sum[i][j]);
+      FASTFF_UNROLL for (int j = 0; j < N; ++j) {
+        Vector total = read(row.sum + j * kLanes), lost = read(row.lost + j * kLanes);
+        add(total, lost, sum[i][j]);
+        write(row.sum + j * kLanes, total);
+        write(row.lost + j * kLanes, lost);
+      }
     } else {
       float some[wide];
       FASTFF_UNROLL for (int j = 0; j < N; ++j) write(some + j * kLanes, sum[i][j]);
-      for (int64_t l = 0; l < lanes; ++l) target[l] += some[l];
+      for (int64_t l = 0; l < lanes; ++l) add(row.sum[l], row.lost[l], some[l]);
     }
   }
 }
@@ -120,23 +140,23 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
 // accumulate<rows, N> for 1 <= rows <= M.
 template <int M, int N>
 FASTFF_INLINE void accumulate_rows(int64_t rows, const Shape& s, const Tile& t, const float* dy, const float* x,
-                                   float* out, int64_t ldo, int64_t lanes) {
+                                   Sums out, int64_t ldo, int64_t lanes) {
   if constexpr (M > 1) {
     if (rows < M) return accumulate_rows<M - 1, N>(rows, s, t, dy, x, out, ldo, lanes);
   }
   accumulate<M, N>(s, t, dy, x, out, ldo, lanes);
 }
 
-// All taps and all of D for one panel: dw [D, k, k, C] from channel c on.
+// All taps and all of D for one panel: sums [D, k, k, C] from channel c on.
 template <int N>
-void accumulate_panel(const Shape& s, const Tile& t, const float* blocks, const float* panel, int64_t c, float* dw) {
-  const int64_t positions = t.images * t.rows * s.Q, lanes = std::min(N * kLanes, s.C - c), ldo = s.k * s.k * s.C;
+void accumulate_panel(const Shape& s, const Tile& t, const float* blocks, const float* panel, int64_t c, Sums sums) {
+  const int64_t positions = t.images * t.rows * t.columns, lanes = std::min(N * kLanes, s.C - c), ldo = s.k * s.k * s.C;
   for (int64_t d = 0; d < s.D; d += kRows) {
     const float* dy = blocks + d * positions;
     for (int64_t u = 0; u < s.k; ++u) {
       for (int64_t v = 0; v < s.k; ++v) {
-        const float* x = panel + (u * padded_columns(s) + v) * N * kLanes;
-        float* out = dw + d * ldo + (u * s.k + v) * s.C + c;
+        const float* x = panel + (u * padded_columns(s, t.columns) + v) * N * kLanes;
+        const Sums out = sums.at(d * ldo + (u * s.k + v) * s.C + c);
         accumulate_rows<kRows, N>(std::min(kRows, s.D - d), s, t, dy, x, out, ldo, lanes);
       }
     }
@@ -144,9 +164,9 @@ void accumulate_panel(const Shape& s, const Tile& t, const float* blocks, const 
 }
 
 template <int N>
-void panel_of(const Shape& s, const Tile& t, const float* x, const float* blocks, int64_t c, float* panel, float* dw) {
+void panel_of(const Shape& s, const Tile& t, const float* x, const float* blocks, int64_t c, float* panel, Sums sums) {
   pack_x<N>(s, t, x, c, panel);
-  accumulate_panel<N>(s, t, blocks, panel, c, dw);
+  accumulate_panel<N>(s, t, blocks, panel, c, sums);
 }
 
 // x [B, C, H, W], grad [B, D, P, Q] float32 on the CPU, not empty -> dL/dweight [D, C, k, k], channels_last; other layouts are copied into it.
@@ -160,27 +180,31 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
   const int64_t size = s.D * s.k * s.k * s.C, wide = vectors(s, 0) * kLanes, panels = (s.C + wide - 1) / wide;
   // A tile's sums go into dW once. dW in the cache: a panel that fits the L1 cache. Else more positions to a tile.
   const bool small = size <= (1 << 18);
-  int64_t rows = std::clamp<int64_t>((small ? 256 : 1024) / s.Q, 1, s.P);
-  while (small && rows > 1 && padded_rows(s, rows) * padded_columns(s) * wide > kCache / 4) --rows;
-  const int64_t images = rows < s.P ? 1 : std::clamp<int64_t>((small ? 256 : 1024) / (s.P * s.Q), 1, s.B);
+  const int64_t most = small ? vec::kChunk : 4 * vec::kChunk, columns = std::min(s.Q, most);
+  int64_t rows = std::clamp<int64_t>(most / s.Q, 1, s.P);
+  while (small && rows > 1 && padded_rows(s, rows) * padded_columns(s, columns) * wide > kCache / 4) --rows;
+  const int64_t images = rows < s.P || columns < s.Q ? 1 : std::clamp<int64_t>(most / (s.P * s.Q), 1, s.B);
   const int64_t groups = std::clamp<int64_t>((1 << 22) / size, 1, std::min<int64_t>(16, (s.B + images - 1) / images));
   const int64_t shares = groups >= 8 ? 1 : std::min(panels, (8 + groups - 1) / groups);  // tasks of a group, by panels
-  std::vector<float> partial((groups - 1) * size, 0.0f);
+  Buffer<float> partial((groups - 1) * size, 0.0f), lost(groups * size, 0.0f);
   std::fill_n(dw, size, 0.0f);
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> blocks(images * rows * s.Q * s.D),
-        panel(images * padded_rows(s, rows) * padded_columns(s) * wide);
+    Buffer<float> blocks(images * rows * columns * s.D),
+        panel(images * padded_rows(s, rows) * padded_columns(s, columns) * wide);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / shares, share = task % shares;
-      float* const own = group ? partial.data() + (group - 1) * size : dw;
+      const Sums own{group ? partial.data() + (group - 1) * size : dw, lost.data() + group * size};
       const int64_t last = (group + 1) * s.B / groups;
       for (int64_t image = group * s.B / groups; image < last; image += images) {
         for (int64_t first = 0; first < s.P; first += rows) {
-          const Tile t{image, std::min(images, last - image), first, std::min(rows, s.P - first)};
-          pack_dy(s, t, dy, blocks.data());
-          for (int64_t i = share * panels / shares; i < (share + 1) * panels / shares; ++i) {
-            const int64_t c = i * wide;
-            (vectors(s, c) == 2 ? panel_of<2> : panel_of<1>)(s, t, source, blocks.data(), c, panel.data(), own);
+          for (int64_t left = 0; left < s.Q; left += columns) {
+            const Tile t{image, std::min(images, last - image), first, std::min(rows, s.P - first),
+                         left,  std::min(columns, s.Q - left)};
+            pack_dy(s, t, dy, blocks.data());
+            for (int64_t i = share * panels / shares; i < (share + 1) * panels / shares; ++i) {
+              const int64_t c = i * wide;
+              (vectors(s, c) == 2 ? panel_of<2> : panel_of<1>)(s, t, source, blocks.data(), c, panel.data(), own);
+            }
           }
         }
       }

@@ -1,6 +1,6 @@
 // fastff::depthwise_native and depthwise_backward_native: depthwise convolution with 3 x 3 or 5 x 5 filters and its gradients, float32 on the CPU.
 //
-//   y[b, i, j, c]  = sum_uv w[u, v, c] x[b, i s + u - p, j s + v - p, c]      sums[0, c], sums[1, c]: of y and of y^2, for batch norm
+//   y[b, i, j, c]  = sum_uv w[u, v, c] x[b, i s + u - p, j s + v - p, c]
 //   dw[u, v, c]    = sum_bij dy[b, i, j, c] x[b, i s + u - p, j s + v - p, c]
 //   dx             one correlation of dy for each residue (i mod s, j mod s) of the input position, with the flipped filter taps that reach it
 //
@@ -100,30 +100,11 @@ void correlate_row(const Correlation& f, const float* x, const float* w, int64_t
   }
 }
 
-// sums [blocks, 2, 16] += the sums of a row of pixels and of its squares.
-void add_sums(const float* y, int64_t pixels, int64_t pitch, int64_t blocks, double* sums) {
-  for (int64_t block = 0; block < blocks; ++block, sums += 2 * kPanel) {
-    for (int64_t h = 0; h < kPanel; h += kLanes) {
-      for (int64_t start = 0; start < pixels; start += vec::kChunk) {
-        Vector total = {}, square = {};
-        for (int64_t q = start; q < std::min(start + vec::kChunk, pixels); ++q) {
-          const Vector value = read(y + q * pitch + block * kPanel + h);
-          total += value;
-          square += value * value;
-        }
-        for (int64_t l = 0; l < kLanes; ++l) {
-          sums[h + l] += total[l];
-          sums[kPanel + h + l] += square[l];
-        }
-      }
-    }
-  }
-}
-
 // What U rows of K taps meet: dw [U, K, 16] += of a vector of 16 channels, dy and x at the first position and at the first tap's pixel there.
-// Positions start .. stop - 1 meet all K taps, at the edges some are outside the image.
+// Positions start .. stop - 1 of from .. to - 1 meet all K taps, at the edges some are outside the image.
 template <int K, int U>
-FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, int64_t start, int64_t stop, float* dw) {
+FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, int64_t from, int64_t to, int64_t start,
+                        int64_t stop, float* dw) {
   const int64_t step = f.stride * f.in.pitch;
   Vector sum[U][K];
   FASTFF_UNROLL for (int t = 0; t < U * K; ++t) sum[t / K][t % K] = read(dw + t * kPanel);
@@ -135,43 +116,49 @@ FASTFF_INLINE void taps(const Correlation& f, const float* x, const float* dy, i
       FASTFF_UNROLL for (int u = 0; u < U; ++u) sum[u][v] += g * read(x + j * step + u * f.in.row + v * f.in.pitch);
     }
   };
-  for (int64_t j = 0; j < start; ++j) edge(j);
+  for (int64_t j = from; j < start; ++j) edge(j);
   for (int64_t j = start; j < stop; ++j) {
     const Vector g = read(dy + j * f.out.pitch);
     FASTFF_UNROLL for (int u = 0; u < U; ++u) {
       FASTFF_UNROLL for (int v = 0; v < K; ++v) sum[u][v] += g * read(x + j * step + u * f.in.row + v * f.in.pitch);
     }
   }
-  for (int64_t j = std::max(start, stop); j < f.out.W; ++j) edge(j);
+  for (int64_t j = std::max(start, stop); j < to; ++j) edge(j);
   FASTFF_UNROLL for (int t = 0; t < U * K; ++t) write(dw + t * kPanel, sum[t / K][t % K]);
 }
 
-// dw [blocks, K, K, 16] += what row i of dy meets: U rows of taps at a time, single ones where the image ends.
+// dw [blocks, K, K, 16] += what positions from .. to - 1 of row i of dy meet: U rows of taps at a time, single ones where the image ends.
 template <int K, int U>
-FASTFF_INLINE void taps_of_row(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks,
-                               float* dw) {
+FASTFF_INLINE void taps_of_row(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t from,
+                               int64_t to, int64_t blocks, float* dw) {
   const int64_t u0 = std::max<int64_t>(0, f.above - i * f.stride),
                 u1 = std::min<int64_t>(K, f.in.H + f.above - i * f.stride);
-  const int64_t start = std::min(first_inside(f.left, f.stride), f.out.W),
-                stop = end_inside(f.left, f.in.W, K, f.stride, f.out.W);
+  const int64_t start = std::clamp(first_inside(f.left, f.stride), from, to),
+                stop = std::min(end_inside(f.left, f.in.W, K, f.stride, f.out.W), to);
   for (int64_t half = 0; half < blocks * kPanel; half += kLanes) {
     const float *g = dy + i * f.out.row + half,
                 *corner = x + (i * f.stride - f.above) * f.in.row - f.left * f.in.pitch + half;
     float* target = dw + half / kPanel * K * K * kPanel + half % kPanel;
     for (int64_t u = u0; u < u1;) {
       if (u + U <= u1) {
-        taps<K, U>(f, corner + u * f.in.row, g, start, stop, target + u * K * kPanel);
+        taps<K, U>(f, corner + u * f.in.row, g, from, to, start, stop, target + u * K * kPanel);
         u += U;
       } else {
-        taps<K, 1>(f, corner + u * f.in.row, g, start, stop, target + u * K * kPanel);
+        taps<K, 1>(f, corner + u * f.in.row, g, from, to, start, stop, target + u * K * kPanel);
         ++u;
       }
     }
   }
 }
 
-void add_taps(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, float* dw) {
-  f.K == 3 ? taps_of_row<3, 3>(f, x, dy, i, blocks, dw) : taps_of_row<5, 2>(f, x, dy, i, blocks, dw);
+// The same for a whole row, some positions at a time.
+void add_taps(const Correlation& f, const float* x, const float* dy, int64_t i, int64_t blocks, vec::LineSum& dw) {
+  for (int64_t from = 0; from < f.out.W; from += vec::kChunk) {
+    const int64_t to = std::min(from + vec::kChunk, f.out.W);
+    f.K == 3 ? taps_of_row<3, 3>(f, x, dy, i, from, to, blocks, dw.data())
+             : taps_of_row<5, 2>(f, x, dy, i, from, to, blocks, dw.data());
+    dw.added(to - from);
+  }
 }
 
 // Images [B, C, H, W] of one of the two layouts, and how tasks see them: `wide` blocks of 16 channels together in place, or single blocks in a copy.
@@ -189,7 +176,7 @@ struct Images {
   int64_t at(int64_t b, int64_t c) const { return channels_last ? b * H * W * C + c : (b * C + c) * H * W; }
 
   // Image b of a task: in place, or copied.
-  const float* load(const float* x, int64_t b, int64_t task, std::vector<float>& copy) const {
+  const float* load(const float* x, int64_t b, int64_t task, Buffer<float>& copy) const {
     const int64_t c = channel(task), lanes = std::min(kPanel, C - c);
     const float* from = x + at(b, c);
     if (in_place(task)) return from;
@@ -200,12 +187,12 @@ struct Images {
       for (int64_t q = 0; q < H * W; ++q) std::copy_n(from + q * C, lanes, copy.data() + q * kPanel);
     return copy.data();
   }
-  float* target(float* y, int64_t b, int64_t task, std::vector<float>& copy) const {
+  float* target(float* y, int64_t b, int64_t task, Buffer<float>& copy) const {
     if (in_place(task)) return y + at(b, 0);
     copy.resize(H * W * kPanel);
     return copy.data();
   }
-  void store(const std::vector<float>& copy, float* y, int64_t b, int64_t task) const {
+  void store(const Buffer<float>& copy, float* y, int64_t b, int64_t task) const {
     if (in_place(task)) return;
     const int64_t c = channel(task), lanes = std::min(kPanel, C - c);
     float* to = y + at(b, c);
@@ -221,10 +208,10 @@ struct Images {
 };
 
 // Taps u = first_u + t s, v likewise, of filters [C, 1, k, k] as [blocks, K, L, 16]; flipped: in reverse order.
-std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, int64_t L, int64_t first_u,
-                        int64_t first_v, int64_t s, bool flipped) {
+Buffer<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, int64_t L, int64_t first_u, int64_t first_v,
+                   int64_t s, bool flipped) {
   const int64_t blocks = (C + kPanel - 1) / kPanel;
-  std::vector<float> w(blocks * K * L * kPanel, 0.0f);
+  Buffer<float> w(blocks * K * L * kPanel, 0.0f);
   for (int64_t c = 0; c < C; ++c) {
     for (int64_t u = 0; u < K; ++u) {
       for (int64_t v = 0; v < L; ++v) {
@@ -238,19 +225,16 @@ std::vector<float> pack(const float* weight, int64_t C, int64_t k, int64_t K, in
 }
 
 // x [B, C, H, W] and weight [C, 1, k, k], k = 3 or 5, float32 on the CPU, not empty, as fastff/ops/depthwise.py sees to.
-std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t stride, int64_t padding, bool need_sums) {
+Tensor depthwise_native(Tensor x, Tensor weight, int64_t stride, int64_t padding) {
   x = dense(x), weight = torch::stable::contiguous(weight);
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
-  const int64_t P = (H + 2 * padding - k) / stride + 1, Q = (W + 2 * padding - k) / stride + 1,
-                blocks = (C + kPanel - 1) / kPanel;
+  const int64_t P = (H + 2 * padding - k) / stride + 1, Q = (W + 2 * padding - k) / stride + 1;
   const Images in{C, H, W, is_channels_last(x)}, out{C, P, Q, in.channels_last};
-  Tensor y = in.channels_last ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q}),
-         sums = need_sums ? empty(x, {2, C}) : absent(x);
-  const std::vector<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
-  std::vector<double> partial(need_sums ? B * blocks * 2 * kPanel : 0, 0.0);
+  Tensor y = in.channels_last ? empty_strided(x, {B, C, P, Q}, {P * Q * C, 1, Q * C, C}) : empty(x, {B, C, P, Q});
+  const Buffer<float> w = pack(floats(weight), C, k, k, k, 0, 0, 1, false);
   const int64_t tasks = in.tasks();
   parallel_for(0, B * tasks, std::max<int64_t>(1, 32768 / (H * W * C)), [&](int64_t begin, int64_t end) {
-    std::vector<float> copy, result;
+    Buffer<float> copy, result;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / tasks, task = i % tasks, block = in.channel(task) / kPanel;
       const Correlation f{in.plane(task), out.plane(task), k, k, stride, padding, padding};
@@ -259,26 +243,17 @@ std::tuple<Tensor, Tensor> depthwise_native(Tensor x, Tensor weight, int64_t str
       for (int64_t r = 0; r < P; ++r) {
         if (in.in_place(task)) fetch_next(f, from, r);
         correlate_row(f, from, w.data() + block * k * k * kPanel, r, in.blocks(task), to);
-        if (need_sums)
-          add_sums(to + r * f.out.row, Q, f.out.pitch, in.blocks(task),
-                   partial.data() + (b * blocks + block) * 2 * kPanel);
       }
       out.store(result, writable(y), b, task);
     }
   });
-  for (int64_t c = 0; need_sums && c < C; ++c) {
-    double total[2] = {};
-    for (int64_t b = 0; b < B; ++b)
-      for (int64_t s = 0; s < 2; ++s) total[s] += partial[((b * blocks + c / kPanel) * 2 + s) * kPanel + c % kPanel];
-    for (int64_t s = 0; s < 2; ++s) writable(sums)[s * C + c] = static_cast<float>(total[s]);
-  }
-  return {y, sums};
+  return y;
 }
 
 // One of the s^2 correlations that make dx: of rows h = place_h + s a and columns w = place_w + s b.
 struct Part {
   int64_t place_h, place_w, K, L, above, left;
-  std::vector<float> w;
+  Buffer<float> w;
 };
 
 std::vector<Part> parts_of(const float* weight, int64_t C, int64_t k, int64_t stride, int64_t padding) {
@@ -308,9 +283,9 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
   Tensor dx = need_x ? empty_like(x, channels_last) : absent(x), dw = empty(x, {C, 1, k, k});
   const std::vector<Part> parts = need_x ? parts_of(floats(weight), C, k, stride, padding) : std::vector<Part>();
   const int64_t groups = std::min<int64_t>(B, 8), tasks = in.tasks();  // whatever the number of threads
-  std::vector<float> partial(groups * size, 0.0f);
+  Buffer<float> partial(groups * size, 0.0f);
   parallel_for(0, groups * tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> copy, dy, result;
+    Buffer<float> copy, dy, result;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / tasks, task = i % tasks, block = in.channel(task) / kPanel;
       vec::LineSum sum(in.blocks(task) * k * k * kPanel);
@@ -322,8 +297,7 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
             fetch_next(f, from, r);
             fetch(f.out, g, r + 1);
           }
-          add_taps(f, from, g, r, in.blocks(task), sum.data());
-          sum.added(Q);
+          add_taps(f, from, g, r, in.blocks(task), sum);
         }
         if (!need_x) continue;
         float* to = in.target(writable(dx), b, task, result);
@@ -360,8 +334,7 @@ std::tuple<Tensor, Tensor> depthwise_backward_native(Tensor grad, Tensor x, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
-  m.def(
-      "depthwise_native(Tensor x, Tensor weight, int stride, int padding, bool need_sums) -> (Tensor y, Tensor sums)");
+  m.def("depthwise_native(Tensor x, Tensor weight, int stride, int padding) -> Tensor");
   m.def(
       "depthwise_backward_native(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_x) -> "
       "(Tensor dx, Tensor dw)");

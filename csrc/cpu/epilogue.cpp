@@ -194,7 +194,7 @@ int64_t positions_of_a_line(int64_t C, int64_t P) {
   return repeat;
 }
 
-void repeat_in_place(std::vector<float>& v, int64_t times) {
+void repeat_in_place(Buffer<float>& v, int64_t times) {
   const size_t n = v.size();
   v.resize(n * times);
   for (size_t i = n; i < v.size(); ++i) v[i] = v[i - n];
@@ -207,27 +207,32 @@ Epilogue::Epilogue(const float* y, const float* residual, const float* weight, c
     : y(y), residual(residual), B(shape.B), C(shape.C), P(shape.P),
       repeat(shape.channels_last ? positions_of_a_line(C, P) : 1), channels_last(shape.channels_last),
       activation(activation), rstds(C), centre(C), scale(C), shift(C) {
-  if (!known) statistics(mean, var);
+  if (!known) statistics(some_means(), mean, var);
   for (int64_t c = 0; c < C; ++c) {
     centre[c] = mean[c];
     rstds[c] = static_cast<float>(1 / std::sqrt(static_cast<double>(var[c]) + eps));
     scale[c] = rstds[c] * (weight ? weight[c] : 1.0f);
     shift[c] = bias ? bias[c] : 0.0f;
   }
-  for (std::vector<float>* v : {&centre, &scale, &shift}) repeat_in_place(*v, repeat);
+  for (Buffer<float>* v : {&centre, &scale, &shift}) repeat_in_place(*v, repeat);
 }
 
-void Epilogue::statistics(float* mean, float* var) const {
-  // Sums are relative to about the mean of each channel, lest the squares cancel: that of some positions of the first sample.
-  std::vector<float> pivot(C, 0.0f);
+// The mean of each channel at some positions of the first sample.
+Buffer<float> Epilogue::some_means() const {
+  Buffer<float> means(C, 0.0f);
   const int64_t seen = std::min<int64_t>(P, 32), step = P / seen;
   for (int64_t i = 0; i < seen; ++i)
-    for (int64_t c = 0; c < C; ++c) pivot[c] += y[channels_last ? i * step * C + c : c * P + i * step] / seen;
+    for (int64_t c = 0; c < C; ++c) means[c] += y[channels_last ? i * step * C + c : c * P + i * step] / seen;
+  return means;
+}
+
+// By sums about the pivot [C]: where it is not near a channel's mean, the squares cancel, and all is done once more about the means.
+void Epilogue::statistics(Buffer<float> pivot, float* mean, float* var) const {
   repeat_in_place(pivot, repeat);
   const int64_t groups = std::min<int64_t>(B, 16), width = C * repeat;  // groups: whatever the number of threads
-  std::vector<double> partial(groups * 2 * C, 0.0);
+  Buffer<double> partial(groups * 2 * C, 0.0);
   parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(2 * width);
+    Buffer<float> sums(2 * width);
     for (int64_t group = begin; group < end; ++group) {
       double* own = partial.data() + group * 2 * C;
       for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
@@ -243,6 +248,7 @@ void Epilogue::statistics(float* mean, float* var) const {
       }
     }
   });
+  bool far = false;
   for (int64_t c = 0; c < C; ++c) {
     double sum = 0, square = 0;
     for (int64_t group = 0; group < groups; ++group) {
@@ -252,7 +258,9 @@ void Epilogue::statistics(float* mean, float* var) const {
     const double off = sum / (B * P), variance = square / (B * P) - off * off;
     mean[c] = static_cast<float>(pivot[c] + off);
     var[c] = static_cast<float>(variance < 0 ? 0 : variance);  // NaN stays
+    far |= is_far(off, variance, mean[c]);
   }
+  if (far) statistics({mean, mean + C}, mean, var);
 }
 
 void Epilogue::forward(int64_t first, int64_t n, float* x) const {
@@ -261,7 +269,7 @@ void Epilogue::forward(int64_t first, int64_t n, float* x) const {
 }
 
 void Epilogue::backward(int64_t first, int64_t n, float* grad, double* sums) const {
-  std::vector<float> line(2 * C * repeat, 0.0f);
+  Buffer<float> line(2 * C * repeat, 0.0f);
   with_activation(activation, residual, [&]<Activation A, bool Residual>() {
     for (int64_t i = 0; i < n; ++i)
       backward_sample<A, Residual>(samples(first + i, 1), grad + i * C * P, sums, line.data());
@@ -269,7 +277,7 @@ void Epilogue::backward(int64_t first, int64_t n, float* grad, double* sums) con
 }
 
 void Epilogue::finish(const float* grad_h, const double* sums, float* grad_y) const {
-  std::vector<float> first(C), second(C);
+  Buffer<float> first(C), second(C);
   for (int64_t c = 0; c < C; ++c) {
     first[c] = static_cast<float>(sums[c] / (B * P));
     second[c] = static_cast<float>(sums[C + c] * rstds[c] * rstds[c] / (B * P));

@@ -28,6 +28,10 @@ struct EpilogueShape {
   bool channels_last;
 };
 
+// Whether sums of squares about a pivot that is `off` from the mean lose digits of the variance, which sums about the mean keep. No more than
+// the roundings of the values themselves is worth a second pass.
+inline bool is_far(double off, double variance, double mean) { return off * off > 16 * variance + 1e-10 * mean * mean; }
+
 class Epilogue {
  public:
   // weight, bias: [C] or null. mean, var [C]: the batch's biased statistics, results (the same for any number of threads) unless `known`.
@@ -55,8 +59,9 @@ class Epilogue {
   int64_t repeat;  // channels_last: times that the vectors below are repeated, for as many positions in one inner loop
   bool channels_last;
   Activation activation;
-  std::vector<float> rstds, centre, scale, shift;
+  Buffer<float> rstds, centre, scale, shift;
 
-  void statistics(float* mean, float* var) const;
+  void statistics(Buffer<float> pivot, float* mean, float* var) const;
+  Buffer<float> some_means() const;
   EpilogueSamples samples(int64_t first, int64_t n) const;
 };

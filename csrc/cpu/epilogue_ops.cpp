@@ -19,14 +19,12 @@
 
 namespace {
 
-// grad_x += the gradient of (x - mean) / sqrt(var + eps) over the n elements of a sample, from that of the result.
+// grad_x += the gradient of (x - mean) / sqrt(var + eps) over the n elements of a sample, from that of the result. Sums are about the pivot.
 void add_layer_norm_gradient(const float* __restrict x, const float* __restrict grad, float* __restrict grad_x,
-                             int64_t n, double eps) {
-  constexpr int64_t kChunk = 1024;  // float sums over a chunk, double ones over chunks
+                             int64_t n, double eps, float pivot) {
   double sum = 0, square = 0, sum_grad = 0, product = 0;
-  const float pivot = x[0];
-  for (int64_t start = 0; start < n; start += kChunk) {
-    const int64_t end = std::min(start + kChunk, n);
+  for (int64_t start = 0; start < n; start += vec::kLongChunk) {
+    const int64_t end = std::min(start + vec::kLongChunk, n);
     float s = 0, q = 0, g = 0, p = 0;
 #pragma omp simd reduction(+ : s, q, g, p)
     for (int64_t i = start; i < end; ++i) {
@@ -41,6 +39,7 @@ void add_layer_norm_gradient(const float* __restrict x, const float* __restrict 
   const double off = sum / n, variance = std::max(square / n - off * off, 0.0), rstd = 1 / std::sqrt(variance + eps);
   const float mean = static_cast<float>(pivot + off), a = static_cast<float>(rstd),
               b = static_cast<float>(sum_grad / n);
+  if (is_far(off, variance, mean)) return add_layer_norm_gradient(x, grad, grad_x, n, eps, mean);
   const float c = static_cast<float>((product - off * sum_grad) / n * rstd * rstd);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) grad_x[i] += a * (grad[i] - b - (x[i] - mean) * c);
@@ -70,7 +69,7 @@ std::vector<Tensor> forward(const Forward& given) {
   const Epilogue epilogue = made(y, given.epilogue, writable(mean), writable(var), known);
   float *const to_x = writable(x), *const to_normalized = writable(normalized);
   parallel_for(0, B, std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
-    std::vector<float> sample(to_x ? 0 : n);
+    Buffer<float> sample(to_x ? 0 : n);
     for (int64_t b = begin; b < end; ++b) {
       float* const at = to_x ? to_x + b * n : sample.data();
       epilogue.forward(b, 1, at);
@@ -94,7 +93,7 @@ struct Backward : spec::Part {
 
 // dL/dh of one sample into `to`, which may be the memory of grad_x or of added_grad_h, and its sums.
 void sample_gradient(const Backward& given, const Epilogue& epilogue, int64_t b, int64_t n, float* to,
-                     std::vector<float>& scratch, double* sums) {
+                     Buffer<float>& scratch, double* sums) {
   float *const x = scratch.data(), *const grad = given.added_grad_h ? scratch.data() + n : to;
   const int64_t at = b * n;
   if (given.grad_x) {
@@ -104,7 +103,7 @@ void sample_gradient(const Backward& given, const Epilogue& epilogue, int64_t b,
   }
   if (given.grad_normalized) {
     epilogue.forward(b, 1, x);
-    add_layer_norm_gradient(x, floats(given.grad_normalized) + at, grad, n, given.normalization_eps);
+    add_layer_norm_gradient(x, floats(given.grad_normalized) + at, grad, n, given.normalization_eps, x[0]);
   }
   epilogue.backward(b, 1, grad, sums);
   if (!given.added_grad_h) return;
@@ -124,9 +123,9 @@ std::vector<Tensor> backward(const Backward& given) {
   const Epilogue epilogue = made(y, given.epilogue, writable(*given.mean), writable(*given.var), true);
   float* const to = writable(grad_h);
   const int64_t groups = std::min<int64_t>(B, 16);  // whatever the number of threads
-  std::vector<double> sums(groups * 2 * C, 0.0);
+  Buffer<double> sums(groups * 2 * C, 0.0);
   parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(given.added_grad_h ? 2 * n : given.grad_normalized ? n : 0);
+    Buffer<float> scratch(given.added_grad_h ? 2 * n : given.grad_normalized ? n : 0);
     for (int64_t group = begin; group < end; ++group)
       for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b)
         sample_gradient(given, epilogue, b, n, to + b * n, scratch, sums.data() + group * 2 * C);

@@ -189,8 +189,8 @@ FASTFF_INLINE void dots_part(int64_t M, int64_t N, int64_t K, const float* a, in
 template <typename F>
 void by_pieces(int64_t M, int64_t N, int64_t K, int64_t longest, float* c, int64_t ldc, bool add, const F& f) {
   if (K <= longest) return f(0, K, c, ldc, add);
-  std::vector<float> piece(M * N);
-  std::vector<double> total(M * N);
+  Buffer<float> piece(M * N);
+  Buffer<double> total(M * N);
   for (int64_t k = 0; k < K; k += longest) {
     f(k, std::min(longest, K - k), piece.data(), N, false);
     for (int64_t i = 0; i < M * N; ++i) total[i] += piece[i];

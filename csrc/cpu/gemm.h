@@ -7,8 +7,7 @@
 // The order of the sums depends on the shape alone, and their error not on K: long ones are added in doubles. With `upper`, blocks below the diagonal are left out.
 #pragma once
 
-#include <cstdint>
-#include <vector>
+#include "common.h"
 
 namespace gemm {
 
@@ -25,7 +24,7 @@ void transpose(int64_t M, int64_t N, const float* a, int64_t lda, float* b, int6
 // vectors do not pick single lanes out of registers (a third of the time at 10 classes).
 struct Panels {
   int64_t K = 0, N = 0;
-  std::vector<float> data;
+  Buffer<float> data;
 
   Panels() = default;
   Panels(int64_t K, int64_t N, const float* source, int64_t row_stride, int64_t col_stride, int64_t padded_N);

@@ -25,9 +25,10 @@ class Task {
                                  : direct(p, most);
     if (p.cells) grid.emplace(p, most, p.channels_last || transposed);
     if (p.normalization) normalize.emplace(*p.normalization, p.C, p.P, p.channels_last);
-    if (p.epilogue || members > 1) x_copy.resize(most * size);
+    if (p.epilogue || members > 1 || p.narrow_x) x_copy.resize(most * size);
     if (transposed) x_transposed.resize(most * size);
-    if (p.grad_x && (transposed || members > 1)) grad_copy.resize(most * size);
+    if (p.grad_x && (transposed || members > 1 || p.narrow_x)) grad_copy.resize(most * size);
+    if (p.narrow_x) result.resize(size);
   }
 
   // Samples first .. first + n - 1, or the pair of samples that is unit `first`, through everything.
@@ -55,12 +56,18 @@ class Task {
     if (squares) squares->gradients(n, x, d.data(), grad_x, p.cells > 0, sums);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = sample(first, i) * size;
-      if (normalize) (*normalize)(input + i * size, p.normalized + at);
+      if (normalize) {
+        float* const to = p.narrow_x ? result.data() : p.normalized + at;
+        (*normalize)(input + i * size, to);
+        if (p.narrow_x) narrow(to, size, *p.narrow_normalized, at);
+      }
       if (grad_copy.empty()) continue;
+      float* const to = p.narrow_x ? result.data() : p.grad_x + at;
       if (transposed)
-        gemm::transpose(p.P, p.C, grad_x + i * size, p.C, p.grad_x + at, p.P);
+        gemm::transpose(p.P, p.C, grad_x + i * size, p.C, to, p.P);
       else
-        std::copy_n(grad_x + i * size, size, p.grad_x + at);
+        std::copy_n(grad_x + i * size, size, to);
+      if (p.narrow_x) narrow(to, size, *p.narrow_grad_x, at);
     }
     for_runs(first, n, [&](int64_t b, int64_t length, int64_t) {
       if (p.epilogue) p.epilogue->backward(b, length, p.grad_x + b * size, sums.epilogue);
@@ -74,7 +81,7 @@ class Task {
   std::unique_ptr<Squares> squares;
   std::optional<Grid> grid;
   std::optional<Normalizer<float>> normalize;
-  std::vector<float> g, d, x_copy, x_transposed, grad_copy;
+  Buffer<float> g, d, x_copy, x_transposed, grad_copy, result;
 
   int64_t sample(int64_t first, int64_t i) const { return members > 1 ? p.loss->sample(first, i) : first + i; }
 
@@ -90,6 +97,8 @@ class Task {
     for_runs(first, n, [&](int64_t b, int64_t length, int64_t i) {
       if (p.epilogue)
         p.epilogue->forward(b, length, x_copy.data() + i * size);
+      else if (p.narrow_x)
+        widen(*p.narrow_x, b * size, length * size, x_copy.data() + i * size);
       else
         std::copy_n(p.x + b * size, length * size, x_copy.data() + i * size);
     });
@@ -103,7 +112,7 @@ constexpr int64_t kTerms = 32;
 // A sweep with what a spatial term without a hidden layer needs. results: as of sweep; grad_grid_weight: null if not wanted.
 void run(Problem& p, const Sums& results, float* grad_grid_weight) {
   STD_TORCH_CHECK(!p.M, "only step_native has a hidden layer");
-  std::vector<float> cell_means(p.B * p.cells), all_d(grad_grid_weight ? p.B * p.K : 0);
+  Buffer<float> cell_means(p.B * p.cells), all_d(grad_grid_weight ? p.B * p.K : 0);
   p.cell_means = cell_means.data(), p.all_d = grad_grid_weight ? all_d.data() : nullptr;
   sweep(p, results);
   if (grad_grid_weight) multiply_transposed(p.K, p.cells, p.B, all_d.data(), cell_means.data(), grad_grid_weight);
@@ -133,7 +142,7 @@ void sweep(const Problem& p, const Sums& results) {
   const int64_t weights = p.weight ? p.K * p.C : 0, size = weights + p.K, channels = p.epilogue ? 2 * p.C : 0;
   const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / (size + channels), 2, 16));
   std::vector<vec::LineSum> partial(p.loss || p.d ? groups : 0, vec::LineSum(size, kTerms));
-  std::vector<double> epilogue_sums(groups * channels, 0.0);
+  Buffer<double> epilogue_sums(groups * channels, 0.0);
   parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     Task task(p, step * members);
     for (int64_t group = begin; group < end; ++group) {
@@ -164,8 +173,10 @@ Problem::Problem(const Tensor& x, const spec::Projection& given, bool second_mom
       K((given.weight ? *given.weight : *given.grid_weight).size(0)), KP((K + kPadding - 1) / kPadding * kPadding),
       GH(given.grid_weight ? given.grid_weight->size(2) : 0), GW(given.grid_weight ? given.grid_weight->size(3) : 0),
       cells(C * GH * GW), M(given.hidden_weight ? given.hidden_weight->size(0) : 0), channels_last(is_channels_last(x)),
-      second_moment(second_moment), x(floats(x)), weight(floats(given.weight)), bias(floats(given.bias)),
-      grid_weight(floats(given.grid_weight)) {
+      second_moment(second_moment), x(x.scalar_type() == ScalarType::Float ? floats(x) : nullptr),
+      weight(floats(given.weight)), bias(floats(given.bias)), grid_weight(floats(given.grid_weight)) {
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "x must be float32, bfloat16 or float16");
+  if (!this->x) narrow_x = x;
   STD_TORCH_CHECK(!weight || given.weight->numel() == K * C, "the compiled library takes 1 x 1 heads only");
   STD_TORCH_CHECK(!M || (given.hidden_weight->numel() == M * C && cells && given.grid_weight->size(1) == M),
                   "hidden_weight must be [M, C], and grid_weight [K, M, GH, GW]");
@@ -183,12 +194,13 @@ void step(const StepCall& call) {
   const Tensor& x = call.given.x;
   spec::StepResult& result = call.result;
   Problem p(x, call.given.projection, call.given.second_moment);
-  const ParameterGradients gradients(x, call.given.projection);
+  const ParameterGradients gradients(result.goodness, call.given.projection);
   result.grad_weight = gradients.weight, result.grad_bias = gradients.bias,
   result.grad_grid_weight = gradients.grid_weight;
   p.epilogue = call.epilogue, p.loss = &call.loss, p.grad_tau = call.grad_tau;
   p.losses = writable(result.loss), p.g = writable(result.goodness), p.grad_x = writable(result.grad_x),
   p.normalized = writable(result.normalized);
+  p.narrow_grad_x = result.grad_x, p.narrow_normalized = result.normalized;
   if (p.normalized) p.normalization = &call.given.normalization;
   p.lay_out_weights(p.grad_x);
   const Sums sums = gradients.sums(call.epilogue_sums);
@@ -210,7 +222,7 @@ struct Backward : Forward {
 
 std::vector<Tensor> forward(const Forward& given) {
   Problem p(given.x, given.projection, given.second_moment);
-  const Tensor g = empty(given.x, {p.B, p.K});
+  const Tensor g = empty(given.x, {p.B, p.K}, aoti_torch_dtype_float32());
   p.g = writable(g);
   p.lay_out_weights(false);
   run(p, {}, nullptr);
@@ -220,7 +232,8 @@ std::vector<Tensor> forward(const Forward& given) {
 std::vector<Tensor> backward(const Backward& given) {
   Problem p(given.x, given.projection, given.second_moment);
   const Tensor grad_x = given.need_grad_x ? empty_like(given.x, p.channels_last) : absent(given.x);
-  const ParameterGradients gradients(given.x, given.projection);
+  const ParameterGradients gradients(*given.d, given.projection);
+  p.narrow_grad_x = grad_x;
   p.d = floats(given.d), p.grad_x = writable(grad_x);
   p.lay_out_weights(p.grad_x);
   run(p, gradients.sums(nullptr), writable(gradients.grid_weight));

@@ -1,4 +1,4 @@
-// Goodness of a projection, its loss, local gradient and next input in one pass over whole samples, float32 on the CPU.
+// Goodness of a projection, its loss, local gradient and next input in one pass over whole samples, in float32 arithmetic on the CPU.
 //
 // x [B, C, P] with contiguous positions, or [B, P, C] with contiguous channels (channels_last). Formulas: fastff/reference.py.
 //
@@ -29,9 +29,11 @@ struct Problem {
   int64_t M;                                    // channels of the hidden layer, or 0
   bool channels_last, second_moment;
   const float *x, *weight, *bias, *grid_weight;  // [K, C], [K], [K, C, GH, GW] ([K, M, GH, GW] with a hidden layer)
-  const Epilogue* epilogue = nullptr;            // what makes the head's input of x
-  const Loss* loss = nullptr;                    // gradients are of the loss,
-  const float* d = nullptr;                      // or of sum(d * g); without either only goodness is computed
+  MaybeTensor narrow_x, narrow_grad_x,
+      narrow_normalized;               // in place of x and the like: 16 bits, widened and rounded sample by sample
+  const Epilogue* epilogue = nullptr;  // what makes the head's input of x
+  const Loss* loss = nullptr;          // gradients are of the loss,
+  const float* d = nullptr;            // or of sum(d * g); without either only goodness is computed
   const spec::Normalization* normalization = nullptr;
   float *g = nullptr, *losses = nullptr, *grad_x = nullptr, *normalized = nullptr;
   double* grad_tau = nullptr;                     // a summand for each loss

@@ -112,8 +112,8 @@ class Direct : public Squares {
   const Problem& p;
   int64_t tile;  // positions
   bool kept;
-  std::vector<float> a, factors;
-  std::vector<double> squares;
+  Buffer<float> a, factors;
+  Buffer<double> squares;
   vec::LineSum sum;
 
   // a [count, KP]
@@ -168,7 +168,7 @@ class DirectChannelsFirst : public Squares {
 
  private:
   const Problem& p;
-  std::vector<float> a, t;  // of all samples; products of one
+  Buffer<float> a, t;  // of all samples; products of one
 };
 
 }  // namespace

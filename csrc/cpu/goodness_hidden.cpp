@@ -21,7 +21,7 @@ void by_rows(int64_t n, const F& f) {
 void losses_of(const Problem& p, const Loss& loss, float* d) {
   const int64_t members = loss.samples(), K = p.K;
   by_rows(loss.count(), [&](int64_t first, int64_t n) {
-    std::vector<float> g(members * K), own(members * K);
+    Buffer<float> g(members * K), own(members * K);
     for (int64_t unit = first; unit < first + n; ++unit) {
       for (int64_t i = 0; i < members; ++i) std::copy_n(p.g + loss.sample(unit, i) * K, K, g.data() + i * K);
       p.losses[unit] = static_cast<float>(loss(unit, K, g.data(), own.data(), p.grad_tau + unit));
@@ -43,7 +43,7 @@ void step_with_hidden_layer(Problem& p, const spec::Projection& given, const Sum
 
   const Loss& loss = *std::exchange(p.loss, nullptr);
   float* const grad_x = std::exchange(p.grad_x, nullptr);
-  std::vector<float> means(rows * C), z(rows * M), a(rows * M), d(p.B * K), V(K * size), grad_V(K * size);
+  Buffer<float> means(rows * C), z(rows * M), a(rows * M), d(p.B * K), V(K * size), grad_V(K * size);
   p.cell_means = means.data();
   sweep(p, {});
 
@@ -64,7 +64,7 @@ void step_with_hidden_layer(Problem& p, const spec::Projection& given, const Sum
   by_rows(p.B, [&](int64_t i, int64_t n) {
     gemm::multiply(n, size, K, &d[i * K], K, 1, V.data(), size, grad + i * size, size);
   });
-  std::vector<double> sums(2 * M);
+  Buffer<double> sums(2 * M);
   norm.backward(0, p.B, grad, sums.data());
   norm.parameter_gradients(sums.data(), writable(r.grad_hidden_bn_weight), writable(r.grad_hidden_bn_bias));
   if (known) std::fill(sums.begin(), sums.end(), 0.0);  // statistics that do not depend on x

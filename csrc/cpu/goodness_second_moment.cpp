@@ -36,7 +36,7 @@ class SecondMoment : public Squares {
 
  private:
   const Problem& p;
-  std::vector<float> square, t, means, constant;
+  Buffer<float> square, t, means, constant;
   vec::LineSum sum;
 
   void goodness_of(const float* x, float* g, float* ti, float* mean) {

@@ -31,14 +31,14 @@ class Goodness {
   int64_t count() const { return groups.count(); }
 
   void forward(const T* x, double* g) {
-    const std::vector<double> sums = given.power == 2 ? sample.sums(x, groups, [](A v, int64_t) { return v * v; })
-                                                      : sample.sums(x, groups, [](A v, int64_t) { return v; });
+    const Buffer<double> sums = given.power == 2 ? sample.sums(x, groups, [](A v, int64_t) { return v * v; })
+                                                 : sample.sums(x, groups, [](A v, int64_t) { return v; });
     for (int64_t j = 0; j < count(); ++j) g[j] = sums[j] / (given.mean ? groups.elements(j) : 1);
   }
 
   // dL/dx from d = dL/dg.
   void backward(const T* x, const double* d, T* grad_x) {
-    std::vector<double> values(count());
+    Buffer<double> values(count());
     for (int64_t j = 0; j < count(); ++j) values[j] = d[j] * given.power / (given.mean ? groups.elements(j) : 1);
     sample.spread(groups, values, factors);
     const A* factor = factors.data();
@@ -53,7 +53,7 @@ class Goodness {
   const spec::Groups& given;
   Partition groups;
   Sample<T> sample;
-  std::vector<A> factors;
+  Buffer<A> factors;
 };
 
 int32_t accumulation_dtype(const Tensor& x) {
@@ -117,15 +117,15 @@ class Task {
   A *g_out, *loss_out;
   Goodness<T> goodness;
   Normalizer<T> normalize;
-  std::vector<double> g, d;
-  std::vector<T> made;  // the epilogue's output
+  Buffer<double> g, d;
+  Buffer<T> made;  // the epilogue's output
 };
 
 template <typename T>
 void step(const StepCall& call) {
   const int64_t C = call.given.x.size(1), units = call.loss.count(),
                 shares = call.epilogue ? std::min<int64_t>(units, 16) : units;
-  std::vector<double> sums(call.epilogue ? shares * 2 * C : 0);
+  Buffer<double> sums(call.epilogue ? shares * 2 * C : 0);
   parallel_for(0, shares, call.epilogue ? 1 : grain(call.given.x), [&](int64_t begin, int64_t end) {
     Task<T> task(call);
     for (int64_t share = begin; share < end; ++share)
@@ -152,7 +152,7 @@ std::vector<Tensor> forward(const Forward& given) {
   with_type("group_goodness_forward_native", x, [&]<typename T>(T*) {
     const int64_t J = g.size(1), size = x.numel() / x.size(0);
     for_samples<T>(x, given.groups, [&](int64_t b, Goodness<T>& goodness) {
-      std::vector<double> row(J);
+      Buffer<double> row(J);
       goodness.forward(static_cast<const T*>(x.const_data_ptr()) + b * size, row.data());
       std::copy_n(row.data(), J, writable<typename Sample<T>::A>(g) + b * J);
     });
@@ -167,7 +167,7 @@ std::vector<Tensor> backward(const Backward& given) {
     const int64_t J = count_of_groups(x, given.groups), size = x.numel() / x.size(0);
     const A* d = static_cast<const A*>(given.d->const_data_ptr());
     for_samples<T>(x, given.groups, [&](int64_t b, Goodness<T>& goodness) {
-      const std::vector<double> row(d + b * J, d + (b + 1) * J);
+      const Buffer<double> row(d + b * J, d + (b + 1) * J);
       goodness.backward(static_cast<const T*>(x.const_data_ptr()) + b * size, row.data(),
                         writable<T>(grad_x) + b * size);
     });

@@ -11,7 +11,7 @@
 //   1  m = mean, rounded
 //   2  d = x - m:  delta = mean(d), var = mean(d^2) - delta^2      (the corrected two-pass formula: when mean >> std
 //   3  y = ((x - m) - delta) / sqrt(var + eps)                      the rounding of m drops out of mean and variance)
-// Sums run over chunks of 2048 in vector lanes, and over the chunks in float64. One thread owns a sample, so the number
+// Sums run over chunks in vector lanes, and over the chunks in float64. One thread owns a sample, so the number
 // of threads does not change a bit of the result.
 
 #include "normalization.h"
@@ -23,14 +23,14 @@
 #include <cstdint>
 #include <vector>
 
-constexpr int64_t kChunk = 2048;
+using vec::kLongChunk;
 
 template <typename T>
 void layer_norm(const T* __restrict x, T* __restrict y, int64_t n, double eps) {
   using A = typename Sample<T>::A;
   double total = 0;
-  for (int64_t start = 0; start < n; start += kChunk) {
-    const int64_t end = std::min(start + kChunk, n);
+  for (int64_t start = 0; start < n; start += kLongChunk) {
+    const int64_t end = std::min(start + kLongChunk, n);
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = start; i < end; ++i) sum += load<A>(x[i]);
@@ -39,8 +39,8 @@ void layer_norm(const T* __restrict x, T* __restrict y, int64_t n, double eps) {
   const A mean = static_cast<A>(total / n);
 
   double total_d = 0, total_dd = 0;
-  for (int64_t start = 0; start < n; start += kChunk) {
-    const int64_t end = std::min(start + kChunk, n);
+  for (int64_t start = 0; start < n; start += kLongChunk) {
+    const int64_t end = std::min(start + kLongChunk, n);
     A sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum, squares)
     for (int64_t i = start; i < end; ++i) {

@@ -22,13 +22,12 @@ class Normalizer {
     if (name == Name::layer_norm) return layer_norm(x, y, size, eps);
     const bool centred = name == Name::group_norm || name == Name::layer_norm_channels;
     const bool length = name == Name::l2 || name == Name::l2_channels;
-    std::vector<double> mean(groups.count(), 0.0);
+    Buffer<double> mean(groups.count(), 0.0);
     if (centred) mean = sample.sums(x, groups, [](A v, int64_t) { return v; });
     for (int64_t j = 0; centred && j < groups.count(); ++j) mean[j] /= groups.elements(j);
     sample.spread(groups, mean, centres);
     const A* centre = centres.data();
-    std::vector<double> factor =
-        sample.sums(x, groups, [=](A v, int64_t i) { return (v - centre[i]) * (v - centre[i]); });
+    Buffer<double> factor = sample.sums(x, groups, [=](A v, int64_t i) { return (v - centre[i]) * (v - centre[i]); });
     for (int64_t j = 0; j < groups.count(); ++j)
       factor[j] = length && factor[j] == 0  // zeros stay zero
                       ? 0
@@ -47,7 +46,7 @@ class Normalizer {
   int64_t size;
   Sample<T> sample;
   Partition groups;
-  std::vector<A> centres, factors;
+  Buffer<A> centres, factors;
 
   bool is_of_positions() const {
     return name == Name::layer_norm_channels || name == Name::l2_channels || name == Name::rms_channels;

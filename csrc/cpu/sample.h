@@ -43,8 +43,8 @@ class Sample {
 
   // Of each group, the sum of f(value, index).
   template <typename F>
-  FASTFF_INLINE std::vector<double> sums(const T* x, const Partition& groups, const F& f) {
-    std::vector<double> totals(groups.count());
+  FASTFF_INLINE Buffer<double> sums(const T* x, const Partition& groups, const F& f) {
+    Buffer<double> totals(groups.count());
     if (outer == 1 &&
         groups
             .channels) {  // features: a group lies together, and single sums of its channels would cost more than all else
@@ -82,7 +82,7 @@ class Sample {
   }
 
   // to[i]: the value of the group of index i.
-  static void spread(const Partition& groups, const std::vector<double>& values, std::vector<A>& to) {
+  static void spread(const Partition& groups, const Buffer<double>& values, Buffer<A>& to) {
     to.resize(groups.bounds.back());
     for (int64_t j = 0; j < groups.count(); ++j)
       std::fill(to.begin() + groups.bounds[j], to.begin() + groups.bounds[j + 1], static_cast<A>(values[j]));
@@ -91,8 +91,8 @@ class Sample {
  private:
   bool channels_last;
   int64_t outer, inner;  // the matrix in memory
-  std::vector<A> lanes;
-  std::vector<double> index_sums;
+  Buffer<A> lanes;
+  Buffer<double> index_sums;
 
   bool index_is_row(const Partition& groups) const { return groups.channels != channels_last; }
 

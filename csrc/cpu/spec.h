@@ -101,18 +101,13 @@ struct Normalization : Part {
   double eps = number("eps");
 };
 
-// A boxed kernel that reads Arguments and calls function(const Arguments&) -> std::vector<Tensor>. An exception becomes an error of PyTorch's.
+// A boxed kernel that reads Arguments and calls function(const Arguments&) -> std::vector<Tensor>.
 template <typename Arguments, auto function>
 void boxed(StableIValue* stack, uint64_t, uint64_t num_outputs) {
-  try {
-    Reader in{stack, {}, {}};
-    const Arguments arguments(in);
-    const std::vector<Tensor> results = function(arguments);
-    for (uint64_t i = 0; i < num_outputs; ++i) stack[i] = torch::stable::detail::from(results.at(i));  // new references
-  } catch (const std::bad_alloc&) {
-    STD_TORCH_CHECK(false,
-                    "not enough memory: the buffers of an operator of the compiled library could not be allocated");
-  }
+  Reader in{stack, {}, {}};
+  const Arguments arguments(in);
+  const std::vector<Tensor> results = function(arguments);
+  for (uint64_t i = 0; i < num_outputs; ++i) stack[i] = torch::stable::detail::from(results.at(i));  // new references
 }
 
 // "name(arguments) -> results"

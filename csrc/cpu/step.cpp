@@ -50,7 +50,7 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   spec::StepResult r{none, none, none, none, none, none, none, none, none,
                      none, none, none, none, none, none, none, none, none};
   const Loss loss(given.loss, B);
-  std::vector<double> grad_tau(loss.count());
+  Buffer<double> grad_tau(loss.count());
   // Large tensors first: small ones behind them keep the C library from giving their memory back after every step.
   const Tensor grad_y = residual ? empty_like(x, channels_last) : none;
   if (given.need_grad_x || given.has_epilogue) r.grad_x = empty_like(x, channels_last);
@@ -58,7 +58,7 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   r.loss = empty(x, {loss.count()}, dtype), r.goodness = empty(x, {B, J}, dtype);
 
   std::optional<Epilogue> epilogue;
-  std::vector<double> sums(2 * C);
+  Buffer<double> sums(2 * C);
   if (given.has_epilogue) {
     const spec::Epilogue& e = given.epilogue;
     r.mean = empty(x, {C}), r.var = empty(x, {C}), r.grad_bn_weight = empty(x, {C}), r.grad_bn_bias = empty(x, {C});

@@ -7,7 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <new>
+#include <exception>
 #include <optional>
 #include <vector>
 
@@ -42,19 +42,33 @@ void with_type(const char* op, const Tensor& x, const F& f) {
   }
 }
 
-// torch::stable::parallel_for, out of which std::bad_alloc comes as an error that says so.
+// to = n elements of x from element `at` on; n elements of y from `at` on = from.
+inline void widen(const Tensor& x, int64_t at, int64_t n, float* __restrict to) {
+  with_type("widen", x, [&]<typename T>(T*) {
+    const T* const from = static_cast<const T*>(x.const_data_ptr()) + at;
+    for (int64_t i = 0; i < n; ++i) to[i] = load<std::conditional_t<std::is_same_v<T, double>, double, float>>(from[i]);
+  });
+}
+inline void narrow(const float* __restrict from, int64_t n, const Tensor& y, int64_t at) {
+  with_type("narrow", y, [&]<typename T>(T*) {
+    T* const to = writable<T>(y) + at;
+    for (int64_t i = 0; i < n; ++i) store(to + i, from[i]);
+  });
+}
+
+// torch::stable::parallel_for, out of which the first exception of a thread comes as it is.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  std::atomic<bool> exhausted = false;
+  std::atomic<bool> failed = false;
+  std::exception_ptr error;
   torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
     try {
       f(from, to);
-    } catch (const std::bad_alloc&) {
-      exhausted = true;
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
     }
   });
-  STD_TORCH_CHECK(!exhausted,
-                  "not enough memory: the buffers of a thread of the compiled library could not be allocated");
+  if (error) std::rethrow_exception(error);
 }
 
 // The one element of a tensor of any floating type, or 1.

@@ -80,8 +80,17 @@ inline void add_constant(float* y, float constant, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += constant;
 }
 
-// Terms of a sum of floats in one lane, and of one in all lanes of a vector.
-constexpr int64_t kChunk = 256, kLongChunk = 16 * kChunk;
+// Terms of a sum of floats in one lane, and of one in all lanes that the compiler gives a loop (sanitizers keep it from giving more than one).
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kLoopLanes = 1;
+#elif defined(__AVX512F__)
+constexpr int64_t kLoopLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLoopLanes = 8;
+#else
+constexpr int64_t kLoopLanes = 4;
+#endif
+constexpr int64_t kChunk = 256, kLongChunk = kLoopLanes * kChunk;
 
 // Sum of x * y, and sum of x.
 inline double dot(const float* __restrict x, const float* __restrict y, int64_t n) {
@@ -137,8 +146,8 @@ class LineSum {
   }
 
  private:
-  std::vector<float> line;
-  std::vector<double> totals;
+  Buffer<float> line;
+  Buffer<double> totals;
   int64_t most, count = 0;
 
   void flush() {

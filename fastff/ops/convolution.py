@@ -26,20 +26,10 @@ LEAST_WEIGHTS_AVX512 = 1 << 20
 LARGEST_PRODUCT = 1 << 25
 
 
-def _native_can_run(x):
-    if x.device.type != "cpu":
-        return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
-    if x.dtype != torch.float32:
-        return f"the compiled kernel is for float32, x is {x.dtype}"
-    if x.numel() == 0:
-        return "x is empty"
-    return native.reason() or None
-
-
 ROWS = [
     Implementation(
         "native",
-        _native_can_run,
+        native.takes(torch.float32, empty=False),
         native_convolution,
         "fewer than 16 channels, contiguous tensors, and with AVX-512 less than 2^20 weights by oneDNN",
         native.slow,

@@ -1,7 +1,6 @@
-"""torch.ops.fastff.depthwise: depthwise convolution with the sums that batch norm needs, and its gradients.
+"""torch.ops.fastff.depthwise: depthwise convolution and its gradients.
 
-    depthwise(x, weight, stride, padding)           x [B, C, H, W], weight [C, 1, k, k] -> y [B, C, H', W'] laid out as x, and
-                                                    sums [2, C] of y and of its square, in float32 (float64 for float64)
+    depthwise(x, weight, stride, padding)           x [B, C, H, W], weight [C, 1, k, k] -> y [B, C, H', W'] laid out as x
     depthwise_backward(grad, x, weight, ..., need_grad_x) -> (dL/dx or an empty tensor, dL/dweight)
 
 The first convolution of a block never needs dL/dx. Rows: the Triton kernels (never timed on a GPU, so "auto" skips them), the compiled kernel,
@@ -22,22 +21,13 @@ class Reference:
     """The definition of fastff/reference.py."""
 
     @staticmethod
-    def forward(x, weight, stride, padding, sums=True):
-        y = reference.depthwise(widened(x), widened(weight), stride, padding).to(x.dtype)
-        return y, torch_depthwise.sums_of(y) if sums else None
+    def forward(x, weight, stride, padding):
+        return reference.depthwise(widened(x), widened(weight), stride, padding).to(x.dtype)
 
     @staticmethod
     def backward(grad, x, weight, stride, padding, need_grad_x):
         dx, dw = reference.depthwise_gradients(widened(grad), widened(x), widened(weight), stride, padding)
         return (dx.to(x.dtype) if need_grad_x else None), dw.to(weight.dtype)
-
-
-def _native_can_run(x):
-    if x.device.type != "cpu":
-        return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
-    if x.dtype != torch.float32:
-        return f"the compiled kernel is for float32, x is {x.dtype}"
-    return native.reason() or None
 
 
 def _native_skip_reason(x):
@@ -55,7 +45,7 @@ ROWS = [
     ),
     Implementation(
         "native",
-        _native_can_run,
+        native.takes(torch.float32),
         native_depthwise,
         "other filters than 3 x 3 and 5 x 5 by PyTorch",
         _native_skip_reason,
@@ -65,7 +55,7 @@ ROWS = [
 ]
 
 _lib = torch.library.Library("fastff", "FRAGMENT")
-_lib.define("depthwise(Tensor x, Tensor weight, int stride, int padding, str impl) -> (Tensor, Tensor)")
+_lib.define("depthwise(Tensor x, Tensor weight, int stride, int padding, str impl) -> Tensor")
 _lib.define(
     "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_grad_x, str impl) -> (Tensor, Tensor)"
 )
@@ -93,14 +83,13 @@ def check(x, weight, stride, padding):
 
 def _forward(x, weight, stride, padding, impl):
     check(x, weight, stride, padding)
-    y, sums = choose("depthwise", ROWS, impl, x).run.forward(x, weight, stride, padding)
+    y = choose("depthwise", ROWS, impl, x).run.forward(x, weight, stride, padding)
     like = torch_depthwise.out_like(x, weight, stride, padding)
-    return (y if y.stride() == like.stride() else like.copy_(y)), sums
+    return y if y.stride() == like.stride() else like.copy_(y)
 
 
 def _forward_fake(x, weight, stride, padding, impl):
-    sums = x.new_empty((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch_depthwise.out_like(x, weight, stride, padding), sums
+    return torch_depthwise.out_like(x, weight, stride, padding)
 
 
 def _backward(grad, x, weight, stride, padding, need_grad_x, impl):
@@ -122,10 +111,10 @@ implement(_lib, "depthwise_backward", _backward, _backward_fake)
 
 
 def output(x, weight, stride, padding):
-    """Compute y without the sums, through the dispatcher only if it must (fastff/ops/table.py)."""
+    """Compute y, through the dispatcher only if it must (fastff/ops/table.py)."""
     if dispatched(x, weight):
-        return torch.ops.fastff.depthwise(x, weight, stride, padding, "auto")[0]
-    return choose("depthwise", ROWS, "auto", x).run.forward(x, weight, stride, padding, sums=False)[0]
+        return torch.ops.fastff.depthwise(x, weight, stride, padding, "auto")
+    return choose("depthwise", ROWS, "auto", x).run.forward(x, weight, stride, padding)
 
 
 def gradients(grad, x, weight, stride, padding, need_grad_x):
@@ -137,17 +126,12 @@ def gradients(grad, x, weight, stride, padding, need_grad_x):
 
 def _save(ctx, inputs, output):
     x, weight, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, output[0])
+    ctx.save_for_backward(x, weight)
 
 
-def _differentiate(ctx, grad, grad_sums):
-    """Differentiate y and its sums: d(sum y) = 1, d(sum y^2) = 2 y."""
-    x, weight, y = ctx.saved_tensors
+def _differentiate(ctx, grad):
+    x, weight = ctx.saved_tensors
     stride, padding, impl = ctx.options
-    grad = torch.zeros_like(y) if grad is None else grad
-    if grad_sums is not None:
-        first, second = grad_sums[:, None, :, None, None].to(y.dtype)
-        grad = grad + first + 2 * y * second
     dx, dw = torch.ops.fastff.depthwise_backward(grad, x, weight, stride, padding, ctx.needs_input_grad[0], impl)
     return (dx if ctx.needs_input_grad[0] else None), dw, None, None, None
 

@@ -17,23 +17,12 @@ from fastff.kernels.native import epilogue as native_epilogue
 from fastff.kernels.torch import epilogue as torch_epilogue
 from fastff.ops.table import Implementation, Lazy, always, choose, concerns, implement
 
-
-def _native_can_run(y):
-    if y.device.type != "cpu":
-        return f"the compiled kernel runs on the CPU, y is on {y.device.type}"
-    if y.dtype != torch.float32:
-        return f"the compiled kernel is for float32, y is {y.dtype}"
-    if y.numel() == 0:
-        return "y is empty"
-    return native.reason() or None
-
-
 ROWS = [
     Implementation(
         "triton", triton.reason, Lazy("fastff.kernels.triton.epilogue"), "normalization and added gradients by PyTorch",
         skip_reason=lambda y: "never timed on a GPU, so not seen to win",
     ),
-    Implementation("native", _native_can_run, native_epilogue, "other normalizations than layer norm by PyTorch"),
+    Implementation("native", native.takes(torch.float32, empty=False), native_epilogue, "other normalizations than layer norm by PyTorch"),
     Implementation("torch", always, torch_epilogue),
     Implementation("reference", always, torch_epilogue, "the same as torch"),
 ]  # fmt: skip

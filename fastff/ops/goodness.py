@@ -29,19 +29,11 @@ def _triton_can_run(x):
     return triton.reason(x)
 
 
-def _native_can_run(x):
-    if x.device.type != "cpu":
-        return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
-    if x.dtype == torch.float64:
-        return "the compiled kernel's arithmetic is float32, x is torch.float64"
-    return native.reason() or None
-
-
 ROWS = [
     Implementation("triton", _triton_can_run, Lazy("fastff.kernels.triton.goodness"), "3 x 3 and 5 x 5 heads by cuDNN"),
     Implementation(
         "native",
-        _native_can_run,
+        native.takes(torch.float32, torch.bfloat16, torch.float16),
         native_goodness,
         "3 x 3 and 5 x 5 heads by oneDNN, large direct products by BLAS",
         native.slow,

@@ -16,18 +16,9 @@ from fastff.kernels.torch import group_goodness as torch_group_goodness
 from fastff.ops.table import Implementation, Lazy, always, choose, implement
 from fastff.spec import Groups, Normalization
 
-
-def _native_can_run(x):
-    if x.device.type != "cpu":
-        return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
-    return native.reason() or None
-
-
 ROWS = [
     Implementation("triton", triton.reason, Lazy("fastff.kernels.triton.group_goodness")),
-    Implementation(
-        "native", _native_can_run, native_group_goodness, "float64 behind batch norm by PyTorch's operators"
-    ),
+    Implementation("native", native.takes(), native_group_goodness, "float64 behind batch norm by PyTorch's operators"),
     Implementation("torch", always, torch_group_goodness),
     Implementation("reference", always, reference_kernels),
 ]

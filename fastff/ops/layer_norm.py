@@ -12,12 +12,6 @@ from fastff.kernels.torch.normalization import layer_norm
 from fastff.ops.table import Implementation, Lazy, always, choose, implement
 
 
-def _native_can_run(x):
-    if x.device.type != "cpu":
-        return f"the compiled kernel runs on the CPU, x is on {x.device}"
-    return native.reason() or None
-
-
 def _native_skip_reason(x):
     if x.dtype not in (torch.float32, torch.float64):
         return f"slower than PyTorch's for 16-bit types, x is {x.dtype}"
@@ -34,7 +28,7 @@ def _triton(x, eps):
 
 ROWS = [
     Implementation("triton", triton.reason, _triton),
-    Implementation("native", _native_can_run, _native, skip_reason=_native_skip_reason),
+    Implementation("native", native.takes(), _native, skip_reason=_native_skip_reason),
     Implementation("torch", always, layer_norm),
     Implementation("reference", always, reference_kernels.layer_norm),
 ]

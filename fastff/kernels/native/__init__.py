@@ -51,6 +51,22 @@ def level() -> str:
     return wanted
 
 
+def takes(*dtypes, empty=True):
+    """Return a predicate of tables of ops: why the kernels, which are for these dtypes (all four without any), cannot run for x, or None."""
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+    def can_run(x) -> str | None:
+        if not x.is_cpu:
+            return f"the compiled kernel runs on the CPU, x is on {x.device.type}"
+        if dtypes and x.dtype not in dtypes:
+            return f"the compiled kernel is for {names}, x is {x.dtype}"
+        if not empty and x.numel() == 0:
+            return "x is empty"
+        return reason() or None
+
+    return can_run
+
+
 def has_avx512() -> bool:
     """Whether the library that is loaded is the one for AVX-512."""
     return reason() == "" and _avx512

@@ -9,12 +9,11 @@ from fastff.kernels.torch import depthwise as torch_depthwise
 SIZES = (3, 5)
 
 
-def forward(x, weight, stride, padding, sums=True):
-    """Return y and sums [2, C] of y and y^2, or None instead of them."""
+def forward(x, weight, stride, padding):
+    """Return y."""
     if weight.shape[2] not in SIZES or x.numel() == 0:
-        return torch_depthwise.forward(x, weight, stride, padding, sums)
-    y, found = torch.ops.fastff.depthwise_native(x, weight, stride, padding, sums)
-    return y, found if sums else None
+        return torch_depthwise.forward(x, weight, stride, padding)
+    return torch.ops.fastff.depthwise_native(x, weight, stride, padding)
 
 
 def backward(grad, x, weight, stride, padding, need_grad_x):

@@ -1,7 +1,7 @@
 """A Projection's goodness and whole local steps on it by the compiled library, in float32 on the CPU (csrc/cpu/goodness.cpp).
 
-16-bit tensors are widened whole. fastff/kernels/torch takes what the library has no kernel for: kernel sizes 3 and 5, and the direct algorithm
-for many classes of many channels, whose time is that of large matrix products, where BLAS is faster (K C = 512,000: 20 ms against 11 at
+16-bit images are widened a sample at a time. fastff/kernels/torch takes what the library has no kernel for: kernel sizes 3 and 5, and the direct
+algorithm for many classes of many channels, whose time is that of large matrix products, where BLAS is faster (K C = 512,000: 20 ms against 11 at
 (32, 512, 4 x 4, 1000); 51,200: as fast). With AVX-512 the products are as fast here as BLAS and the batched ones of PyTorch half as fast
 (7.8 ms, 16 by BLAS, 9.6 in eager code, one thread), so there they stay here, as long as there are groups of samples for all threads.
 """
@@ -40,7 +40,7 @@ def goodness(x, projection, plan):
     """Return g [B, K] in float32."""
     if not fits(x, projection, plan):
         return fallback.goodness(x, projection, plan)
-    return torch.ops.fastff.goodness_forward_native(x.float(), *_cut(projection, x), plan.algorithm == "second_moment")
+    return torch.ops.fastff.goodness_forward_native(x, *_cut(projection, x), plan.algorithm == "second_moment")
 
 
 def goodness_backward(d, x, projection, plan, need_grad_x):
@@ -48,9 +48,7 @@ def goodness_backward(d, x, projection, plan, need_grad_x):
     if not fits(x, projection, plan):
         return fallback.goodness_backward(d, x, projection, plan, need_grad_x)
     second_moment = plan.algorithm == "second_moment"
-    grads = torch.ops.fastff.goodness_backward_native(
-        x.float(), *_cut(projection, x), second_moment, d.float(), need_grad_x
-    )
+    grads = torch.ops.fastff.goodness_backward_native(x, *_cut(projection, x), second_moment, d.float(), need_grad_x)
     grad_x, grad_weight, grad_bias, grad_grid = (t if t.numel() else None for t in grads)
     return grad_x, grad_weight, grad_bias, _whole(projection, grad_grid)
 

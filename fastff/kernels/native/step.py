@@ -1,6 +1,7 @@
 """A whole local step by the compiled library, torch.ops.fastff.step_native (csrc/cpu/step.cpp): its call from a Step of fastff/spec.py.
 
-A Projection and an Epilogue are computed in float32: 16-bit tensors are widened whole. Groups alone keep their type."""
+A Projection and an Epilogue are computed in float32: parameters, and the images of an Epilogue, are widened whole; the kernels take other images as
+they are."""
 
 import torch
 
@@ -26,6 +27,6 @@ def run(local, second_moment=False):
         t = values[place]
         if t is not None and t.dtype != torch.float32 and t.is_floating_point():
             values[place] = t.float()
-    x = local.x.float() if wide else local.x
+    x = local.x if local.epilogue is None else local.x.float()
     results = torch.ops.fastff.step_native(x, *values, local.need_grad_x, second_moment)
     return StepResult(*(t if t.numel() else None for t in results))

@@ -1,29 +1,25 @@
-"""Depthwise convolution by PyTorch's grouped convolution. The sums for batch norm take two more passes."""
+"""Depthwise convolution by PyTorch's grouped convolution."""
 
 import torch
 import torch.nn.functional as F
 
-from fastff.kernels.layout import is_channels_last, widened
+from fastff.kernels.layout import is_channels_last
 
 
-def forward(x, weight, stride, padding, sums=True):
-    """Return y and sums [2, C] of y and y^2, or None instead of them."""
-    y = F.conv2d(x, weight, stride=stride, padding=padding, groups=len(weight))
-    return y, sums_of(y) if sums else None
+def forward(x, weight, stride, padding):
+    """Return y."""
+    return F.conv2d(x, weight, stride=stride, padding=padding, groups=len(weight))
 
 
 def backward(grad, x, weight, stride, padding, need_grad_x):
     """Return dL/dx, or None unless it is needed, and dL/dweight."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # as in convolution.py
+        found = backward(grad.float(), x.float(), weight.float(), stride, padding, need_grad_x)
+        return tuple(t if t is None else t.to(x.dtype) for t in found)
     pairs = [stride] * 2, [padding] * 2, [1, 1]
     wanted = [need_grad_x, True, False]
     dx, dw, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *pairs, False, [0, 0], len(weight), wanted)
     return dx, dw
-
-
-def sums_of(y):
-    """Return the sums [2, C] of y and y^2 over everything but the channels."""
-    wide = widened(y)
-    return torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
 
 
 def out_shape(x, weight, stride, padding):

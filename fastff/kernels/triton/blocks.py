@@ -50,7 +50,7 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False):
     if cells:  # the grid's products have NS BG columns
         NS = min(NS, max(1, 16 // BP, 64 // BG))
     BK = min(max(16, triton.next_power_of_2(K)), 32 if BC <= 128 and narrow else 16)
-    warps = 16 if BC > 256 else 8 if BC > 128 or not narrow or (epilogue and BC > 64) else 4
+    warps = 16 if BC > 256 else 8 if BC > 128 or not narrow or (epilogue and BC > 64) else 4 if BC > 16 else 2
     return Blocks(NS, BP, BC, BK, BG, warps, warps if narrow or epilogue else 4)
 
 

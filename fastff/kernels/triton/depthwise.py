@@ -1,10 +1,10 @@
-"""Depthwise convolution, k x k with one filter a channel: forward with batch norm's sums, dL/dweight, and dL/dx where it is asked for.
+"""Depthwise convolution, k x k with one filter a channel: forward, dL/dweight, and dL/dx where it is asked for.
 
 A tile is [R, BC], R output positions (of all samples, in a row) by BC channels; its k^2 loads of x overlap and come out of L1 and L2, so each array
 moves through device memory once: forward reads x and writes y, dL/dweight reads x and the gradient, dL/dx reads the gradient and writes dL/dx.
 That is the floor; arithmetic is k^2 multiply-adds an element, 9 to 25 for 4 bytes moved, on a chip that has 20 for 1: memory bounds it.
 Lanes run along channels in channels_last and along positions otherwise (Triton orders a tile by the stride that is 1).
-Sums and dL/dweight: one partial result a program, added in a fixed order. float32 accumulation.
+dL/dweight: one partial result a program, added in a fixed order. float32 accumulation.
 
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
@@ -17,8 +17,7 @@ import triton.language as tl
 
 from fastff.kernels.layout import dense, empty_like, is_channels_last
 from fastff.kernels.torch.depthwise import out_like
-from fastff.kernels.triton.epilogue import store_pair
-from fastff.kernels.triton.launch import constants, multiprocessors, on_device
+from fastff.kernels.triton.launch import constants, multiprocessors, on_device, shares
 
 Image = namedtuple("Image", "x B C H W sample_stride channel_stride row_stride column_stride")
 """x [B, C, H, W] or another tensor of this form, by strides."""
@@ -45,10 +44,10 @@ def load(image: Image, b, h, w, here, c):
 
 
 @triton.jit
-def convolve(source: Image, weight, result: Image, sums, config: Config):
+def convolve(source: Image, weight, result: Image, config: Config):
     """y from x; ADJOINT: dL/dx (the result) from the gradient (the source) of a convolution with this stride and padding.
 
-    Program (i, j): R positions, BC channels. sums [programs i, 2, C] of y and y^2, or None."""
+    Program (i, j): R positions, BC channels."""
     rows = tl.program_id(0).to(tl.int64) * config.R + tl.arange(0, config.R)
     c = tl.program_id(1) * config.BC + tl.arange(0, config.BC)
     known = c < source.C
@@ -68,12 +67,8 @@ def convolve(source: Image, weight, result: Image, sums, config: Config):
             tap = weight + c * (config.KERNEL * config.KERNEL) + (u * config.KERNEL + v)
             total += value * tl.load(tap, mask=known, other=0.0).to(tl.float32)[None, :]
     mask = here[:, None] & known[None, :]
-    narrow = total.to(result.x.dtype.element_ty)
     at = (b * result.sample_stride + i * result.row_stride + j * result.column_stride)[:, None]
-    tl.store(result.x + at + (c * result.channel_stride)[None, :], narrow, mask=mask)
-    if sums is not None:
-        stored = tl.where(mask, narrow.to(tl.float32), 0.0)
-        store_pair(sums, tl.program_id(0).to(tl.int64), tl.sum(stored, 0), tl.sum(stored * stored, 0), c, source.C)
+    tl.store(result.x + at + (c * result.channel_stride)[None, :], total.to(result.x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -117,24 +112,21 @@ def _image(x):
     return Image(x, *x.shape, *x.stride())
 
 
-def forward(x, weight, stride, padding, sums=True):
-    """(y, sums [2, C] or None)."""
+def forward(x, weight, stride, padding):
+    """y"""
     y = out_like(x, weight, stride, padding)
-    x = dense(x)
-    return y, _convolve(x, weight, y, _config(y, weight, stride, padding), sums)
+    _convolve(dense(x), weight, y, _config(y, weight, stride, padding))
+    return y
 
 
-def _convolve(x, weight, y, config, sums=False):
-    """Write y, and return the sums of it and of its square where wanted."""
+def _convolve(x, weight, y, config):
+    """Write y."""
     config, warps = config
-    C = x.shape[1]
     programs = -(-(y.shape[0] * y.shape[2] * y.shape[3]) // config.R)
-    partial = torch.empty(programs, 2, C, device=x.device, dtype=torch.float32) if sums else None
     if programs:
         with on_device(x):
-            grid = programs, -(-C // config.BC)
-            convolve[grid](_image(x), weight.contiguous(), _image(y), partial, constants(config), num_warps=warps)
-    return partial.sum(0) if sums else None
+            grid = programs, -(-x.shape[1] // config.BC)
+            convolve[grid](_image(x), weight.contiguous(), _image(y), constants(config), num_warps=warps)
 
 
 def backward(grad, x, weight, stride, padding, need_grad_x):
@@ -147,8 +139,7 @@ def backward(grad, x, weight, stride, padding, need_grad_x):
     config, warps = _config(x, weight, stride, padding)
     count = -(-(B * grad.shape[2] * grad.shape[3]) // config.R)
     groups = -(-C // config.BC)
-    parts = max(1, min(count, 4 * multiprocessors(x.device) // groups))
-    share = -(-count // parts)
+    share, parts = shares(count, 4 * multiprocessors(x.device) // groups)
     partial = torch.empty(parts, k * k, C, device=x.device, dtype=torch.float32)
     with on_device(x):
         weight_gradient[parts, groups](_image(x), _image(grad), partial, share, constants(config), num_warps=warps)

@@ -1,6 +1,6 @@
 """The epilogue of a block, x = activation(batch_norm(y) + residual), and its gradients: device functions for the goodness kernels, and kernels.
 
-    channel_sums   mean and variance of each channel: partial sums by program, added in a fixed order        reads y
+    channel_sums   mean and variance of each channel: partial sums by program, joined in a fixed order       reads y
     apply          x                                                                                         reads y, residual; writes x
     derive         dL/dh and its two sums by channel, h before the activation                  reads y, residual, dL/dx; writes dL/dh
     finish         dL/dy = scale (dL/dh - mean(dL/dh) - (y - mean) mean(dL/dh (y - mean)) / var)             reads y, dL/dh; writes dL/dy
@@ -21,7 +21,8 @@ from fastff import spec
 from fastff.kernels.layout import dense, empty_like, is_channels_last
 from fastff.kernels.torch import epilogue as torch_epilogue
 from fastff.kernels.torch.normalization import normalize
-from fastff.kernels.triton.launch import constants, multiprocessors, on_device, strides
+from fastff.kernels.triton.launch import constants, multiprocessors, on_device, shares, strides
+from fastff.kernels.triton.normalization import between, joined, joined_parts, lane_counts
 from fastff.spec import EpilogueGradients
 
 RELU, RELU6, HARDSWISH, SILU, GELU = (
@@ -134,7 +135,7 @@ def tile_at(source: Source, extent: Extent, start, end, c, R: tl.constexpr):
 
 @triton.jit
 def channel_sums(source: Source, partial, extent: Extent, share, tile: Tile):
-    """Program (i, j): sums of x - x[first position] and of its square over positions j share .. (j + 1) share - 1 of the batch; [parts, 2, C]."""
+    """Program (i, j): sum of x - x[first position] and squares about the mean of positions j share .. (j + 1) share - 1; [parts, 2, C]."""
     part = tl.program_id(1)
     c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
     pivot = tl.load(source.x + c * source.channel_stride, mask=c < extent.C, other=0.0).to(tl.float32)
@@ -145,9 +146,11 @@ def channel_sums(source: Source, partial, extent: Extent, share, tile: Tile):
         at, mask = tile_at(source, extent, start + r0, start + share, c, tile.R)
         value = tl.load(source.x + at, mask=mask, other=0.0).to(tl.float32)
         off = tl.where(mask, value - pivot[:, None], 0.0)
+        square += tl.where(mask, between(total, r0 / tile.R, off, 1.0), 0.0)
         total += off
-        square += off * off
-    store_pair(partial, part, tl.sum(total, 1), tl.sum(square, 1), c, extent.C)
+    own = tl.minimum(extent.positions - start, share)
+    whole, squares = joined(total, square, lane_counts(own, tl.arange(0, tile.R), tile.R)[None, :], own)
+    store_pair(partial, part, whole, squares, c, extent.C)
 
 
 @triton.jit
@@ -161,7 +164,7 @@ def apply(source: Source, x, extent: Extent, tile: Tile):
 
 @triton.jit
 def derive(source: Source, grad_x, grad_h, partial, extent: Extent, share, tile: Tile):
-    """dL/dh from dL/dx (in the same memory, perhaps), and sums as in channel_sums: of dL/dh and of dL/dh (x - mean)."""
+    """dL/dh from dL/dx (in the same memory, perhaps), and by program, as in channel_sums, the sums of dL/dh and of dL/dh (x - mean)."""
     part = tl.program_id(1)
     c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
     total = tl.zeros([tile.BC, tile.R], tl.float32)
@@ -210,8 +213,8 @@ class Launches:
         self.blocks = -(-C // self.config.BC)
         self.source = Source(self.y, None, None, *strides(self.y))
         if mean is None:
-            off, square = self._sums(channel_sums) / self.extent.positions
-            mean, var = self.y[0, :, 0, 0] + off, (square - off * off).clamp_(min=0)
+            off, var = joined_parts(*self._sums(channel_sums)) / self.extent.positions
+            mean = self.y[0, :, 0, 0] + off
         self.mean, self.var, self.rstd = mean, var, (var + epilogue.eps).rsqrt()
         scale = self.rstd if epilogue.weight is None else self.rstd * epilogue.weight.float()
         shift = torch.zeros_like(mean) if epilogue.bias is None else epilogue.bias.float()
@@ -230,16 +233,15 @@ class Launches:
         kernel[grid](self.source, *tensors, self.extent, constants(self.config), num_warps=4)
 
     def _sums(self, kernel, *tensors):
-        """[2, C]"""
-        positions = self.extent.positions
-        parts = max(1, min(4 * multiprocessors(self.y.device) // self.blocks, -(-positions // (4 * POSITIONS))))
-        share = -(-positions // (parts * POSITIONS)) * POSITIONS
-        parts = -(-positions // share)
+        """Partial sums [parts, 2, C], the number of positions, and that of a part."""
+        tiles = -(-self.extent.positions // POSITIONS)
+        share, parts = shares(tiles, min(4 * multiprocessors(self.y.device) // self.blocks, -(-tiles // 4)))
+        share *= POSITIONS
         partial = torch.empty((parts, 2, self.extent.C), device=self.y.device, dtype=torch.float32)
         kernel[self.blocks, parts](
             self.source, *tensors, partial, self.extent, share, constants(self.config), num_warps=8
         )
-        return partial.sum(0)
+        return partial, self.extent.positions, share
 
     def forward(self):
         """x, as y."""
@@ -251,7 +253,7 @@ class Launches:
         """(grad_y, grad_residual or None, grad_weight, grad_bias) from grad_x, in whose memory the result may lie."""
         grad_x = self._laid_out(grad_x)
         grad_h = grad_x if overwrite else empty_like(self.y)
-        return self.finish(grad_h, self._sums(derive, grad_x, grad_h))
+        return self.finish(grad_h, self._sums(derive, grad_x, grad_h)[0].sum(0))
 
     def finish(self, grad_h, sums):
         """The same from grad_h (overwritten) and the sums [2, C] of grad_h and of grad_h (y - mean)."""

@@ -25,10 +25,9 @@ from fastff.kernels.triton.epilogue import step_in_parts
 from fastff.kernels.triton.launch import constants, on_device, strides
 from fastff.kernels.triton.layer_norm import layer_norm
 from fastff.kernels.triton.loss import LossArguments, gradient_scale, losses_of, of_pairs, of_samples
-from fastff.kernels.triton.normalization import GROUP_NORM, NONE, factors
+from fastff.kernels.triton.normalization import GROUP_NORM, NONE, between, factors, joined, moments
 
 WARPS = 8
-SUM, SUM_OF_SQUARES, OWN_SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # sums of an element's x, x^2, term
 
 
 @triton.jit
@@ -52,17 +51,17 @@ Input = namedtuple("Input", "x sample_stride channel_stride position_stride")
 
 
 Scratch = namedtuple("Scratch", "g d sums factors starts group_of")
-"""g and d [B, K or P]; sums [B, 3, C] by channel; factors [B, 2, K]: mean and factor of the normalisation by group; first channel of each group
-[K + 1]; group of each channel [C]."""
+"""g and d [B, K or P]; sums [B, 3, C] by channel: of x, of squares about the mean, of terms; factors [B, 2, K]: mean and
+factor of the normalisation by group; first channel of each group [K + 1]; group of each channel [C]."""
 
 
 Shape = namedtuple("Shape", "B C P K")
 """Samples, channels, positions, groups."""
 
 
-Config = namedtuple("Config", "POWER MEAN TERMS GOODNESS LOSS MEMBERS NORM BC R KP GP")
-"""Constants: the goodness (POWER, MEAN, and which of the sums it is), whether it is wanted, the number of the loss (or None), samples of a
-program, the number of the normalisation, channels and positions of a tile, padded number and size of groups."""
+Config = namedtuple("Config", "POWER MEAN GOODNESS LOSS MEMBERS NORM BC R KP GP")
+"""Constants: the goodness (POWER, MEAN), whether it is wanted, the number of the loss (or None), samples of a program, the number of the
+normalisation, channels and positions of a tile, padded number and size of groups."""
 
 
 @triton.jit
@@ -75,13 +74,13 @@ def load(source: Input, b, c, p, shape: Shape):
 
 @triton.jit
 def by_group(values, scratch: Scratch, K, KP: tl.constexpr, GP: tl.constexpr):
-    """[KP] sums of values [C] over groups starts[k] .. starts[k + 1] - 1."""
+    """Values [C] of the channels starts[k] .. starts[k + 1] - 1 of each group, [KP, GP], and whether there is one."""
     k = tl.arange(0, KP)
     start = tl.load(scratch.starts + k, mask=k < K, other=0)
     size = tl.load(scratch.starts + k + 1, mask=k < K, other=0) - start
     j = tl.arange(0, GP)
-    v = tl.load(values + start[:, None] + j[None, :], mask=j[None, :] < size[:, None], other=0.0)
-    return tl.sum(v, 1)
+    mask = j[None, :] < size[:, None]
+    return tl.load(values + start[:, None] + j[None, :], mask=mask, other=0.0), mask
 
 
 @triton.jit
@@ -92,6 +91,14 @@ def elements(group, known, scratch: Scratch, P):
 
 
 @triton.jit
+def add(total, lost, term):
+    """(total + term, what its rounding lost), with what was lost before: the error does not grow with the number of terms (Kahan 1965)."""
+    term -= lost
+    more = total + term
+    return more, (more - total) - term
+
+
+@triton.jit
 def sum_channels(source: Input, scratch: Scratch, b, shape: Shape, config: Config):
     """Write the sums by channel of sample b."""
     for c0 in range(0, shape.C, config.BC):
@@ -99,18 +106,21 @@ def sum_channels(source: Input, scratch: Scratch, b, shape: Shape, config: Confi
         total = tl.zeros([config.BC], tl.float32)
         square = tl.zeros([config.BC], tl.float32)
         terms = tl.zeros([config.BC], tl.float32)
+        lost, lost_square, lost_terms = terms, terms, terms
         for p0 in range(0, shape.P, config.R):
-            v, _, _ = load(source, b, c, p0 + tl.arange(0, config.R), shape)
+            v, _, mask = load(source, b, c, p0 + tl.arange(0, config.R), shape)
             if config.NORM != NONE:
-                total += tl.sum(v, 1)
-                square += tl.sum(v * v, 1)
-            if config.TERMS == OWN_SUM:
-                terms += tl.sum(term(v, config.POWER), 1)
+                n = tl.minimum(shape.P - p0, config.R) * 1.0
+                more, squares = moments(v, mask, n, 1)
+                square, lost_square = add(square, lost_square, squares + between(total, p0 * 1.0, more, n))
+                total, lost = add(total, lost, more)
+            if config.GOODNESS:
+                terms, lost_terms = add(terms, lost_terms, tl.sum(term(v, config.POWER), 1))
         sums = scratch.sums + b * 3 * shape.C + c
         if config.NORM != NONE:
             tl.store(sums, total, mask=c < shape.C)
             tl.store(sums + shape.C, square, mask=c < shape.C)
-        if config.TERMS == OWN_SUM:
+        if config.GOODNESS:
             tl.store(sums + 2 * shape.C, terms, mask=c < shape.C)
 
 
@@ -118,7 +128,8 @@ def sum_channels(source: Input, scratch: Scratch, b, shape: Shape, config: Confi
 def store_goodness(scratch: Scratch, b, shape: Shape, config: Config):
     """g of sample b from its sums."""
     k = tl.arange(0, config.KP)
-    good = by_group(scratch.sums + (b * 3 + config.TERMS) * shape.C, scratch, shape.K, config.KP, config.GP)
+    terms, _ = by_group(scratch.sums + (b * 3 + 2) * shape.C, scratch, shape.K, config.KP, config.GP)
+    good = tl.sum(terms, 1)
     if config.MEAN:
         good /= elements(k, k < shape.K, scratch, shape.P)
     tl.store(scratch.g + b * shape.K + k, good, mask=k < shape.K)
@@ -129,14 +140,15 @@ def store_factors(scratch: Scratch, b, shape: Shape, eps, config: Config):
     """Mean and factor of the normalisation of sample b, by group (the same for all of them unless it is "group_norm")."""
     k = tl.arange(0, config.KP)
     sums = scratch.sums + b * 3 * shape.C
-    total = by_group(sums, scratch, shape.K, config.KP, config.GP)
-    square = by_group(sums + shape.C, scratch, shape.K, config.KP, config.GP)
-    if config.NORM == GROUP_NORM:
-        n = elements(k, k < shape.K, scratch, shape.P)
-    else:
-        total = tl.sum(total, 0) + tl.zeros([config.KP], tl.float32)
-        square = tl.sum(square, 0) + tl.zeros([config.KP], tl.float32)
-        n = shape.C * shape.P * 1.0
+    total, mask = by_group(sums, scratch, shape.K, config.KP, config.GP)
+    square, _ = by_group(sums + shape.C, scratch, shape.K, config.KP, config.GP)
+    n = elements(k, k < shape.K, scratch, shape.P)
+    total, square = joined(total, square, tl.where(mask, shape.P * 1.0, 0.0), n)
+    if config.NORM != GROUP_NORM:
+        count = tl.where(k < shape.K, n, 0.0)
+        n = tl.zeros([config.KP], tl.float32) + shape.C * shape.P
+        whole, squares = joined(total[None, :], square[None, :], count[None, :], shape.C * shape.P * 1.0)
+        total, square = whole + tl.zeros([config.KP], tl.float32), squares + tl.zeros([config.KP], tl.float32)
     mean, factor = factors(total, square, n, eps, config.NORM)
     own = scratch.factors + b * 2 * shape.K + k
     tl.store(own, mean, mask=k < shape.K)
@@ -195,22 +207,20 @@ def samples(
 
 @triton.jit
 def sum_positions(source: Input, b, p, shape: Shape, config: Config):
-    """Sums over the channels of positions p [R] of sample b: of x, of x^2, and goodness."""
+    """Sums over the channels of positions p [R] of sample b: of x, of squares about the mean, and goodness."""
     total = tl.zeros([config.R], tl.float32)
     square = tl.zeros([config.R], tl.float32)
     terms = tl.zeros([config.R], tl.float32)
     if config.GOODNESS or (config.NORM != NONE):
         for c0 in range(0, shape.C, config.BC):
-            v, _, _ = load(source, b, c0 + tl.arange(0, config.BC), p, shape)
+            v, _, mask = load(source, b, c0 + tl.arange(0, config.BC), p, shape)
             if config.NORM != NONE:
-                total += tl.sum(v, 0)
-                square += tl.sum(v * v, 0)
-            if config.TERMS == OWN_SUM:
+                n = tl.minimum(shape.C - c0, config.BC) * 1.0
+                more, squares = moments(v, mask, n, 0)
+                square += squares + between(total, c0 * 1.0, more, n)
+                total += more
+            if config.GOODNESS:
                 terms += tl.sum(term(v, config.POWER), 0)
-    if config.TERMS == SUM:
-        terms = total
-    elif config.TERMS == SUM_OF_SQUARES:
-        terms = square
     if config.MEAN:
         terms /= shape.C
     return total, square, terms
@@ -310,9 +320,8 @@ class _Launch:
         paired = loss is not None and loss.name in spec.PAIRED_LOSSES
         units, parts = B // 2 if paired else B, -(-P // self._tile()[1]) if by_position else 1
         starts, group_of, largest = groups_of(C, K, self.x.device)
-        terms = self.groups.power - 1 if norm and self.groups.power <= 2 else 2
         config = Config(
-            self.groups.power, self.groups.mean, terms if wanted else None, bool(wanted), None if loss is None else losses.constant(loss),
+            self.groups.power, self.groups.mean, bool(wanted), None if loss is None else losses.constant(loss),
             1 + paired, norm, *self._tile(), triton.next_power_of_2(K), triton.next_power_of_2(largest),
         )  # fmt: skip
         columns = P if self.groups.positions else K

@@ -10,10 +10,19 @@ import triton.language as tl
 
 from fastff.kernels.layout import is_channels_last
 
+# Tiles that a program adds up one after another, at most: the error of a sum does not grow with the number of positions or samples.
+MOST = 256
+
 
 def multiprocessors(device):
     """Number of multiprocessors of a GPU (4 for the interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def shares(count, programs, times=1):
+    """(share, programs): `count` things divided among programs, each of which takes `share` of them, at most MOST times `times`."""
+    share = min(-(-count // max(1, min(programs, count))), times * MOST)
+    return share, -(-count // share)
 
 
 def on_device(x):

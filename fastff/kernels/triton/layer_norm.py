@@ -1,8 +1,7 @@
 """Layer normalisation of x [B, n], each sample over all its elements, without affine: y = (x - mean) / sqrt(variance + eps).
 
-A program takes a sample: sums of x - x[0] and of its square in one sweep (the shift keeps the variance of data far from zero), then y, with x
-read again, out of L2 up to samples of some megabytes. Floor: one read, one write. Few long samples are cut into parts: one launch
-for partial sums, their sum in a fixed order, one launch for y.
+A program takes a sample: the sum of x - x[0] and squares about the mean in one sweep, then y, with x read again, out of L2 up to samples of some
+megabytes. Floor: one read, one write. Long samples are cut into parts: one launch for partial sums, which are joined in a fixed order, one for y.
 
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
@@ -12,8 +11,8 @@ import triton
 import triton.language as tl
 
 from fastff.kernels.layout import dense, empty_like
-from fastff.kernels.triton.launch import multiprocessors, on_device
-from fastff.kernels.triton.normalization import statistics
+from fastff.kernels.triton.launch import multiprocessors, on_device, shares
+from fastff.kernels.triton.normalization import between, joined, joined_parts, lane_counts, statistics
 
 BLOCK = 4096  # elements a program has in registers: 16 a thread with 8 warps
 
@@ -31,18 +30,21 @@ def kernel(x, y, sums, B, n, share, xb, eps, SUMS: tl.constexpr, WRITE: tl.const
         total = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
         for i in range(0, share, BLOCK):
-            mask = (i + at < share) & (start + i + at < n)
+            mask = start + i + at < n
             off = tl.where(mask, tl.load(base + start + i + at, mask=mask, other=0.0).to(tl.float32) - shift, 0.0)
+            square += tl.where(mask, between(total, i / BLOCK, off, 1.0), 0.0)
             total += off
-            square += off * off
-        tl.store(sums + part * 2 * B + b, tl.sum(total, 0))
-        tl.store(sums + part * 2 * B + B + b, tl.sum(square, 0))
+        own = tl.minimum(n - start, share)
+        whole, squares = joined(total[None, :], square[None, :], lane_counts(own, at, BLOCK)[None, :], own)
+        one = sums + part * 2 * B + b + tl.arange(0, 1)
+        tl.store(one, whole)
+        tl.store(one + B, squares)
     if WRITE:
         if SUMS:
             tl.debug_barrier()
         mean, rstd = statistics(sums, b, B, n, shift, eps)
         for i in range(0, share, BLOCK):
-            mask = (i + at < share) & (start + i + at < n)
+            mask = start + i + at < n
             value = tl.load(base + start + i + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(y + b * n + start + i + at, ((value - mean) * rstd).to(y.dtype.element_ty), mask=mask)
 
@@ -52,8 +54,9 @@ def layer_norm(x, eps):
     x = dense(x)
     B, n, y = len(x), x[0].numel(), empty_like(x)
     with on_device(x):
-        parts = max(1, min(2 * multiprocessors(x.device) // B, -(-n // (4 * BLOCK))))
-        share = -(-n // parts)
+        blocks = -(-n // BLOCK)
+        share, parts = shares(blocks, min(2 * multiprocessors(x.device) // B, blocks // 4))
+        share *= BLOCK
         sums = torch.empty(parts, 2, B, device=x.device, dtype=torch.float32)
         arguments = {
             "x": x, "B": B, "n": n, "share": share, "xb": x.stride(0), "eps": eps, "BLOCK": BLOCK, "num_warps": 8
@@ -62,5 +65,5 @@ def layer_norm(x, eps):
             kernel[(B, 1)](y=y, sums=sums, SUMS=True, WRITE=True, **arguments)
         else:
             kernel[(B, parts)](y=y, sums=sums, SUMS=True, WRITE=False, **arguments)
-            kernel[(B, parts)](y=y, sums=sums.sum(0), SUMS=False, WRITE=True, **arguments)
+            kernel[(B, parts)](y=y, sums=joined_parts(sums, n, share), SUMS=False, WRITE=True, **arguments)
     return y

@@ -1,5 +1,10 @@
-"""Normalisation of the next block's input, as device functions. Names and formulas: fastff/spec.py, fastff/reference.py."""
+"""Normalisation of the next block's input, as device functions. Names and formulas: fastff/spec.py, fastff/reference.py.
 
+A variance comes from a sum and a sum of squares about the mean, of parts that are joined (Chan, Golub and LeVeque 1983): no squares cancel, wherever
+the mean lies. `between`, `moments`, `joined` and `joined_parts` do this for two parts, a tile, lanes and programs.
+"""
+
+import torch
 import triton
 import triton.language as tl
 
@@ -17,24 +22,63 @@ def constant(normalization):
 
 
 @triton.jit
+def between(total, n, more, m):
+    """What the distance between the means of n numbers and of m more adds to their squares, from the sums `total` and `more`."""
+    apart = more / tl.maximum(m, 1.0) - total / tl.maximum(n, 1.0)
+    return apart * apart * (n * m / tl.maximum(n + m, 1.0))
+
+
+@triton.jit
+def moments(values, mask, n, axis: tl.constexpr):
+    """Sums of values (zeros where not `mask`) along an axis, and of squares about the mean, of n numbers each."""
+    total = tl.sum(values, axis)
+    off = tl.where(mask, values - tl.expand_dims(total / n, axis), 0.0)
+    return total, tl.sum(off * off, axis)
+
+
+@triton.jit
+def joined(total, square, count, n):
+    """Sum and squares of n numbers by row, from those of `count` of them in each lane."""
+    whole = tl.sum(total, 1)
+    off = total / tl.maximum(count, 1.0) - (whole / n)[:, None]
+    return whole, tl.sum(square + count * off * off, 1)
+
+
+@triton.jit
+def lane_counts(n, lane, SIZE: tl.constexpr):
+    """How many of n numbers each of SIZE lanes has, which take them in turn."""
+    return tl.maximum((n - lane + SIZE - 1) // SIZE, 0).to(tl.float32)
+
+
+def joined_parts(sums, n, share):
+    """Sum and squares [2, ..] of n numbers, from those of programs that had `share` of them each (the last the rest), [programs, 2, ..]."""
+    if len(sums) == 1:
+        return sums[0]
+    count = (n - share * torch.arange(len(sums), device=sums.device)).clamp_(max=share)[:, None]
+    total, square = sums.unbind(1)
+    whole = total.sum(0)
+    off = total / count - whole / n
+    return torch.stack([whole, (square + count * off * off).sum(0)])
+
+
+@triton.jit
 def factors(total, square, n, eps, NORM: tl.constexpr):
-    """(mean, factor) of a normalisation, from the sums of n elements and of their squares: y = (x - mean) factor."""
+    """(mean, factor) of a normalisation, from the sum of n elements and of their squares about the mean: y = (x - mean) factor."""
     mean = total / n
+    whole = square + total * mean  # squares about 0
     if (NORM == L2) or (NORM == L2_CHANNELS):  # noqa: SIM109
-        return mean * 0, tl.where(square == 0, 0.0, 1 / (tl.sqrt(square) + eps))
+        return mean * 0, tl.where(whole == 0, 0.0, 1 / (tl.sqrt(whole) + eps))
     if (NORM == RMS) or (NORM == RMS_CHANNELS):  # noqa: SIM109
-        return mean * 0, 1 / tl.sqrt(square / n + eps)
-    return mean, 1 / tl.sqrt(tl.maximum(square / n - mean * mean, 0.0) + eps)
+        return mean * 0, 1 / tl.sqrt(whole / n + eps)
+    return mean, 1 / tl.sqrt(square / n + eps)
 
 
 @triton.jit
 def statistics(sums, n, B, n_elements, shift, eps):
-    """Mean and 1 / deviation of the samples n, from the sums of x - shift and of its square, sums [2, B]."""
+    """Mean and 1 / deviation of the samples n, from the sums of x - shift and its squares about the mean, sums [2, B]."""
     total = tl.load(sums + n, mask=n < B, other=0.0)
     square = tl.load(sums + B + n, mask=n < B, other=0.0)
-    mean = total / n_elements
-    variance = tl.maximum(square / n_elements - mean * mean, 0.0)
-    return mean + shift, 1 / tl.sqrt(variance + eps)
+    return total / n_elements + shift, 1 / tl.sqrt(square / n_elements + eps)
 
 
 @triton.jit

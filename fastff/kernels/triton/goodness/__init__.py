@@ -31,7 +31,7 @@ from fastff.kernels.triton.goodness.direct import direct
 from fastff.kernels.triton.goodness.grid import Grid, GridTerm, grid_sizes
 from fastff.kernels.triton.goodness.head import head_direct, head_second_moment
 from fastff.kernels.triton.goodness.second_moment import second_moment
-from fastff.kernels.triton.launch import constants, multiprocessors, on_device, strides
+from fastff.kernels.triton.launch import constants, multiprocessors, on_device, shares, strides
 
 SECOND_MOMENT_CHANNELS = 128  # S [C, C] lives in registers
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
@@ -82,11 +82,11 @@ class Launch:
         return torch.empty(shape, device=self.x.device, dtype=torch.float32)
 
     def _parts(self):
-        """(positions of a program, programs a sample): several where samples alone do not fill two programs a multiprocessor."""
-        tiles = -(-self.shape.P // self.blocks.BP)
-        wanted = max(1, 2 * multiprocessors(self.x.device) // max(1, self.groups))
-        each = -(-tiles // min(tiles, wanted))
-        return each * self.blocks.BP, -(-tiles // each)
+        """(positions of a program, programs a sample): several where samples are large, or do not fill two programs a multiprocessor."""
+        each, parts = shares(
+            -(-self.shape.P // self.blocks.BP), 2 * multiprocessors(self.x.device) // max(1, self.groups)
+        )
+        return each * self.blocks.BP, parts
 
     def sweep(
         self, stages, arguments=loss.NO_LOSS, grad_x=None, normalized=None, cells=None, eps=0.0, g=None, **constant
@@ -119,7 +119,10 @@ class Launch:
             self.sweep(("first",), g=g)
             self.scratch = self.scratch._replace(g=g.sum(0) if several else g)
         if several:
-            self._add_up("sums")
+            sums = normalization.joined_parts(
+                self.scratch.sums, self.shape.C * self.shape.P, self.shape.C * self.positions
+            )
+            self.scratch = self.scratch._replace(sums=sums)
         if self.grid is not None:
             self.scratch.g.add_(self.grid.goodness(self.x))
 
@@ -138,10 +141,8 @@ class Launch:
         """dL/dW [K, C, 1, 1], dL/dbeta, dL/dV for the d in scratch, after `cells`; None where there is no such parameter."""
         B, C, K = self.shape.B, self.shape.C, self.shape.K
         tiles = -(-K // self.blocks.BK)
-        units = B if self.second_moment else self.groups
-        parts = max(1, min(units, 2 * multiprocessors(self.x.device) // tiles))
-        share = -(-units // parts)
-        parts = -(-units // share)
+        units = B if self.second_moment else self.groups * -(-self.shape.P // self.blocks.BP)
+        share, parts = shares(units, 2 * multiprocessors(self.x.device) // tiles, times=4)
         partial, config, d = self._new(parts, K, C), constants(self.config), self.scratch.d
         grad_bias = None
         if self.second_moment:

@@ -23,7 +23,8 @@ Head = namedtuple("Head", "weight bias")
 
 
 Scratch = namedtuple("Scratch", "g d sums second mu")
-"""g [parts, B, K], d = dL/dg [B, K], sums [parts, 2, B] of x and x^2; second [parts, B, C, C] = S and mu [parts, B, C] of second_moment."""
+"""g [parts, B, K], d = dL/dg [B, K], sums [parts, 2, B] of x and of squares about the
+mean; second [parts, B, C, C] = S and mu [parts, B, C] of second_moment."""
 
 
 Shape = namedtuple("Shape", "B C P H W K")

@@ -19,7 +19,16 @@ from fastff.kernels.triton.goodness.arguments import (
 from fastff.kernels.triton.goodness.grid import Grid, cell_sums, store_cell_sums
 from fastff.kernels.triton.goodness.sweep import Tile, loss_stage, store_gradient
 from fastff.kernels.triton.loss import LossArguments
-from fastff.kernels.triton.normalization import LAYER_NORM, NONE, statistics, store_normalized
+from fastff.kernels.triton.normalization import (
+    LAYER_NORM,
+    NONE,
+    between,
+    joined,
+    lane_counts,
+    moments,
+    statistics,
+    store_normalized,
+)
 
 Rows = namedtuple("Rows", "part start end first sample here c shift")
 """A program's part of the positions, start .. end - 1; first sample; sample of each row, and whether it exists; channels [BC]; shift: a number
@@ -67,8 +76,8 @@ def first_sweep(
     """Write g and sums of the program's part, and sums over cells."""
     n = rows.first + tl.arange(0, config.NS)
     c = rows.c
-    total = tl.zeros([config.NS], tl.float32)
-    square = tl.zeros([config.NS], tl.float32)
+    total = tl.zeros([config.NS * config.BP], tl.float32)
+    square = tl.zeros([config.NS * config.BP], tl.float32)
     if grid.means is not None:
         pooled = tl.zeros([config.BC, config.NS * config.BG], tl.float32)
     for k0 in range(0, shape.K, config.BK):
@@ -79,21 +88,27 @@ def first_sweep(
             tile = tile_of(rows, p0, source, result, shape, config)
             X = load_tile(source, tile.source_at, c, shape.C, tile.mask, config.ACTIVATION)
             a = dot(w, X, config.PRECISION)
+            row = rows.here & (tile.p < rows.end)
             if head.bias is not None:
-                row = rows.here & (tile.p < rows.end)
                 a = tl.where(row[None, :], a + class_bias(head, k, shape)[:, None], 0.0)
             goodness += tl.sum(tl.reshape(a * a, [config.BK, config.NS, config.BP]), 2)
             if k0 == 0:
                 off = tl.where(tile.mask, X.to(tl.float32) - rows.shift[None, :], 0.0)
-                total += tl.sum(tl.reshape(tl.sum(off, 0), [config.NS, config.BP]), 1)
-                square += tl.sum(tl.reshape(tl.sum(off * off, 0), [config.NS, config.BP]), 1)
+                more, squares = moments(off, tile.mask, shape.C, 0)
+                seen = (p0 - rows.start) / config.BP * shape.C  # in each lane
+                square += tl.where(row, squares + between(total, seen, more, shape.C * 1.0), 0.0)
+                total += more
                 if grid.means is not None:
                     pooled += cell_sums(X, tile.p, grid, shape, config)
         at = rows.part.to(tl.int64) * shape.B * shape.K + n[None, :] * shape.K + k[:, None]
         tl.store(scratch.g + at, goodness / shape.P, mask=(n < shape.B)[None, :] & (k < shape.K)[:, None])
     sums = scratch.sums + rows.part * 2 * shape.B + n
-    tl.store(sums, total, mask=n < shape.B)
-    tl.store(sums + shape.B, square, mask=n < shape.B)
+    lanes: tl.constexpr = [config.NS, config.BP]
+    own = rows.end - rows.start
+    count = lane_counts(own, tl.arange(0, config.BP), config.BP)[None, :] * shape.C
+    whole, squares = joined(tl.reshape(total, lanes), tl.reshape(square, lanes), count, own * shape.C)
+    tl.store(sums, whole, mask=n < shape.B)
+    tl.store(sums + shape.B, squares, mask=n < shape.B)
     if grid.means is not None:
         store_cell_sums(pooled, rows.part, rows.first, c, grid, shape, config)
 

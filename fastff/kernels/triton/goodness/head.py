@@ -12,7 +12,7 @@ from fastff.kernels.triton.goodness.direct import class_gradients
 def head_direct(
     source: Source, head: Head, scratch: Scratch, largest, grad_weight, grad_bias, shape: Shape, groups, share, config: Config
 ):  # fmt: skip
-    """Program (i, j): dL/dW of BK classes, summed over groups j share .. (j + 1) share - 1 of NS samples; grad_weight [parts, K, C],
+    """Program (i, j): dL/dW of BK classes, summed over tiles j share .. (j + 1) share - 1 of all groups of NS samples; grad_weight [parts, K, C],
     grad_bias [parts, K]. largest: max |d|, for float16 only."""
     R: tl.constexpr = config.NS * config.BP
     part = tl.program_id(1)
@@ -26,21 +26,22 @@ def head_direct(
         lift = tl.where(lift == 0, 1.0, lift)
     grad = tl.zeros([config.BK, config.BC], tl.float32)
     ones = tl.zeros([config.BK], tl.float32)
-    for group in range(part * share, tl.minimum((part + 1) * share, groups)):
+    tiles = tl.cdiv(shape.P, config.BP)
+    for tile in range(part * share, tl.minimum((part + 1) * share, groups * tiles)):
+        group = tile // tiles
         sample = group * config.NS + (tl.arange(0, R) // config.BP).to(tl.int64)
-        for p0 in range(0, shape.P, config.BP):
-            p = p0 + tl.arange(0, R) % config.BP
-            row = (sample < shape.B) & (p < shape.P)
-            within = c[:, None] * source.channel_stride + p[None, :] * source.position_stride
-            at = (sample * source.sample_stride)[None, :] + within
-            X = load_tile(source, at, c, shape.C, (c < shape.C)[:, None] & row[None, :], config.ACTIVATION)
-            a = dot(w, X, config.PRECISION)
-            if head.bias is not None:
-                a += class_bias(head, k, shape)[:, None]
-            e = a * (class_gradients(scratch, sample, row, k, shape.K) / lift)
-            grad += dot(e.to(kind), tl.trans(X), config.PRECISION)
-            if head.bias is not None:
-                ones += tl.sum(e, 1)
+        p = (tile - group * tiles) * config.BP + tl.arange(0, R) % config.BP
+        row = (sample < shape.B) & (p < shape.P)
+        within = c[:, None] * source.channel_stride + p[None, :] * source.position_stride
+        at = (sample * source.sample_stride)[None, :] + within
+        X = load_tile(source, at, c, shape.C, (c < shape.C)[:, None] & row[None, :], config.ACTIVATION)
+        a = dot(w, X, config.PRECISION)
+        if head.bias is not None:
+            a += class_bias(head, k, shape)[:, None]
+        e = a * (class_gradients(scratch, sample, row, k, shape.K) / lift)
+        grad += dot(e.to(kind), tl.trans(X), config.PRECISION)
+        if head.bias is not None:
+            ones += tl.sum(e, 1)
     at = (part.to(tl.int64) * shape.K + k[:, None]) * shape.C + c[None, :]
     mask = (k < shape.K)[:, None] & (c < shape.C)[None, :]
     tl.store(grad_weight + at, grad * (lift * 2 / shape.P), mask=mask)

@@ -19,7 +19,15 @@ from fastff.kernels.triton.goodness.arguments import (
 from fastff.kernels.triton.goodness.grid import Grid, cell_sums, store_cell_sums
 from fastff.kernels.triton.goodness.sweep import Tile, loss_stage, store_gradient
 from fastff.kernels.triton.loss import LossArguments
-from fastff.kernels.triton.normalization import LAYER_NORM, NONE, statistics, store_normalized
+from fastff.kernels.triton.normalization import (
+    LAYER_NORM,
+    NONE,
+    between,
+    joined,
+    moments,
+    statistics,
+    store_normalized,
+)
 
 Part = namedtuple("Part", "index b start end c has_c square_at square_mask shift")
 """A program's sample b and its part of the positions, start .. end - 1; channels [BC] and whether they exist; offsets and mask of [BC, BC] in a
@@ -70,8 +78,10 @@ def first_sweep(
         S += dot(X, tl.trans(X), config.PRECISION)
         wide = X.to(tl.float32)
         off = tl.where(tile.mask, wide - part.shift, 0.0)
-        total += tl.sum(off, 1)
-        square += tl.sum(off * off, 1)
+        here = tl.minimum(part.end - p0, config.BP) * 1.0
+        more, squares = moments(off, tile.mask, here, 1)
+        square += squares + between(total, (p0 - part.start) * 1.0, more, here)
+        total += more
         if head.bias is not None:
             m += tl.sum(wide, 1)
         if grid.means is not None:
@@ -82,9 +92,13 @@ def first_sweep(
     tl.store(scratch.second + own * shape.C * shape.C + part.square_at, S, mask=part.square_mask)
     if head.bias is not None:
         tl.store(scratch.mu + own * shape.C + c, m, mask=c < shape.C)
-    sums = scratch.sums + part.index * 2 * shape.B + b
-    tl.store(sums, tl.sum(total, 0))
-    tl.store(sums + shape.B, tl.sum(square, 0))
+    sums = scratch.sums + part.index * 2 * shape.B + b + tl.arange(0, 1)
+    own = part.end - part.start
+    whole, squares = joined(
+        total[None, :], square[None, :], tl.where(part.has_c, own * 1.0, 0.0)[None, :], own * shape.C
+    )
+    tl.store(sums, whole)
+    tl.store(sums + shape.B, squares)
     if grid.means is not None:
         store_cell_sums(pooled, part.index, b, c, grid, shape, config)
     return S, m
