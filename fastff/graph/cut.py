@@ -66,6 +66,7 @@ class Block(nn.Module):
         self.graph_module = evaluate
         self.train_graph_module = train  # only where it differs
         self.watch, self.whole = None, {}  # of the modules that the cut opens; {name: reason} of those that it does not
+        self.one_size = False  # whether it is for images of the size that the model was cut for alone
 
     @property
     def modules_called(self):
@@ -156,6 +157,7 @@ def cut(model, granularity, input_shape, num_classes=None):
     watch = Watch({m: set().union(*(r.get(m, ()) for r in reads)) for m in {m: None for r in reads for m in r}})
     for block in everything:
         block.watch, block.whole = watch, traces[False].whole | traces[max(traces)].whole
+        block.one_size = any(traced.sizes for traced in traces.values())
     return blocks, classifier
 
 
