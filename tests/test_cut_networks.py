@@ -21,7 +21,7 @@ NETWORKS = [
     ("timm", "seresnet18", "block", 9, 32),
     ("timm", "skresnet18", "block", 9, 32),
     ("timm", "cspresnet50", "block", 16, 32),
-    ("timm", "mobilevit_xxs", "block", 12, 64),
+    ("timm", "mobilevit_xxs", "block", 15, 64),
     ("timm", "convnext_atto", "block", 16, 32),
     ("timm", "efficientnet_lite0", "block", 18, 32),
     ("timm", "mobilenetv4_conv_small", "block", 19, 32),
