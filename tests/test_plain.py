@@ -590,6 +590,30 @@ def test_writes_in_place_keep_their_order(kind):
     test_what_python_does_in_a_block_is_done_in_every_step(kind, 2)
 
 
+class ShortcutFirst(nn.Module):
+    """The batch norm of the shortcut runs first, and the branch writes in place before both are added."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.short, self.norm = nn.Conv2d(inputs, 4, 1), nn.BatchNorm2d(4)
+        self.branch = nn.Sequential(
+            nn.Conv2d(inputs, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+        )
+
+    def forward(self, x):
+        return F.relu(self.norm(self.short(x)) + self.branch(x), inplace=True)
+
+
+def test_the_later_of_two_batch_norms_ends_a_block_that_writes_in_place():
+    test_what_python_does_in_a_block_is_done_in_every_step(ShortcutFirst, 2)
+    sff = SFF(network(ShortcutFirst), CLASSES, input_shape=(3, 8, 8))
+    assert [str(block.epilogue) for block in sff.local_blocks] == ["batch norm + residual + relu"] * 2
+
+
 class DropsBetweenBlocks(Plain):
     def forward(self, x):
         x = F.dropout(self.features[0](x), 0.5, self.training)
