@@ -37,7 +37,7 @@ def drawn(count, seed):
     names = [name for name in timm.list_models() if name not in tested and not LARGE.search(name)]
     random.Random(seed).shuffle(names)
     others = [name for name in models.list_models() if name not in tested and not LARGE.search(name)]
-    others = [name for name in others if not name.startswith(("quantized_", "raft", "vgg", "vit_"))]
+    others = [name for name in others if not name.startswith(("quantized_", "raft", "vgg", "vit_", "mvit"))]
     return [("timm", name) for name in names[: 3 * count]], [("torchvision", name) for name in others]
 
 
@@ -54,7 +54,7 @@ def make(library, name):
     models = torchvision().models
     options = {"weights_backbone": None} if "_resnet" in name or "mobilenet_v3_large_" in name else {}
     options |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    size = {"inception_v3": 128, "maxvit_t": 224, "mvit_v1_b": 224, "mvit_v2_s": 224, "s3d": 224}.get(name, 64)
+    size = {"inception_v3": 299, "maxvit_t": 224, "s3d": 224}.get(name, 64)
     builder = models.get_model_builder(name)
     video = builder.__module__.startswith("torchvision.models.video")
     return builder(weights=None, num_classes=CLASSES, **options), (3, 16, size, size) if video else (3, size, size)
