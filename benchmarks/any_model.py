@@ -23,7 +23,7 @@ from benchmarks.networks import torchvision
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("library", "model", "size", "granularity", "result", "blocks", "coarser", "message")
 LARGE = re.compile(
-    "large|huge|giant|xlarge|base|so400|so150|_l$|_b$|101|152|200|269|288|xxl|enormous|gigantic|_m$|_b[3-9]|_[smlx]_in21"
+    "large|huge|giant|xlarge|base|so400|so150|_l$|_b$|101|152|200|_[3-9]?[0-9]gf|128gf|269|288|xxl|enormous|gigantic|_m$|_b[3-9]|_[smlx]_in21"
 )
 PARAMETERS, SECONDS, CLASSES = 40_000_000, 300, 10
 
