@@ -163,12 +163,17 @@ class SFF(nn.Module):
                 alive = (block.next_input(main), *others)
 
     def check_images(self, images):
-        """Returns images. Raises ValueError unless they are [B, *input_shape]; other heights and widths pass."""
+        """Returns images. Raises ValueError unless they are [B, *input_shape]; other heights and widths pass where the model takes them."""
         if not isinstance(images, torch.Tensor) or images.dim() != len(self.input_shape) + 1:
             got = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
             raise ValueError(f"images: expected [B, {', '.join(map(str, self.input_shape))}], got {got}")
         if images.shape[1] != self.input_shape[0] and len(self.input_shape) == 3:
             raise ValueError(f"images: expected {self.input_shape[0]} channels, got {images.shape[1]}")
+        if self.blocks[0].one_size and images.shape[1:] != self.input_shape:
+            why = "since the model's Python looks at sizes, it was cut for this input_shape alone"
+            raise ValueError(
+                f"images: expected [B, {', '.join(map(str, self.input_shape))}], got {list(images.shape)}: {why}"
+            )
         return images
 
     def goodness(self, images):

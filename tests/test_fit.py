@@ -360,6 +360,27 @@ def test_a_step_without_gradients_is_refused(make, mode):
         trainer.step(X, Y)
 
 
+def assigned(model):
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+
+
+def another_bias(model):
+    module = next(m for m in model.modules() if getattr(m, "bias", None) is not None)
+    module.bias = torch.nn.Parameter(module.bias.detach().clone())
+
+
+@pytest.mark.parametrize("replace", [assigned, another_bias])
+@pytest.mark.parametrize("make", [Trainer, Backprop])
+def test_parameters_replaced_behind_the_optimizer_are_refused(make, replace):
+    trainer = make(small(readout=True))
+    trainer.step(X, Y)
+    replace(trainer.sff.model)
+    with pytest.raises(
+        RuntimeError, match=f"step: expected the parameters that the optimizers were made for.* {make.__name__} after"
+    ):
+        trainer.step(X, Y)
+
+
 def test_nothing_left_to_train_is_said():
     trainer, data = Trainer(small(), sgd), data_of(small())
     first = trainer.fit(data, 2, progress=False)

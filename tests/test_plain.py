@@ -499,6 +499,39 @@ def test_a_replaced_convolution_still_has_its_tensors():
     test_what_python_does_in_a_block_is_done_in_every_step(ReadsItsConvolution, 2)
 
 
+class ReadsInBothGraphs(Plain):
+    """The cut's graph and the training graph of its first block both read parameters by themselves."""
+
+    def __init__(self):
+        super().__init__(2, 4)
+        self.features[0] = Filters()
+        self.shift = nn.Parameter(torch.arange(4.0))
+
+    def forward(self, x):
+        x = self.features[0](x) + self.shift[:, None, None]
+        return self.fc(self.pool(self.features[1](x)).flatten(1))
+
+
+class Filters(nn.Module):
+    """A convolution of its own, with two parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, padding=1)
+
+
+def test_parameters_that_two_graphs_read_are_not_mixed_up():
+    sffs = []
+    for fuse in (True, False):
+        torch.manual_seed(0)
+        sffs.append(SFF(ReadsInBothGraphs().double(), CLASSES, input_shape=(3, 8, 8), fuse=fuse))
+        train(Trainer(sffs[-1], sgd), batches(sffs[-1], 2))
+    assert_same_training(*sffs, 1e-8)
+
+
 def test_print_names_what_is_not_opened():
     text = repr(SFF(network(StatisticsByHand), CLASSES, input_shape=(3, 8, 8)))
     assert text.splitlines()[-1] == "called as they are: features.0, features.1: writes to mean in place"
@@ -555,6 +588,30 @@ class WritesBehindTheNorm(nn.Module):
 @pytest.mark.parametrize("kind", [DropsInPlace, WritesBehindTheNorm])
 def test_writes_in_place_keep_their_order(kind):
     test_what_python_does_in_a_block_is_done_in_every_step(kind, 2)
+
+
+class ShortcutFirst(nn.Module):
+    """The batch norm of the shortcut runs first, and the branch writes in place before both are added."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.short, self.norm = nn.Conv2d(inputs, 4, 1), nn.BatchNorm2d(4)
+        self.branch = nn.Sequential(
+            nn.Conv2d(inputs, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+        )
+
+    def forward(self, x):
+        return F.relu(self.norm(self.short(x)) + self.branch(x), inplace=True)
+
+
+def test_the_later_of_two_batch_norms_ends_a_block_that_writes_in_place():
+    test_what_python_does_in_a_block_is_done_in_every_step(ShortcutFirst, 2)
+    sff = SFF(network(ShortcutFirst), CLASSES, input_shape=(3, 8, 8))
+    assert [str(block.epilogue) for block in sff.local_blocks] == ["batch norm + residual + relu"] * 2
 
 
 class DropsBetweenBlocks(Plain):

@@ -20,22 +20,19 @@ tensor are parts of images there is no cut (fastff/graph/values.py). A block tha
 """
 
 import difflib
-import math
 import operator
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fastff.graph import values
-from fastff.graph.plain import Read, Watch, graph_module, writes
+from fastff.graph.ends import Parts
+from fastff.graph.plain import Read, Watch, graph_module
 from fastff.graph.snapshot import preserved
 from fastff.graph.trace import (
     CONTAINERS,
-    WEIGHT_FUNCTIONS,
     CutError,
     close,
     code,
@@ -47,8 +44,6 @@ from fastff.graph.trace import (
 )
 
 GRANULARITIES = ("layer", "block", "stage", "model")
-POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
-POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.adaptive_avg_pool3d, torch.mean, torch.flatten}
 
 
 class Block(nn.Module):
@@ -66,6 +61,7 @@ class Block(nn.Module):
         self.graph_module = evaluate
         self.train_graph_module = train  # only where it differs
         self.watch, self.whole = None, {}  # of the modules that the cut opens; {name: reason} of those that it does not
+        self.one_size = False  # whether it is for images of the size that the model was cut for alone
 
     @property
     def modules_called(self):
@@ -143,7 +139,7 @@ def cut(model, granularity, input_shape, num_classes=None):
             output = values.choose_output(graph, num_classes)
             if output is None:
                 raise CutError("the model's output holds no tensor that could be classes [B, K]")
-            parts[mode] = _Parts(model, graph, granularity, paths, num_classes).build()
+            parts[mode] = _built(model, Parts(model, graph, granularity, paths, num_classes))
         blocks, classifier = _blocks(model, parts, input_shape)
         everything = [*blocks, *([classifier] if classifier is not None else [])]
         for mode in (True, False):
@@ -156,6 +152,7 @@ def cut(model, granularity, input_shape, num_classes=None):
     watch = Watch({m: set().union(*(r.get(m, ()) for r in reads)) for m in {m: None for r in reads for m in r}})
     for block in everything:
         block.watch, block.whole = watch, traces[False].whole | traces[max(traces)].whole
+        block.one_size = any(traced.sizes for traced in traces.values())
     return blocks, classifier
 
 
@@ -204,300 +201,63 @@ def _checked_paths(model, paths):
     return paths
 
 
-# --- where blocks end
-
-
-def _ancestors(node, stop=frozenset()):
-    seen, stack = set(), [node]
-    while stack:
-        node = stack.pop()
-        if node not in seen and node not in stop:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
-
-
-def _is_tensor(node):
-    return node.meta.get("shape") is not None
-
-
-def _is_entry(node, of):
-    """Whether a node reads an entry of a tuple or the like."""
-    return node.target in (operator.getitem, getattr) and node.args[0] is of and of.meta["shape"] is None
-
-
-def _is_measure(node):
-    """Whether a node is a size of a tensor, or is computed from sizes."""
-    measured = node.target is getattr or node.target in ("size", "dim", "numel")
-    return (
-        not _is_tensor(node)
-        and node.op != "call_module"
-        and (measured or not any(map(_is_tensor, node.all_input_nodes)))
-    )
-
-
-def _is_pool(model, node):
-    if node.op == "call_module":
-        return isinstance(_attribute(model, node.target), POOLS)
-    return node.target in POOL_FUNCTIONS or (node.op == "call_method" and node.target in ("mean", "flatten"))
-
-
-def _gated(model, graph):
-    """Weight nodes between a global pooling and the multiplication with what was pooled: squeeze-excite."""
-    inside = set()
-    for pool in graph.nodes:
-        if not _is_pool(model, pool) or not pool.all_input_nodes:
-            continue
-        pooled = pool.all_input_nodes[0]
-        for user in pooled.users:
-            if user.target in (operator.mul, operator.imul, torch.mul, "mul", "mul_"):
-                gates = _ancestors(user, stop={pooled})
-                if pool in gates:
-                    inside |= gates - {user}
-    return inside
-
-
-class _Crossing(NamedTuple):
-    """What is alive at a cut: main (nodes, joined along their channels if there are several), others (nodes), sizes (nodes of whole numbers
-    that are found again from the number of images), refused (why there can be no cut here, or None)."""
-
-    main: list
-    others: list
-    sizes: list
-    refused: str | None
-
-
-class _Parts:
-    """One graph of a model being cut into parts: those of the blocks, and that of the classifier if there is one."""
-
-    def __init__(self, model, graph, granularity, paths, num_classes):
-        self.model, self.graph, self.granularity, self.paths = model, graph, granularity, paths
-        self.num_classes = num_classes
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.output = next(node for node in graph.nodes if node.op == "output")
-        self.source = next(node for node in graph.nodes if node.op == "placeholder")
-        self.needed = _ancestors(self.output)
-        depends = {self.source}
-        for node in graph.nodes:
-            if depends.intersection(node.all_input_nodes):
-                depends.add(node)
-        # what does not depend on the images: each block that needs it computes it for itself
-        self.free = {node for node in graph.nodes if node not in depends}
-
-    def build(self):
-        """[(end node, _Crossing, GraphModule)] for each block, then for the classifier (end and crossing None) if there is one."""
-        ends = self._named_ends() if self.paths is not None else self._ends()
-        parts, done, before = [], {self.source}, None
-        for end in ends:
-            new = self._new(end, done)
-            crossing = self._crossing(done | new, end)
-            parts.append((end, crossing, self._graph_module(before, new, crossing)))
-            done, before = done | new, crossing
-        new = {node for node in self.needed if node not in done and node not in self.free} - {self.output}
-        if new or self.output.args[0] not in before.main or len(before.main) > 1:
-            parts.append((None, None, self._graph_module(before, new, None)))
-        return parts
-
-    def _new(self, end, done):
-        """What a block up to `end` computes beside what is done."""
-        new = _ancestors(end, stop=done) - self.free
-        while True:
-            size = len(new)
-            _with_earlier_readers(self.model, new, done, self.needed, self.order)
-            new -= self.free
-            available = done | new | self.free
-            for node in list(new | {self.source} if len(done) == 1 else new):
-                # the entries of a tuple, and what is measured of a tensor, so that it need not be alive for that
-                new |= {
-                    user for user in node.users
-                    if user in self.needed and user not in done and user is not self.output
-                    and (_is_entry(user, node) or (_is_measure(user) and available.issuperset(user.all_input_nodes)))
-                }  # fmt: skip
-            if len(new) == size:
-                return new
-
-    def _crossing(self, done, end):
-        """What is alive behind the nodes that are done, of which `end` is the last tensor of the block."""
-        alive = [n for n in done if n is not end and any(u in self.needed and u not in done for u in n.users)]
-        alive = sorted(alive, key=self.order.get)
-        if any(u in self.needed and u not in done for u in end.users):
-            alive = [end, *alive]
-        tensors = [n for n in alive if _is_tensor(n)]
-        others = [n for n in alive if not _is_tensor(n)]
-        siblings = [n for n in tensors if end.args and _is_entry(n, end.args[0]) and _is_entry(end, end.args[0])]
-        main = [n for n in siblings if n.meta["rows"] is not None] if end in siblings else [end]
-        main.sort(key=self.order.get)
-        shapes = {(len(n.meta["shape"]), n.meta["rows"], *n.meta["shape"][2:]) for n in main}
-        if len(main) > 1 and (len(shapes) > 1 or len(main[0].meta["shape"]) < 4 or main[0].meta["rows"] != 0):
-            main = [max(main, key=lambda n: math.prod(n.meta["shape"]))]
-        unfit = next((n for n in (*main, *alive) if n.meta["folded"]), None)
-        if unfit is None and (not main or main[0].meta["rows"] is None):
-            unfit = end
-        refused = None
-        if unfit is not None:
-            refused = f"{unfit.name}, of shape {list(unfit.meta['shape'] or ())} for {values.BATCHES[0]} images, has no row for each image"
-        elif self.granularity in ("block", "stage") and not {*tensors} <= {*main, *siblings}:
-            refused = "more than one tensor is alive there"
-        sizes = [n for n in others if n.meta["times"]]
-        kept = [n for n in tensors if n not in main] + [n for n in others if not n.meta["times"]]
-        return _Crossing(main, kept, sizes, refused)
-
-    def _named_ends(self):
-        ends = []
-        for path in self.paths:
-            inside = [
-                node for node in self.graph.nodes
-                if node.target == path or any(path == entry for entry in node.meta.get("nn_module_stack", {}))
-            ]  # fmt: skip
-            entries = [user for node in inside for user in node.users if _is_entry(user, node)]
-            inside = sorted({n for n in (*inside, *entries) if _is_tensor(n)}, key=self.order.get)
-            if not inside:
-                raise CutError(f"granularity: {path!r} is never called, or gives no tensor that is used")
-            ends.append(inside[-1])
-        return self._accepted(sorted(ends, key=self.order.get), self.paths)
-
-    def _accepted(self, ends, paths=None):
-        """Those of the nodes behind which there can be a cut. Raises CutError if that is not so of the last, or of one that was named."""
-        done, accepted = {self.source}, []
-        for end in ends:
-            new = self._new(end, done)
-            crossing = self._crossing(done | new, end)
-            refused = crossing.refused
-            if end is ends[-1] and refused and not refused.startswith("more"):
-                paths = paths or [end.name]
-            if refused is None or end is ends[-1]:
-                done |= new
-                accepted.append(end)
-            if refused and paths:
-                place = f"behind {paths[ends.index(end)] if len(paths) == len(ends) else end.name!r}"
-                raise CutError(
-                    f"granularity: the model cannot be cut {place}: {refused}. Name other modules, [path, ...]"
-                )
-        return accepted
-
-    def _ends(self):
-        """The nodes where blocks end, by the granularity."""
-        gated = _gated(self.model, self.graph)
-        items = [
-            node for node in self.graph.nodes if node in self.needed and node not in gated and self._has_weights(node)
-        ]
-        kept = self._before_classifier(items)
-        if kept < 1:
-            raise CutError(
-                "the model has no layer with weights before its classifier: there is nothing to train block by block"
-            )
-        segment_of, segments = {}, [[] for _ in items]
-        position = {node: i for i, node in enumerate(items)}
-        for node in self.graph.nodes:
-            inherited = max((segment_of[n] for n in node.all_input_nodes), default=-1)
-            segment_of[node] = max(position.get(node, -1), inherited)
-            if segment_of[node] >= 0 and _is_tensor(node) and node.op != "output":
-                segments[segment_of[node]].append(node)
-        last = _end(self.model, segments[kept - 1], gated)
-        if self.granularity == "model":
-            return self._accepted([last])
-        inside, ends = _ancestors(last), []
-        for segment in segments[: kept - 1]:
-            used = [n for n in segment if n in inside]
-            end = next((n for n in reversed(used) if any(u in position for u in n.users)), None)
-            if end is not None and end.meta["folded"]:
-                end = next((n for n in reversed(used) if n.meta["rows"] is not None), None)
-            if end is not None:
-                ends.append(end)
-        ends = self._accepted([*ends, last])
-        if self.granularity == "stage":
-            size = [_resolution(node) for node in ends]
-            ends = [node for i, node in enumerate(ends) if i + 1 == len(ends) or size[i] != size[i + 1]]
-        return ends
-
-    def _has_weights(self, node):
-        if node in self.free:
-            return False
-        if node.op == "call_module":
-            return count_weights(_attribute(self.model, node.target)) > 0
-        return node.target in WEIGHT_FUNCTIONS and any(n.op == "get_attr" for n in node.all_input_nodes)
-
-    def _before_classifier(self, items):
-        """How many of the nodes with weights come before the classifier: it has those at the end that take or make vectors."""
-
-        def on_vectors(node):
-            inputs = [n for n in node.all_input_nodes if _is_tensor(n) and n not in self.free]
-            return any(len(n.meta["shape"]) == 2 for n in (*inputs[:1], node) if _is_tensor(n))
-
-        kept = len(items)
-        while kept and on_vectors(items[kept - 1]):
-            kept -= 1
-        if kept == 0:
-            return len(items) - 1  # vectors all along: a perceptron, whose last layer classifies
-        shape = items[-1].meta["shape"]
-        if kept == len(items) and shape is not None and self.num_classes is not None:
-            makes_classes = self.num_classes in (shape[1], shape[-1])
-            kept -= makes_classes and self.output.args[0].meta["shape"][1:] == (self.num_classes,)
-        return kept
-
-    def _graph_module(self, before, new, crossing):
-        """A part of the graph, from what crosses the cut before it (None: the images) to what crosses the cut behind it (None: the output)."""
-        graph, copies = fx.Graph(), {}
-        if before is None:
-            copies[self.source] = graph.placeholder(self.source.name)
-        else:
-            self._take_in(graph, before, copies)
-
-        def copy_of(node):
-            if node not in copies:
-                copies[node] = graph.node_copy(node, copy_of)
-            return copies[node]
-
-        for node in sorted(new, key=self.order.get):
-            copies[node] = graph.node_copy(node, copy_of)
-        if crossing is None:
-            graph.output((copy_of(self.output.args[0]),))
-        else:
-            with_rows_first = [self._rows_first(graph, n, copy_of(n)) for n in (*crossing.main, *crossing.others)]
-            main, others = with_rows_first[: len(crossing.main)], with_rows_first[len(crossing.main) :]
-            joined = main[0] if len(main) == 1 else graph.call_function(torch.cat, (tuple(main), 1))
-            graph.output((joined, *others))
-        return graph_module(self.model, graph, {})
-
-    def _rows_first(self, graph, node, copy):
-        moved = node.meta["rows"] not in (None, 0)
-        return graph.call_function(torch.movedim, (copy, node.meta["rows"], 0)) if moved else copy
-
-    def _take_in(self, graph, before, copies):
-        """Placeholders for what crosses a cut, and what was at the cut made from them again."""
-        first = graph.placeholder("_".join(n.name for n in before.main))
-        others = [graph.placeholder(n.name) for n in before.others]
-        main = [first]
-        if len(before.main) > 1:
-            pieces = graph.call_function(torch.split, (first, [n.meta["shape"][1] for n in before.main], 1))
-            main = [graph.call_function(operator.getitem, (pieces, i)) for i in range(len(before.main))]
-        for node, copy in zip((*before.main, *before.others), (*main, *others), strict=True):
-            moved = node.meta["rows"] not in (None, 0)
-            copies[node] = graph.call_function(torch.movedim, (copy, 0, node.meta["rows"])) if moved else copy
-        for node in before.sizes:
-            images = graph.call_method("size", (first, 0))
-            copies[node] = graph.call_function(operator.mul, (images, node.meta["times"]))
-
-
-def _end(model, segment, gated):
-    """The last tensor of the last block: before pooling, flattening, or the choice of a class token."""
-    vectors = len(segment[0].meta["shape"]) == 2
-    end = segment[0]
-    for node in segment[1:]:
-        if (_is_pool(model, node) and node not in gated) or (len(node.meta["shape"]) == 2 and not vectors):
-            break
-        end = node
-    return end
-
-
-def _resolution(node):
-    """Positions on each side; of [B, H, W, C] too, where H = W tells it from [B, C, H, W]."""
-    shape = node.meta["shape"][1:]
-    last = len(shape) == 2 or (len(shape) == 3 and shape[0] == shape[1] != shape[2])
-    return tuple(shape[:-1] if last else shape[1:])
-
-
 # --- building the blocks
+
+
+def _built(model, parts):
+    """[(end node, Crossing, GraphModule)] of the parts."""
+    built, before = [], None
+    for part in parts:
+        built.append((part.end, part.crossing, _graph_module(model, parts, part, before)))
+        before = part.crossing
+    return built
+
+
+def _graph_module(model, parts, part, before):
+    """A part of the graph, from what crosses the cut before it (None: the images) to what crosses the cut behind it, or to the output."""
+    graph, copies = fx.Graph(), {}
+    if before is None:
+        copies[parts.source] = graph.placeholder(parts.source.name)
+    else:
+        _take_in(graph, before, copies)
+
+    def copy_of(node):
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copy_of)
+        return copies[node]
+
+    for node in sorted(part.nodes, key=parts.order.get):
+        copies[node] = graph.node_copy(node, copy_of)
+    crossing = part.crossing
+    if crossing is None:
+        graph.output((copy_of(parts.output.args[0]),))
+    else:
+        with_rows_first = [_rows_first(graph, n, copy_of(n)) for n in (*crossing.main, *crossing.others)]
+        main, others = with_rows_first[: len(crossing.main)], with_rows_first[len(crossing.main) :]
+        joined = main[0] if len(main) == 1 else graph.call_function(torch.cat, (tuple(main), 1))
+        graph.output((joined, *others))
+    return graph_module(model, graph, {})
+
+
+def _rows_first(graph, node, copy):
+    moved = node.meta["rows"] not in (None, 0)
+    return graph.call_function(torch.movedim, (copy, node.meta["rows"], 0)) if moved else copy
+
+
+def _take_in(graph, before, copies):
+    """Placeholders for what crosses a cut, and what was at the cut made from them again."""
+    first = graph.placeholder("_".join(n.name for n in before.main))
+    others = [graph.placeholder(n.name) for n in before.others]
+    main = [first]
+    if len(before.main) > 1:
+        pieces = graph.call_function(torch.split, (first, [n.meta["shape"][1] for n in before.main], 1))
+        main = [graph.call_function(operator.getitem, (pieces, i)) for i in range(len(before.main))]
+    for node, copy in zip((*before.main, *before.others), (*main, *others), strict=True):
+        moved = node.meta["rows"] not in (None, 0)
+        copies[node] = graph.call_function(torch.movedim, (copy, 0, node.meta["rows"])) if moved else copy
+    for node in before.sizes:
+        images = graph.call_method("size", (first, 0))
+        copies[node] = graph.call_function(operator.mul, (images, node.meta["times"]))
 
 
 def _blocks(model, parts, input_shape):
@@ -521,7 +281,7 @@ def _blocks(model, parts, input_shape):
         shape = _output_shape(crossing)
         rows = tuple(n.meta["rows"] is not None for n in (crossing.main[0], *crossing.others))
         dim = _channel_dim(model, shape, called, input_shape)
-        holds = [name for name in called if _is_own_block(_attribute(model, name))]
+        holds = [name for name in called if _is_own_block(model.get_submodule(name))]
         name = _name(model, called) or end.name
         blocks.append(Block(name, model, train, module, shape, dim, rows, holds if len(holds) > 1 else ()))
     return blocks, classifier
@@ -543,38 +303,21 @@ def _is_own_block(module):
 
 def _name(model, called):
     """The module that holds just the block's weight layers, or where there is none the last of these."""
-    targets = [target for target in called if count_weights(_attribute(model, target))]
+    targets = [target for target in called if count_weights(model.get_submodule(target))]
     if not targets:
         return None
     common = ".".join(os.path.commonprefix([target.split(".") for target in targets]))
-    if common and count_weights(_attribute(model, common)) == sum(
-        count_weights(_attribute(model, target)) for target in targets
+    if common and count_weights(model.get_submodule(common)) == sum(
+        count_weights(model.get_submodule(target)) for target in targets
     ):
         return common
     return targets[-1]
-
-
-def _with_earlier_readers(model, new, done, needed, order):
-    """What reads a tensor before an in-place operation in this block writes it must run in this block too."""
-    modules = dict(model.named_modules())
-    for node in sorted(new, key=order.get):
-        if node.op not in ("placeholder", "output") and node.all_input_nodes and writes(node, modules):
-            for reader in node.all_input_nodes[0].users:
-                if order[reader] < order[node] and reader in needed:
-                    new |= {n for n in _ancestors(reader, stop=done) if n.op != "get_attr"}
 
 
 def _called(module):
     """Paths of the model's modules that a GraphModule calls."""
     targets = dict.fromkeys(n.target for n in module.graph.nodes if n.op == "call_module")
     return [target for target in targets if not isinstance(module.get_submodule(target), Read)]
-
-
-def _attribute(model, path):
-    value = model
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _channel_dim(model, shape, called, input_shape):
@@ -587,5 +330,5 @@ def _channel_dim(model, shape, called, input_shape):
     first, last = abs(shape[-2] / shape[-1] - wanted), abs(shape[-3] / shape[-2] - wanted)
     if abs(first - last) > 1e-6:
         return 1 if first < last else -1
-    layers = [m for target in called for m in _attribute(model, target).modules()]
+    layers = [m for target in called for m in model.get_submodule(target).modules()]
     return 1 if any(isinstance(m, nn.modules.conv._ConvNd) for m in layers) else -1

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import copy
 import gc
+import itertools
 import operator
 import sys
 import weakref
@@ -19,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastff.graph.answers import Answers
 from fastff.graph.snapshot import Snapshot, is_plain, random_states, same
 
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
@@ -34,21 +36,23 @@ class NotPlain(Exception):
 
 class Trace(NamedTuple):
     """graph; whole: {name: reason} of modules that are called as they are because their trace would not be plain; reads: {module that was
-    opened: names of the attributes that were read}."""
+    opened: names of the attributes that were read}; sizes: whether it is for images of the examples' size alone."""
 
     graph: fx.Graph
     whole: dict
     reads: dict
+    sizes: bool = False
 
 
-def trace(root, opens, needed=lambda name: False, in_order=True):
+def trace(root, opens, needed=lambda name: False, in_order=True, examples=()):
     """Trace a module.
 
     opens(module, name): whether a module may be opened. needed(name): whether it must be. in_order: whether all nodes will run, in their order,
-    or only those whose results are used. Raises NotPlain for the root and for modules that are needed."""
+    or only those whose results are used. examples: two inputs of different numbers of images, by which questions for sizes and classes are
+    answered. Raises NotPlain for the root and for modules that are needed."""
     whole = {}
     while True:
-        found, faults = _trace(root, opens, needed, whole, in_order)
+        found, faults = _trace(root, opens, needed, whole, in_order, examples)
         for fault in faults:
             if not fault.name or needed(fault.name):
                 raise fault
@@ -57,10 +61,10 @@ def trace(root, opens, needed=lambda name: False, in_order=True):
             return found
 
 
-def _trace(root, opens, needed, whole, in_order):
+def _trace(root, opens, needed, whole, in_order, examples):
     """(Trace, faults)"""
     modules = dict(root.named_modules())
-    tracer = _Tracer(modules, opens, needed, whole)
+    tracer = _Tracer(modules, opens, needed, whole, Answers(root, examples) if examples else None)
     before = Snapshot(modules)
     try:
         with _watched(tracer):
@@ -73,7 +77,9 @@ def _trace(root, opens, needed, whole, in_order):
     finally:
         changed = before.restore()
     _forget_batch_norm_counts(graph, tracer)
-    faults = [tracer.fault] if tracer.fault else []
+    if tracer.fault:
+        return None, [tracer.fault]
+    faults = []
     for names, what in changed:
         name = next((n for n in map(tracer.opened_at, names) if n in tracer.opened), "")
         faults.append(NotPlain(name, what))
@@ -84,7 +90,8 @@ def _trace(root, opens, needed, whole, in_order):
         if any(ref() is not None for ref, _ in tracer.proxies):
             gc.collect(generation)
     faults += [NotPlain(name, "keeps a tensor for later") for ref, name in tracer.proxies if ref() is not None]
-    return Trace(graph, dict(whole), {modules[name]: tracer.reads[modules[name]] for name in tracer.opened}), faults
+    reads = {modules[name]: tracer.reads[modules[name]] for name in tracer.opened}
+    return Trace(graph, dict(whole), reads, bool(examples) and tracer.answers.sizes), faults
 
 
 def _first_line(error):
@@ -92,7 +99,7 @@ def _first_line(error):
 
 
 class _Proxy(fx.Proxy):
-    """A traced tensor that notices isinstance(x, torch.Tensor) in a model's code, which is False of it."""
+    """A traced value: of a tensor isinstance(x, torch.Tensor) is False, so it notices that a model's code asks for it."""
 
     @property  # type: ignore[misc]
     def __class__(self):
@@ -101,14 +108,33 @@ class _Proxy(fx.Proxy):
         asks = "Tensor" in named or "Parameter" in named
         if frame.f_code is torch.is_tensor.__code__:
             frame, asks = frame.f_back, True
-        if asks and frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fastff"):
-            self.tracer.asked_for_class()
-        return _Proxy
+        if frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastff"):
+            return type(self)
+        return self.tracer.class_of(self, asks)
 
-    def _value(self):
-        raise self.tracer.note("needs the value of a tensor")
+    def __getattr__(self, name):
+        return _Attribute(self, name)
 
-    __float__ = __int__ = __index__ = __complex__ = __len__ = _value
+    def __float__(self):
+        return self.tracer.answer(self, float)
+
+    def __int__(self):
+        return self.tracer.answer(self, int)
+
+    def __index__(self):
+        return self.tracer.answer(self, operator.index)
+
+    def __complex__(self):
+        return self.tracer.answer(self, complex)
+
+    def __len__(self):
+        return self.tracer.answer(self, len)
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """x.name: the method or the value, as it turns out."""
+
+    __init__ = fx.proxy.Attribute.__init__
 
 
 class _Tracer(fx.Tracer):
@@ -116,8 +142,9 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, modules, opens, needed, whole):
+    def __init__(self, modules, opens, needed, whole, answers):
         super().__init__()
+        self.answers = answers
         self.modules, self.opens, self.needed, self.whole = modules, opens, needed, whole
         self.names = {id(t): n for m in (modules[""].named_buffers, modules[""].named_parameters) for n, t in m()}
         self.stack, self.opened = [""], {""}
@@ -151,6 +178,8 @@ class _Tracer(fx.Tracer):
         return name in self.whole or not self.opens(module, name)
 
     def call_module(self, module, forward, args, kwargs):
+        if self.answers is not None and self.answers.busy:
+            return forward(*args, **kwargs)
         name = self.path_of_module(module)
         if self.is_leaf_module(module, name):
             return super().call_module(module, forward, args, kwargs)
@@ -169,7 +198,8 @@ class _Tracer(fx.Tracer):
         return result
 
     def getattr(self, attr, value, cache):
-        name = self.names.get(id(value)) if isinstance(value, torch.Tensor) else None
+        busy = self.answers is not None and self.answers.busy
+        name = self.names.get(id(value)) if isinstance(value, torch.Tensor) and not busy else None
         if name is None:
             return value
         if name not in self.parameters:
@@ -196,21 +226,36 @@ class _Tracer(fx.Tracer):
         self.proxies.append((weakref.ref(proxy), self.stack[-1]))
         return proxy
 
-    def asked_for_class(self):
-        if self.stack[-1] and not self.needed(self.stack[-1]):
+    def answer(self, proxy, question, reason="needs the value of a tensor"):
+        """question(value) of what a proxy stands for, where that is the same for every number of images and can be told from sizes."""
+        try:
+            if self.answers is None:
+                raise LookupError
+            return self.answers.ask(proxy.node, question)
+        except LookupError:
+            raise self.note(reason) from None
+
+    def class_of(self, proxy, asks):
+        """The class that a proxy's value has, where that can be told."""
+        try:
+            if self.answers is not None:
+                found = self.answers.ask(proxy.node, type)
+                return torch.Tensor if issubclass(found, torch.Tensor) else found
+        except LookupError:
+            pass
+        if asks and self.stack[-1] and not self.needed(self.stack[-1]):
             raise self.note("asks for the class of a tensor")
+        return _Proxy
 
     def to_bool(self, obj):
-        raise self.note("needs the value of a tensor")
+        return self.answer(obj, bool)
 
     def iter(self, obj):
-        try:
-            return super().iter(obj)
-        except fx.proxy.TraceError:
-            raise self.note("goes through a tensor or a tuple of unknown length") from None
+        count = self.answer(obj, len, "goes through a tensor or a tuple of unknown length")
+        return iter([obj[i] for i in range(count)])
 
     def keys(self, obj):
-        raise self.note("goes through a dict of unknown keys")
+        return self.answer(obj, lambda value: list(value.keys()), "goes through a dict of unknown keys")
 
 
 @contextlib.contextmanager
@@ -228,7 +273,9 @@ def _watched(tracer):
         def flush(self):
             raise tracer.note("prints")
 
-    def no_autocast(*_):
+    def no_autocast(context, enter=torch.autocast.__enter__):
+        if tracer.answers is not None and tracer.answers.busy:
+            return enter(context)
         raise tracer.note("has an autocast context of its own")
 
     def recorded(module, name, get=object.__getattribute__):
@@ -442,10 +489,13 @@ class Read(nn.Module):
 
 def graph_module(root, graph, modules):
     """A GraphModule that calls root's own modules, or those in `modules` by path, and reads its parameters when they are needed."""
-    owners = {}
-    for number, node in enumerate(list(graph.nodes)):
+    owners, taken = {}, {node.target for node in graph.nodes if node.op == "call_module"}
+    names = (
+        name for i in itertools.count() if (name := f"fastff_read_{i}") not in taken
+    )  # the root may be such a graph
+    for node in list(graph.nodes):
         if node.op == "get_attr":
-            name = f"fastff_read_{number}"
+            name = next(names)
             owners[name] = Read(root, node.target)
             with graph.inserting_before(node):
                 call = graph.call_module(name, ())

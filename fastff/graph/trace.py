@@ -104,7 +104,7 @@ def _opener(model, granularity, paths):
 def trace(model, granularity, paths, examples):
     """(plain.Trace of the model in its present mode, whether it is a mere chain of the named modules, the same in every mode)."""
     try:
-        traced = plain.trace(model, *_opener(model, granularity, paths), in_order=False)
+        traced = plain.trace(model, *_opener(model, granularity, paths), in_order=False, examples=examples)
     except plain.NotPlain as fault:
         where = _where(model, fault)
         if paths is not None:

@@ -144,7 +144,9 @@ def _match(modules, norm_node):
     if user is not None and user.target in ADDITIONS and _is_addition(user):
         first, second = user.args
         other = second if first is nodes[-1] else first
-        if first is nodes[-1] or not plain.is_norm(first, modules):
+        # of two batch norms that are added the first takes in the addition, or the second where something is written between
+        late = not plain.is_norm(first, modules) or _written_meanwhile(norm_node.graph, modules, [first], user)
+        if first is nodes[-1] or late:
             residual = other
             nodes.append(user)
             user = _only_user(user)

@@ -23,6 +23,13 @@ class Session:
         self.device, self.ranks = engine.device, engine.place.ranks
         self.lr_schedule = lr_schedule if callable(lr_schedule) else optim.SCHEDULES[lr_schedule]
         self.options, self.state, self.result = options, state.State(), None
+        trained = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        self.trained = [  # (the dict of the module that has a parameter, its name, the parameter)
+            (module._parameters, name, parameter)
+            for module in self.sff.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in trained
+        ]
         self.fitting = False  # updates may wait for other ranks over the end of a step
         self.run_step = engine.run_step
         if options.cuda_graph:
@@ -61,9 +68,14 @@ class Session:
 
         With a goodness or loss without labels the target is None, the first half of the images positive and the second half negative.
         Returns the losses [L], 0 for a block that is not trained, or not by this rank. Nothing in it waits for the device. Raises TypeError,
-        ValueError, and RuntimeError where gradients are turned off."""
+        ValueError, and RuntimeError where gradients are turned off or the model's parameters have been replaced."""
         if not torch.is_grad_enabled():
             raise RuntimeError("step: expected gradients to be on, got torch.no_grad() or torch.inference_mode()")
+        if any(held.get(name) is not parameter for held, name, parameter in self.trained):
+            raise RuntimeError(
+                "step: expected the parameters that the optimizers were made for, but the model has got others (as by "
+                f"load_state_dict(assign=True)): make the {type(self).__name__} after that"
+            )
         if self.ranks.feeds:
             check_batch(self.sff, images, target, self.engine.labelled, self.options.amp is not None)
             if len(images) == 0:
