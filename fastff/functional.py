@@ -184,10 +184,10 @@ def forward_forward_loss(g, loss="softplus", *, theta=2.0, alpha=4.0, reduction=
     Args:
         loss: "softplus": softplus(theta - g) of positive and softplus(g - theta) of negative samples (Hinton 2022); "swish": z sigmoid(z) instead
             of softplus; "symba": softplus(-alpha (g_positive - g_negative)) (arXiv 2303.08418); "swish_symba".
-        theta, alpha: the threshold, and the factor of differences.
+        theta, alpha: the threshold, or a pair of those of positive and of negative samples, and the factor of differences.
         reduction: "mean", "sum" or "none" ([2n], or [n] for losses of differences). The J values of a sample are averaged."""
     spec.check_member("loss", loss, spec.LOSSES[1:])
-    return loss_of(g, Loss(loss, theta=theta, alpha=alpha, reduction=reduction))
+    return loss_of(g, Loss(loss, alpha=alpha, reduction=reduction, **spec.with_thresholds({"theta": theta})))
 
 
 def group_goodness_step(

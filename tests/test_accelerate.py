@@ -3,14 +3,19 @@
 import copy
 import io
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import fastff
 import fastff.functional as ff
+from benchmarks.strangers import CONVOLUTIONAL, STYLES, difference
 from fastff.swap_in import calls
 
 B, C, K = 4, 12, 3
@@ -287,12 +292,13 @@ def test_report_says_what_ran():
     assert replaced.place.startswith("forward, test_accelerate.py:")
     assert left.path == "narrow"
     assert left.result == "to 4 channels: pays from 16 on"
+    report.measure = False  # else calls take turns
     net.double()(torch.randn(8, 3, 16, 16, dtype=torch.float64))
     assert report.entries[-1].result == "of float64"
     with torch.autocast("cpu", torch.bfloat16):
         net.float()(torch.randn(8, 3, 16, 16))
     assert report.entries[-1].result == "under autocast"
-    net(torch.randn(1, 3, 4, 4))
+    net(torch.randn(1, 3, 8, 8))
     assert "positions of the batch: pays from 1024 on" in str(report)
 
 
@@ -490,3 +496,36 @@ def test_verify_bad_input():
         fastff.verify(lambda x: x, Trains(0.1), x)
     with pytest.raises(TypeError, match="outputs: expected a function or a pair of functions, got 1"):
         fastff.verify(Trains(0.1), Trains(0.1), x, outputs=1)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_styles_in_float64(style):
+    """The programs of examples/styles have the same parameters after two steps, with every replacement made that can be."""
+    exact, report = difference(style, batch=4)
+    assert exact < 1e-7  # Adam divides gradients that are zero but for rounding, 1e-17, by its eps of 1e-8
+    replaced = {e.pattern for e in report.replaced}
+    assert ("convolution" in replaced) == (style in CONVOLUTIONAL), str(report)
+
+
+def test_slower_ways_are_left(monkeypatch, everywhere):
+    """The first calls take turns, and if those done otherwise take longer, the next ones run as they are written."""
+    clock = iter(range(10**6))
+    times = {True: 3, False: 1}
+    module = Around(lambda y: y)
+    report, seen = fastff.accelerate(module), []
+    module.expression = lambda y: seen.append(calls.current().calls) or y
+    now = [0]
+
+    def counter():
+        if next(clock) % 2:
+            now[0] += times[seen[-1]]
+        return now[0]
+
+    monkeypatch.setattr(sys.modules["fastff.swap_in.accelerate"].time, "perf_counter", counter)
+    for _ in range(14):
+        module(torch.randn(2, 3, 6, 6))
+    assert seen == [True, False] * 5 + [False] * 4
+    assert report.left[-1].result.startswith("as written from now on: 1000.00 ms, otherwise 3000.00 ms")
+    report.measure = False
+    module(torch.randn(2, 3, 6, 6))
+    assert seen[-1]

@@ -237,7 +237,7 @@ def _convolution(mode, function, input, weight, bias=None, stride=1, padding=0, 
         input = input.contiguous(memory_format=torch.channels_last)
     (stride, across), dilation = _pair(stride), _pair(dilation)
     padding = (0, 0) if padding == "valid" else padding if padding == "same" else _pair(padding)
-    channels, filters, k, width = input.shape[1], *weight.shape[::2], weight.shape[3]
+    channels, (filters, _, k, width) = input.shape[1], weight.shape
     plain = stride == across and padding[0] == padding[-1] and padding != "same" and k == width and dilation == (1, 1)
     if plain and (groups == 1 or groups == channels == filters and padding[0] < k):
         return convolve(input, weight, bias, stride, padding[0], groups)
