@@ -21,7 +21,7 @@ from fastff.swap_in import calls
 CONVOLUTIONAL = ("splits", "views", "contrasts", "predictions", "decoders", "samples", "positions")
 FULLY_CONNECTED = ("lengths", "sums", "suite")
 STYLES = CONVOLUTIONAL + FULLY_CONNECTED
-WARM_UP = 12  # calls, in ten of which accelerate measures
+WARM_UP = 15  # calls, in fourteen of which accelerate measures
 
 
 def program(style, dtype=torch.float32):

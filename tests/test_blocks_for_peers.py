@@ -7,7 +7,7 @@ from torch import nn
 
 import fastff
 import fastff.functional as ff
-from fastff.nn import FFBlock, FFConv2d, FFLinear
+from fastff.nn import FFBlock, FFConv2d, FFLinear, LocalBlock
 
 
 @pytest.mark.parametrize("normalize", ["rms", "l2", "layer_norm", "layer_norm_channels", None])
@@ -125,3 +125,38 @@ def test_normalize_none_is_fused_where_it_can_be():
     )
     assert block.epilogue is None
     assert block.graph is not None
+
+
+@pytest.mark.parametrize("normalize", [None, "layer_norm"])
+def test_any_local_loss(normalize):
+    """A block whose loss is an auxiliary network: the gradients of both, and what is passed on, are those of plain PyTorch in float64."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder, self.classifier = nn.Conv2d(8, 3, 3, padding=1), nn.Linear(8, 4)
+
+        def forward(self, y, target):
+            image, label = target
+            return F.mse_loss(self.decoder(y), image) + F.cross_entropy(self.classifier(y.mean((2, 3))), label)
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()).double()
+    auxiliary = Auxiliary().double()
+    block = LocalBlock(module, loss=auxiliary, normalize=normalize)
+    target = torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.randint(4, (4,))
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    parameters = list(block.parameters())
+    assert len(parameters) == 3 + 4
+    y = module(x)
+    want = auxiliary(y, target)
+    grads = torch.autograd.grad(want, parameters)
+    following, loss = block.local_step(x, target)
+    torch.testing.assert_close(loss, want.detach())
+    torch.testing.assert_close(following, y.detach() if normalize is None else F.layer_norm(y.detach(), y.shape[1:]))
+    for parameter, grad in zip(parameters, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+    with pytest.raises(TypeError, match="head, loss: expected one of them"):
+        LocalBlock(module)
+    with pytest.raises(ValueError, match=r"loss: expected a function that returns a scalar tensor, got \[4\]"):
+        LocalBlock(module, loss=lambda y, target: y.mean((1, 2, 3))).local_step(x)

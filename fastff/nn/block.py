@@ -18,7 +18,7 @@ from fastff.graph.epilogue import BatchNormEpilogue, ReLUEpilogue
 from fastff.graph.tape import AutogradTape
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
-from fastff.nn.head import GoodnessHead
+from fastff.nn.head import GoodnessHead, LossHead
 from fastff.nn.visit import EpilogueVisit, Visit, detached
 from fastff.ops.gradients import GroupNormGuard
 
@@ -28,15 +28,21 @@ class LocalBlock(nn.Module):
 
     Args:
         module: maps its inputs to one tensor, or to a tuple whose first tensor is the output that the goodness is of.
-        head: a GoodnessHead or GroupGoodness.
+        head: a GoodnessHead or GroupGoodness; or instead of it
+        loss: any function of the module's output and of local_step's target that returns a scalar. An nn.Module's parameters learn, too.
         normalize: of the output passed on, a name of spec.NORMALIZATIONS or None.
         eps: of that normalization, added to the variance or to the length.
         fuse: train the module's graph with faster layers and its epilogue as one op with the goodness (fastff/graph/training.py).
         open_modules: whether `fuse` looks into modules of the model's own, or into nn.Sequential alone.
     """
 
-    def __init__(self, module, head, normalize="layer_norm", fuse=True, open_modules=False, eps=1e-5):
+    def __init__(
+        self, module, head=None, normalize="layer_norm", fuse=True, open_modules=False, eps=1e-5, *, loss=None
+    ):  # fmt: skip
         super().__init__()
+        if (head is None) == (loss is None):
+            raise TypeError("head, loss: expected one of them")
+        head = LossHead(loss) if head is None else head
         self.eps = number_between("eps", eps, 0, math.inf, low_allowed=True)
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             expected = f"one of {', '.join(spec.NORMALIZATIONS)} or None"
@@ -90,7 +96,7 @@ class LocalBlock(nn.Module):
     def epilogue(self):
         """The BatchNormEpilogue that the step op computes, or None."""
         ending = None if self.graph is None else self.graph.ending
-        images = self.head.channel_dim == 1 and self.normalize is not None
+        images = self.head.takes_epilogue and self.head.channel_dim == 1 and self.normalize is not None
         return ending if images and isinstance(ending, BatchNormEpilogue) else None
 
     def compile_forward(self):
