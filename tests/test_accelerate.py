@@ -405,6 +405,36 @@ def test_under_torch_compile_and_transforms(everywhere):
         torch.testing.assert_close(grad, want[name])
 
 
+class Keeps(Around):
+    def forward(self, x):
+        self.kept = self.first(x)
+        raise KeyError
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_what_is_left_behind(mode, everywhere):
+    """Layouts, and what shares memory, are as without accelerate: of results in each mode, and of what an exception leaves."""
+    torch.manual_seed(0)
+    module = Around(lambda y: (y.view(len(y), -1), y.detach()))
+    before, x = copy.deepcopy(module), torch.randn(2, 3, 6, 6)
+    fastff.accelerate(module).measure = False
+    with mode():
+        results = [torch.utils._pytree.tree_leaves(m(x)) for m in (module, before)]
+        for got, want in zip(*results, strict=True):
+            assert got.stride() == want.stride()
+            assert got.is_inference() == want.is_inference()
+        with torch.no_grad():
+            for flat, *_, y in results:
+                flat.zero_()
+                assert not y.any()
+    keeps = Keeps(None)
+    fastff.accelerate(keeps)
+    with pytest.raises(KeyError):
+        keeps(x)
+    keeps.kept.view(2, -1).sum().backward()
+    assert calls.current() is None
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match=r"module: expected an nn\.Module, a list of them, .* got str"):
         fastff.accelerate("resnet18")

@@ -57,20 +57,25 @@ class _Contiguous(torch.autograd.Function):
         return grad.contiguous(memory_format=torch.channels_last)
 
 
+def _version(x):
+    """Return how often x has been written to. Tensors of inference mode do not know that."""
+    return 0 if x.is_inference() else x._version
+
+
 class _Copy:
     """A contiguous copy that stands for a view of x: `update` makes up for what has been written to one of them."""
 
     def __init__(self, x, flat):
         self.x, self.flat = x, flat
-        self.versions = x._version, flat._version
+        self.versions = _version(x), _version(flat)
 
     def update(self):
-        versions = self.x._version, self.flat._version
+        versions = _version(self.x), _version(self.flat)
         if versions != self.versions:
             source, target = (self.flat, self.x) if versions[0] == self.versions[0] else (self.x, self.flat)
             with torch.set_grad_enabled(torch.is_grad_enabled() and source.requires_grad):
                 target.copy_(source)
-            self.versions = self.x._version, self.flat._version
+            self.versions = _version(self.x), _version(self.flat)
 
     def used(self):
         """Whether anything else can read or write the copy: two references to its storage are those of `flat` and of this function."""
@@ -197,21 +202,21 @@ class Faster(TorchFunctionMode):
         self.copies = [copy for copy in self.copies if copy.used()]
 
     def _restore_layouts(self):
-        """Make the tensors contiguous that are still there and would be without this mode. A copy that stands for a view becomes one."""
-        for copy in self.copies:
-            if copy.used():
-                copy.x.data = copy.flat.data.view(copy.x.shape)
+        """Make the tensors contiguous that are still there and would be without this mode. Those that are the same memory stay that, a copy that
+        stands for a view becomes one, and slices become tensors of their own."""
         there = {id(t): t for t in (ref() for ref in self.made) if t is not None and not t.is_contiguous()}
-        found: dict = {}  # tensors that are the same memory stay that
-        for t in there.values():
-            if t._base is None or id(t._base) in there or in_channels_last(t._base):
-                key = t.data_ptr(), t.shape, t.stride()
-                if key not in found:
-                    found[key] = t.detach().contiguous()
-        for t in there.values():
-            data = found.get((t.data_ptr(), t.shape, t.stride()))
-            if data is not None:
-                t.data = data
+        ours = [t for t in there.values() if t._base is None or id(t._base) in there or in_channels_last(t._base)]
+        found = {_place(c.x): c.flat.detach().view(c.x.shape) for c in self.copies if c.used()}
+        for t in ours:
+            if _place(t) not in found:
+                found[_place(t)] = t.detach().contiguous()
+        for t, place in [(t, _place(t)) for t in ours]:
+            t.data = found[place]
+
+
+def _place(t):
+    """Return where a tensor lies in memory, and how."""
+    return t.data_ptr(), t.shape, t.stride()
 
 
 def _pair(value):
@@ -248,6 +253,8 @@ def _why_as_written(x, weight):
     """Return why a convolution runs as it was written, or None."""
     if type(x) not in TENSORS or type(weight) not in TENSORS or torch._C._are_functorch_transforms_active():
         return "not of plain tensors"
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        return "in inference mode"
     if x.device.type != "cpu":
         return f"on {x.device.type}"
     if torch.is_autocast_enabled("cpu"):
@@ -292,7 +299,8 @@ def _reshape(mode, function, args, kwargs):
 
 def _is_activation(x):
     """Whether x is a tensor whose goodness fastff may compute."""
-    return type(x) is torch.Tensor and x.dim() == 4 and x.dtype in DTYPES and x.device.type == "cpu"
+    known = type(x) is torch.Tensor and x.dim() == 4 and x.dtype in DTYPES
+    return known and x.device.type == "cpu" and not x.is_inference()
 
 
 def _follow(mode, x, result):
