@@ -179,7 +179,7 @@ def group_goodness(x, groups=1, *, power=2, mean=True, positions=False, channel_
     Sources: Hinton 2022 (arXiv 2212.13345) one group; CwComp (arXiv 2312.12668) a group a class; DeeperForward (ICLR 2025) power 1."""
     x = spec.canonical_x(x, channel_dim)
     check_impl(impl)
-    return torch.ops.fastff.group_goodness(x, *Groups.checked(x, groups, power, mean, positions), impl)
+    return ops.group_goodness.goodness(x, *Groups.checked(x, groups, power, mean, positions), impl)
 
 
 def forward_forward_loss(g, loss="softplus", *, theta=2.0, alpha=4.0, reduction="mean"):
@@ -188,10 +188,10 @@ def forward_forward_loss(g, loss="softplus", *, theta=2.0, alpha=4.0, reduction=
     Args:
         loss: "softplus": softplus(theta - g) of positive and softplus(g - theta) of negative samples (Hinton 2022); "swish": z sigmoid(z) instead
             of softplus; "symba": softplus(-alpha (g_positive - g_negative)) (arXiv 2303.08418); "swish_symba".
-        theta, alpha: the threshold, and the factor of differences.
+        theta, alpha: the threshold, or a pair of those of positive and of negative samples, and the factor of differences.
         reduction: "mean", "sum" or "none" ([2n], or [n] for losses of differences). The J values of a sample are averaged."""
     spec.check_member("loss", loss, spec.LOSSES[1:])
-    return loss_of(g, Loss(loss, theta=theta, alpha=alpha, reduction=reduction))
+    return loss_of(g, Loss(loss, alpha=alpha, reduction=reduction, **spec.with_thresholds({"theta": theta})))
 
 
 def group_goodness_step(
@@ -255,7 +255,7 @@ def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):
     check_impl(impl)
     if normalization.name == "none":
         return x
-    return spec.restore(torch.ops.fastff.normalize(x4, *normalization, impl), x, channel_dim)
+    return spec.restore(ops.group_goodness.normalize(x4, *normalization, impl), x, channel_dim)
 
 
 def overlay_label(x, label, num_classes, value=None):

@@ -229,22 +229,26 @@ def group_goodness_gradient(d, x, groups=1, power=2, mean=True, positions=False)
     return torch.cat(grads, 1)
 
 
-def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0):
+def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0, theta_gap=0.0):
     """Losses of g [2n, J], first half of positive samples, second of negative, averaged over J: [2n], or [n] for losses of differences.
 
-    f(theta - g) of positive and f(g - theta) of negative ones (Hinton 2022), or f(-alpha (g_positive - g_negative)) (SymBa, arXiv 2303.08418;
-    Trifecta, arXiv 2311.18130); f is softplus, or z sigmoid(z) for the "swish" variants."""
+    f(theta - g) of positive and f(g - theta - theta_gap) of negative ones (Hinton 2022), or f(-alpha (g_positive - g_negative)) (SymBa,
+    arXiv 2303.08418; Trifecta, arXiv 2311.18130); f is softplus, or z sigmoid(z) for the "swish" variants."""
     f = F.silu if loss.startswith("swish") else F.softplus
     positive, negative = g.chunk(2)
     if loss in PAIRED_LOSSES:
         return f(-alpha * (positive - negative)).mean(1)
-    return f(torch.cat([theta - positive, negative - theta])).mean(1)
+    return f(torch.cat([theta - positive, negative - (theta + theta_gap)])).mean(1)
 
 
-def forward_forward_gradient(g, loss="softplus", theta=2.0, alpha=4.0, scale=1.0):
+def forward_forward_gradient(g, loss="softplus", theta=2.0, alpha=4.0, scale=1.0, theta_gap=0.0):
     """d = d(sum of scale * losses)/dg: a derivative of f at theta - g, g - theta or -alpha (g_positive - g_negative), with its sign."""
     positive, negative = g.chunk(2)
-    z = -alpha * (positive - negative) if loss in PAIRED_LOSSES else torch.cat([theta - positive, negative - theta])
+    z = (
+        -alpha * (positive - negative)
+        if loss in PAIRED_LOSSES
+        else torch.cat([theta - positive, negative - (theta + theta_gap)])
+    )
     s = z.sigmoid()
     slope = (s * (1 + z * (1 - s)) if loss.startswith("swish") else s) * scale / g.shape[1]
     down, up = (alpha * slope, alpha * slope) if loss in PAIRED_LOSSES else slope.chunk(2)
@@ -255,14 +259,14 @@ def losses(g, loss):
     """Losses of g that a fastff.spec.Loss describes, not reduced: one for each sample, or for each pair."""
     if loss.name == "cross_entropy":
         return margin_cross_entropy(g, loss.target, temperature(g, loss), loss.margin, loss.label_smoothing)
-    return forward_forward_losses(g, loss.name, loss.theta, loss.alpha)
+    return forward_forward_losses(g, loss.name, loss.theta, loss.alpha, loss.theta_gap)
 
 
 def loss_gradient(g, loss, scale):
     """d = d(sum of scale * grad_scale * losses)/dg, and the same with respect to learned_tau (None without one)."""
     scale = scale if loss.grad_scale is None else scale * loss.grad_scale.to(g.dtype)
     if loss.name != "cross_entropy":
-        return forward_forward_gradient(g, loss.name, loss.theta, loss.alpha, scale), None
+        return forward_forward_gradient(g, loss.name, loss.theta, loss.alpha, scale, loss.theta_gap), None
     d, grad_tau = goodness_gradient(g, loss.target, temperature(g, loss), loss.margin, loss.label_smoothing, scale)
     return d, None if loss.learned_tau is None else grad_tau * loss.tau
 

@@ -291,7 +291,7 @@ class Loss(NamedTuple):
     """The loss of goodness g [B, K].
 
     "cross_entropy": over tau * learned_tau * g with the target's entry lowered by `margin`, the one-hot target smoothed by `label_smoothing`.
-    The others expect positive samples first and as many negative ones after them: softplus or swish of theta - g and g - theta, or of
+    The others expect positive samples first and as many negative ones after them: softplus or swish of theta - g and g - theta - theta_gap, or of
     -alpha (g_positive - g_negative). All gradients are multiplied by grad_scale.
 
     target [B] int64 (cross_entropy only); learned_tau and grad_scale: tensors of one element, or None for 1."""
@@ -303,6 +303,7 @@ class Loss(NamedTuple):
     margin: float = 0.0
     label_smoothing: float = 0.0
     theta: float = 2.0
+    theta_gap: float = 0.0
     alpha: float = 4.0
     reduction: str = "mean"
     grad_scale: MaybeTensor = None
@@ -326,7 +327,7 @@ class Loss(NamedTuple):
                 got = f"{list(tau.shape)} of {tau.dtype}"
                 raise ValueError(f"tau: expected a number or a floating-point tensor without dimensions, got {got}")
             tau, learned_tau = 1.0, tau
-        made = cls(target=target, tau=tau, learned_tau=learned_tau, **options)
+        made = cls(target=target, tau=tau, learned_tau=learned_tau, **with_thresholds(options))
         made.check(x, positions, called)
         return made
 
@@ -351,7 +352,8 @@ class Loss(NamedTuple):
             expected = "False for cross_entropy, which needs a column for each class"
             raise ValueError(f"positions: expected {expected}, got True")
         elif target is None:
-            raise ValueError("target: expected [B] int64 class labels for cross_entropy, got None")
+            expected = "[B] int64 class labels for cross_entropy, as in local_step(x, target)"
+            raise ValueError(f"target: expected {expected}, got None")
         else:
             check_target(target, x, called)
         if self.reduction not in REDUCTIONS:
@@ -361,7 +363,7 @@ class Loss(NamedTuple):
         """Raise ValueError for a number out of range."""
         number_between("tau", self.tau, 0, math.inf, low_allowed=False)
         number_between("label_smoothing", self.label_smoothing, 0, 1, low_allowed=True)
-        for name in ("margin", "theta", "alpha"):
+        for name in ("margin", "theta", "theta_gap", "alpha"):
             number_between(name, getattr(self, name), -math.inf, math.inf, low_allowed=False)
 
 
@@ -371,6 +373,19 @@ LOSS_OPTIONS = tuple(
 )
 
 
+def with_thresholds(options):
+    """Return options of a loss with theta as a number: of a pair, the first is that of positive samples, and the second theta + theta_gap.
+
+    Raises TypeError or ValueError that names theta."""
+    theta = options.get("theta")
+    if not isinstance(theta, (tuple, list)):
+        return options
+    if len(theta) != 2 or "theta_gap" in options:
+        raise ValueError(f"theta: expected a number, or a pair for positive and negative samples, got {theta!r}")
+    positive, negative = (number_between("theta", t, -math.inf, math.inf, low_allowed=False) for t in theta)
+    return options | {"theta": positive, "theta_gap": negative - positive}
+
+
 def check_loss_options(options):
     """Return these options of a loss with the defaults of the others.
 
@@ -378,7 +393,7 @@ def check_loss_options(options):
     for name in options:
         if name not in LOSS_OPTIONS:
             raise TypeError(f"{name}: expected an option of the loss, one of {', '.join(LOSS_OPTIONS)}")
-    made = Loss(**options)
+    made = Loss(**with_thresholds(options))
     made.check_numbers()
     return {name: getattr(made, name) for name in LOSS_OPTIONS}
 

@@ -252,3 +252,25 @@ def test_overlay_label():
         ff.overlay_label(x, torch.tensor([1]), 10)
     with pytest.raises(ValueError, match="num_classes: expected 1 to 16"):
         ff.overlay_label(x, torch.tensor([1, 2, 3]), 17)
+
+
+@pytest.mark.parametrize("how", NORMALIZATIONS[1:])
+@pytest.mark.parametrize("shape", [(3, 6), (2, 6, 3, 2)])
+@pytest.mark.parametrize("groups", [3, 4])
+def test_gradients_of_normalize(how, shape, groups):
+    """The gradient that normalize has, which can be differentiated, against finite differences; and in float32, either layout."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    normalize = lambda x: ff.normalize(x, how, groups, 0.1)  # noqa: E731
+    assert torch.autograd.gradcheck(normalize, (x,))
+    assert torch.autograd.gradgradcheck(normalize, (x,))
+    seed = torch.randn_like(x)
+    (want,) = torch.autograd.grad(normalize(x), x, seed)
+    for memory in (torch.contiguous_format, torch.channels_last)[: len(shape) - 2 or 1]:
+        narrow = x.detach().float().contiguous(memory_format=memory).requires_grad_()
+        y = normalize(narrow)
+        assert y.stride() == narrow.stride()
+        torch.testing.assert_close(y, normalize(x).float())
+        torch.testing.assert_close(torch.autograd.grad(y, narrow, seed.float())[0], want.float(), rtol=1e-4, atol=1e-5)
+    zero = torch.zeros(shape, requires_grad=True)
+    assert not torch.autograd.grad(ff.normalize(zero, "l2"), zero, torch.ones(shape))[0].any()

@@ -61,7 +61,7 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 INTEGERS = {"target": "*i64", "starts": "*i32", "group_of": "*i32"}
-NUMBERS = {"tau", "margin", "label_smoothing", "scale", "eps", "theta", "alpha"}
+NUMBERS = {"tau", "margin", "label_smoothing", "scale", "eps", "theta", "theta_gap", "alpha"}
 ACTIVATIONS = {"x", "residual", "grad_x", "normalized", "y", "grad_h", "grad_y"}
 POINTERS = ACTIVATIONS | set(INTEGERS) | {
     "affine", "weight", "bias", "g", "d", "second", "mu", "sums", "means", "cells", "losses", "grad_tau", "learned_tau", "grad_scale", "largest",

@@ -26,6 +26,7 @@ struct Loss : Part {
   double margin = number("margin");
   double label_smoothing = number("label_smoothing");
   double theta = number("theta");
+  double theta_gap = number("theta_gap");
   double alpha = number("alpha");
   Reduction reduction = choice<Reduction>("reduction");
   MaybeTensor grad_scale = tensor("grad_scale");
@@ -105,9 +106,10 @@ class Loss {
 
   template <typename T>
   double of_sample(double sign, int64_t J, const T* g, T* d) const {
+    const double theta = given.theta + (sign < 0 ? given.theta_gap : 0);
     double total = 0;
     for (int64_t j = 0; j < J; ++j) {
-      const auto [value, slope] = f(sign * (given.theta - g[j]));
+      const auto [value, slope] = f(sign * (theta - g[j]));
       total += value;
       d[j] = static_cast<T>(-sign * slope * scale / J);
     }

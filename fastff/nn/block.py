@@ -6,17 +6,19 @@ block.local_step(x, target)  -> normalised detached output (the next block's inp
 """
 
 import contextlib
+import math
 
 import torch
 from torch import nn
 
 import fastff.functional as ff
 from fastff import spec
+from fastff.arguments import number_between
 from fastff.graph.epilogue import BatchNormEpilogue, ReLUEpilogue
 from fastff.graph.tape import AutogradTape
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
-from fastff.nn.head import GoodnessHead
+from fastff.nn.head import GoodnessHead, LossHead
 from fastff.nn.visit import EpilogueVisit, Visit, detached
 from fastff.ops.epilogue import implementation
 from fastff.ops.gradients import GroupNormGuard
@@ -27,14 +29,22 @@ class LocalBlock(nn.Module):
 
     Args:
         module: maps its inputs to one tensor, or to a tuple whose first tensor is the output that the goodness is of.
-        head: a GoodnessHead or GroupGoodness.
+        head: a GoodnessHead or GroupGoodness; or instead of it
+        loss: any function of the module's output and of local_step's target that returns a scalar. An nn.Module's parameters learn, too.
         normalize: of the output passed on, a name of spec.NORMALIZATIONS or None.
+        eps: of that normalization, added to the variance or to the length.
         fuse: train the module's graph with faster layers and its epilogue as one op with the goodness (fastff/graph/training.py).
         open_modules: whether `fuse` looks into modules of the model's own, or into nn.Sequential alone.
     """
 
-    def __init__(self, module, head, normalize="layer_norm", fuse=True, open_modules=False):
+    def __init__(
+        self, module, head=None, normalize="layer_norm", fuse=True, open_modules=False, eps=1e-5, *, loss=None
+    ):  # fmt: skip
         super().__init__()
+        if (head is None) == (loss is None):
+            raise TypeError("head, loss: expected one of them")
+        head = LossHead(loss) if head is None else head
+        self.eps = number_between("eps", eps, 0, math.inf, low_allowed=True)
         if normalize is not None and normalize not in spec.NORMALIZATIONS:
             expected = f"one of {', '.join(spec.NORMALIZATIONS)} or None"
             raise ValueError(f"normalize: expected {expected}, got {normalize!r}")
@@ -46,6 +56,11 @@ class LocalBlock(nn.Module):
         self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}
         self._writes = None  # whether the module writes to its inputs, as a ReLU in place does; None until it has run
         self._without_group_norm = set()  # forms of the module that were seen to call none
+
+    def __setattr__(self, name, value):
+        if isinstance(value, nn.Module) and hasattr(LocalBlock, name):  # it would stay hidden behind the block's own
+            raise AttributeError(f"{name}: expected another name for a module, which blocks of fastff have themselves")
+        super().__setattr__(name, value)
 
     @property
     def graph(self):
@@ -82,7 +97,7 @@ class LocalBlock(nn.Module):
     def epilogue(self):
         """The BatchNormEpilogue that the step op computes, or None."""
         ending = None if self.graph is None else self.graph.ending
-        images = self.head.channel_dim == 1 and self.normalize is not None
+        images = self.head.takes_epilogue and self.head.channel_dim == 1 and self.normalize is not None
         return ending if images and isinstance(ending, BatchNormEpilogue) else None
 
     def compile_forward(self):
@@ -123,8 +138,8 @@ class LocalBlock(nn.Module):
             return output
         if self.normalize in ("layer_norm", "layer_norm_channels"):  # by the op whose backward pass is fast
             over = "sample" if self.normalize == "layer_norm" else "channels"
-            return ff.layer_norm(output, over=over, channel_dim=self.head.channel_dim)
-        return ff.normalize(output, self.normalize, self.head.groups, channel_dim=self.head.channel_dim)
+            return ff.layer_norm(output, self.eps, over=over, channel_dim=self.head.channel_dim)
+        return ff.normalize(output, self.normalize, self.head.groups, self.eps, channel_dim=self.head.channel_dim)
 
     def visit(self, inputs, target, grad_scale=None, autocast=None, has_loss=True):
         """Forward pass and goodness step on `inputs`, a tuple. Returns the Visit to call backward on, whose `following` is passed on.
@@ -174,32 +189,35 @@ class LocalBlock(nn.Module):
                 step = spec.StepResult(None, None, normalized=self.next_input(main))
         else:
             target, scale = loss
-            step = self.head.local_step(main, target, self.normalize, grad_scale=scale, need_grad_x=tape.needed[0])
+            options = {"eps": self.eps, "grad_scale": scale, "need_grad_x": tape.needed[0]}
+            step = self.head.local_step(main, target, self.normalize, **options)
         following = main if step.normalized is None else step.normalized
         return Visit(tape, step, (following, *detached(tape.outputs[1:])), self.next_input, relu)
 
     def _epilogue_visit(self, tape, loss, ending):
         y, residual, *others = tape.outputs
         y, description = y.detach(), ending.description(residual, tape.needed[1])
-        normalization = spec.Normalization(self.normalize, self.head.groups)
+        normalization = spec.Normalization(self.normalize, self.head.groups, self.eps)
         if loss is None:
             with torch.no_grad():
                 _, following, mean, var = implementation(y).forward(y, description, normalization, need_x=False)
             step = spec.StepResult(None, None, normalized=following, mean=mean, var=var)
         else:
             target, scale = loss
-            step = self.head.local_step(y, target, self.normalize, grad_scale=scale, epilogue=description)
+            options = {"eps": self.eps, "grad_scale": scale, "epilogue": description}
+            step = self.head.local_step(y, target, self.normalize, **options)
         ending.update(y, step)
         return EpilogueVisit(tape, step, (step.normalized, *detached(others)), ending, description, normalization)
 
-    def local_step(self, x, target=None):
-        """One local training step: (next block's input, loss), both detached. x gets no gradient.
+    def local_step(self, x, target=None, details=False):
+        """One local training step: (next block's input, loss), both detached; with `details` (next block's input, loss, goodness). x gets no
+        gradient.
 
         target [B] int64; None for losses of positive and negative samples, where x is the positive and then as many negative ones."""
         visit = self.visit((x.detach(),), target)
-        following, loss = visit.following[0], visit.step.loss
+        following, loss, goodness = visit.following[0], visit.step.loss, visit.step.goodness
         visit.backward()
-        return following, loss
+        return (following, loss, goodness) if details else (following, loss)
 
 
 class FFBlock(LocalBlock):
@@ -212,11 +230,17 @@ class FFBlock(LocalBlock):
             arXiv 2501.09238), whose positions are given as grid=(H, W); or without weights "class_group", "class_group_mean",
             "sum_of_squares", "mean_of_squares", "position" (GroupGoodness). Further keywords (grid, tau, loss, theta, ...) are the head's.
         normalize: of the output passed on: "layer_norm", "layer_norm_channels", "l2", "rms", ... as in fastff.functional.normalize ("group_norm"
-            with a group for each class), or None.
+            with a group for each class), or None. Batch norm and activation at the end are one op with the goodness unless it is None.
+        eps: of that normalization.
+        device, dtype: of the head's parameters.
     """
 
-    def __init__(self, module, channels, num_classes=None, *, goodness="sff", normalize="layer_norm", **head):
-        super().__init__(module, make_head(channels, num_classes, goodness, head), normalize)
+    def __init__(
+        self, module, channels, num_classes=None, *, goodness="sff", normalize="layer_norm", eps=1e-5, device=None, dtype=None, **head
+    ):  # fmt: skip
+        if goodness not in GOODNESS:  # those have no parameters
+            head |= {"device": device, "dtype": dtype}
+        super().__init__(module, make_head(channels, num_classes, goodness, head), normalize, eps=eps)
         if normalize == "group_norm" and self.head.num_classes is None:
             raise ValueError(f"normalize: group_norm takes a group for each class, and {goodness} has no classes")
 
@@ -246,19 +270,23 @@ class FFConv2d(FFBlock):
 
     def __init__(
         self, in_channels, out_channels, kernel_size, stride=1, padding=None, dilation=1, groups=1, bias=None, *, num_classes=None,
-        norm=nn.BatchNorm2d, activation=nn.ReLU, normalize="layer_norm", head_kernel_size=1, **head,
+        padding_mode="zeros", device=None, dtype=None, norm=nn.BatchNorm2d, activation=nn.ReLU, normalize="layer_norm", head_kernel_size=1,
+        **head,
     ):  # fmt: skip
         if padding is None:
             sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
             dilations = (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
             padding = tuple(d * (k - 1) // 2 for k, d in zip(sizes, dilations, strict=True))
         bias = norm is None if bias is None else bias
-        layers = [nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)]
+        factory = {"device": device, "dtype": dtype}
+        options = (stride, padding, dilation, groups, bias, padding_mode)
+        layers = [nn.Conv2d(in_channels, out_channels, kernel_size, *options, **factory)]
         layers += [norm(out_channels)] if norm is not None else []
         layers += [activation()] if activation is not None else []
         if head_kernel_size != 1:
             head["kernel_size"] = head_kernel_size
-        super().__init__(nn.Sequential(*layers), out_channels, num_classes, normalize=normalize, **head)
+        module = nn.Sequential(*layers).to(**factory)
+        super().__init__(module, out_channels, num_classes, normalize=normalize, **factory, **head)
 
 
 class FFDepthwiseConv2d(FFConv2d):
@@ -284,6 +312,11 @@ class FFDepthwiseConv2d(FFConv2d):
 class FFLinear(FFBlock):
     """Linear layer and activation as one block: [B, in_features] -> [B, out_features], or tokens [B, N, in] with channel_dim=-1."""
 
-    def __init__(self, in_features, out_features, bias=True, *, num_classes=None, activation=nn.ReLU, **options):
-        layers = [nn.Linear(in_features, out_features, bias)] + ([activation()] if activation is not None else [])
-        super().__init__(nn.Sequential(*layers), out_features, num_classes, **options)
+    def __init__(
+        self, in_features, out_features, bias=True, *, num_classes=None, activation=nn.ReLU, device=None, dtype=None, **options
+    ):  # fmt: skip
+        factory = {"device": device, "dtype": dtype}
+        layers = [nn.Linear(in_features, out_features, bias, **factory)] + (
+            [activation()] if activation is not None else []
+        )
+        super().__init__(nn.Sequential(*layers), out_features, num_classes, **factory, **options)

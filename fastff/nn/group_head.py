@@ -25,8 +25,8 @@ class GroupGoodness(Head):
             arXiv 2212.13345); "position": mean of x^2 over the channels at each of P positions (SCFF).
         loss: "cross_entropy" over classes (the default where there are some), or of a batch whose first half is positive and second
             half negative "softplus" (the default otherwise), "swish", "symba", "swish_symba" (fastff.functional.forward_forward_loss).
-        theta, alpha: the threshold, and the factor of differences. Where Hinton's threshold is the number of units, it is that of
-            "sum_of_squares", and 1 of "mean_of_squares".
+        theta, alpha: the threshold, or a pair of those of positive and of negative samples, and the factor of differences. Where
+            Hinton's threshold is the number of units, it is that of "sum_of_squares", and 1 of "mean_of_squares".
         tau, margin, label_smoothing: of cross-entropy, as of GoodnessHead.
         channel_dim, impl: as in fastff.functional.
     """

@@ -18,6 +18,7 @@ class Head(nn.Module):
 
     loss_name = "cross_entropy"
     algorithm = "auto"
+    takes_epilogue = True  # whether local_step can start before batch norm and activation
 
     def set_loss_options(self, options):
         """Take the options of the loss, by their names in spec.Loss. Raises TypeError for others and ValueError for values out of range."""
@@ -75,6 +76,40 @@ class Head(nn.Module):
 
     def _finish(self, goodness, x, step):
         """Add the gradients of this head's parameters, those of its description of the goodness, to their .grad, and update its buffers."""
+
+
+class LossHead(Head):
+    """Any local loss in the place of a goodness and its loss: loss(output, target) -> a scalar, such as an auxiliary network or a decoder.
+
+    A loss that is an nn.Module has its parameters trained with the block's. `target` is what the block's local_step was given, of any type."""
+
+    takes_epilogue = False
+    groups, channel_dim = 1, 1
+
+    def __init__(self, loss):
+        super().__init__()
+        if not callable(loss):
+            raise TypeError(
+                f"loss: expected a function of the block's output and the target, got {type(loss).__name__}"
+            )
+        self.function = loss
+
+    def forward(self, x, target=None):
+        """Compute the loss, differentiable."""
+        return self.function(x, target)
+
+    def local_step(self, x, target=None, normalize=None, eps=1e-5, grad_scale=None, need_grad_x=True, epilogue=None):
+        """Compute the loss and its gradients as Head.local_step does. The result has no goodness."""
+        normalized = None if normalize is None else ff.normalize(x, normalize, eps=eps)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(need_grad_x)
+            loss = self.function(leaf, target)
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                got = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+                raise ValueError(f"loss: expected a function that returns a scalar tensor, got {got}")
+            if loss.requires_grad:
+                (loss if grad_scale is None else loss * grad_scale.to(loss.dtype)).sum().backward()
+        return spec.StepResult(loss.detach(), None, leaf.grad, normalized=normalized)
 
 
 class GoodnessHead(Head):

@@ -159,12 +159,15 @@ class _Convolve(torch.autograd.Function):
         return forward(x, weight, bias, *options)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         need_grad_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         x, weight = ctx.saved_tensors
         parameters = (partial.needs_parameters() and need for need in (need_weight, need_bias and ctx.has_bias))
-        found = gradients(grad, x, weight, *ctx.options, [partial.needs_input(x, need_grad_x), *parameters])
+        *options, how = ctx.options
+        how = (
+            PYTORCH if torch.is_grad_enabled() else how
+        )  # the gradient is to be differentiated, which PyTorch's can be
+        found = gradients(grad, x, weight, *options, how, [partial.needs_input(x, need_grad_x), *parameters])
         return *found, None, None, None, None
 
 

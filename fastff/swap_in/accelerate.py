@@ -1,68 +1,80 @@
-"""Replaces expressions in the source code of an nn.Module by calls of fastff's ops, in a way that can be undone.
+"""accelerate: existing code runs faster as it is written, and its report says what was done otherwise, call by call.
 
-The code is not traced. The methods of the module's class are parsed, and the expressions that patterns.py knows are replaced in the syntax tree.
-The module then gets a new class that inherits from its old one and has the changed methods. Branches, loops, hooks, attributes and side effects
-stay as they are. Parameters, buffers and state_dict do not change, nor do other objects of the class or anything global. Convolutions become
-fastff.swap_in.accelerate.Conv2d, which returns the same values and computes the weight gradient faster.
+The methods of what is given, and of the layers in it, run in the mode of fastff/swap_in/calls.py; so does a function. An object gets a new class,
+which inherits from its own, for that: nothing else about it changes, nor do other objects of its class or anything global.
 """
 
-import ast
 import copy
-import inspect
-import textwrap
+import functools
+import sys
+import time
 import types
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from fastff.graph.fused import Convolution
-from fastff.ops.convolution import convolve
-from fastff.swap_in import patterns
-
-GRAD_MODES = {f"{prefix}{name}" for prefix in ("torch.", "") for name in ("no_grad", "inference_mode", "enable_grad")}
-
-
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d with faster gradient kernels (fastff/ops/convolution.py): x [B, C, H, W] -> [B, K, H', W'], as nn.Conv2d.
-
-    Inputs without a batch dimension and inputs of another dtype or device than the weight go through nn.Conv2d."""
-
-    def forward(self, x):
-        if (
-            not isinstance(x, torch.Tensor)
-            or x.dim() != 4
-            or x.dtype != self.weight.dtype
-            or x.device != self.weight.device
-        ):
-            return super().forward(x)
-        return convolve(x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups)
+from fastff.swap_in.calls import Faster, current
 
 
 class Entry(NamedTuple):
     """One line of a Report.
 
     Fields:
-        path: name of the module in the module that was given, such as "layers.0".
-        place: method and line of the expression, or "" for a whole module.
-        pattern: what was found, such as "1 x 1 goodness".
-        result: "replaced", or the reason why it was not."""
+        path: name of the parameter's module in what was given, such as "layers.0", or "".
+        place: the line that made the call: function, file and number.
+        pattern: what was called, such as "convolution".
+        result: "replaced", or the reason why it ran as written.
+        calls: how often."""
 
     path: str
     place: str
     pattern: str
     result: str
+    calls: int
+
+
+class Trial:
+    """Which is faster, calls done otherwise or as they are written: measured in the first calls, which take turns.
+
+    Where memory and its layout decide, no rule knows that of a machine it has not seen. The first call of each is not counted, and of the others
+    the fastest, which is the one that nothing disturbed. A twentieth less is asked for: what is less than that is noise."""
+
+    TURNS = 6
+
+    def __init__(self):
+        self.times, self.choice = {True: [], False: []}, None
+
+    def next(self):
+        """Return whether the next call is done otherwise."""
+        return len(self.times[True]) <= len(self.times[False])
+
+    def add(self, calls, seconds):
+        self.times[calls].append(seconds)
+        if min(map(len, self.times.values())) > self.TURNS:
+            self.choice = min(self.times[True][1:]) < 0.95 * min(self.times[False][1:])
+
+    def reason(self):
+        otherwise, written = (1e3 * min(times[1:]) for times in (self.times[True], self.times[False]))
+        return f"as written from now on: {written:.2f} ms, otherwise {otherwise:.2f} ms"
 
 
 class Report:
-    """What `accelerate` did with a module. Printing it shows a table.
+    """What `accelerate` did in the calls that were made so far. Printing it shows a table.
 
     Attributes:
-        module: the module that was given.
-        entries: [Entry] in the order of the modules."""
+        module: what was given.
+        measure: whether calls that take longer so go on as they are written; False does not measure.
+        entries: [Entry], one for each place and result, in the order of their first calls."""
 
     def __init__(self, module):
-        self.module, self.entries, self._classes = module, [], []
+        self.module, self._classes, self._calls, self._names = module, [], {}, {}
+        self.measure = True
+        self._convolutions = True  # whether there may be some
+
+    @property
+    def entries(self):
+        return [Entry(*key, calls) for key, calls in self._calls.items()]
 
     @property
     def replaced(self):
@@ -71,113 +83,161 @@ class Report:
 
     @property
     def left(self):
-        """Entries of what was found but not replaced."""
+        """Entries of what ran as it was written."""
         return [entry for entry in self.entries if entry.result != "replaced"]
 
     def undo(self):
-        """Give every module its original class again. Parameters and everything else keep their present values."""
-        for module, original in self._classes:
-            module.__class__ = original
+        """Give every object its original class again. Parameters and everything else keep their present values."""
+        for found, original in self._classes:
+            found.__class__ = original
         self._classes.clear()
 
     def __str__(self):
-        title = f"{type(self.module).__name__}: {len(self.replaced)} replaced, {len(self.left)} left"
-        if not self.entries:
-            return f"{title}; it has none of the patterns that fastff knows"
-        rows = [("module", "place", "pattern", ""), *self.entries]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows]
+        name = getattr(self.module, "__name__", type(self.module).__name__)
+        if not self._calls:
+            return f"{name}: nothing has run yet that fastff knows; make a training step and print this again"
+        title = f"{name}: {len(self.replaced)} places replaced, {len(self.left)} as written"
+        rows = [("module", "place", "what", "calls", ""), *((*e[:3], str(e.calls), e.result) for e in self.entries)]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(4)), row[4]]).rstrip() for row in rows]
         return "\n".join([title, *(f"  {line}" for line in lines)])
 
-    def _set_class(self, module, new_class):
-        self._classes.append((module, module.__class__))
-        module.__class__ = new_class
+    def _record(self, pattern, result, weight):
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "fastff.")):
+            frame = frame.f_back
+        code = frame.f_code
+        place = f"{code.co_name}, {code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+        key = self._names.get(id(weight), ""), place, pattern, result
+        self._calls[key] = self._calls.get(key, 0) + 1
+
+    def _runs(self, function):
+        """Return `function` as one that runs in the mode, unless a caller of it does."""
+
+        trials: dict = {}  # {what is called with what shapes: Trial}
+
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            if torch.compiler.is_compiling() or current() is not None or torch._C._are_functorch_transforms_active():
+                return function(*args, **kwargs)
+            if not self._convolutions or not self.measure:
+                with Faster(self._record, self._convolutions):
+                    return function(*args, **kwargs)
+            shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
+            own = bool(args) and hasattr(type(args[0]), "_fastff_original")
+            key = id(args[0]) if own else 0, torch.is_grad_enabled(), shapes
+            trial = trials.get(key)
+            if trial is None:
+                trial = trials[key] = Trial()
+            if trial.choice is not None:
+                with Faster(self._record, trial.choice):
+                    return function(*args, **kwargs)
+            calls, start = trial.next(), time.perf_counter()
+            with Faster(self._record, calls):
+                result = function(*args, **kwargs)
+            trial.add(calls, time.perf_counter() - start)
+            if trial.choice is False:
+                self._record("all calls", trial.reason(), None)
+            return result
+
+        return run
+
+    def _enclose(self, found):
+        """Give an object a class whose methods run in the mode."""
+        original = type(found)
+        methods = {"forward": original.forward} if original.__module__.startswith(("torch.", "fastff.")) else {}
+        for owner in reversed(original.__mro__):
+            if owner is not object and not owner.__module__.startswith(("torch.", "fastff.")):
+                methods |= {name: m for name, m in vars(owner).items() if _is_method(name, m)}
+        attributes = {"_fastff_original": original, "__module__": original.__module__, "__reduce_ex__": _reduce}
+        attributes |= {"__deepcopy__": _deepcopy} | {name: self._runs(method) for name, method in methods.items()}
+        try:
+            found.__class__ = type(original.__name__, (original,), attributes)
+        except TypeError:  # the class has __slots__, or may have no subclasses
+            return
+        self._classes.append((found, original))
 
 
 def accelerate(module):
-    """Replace the parts of `module` that fastff has a kernel for, in place, and return a Report of what was done.
+    """Make existing training code faster as it stands: in place, or as a decorator of a function.
 
-    Replaced are: a 1 x 1 convolution whose output is squared and averaged over height and width; means over groups of channels, squared or
-    not; x divided by its norm or by the root of its mean square; depthwise and k x k convolutions. The results differ by rounding errors
-    only, which `fastff.verify` can confirm.
+    Convolutions run in channels_last with fastff's gradients, and what follows them in that layout, views included; the goodness of large
+    activations is one op each way; Adam and AdamW update all their parameters in one call. What is computed differs by rounding only, which
+    `fastff.verify` can confirm. Calls that fastff would not make faster run as they are written: the first fourteen calls take turns in both
+    ways, and are measured.
 
     Args:
-        module: nn.Module, with all modules in it.
+        module: nn.Module, a list of them, or any object that has them; or a function that trains. The methods of an object and of
+            the modules in it are those that run faster, when they are called from anywhere. A function makes everything in it run faster.
 
-    Returns: a Report; its undo() takes the changes back.
+    Returns: a Report, which shows what was done once a step has run; its undo() takes the changes back. For a function: a function to be called
+        in its place, whose `report` is the Report.
 
     Raises:
-        TypeError: `module` is not an nn.Module.
-        ValueError: `module` or a module in it is accelerated already."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+        TypeError: there is nothing in `module` that could run faster.
+        ValueError: something in `module` is accelerated already."""
     report = Report(module)
-    modules = dict(module.named_modules())
-    for path, child in modules.items():
-        if isinstance(child, Conv2d) or hasattr(type(child), "_fastff_original"):
+    if isinstance(module, (types.FunctionType, types.MethodType)):
+        run = report._runs(module)
+        run.report = report
+        return run
+    found = _objects(module)
+    if not any(isinstance(each, nn.Module) for each in found.values()):
+        expected = "an nn.Module, a list of them, an object with some as attributes, or a function"
+        raise TypeError(f"module: expected {expected}, got {type(module).__name__}")
+    for path, each in found.items():
+        if hasattr(type(each), "_fastff_original"):
             raise ValueError(
                 f"module: expected one that is not accelerated yet, got {path or 'one'} that is; undo() first"
             )
-    rewritten: dict = {}  # {class: what _rewrite_class returns for it}
-    for path, child in modules.items():
-        path = path or "(itself)"
-        if isinstance(child, nn.Conv2d):
-            _replace_convolution(report, path, child)
-        elif not type(child).__module__.startswith("torch."):
-            _replace_code(report, path, child, rewritten)
+    for path, each in found.items():
+        if isinstance(each, nn.Module):
+            report._names |= {id(p): path for p in each.parameters(recurse=False)}
+    report._convolutions = any(
+        p.dim() == 4 for each in found.values() if isinstance(each, nn.Module) for p in each.parameters()
+    )
+    for path, each in found.items():
+        torchs = type(each).__module__.startswith("torch.")
+        if not torchs or (path == "" and isinstance(each, nn.Sequential) and _convolutions(each) > 1):
+            report._enclose(each)
     return report
 
 
-def _replace_convolution(report, path, layer):
-    if type(layer) is not nn.Conv2d:
-        return report.entries.append(Entry(path, "", "convolution", f"a class of its own, {type(layer).__name__}"))
-    if layer.kernel_size == (1, 1) and layer.groups == 1:
-        return None  # PyTorch's is as fast
-    pattern = "depthwise convolution" if layer.groups == layer.in_channels > 1 else "convolution"
-    if Convolution.of(layer) is None:
-        reason = (
-            "needs square filters, one stride, zero padding as numbers, no dilation, one group or one for each channel"
-        )
-        return report.entries.append(Entry(path, "", pattern, reason))
-    report._set_class(layer, Conv2d)
-    return report.entries.append(Entry(path, "", pattern, "replaced"))
+def _convolutions(module):
+    return sum(isinstance(child, nn.Conv2d) for child in module.modules())
 
 
-def _replace_code(report, path, module, rewritten):
-    original = type(module)
-    if original not in rewritten:
-        rewritten[original] = _rewrite_class(original)
-    new_class, entries = rewritten[original]
-    report.entries.extend(Entry(path, *entry) for entry in entries)
-    if new_class is not None:
-        report._set_class(module, new_class)
+def _objects(root):
+    """Return {path: object}: the root, if it is not a list, and the modules in it, also those in lists, tuples, dictionaries and plain attributes."""
+    found, seen = {}, set()
+
+    def visit(path, value, top=False):
+        if id(value) in seen or isinstance(value, (torch.Tensor, type)):
+            return
+        seen.add(id(value))
+        if isinstance(value, (list, tuple)):
+            items = enumerate(value)
+        elif isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, nn.Module) or (top and hasattr(value, "__dict__")):
+            found[path] = value
+            items = [*getattr(value, "_modules", {}).items(), *vars(value).items()]
+        else:
+            return
+        for name, item in items:
+            if name not in ("_modules", "_parameters", "_buffers"):
+                visit(f"{path}.{name}" if path else str(name), item)
+
+    visit("", root, top=True)
+    return found
 
 
-def _rewrite_class(original):
-    """Return (subclass of `original` with changed methods, or None if none changes, and [(place, pattern, result)])."""
-    methods, entries = {}, []
-    for owner in original.__mro__:
-        if owner is object or owner.__module__.startswith(("torch.", "fastff.")):
-            continue
-        for name, value in vars(owner).items():
-            if isinstance(value, types.FunctionType) and getattr(original, name, None) is value:
-                function, found = _rewrite_method(value)
-                entries += [(f"{name}, line {line}", pattern, result) for line, pattern, result in found]
-                if function is not None:
-                    methods[name] = function
-    if not methods:
-        return None, entries
-    attributes = {
-        "_fastff_original": original,
-        "__reduce_ex__": _reduce,
-        "__deepcopy__": _deepcopy,
-        "__module__": original.__module__,
-    }
-    return type(original.__name__, (original,), attributes | methods), entries
+def _is_method(name, value):
+    return isinstance(value, types.FunctionType) and (name == "__call__" or not name.startswith("__"))
 
 
 def _reduce(self, protocol):
-    """Pickle the module as an object of its original class, since the new class cannot be imported."""
+    """Pickle the object as one of its original class, since the new class cannot be imported."""
     return _new, (type(self)._fastff_original,), self.__dict__
 
 
@@ -190,141 +250,3 @@ def _deepcopy(self, memo):
     memo[id(self)] = duplicate
     duplicate.__dict__ = copy.deepcopy(self.__dict__, memo)
     return duplicate
-
-
-class _Replace(ast.NodeTransformer):
-    """Replaces the expressions that patterns.match recognises. `found` lists them as (line, pattern, result)."""
-
-    def __init__(self, first_line):
-        self.first_line, self.found = first_line, []
-
-    def visit(self, node):
-        found = patterns.match(node) if isinstance(node, ast.expr) else None
-        if found is None:
-            return self.generic_visit(node)
-        self.found.append((self.first_line + found.line - 1, found.pattern, found.reason or "replaced"))
-        if found.replacement is None:
-            return self.generic_visit(node)
-        found.replacement.args = [self.visit(argument) for argument in found.replacement.args]
-        return ast.copy_location(found.replacement, node)
-
-
-def _join_single_uses(definition):
-    """Join two statements such as `a = layer(x)` and `g = a.pow(2).mean((2, 3))` into one.
-
-    This happens if `a` is used nowhere else and the joined expression is one that patterns.match recognises."""
-    names = [node for node in ast.walk(definition) if isinstance(node, ast.Name)]
-    declared = {
-        name for node in ast.walk(definition) if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names
-    }
-
-    def used_once(name):
-        return name not in declared and sorted(type(n.ctx).__name__ for n in names if n.id == name) == ["Load", "Store"]
-
-    for block in [
-        b
-        for node in ast.walk(definition)
-        for b in (getattr(node, "body", []), getattr(node, "orelse", []))
-        if isinstance(b, list)
-    ]:
-        for first, second in zip(list(block), list(block)[1:], strict=False):
-            if (
-                not isinstance(first, ast.Assign)
-                or len(first.targets) != 1
-                or not isinstance(first.targets[0], ast.Name)
-            ):
-                continue
-            if not isinstance(second, (ast.Assign, ast.Return)) or not used_once(first.targets[0].id):
-                continue
-            whole = second.value
-            parts = whole.elts if isinstance(whole, ast.Tuple) else [whole]
-            for i, part in enumerate(parts):
-                joined = _Substitute(first.targets[0].id, first.value).visit(copy.deepcopy(part))
-                found = patterns.match(joined) if part is not None else None
-                if (
-                    found is not None
-                    and found.replacement is not None
-                    and all(isinstance(p, ast.Name) for p in parts[:i])
-                ):
-                    if isinstance(whole, ast.Tuple):
-                        whole.elts[i] = joined
-                    else:
-                        second.value = joined
-                    block.remove(first)
-                    break
-
-
-class _Substitute(ast.NodeTransformer):
-    """Replaces every use of the variable `name` by the expression `value`."""
-
-    def __init__(self, name, value):
-        self.name, self.value = name, value
-
-    def visit_Name(self, node):
-        return self.value if node.id == self.name and isinstance(node.ctx, ast.Load) else node
-
-
-def _rewrite_method(function):
-    """Return (changed function, or None if it stays, and [(line, pattern, result)])."""
-    inner = inspect.unwrap(function)
-    try:
-        lines, first_line = inspect.getsourcelines(inner)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):  # there is no source, or it holds more than this method
-        return None, []
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or definition.name != inner.__name__:
-        return None, []
-    _join_single_uses(definition)
-    replace = _Replace(first_line)
-    definition.body = [replace.visit(statement) for statement in definition.body]
-    if not any(result == "replaced" for _, _, result in replace.found):
-        return None, replace.found
-    reason = _why_not_compilable(definition, function, inner)
-    if reason:
-        return None, [
-            (line, pattern, reason if result == "replaced" else result) for line, pattern, result in replace.found
-        ]
-    return _compile_method(definition, inner, first_line), replace.found
-
-
-def _why_not_compilable(definition, function, inner):
-    """Return the reason why a method cannot be compiled again, or an empty string."""
-    decorators = [ast.unparse(d.func if isinstance(d, ast.Call) else d) for d in definition.decorator_list]
-    if not set(decorators) <= GRAD_MODES or (inner is not function) != bool(decorators):
-        return f"its method is decorated, with {', '.join(decorators) or 'something not in its source'}"
-    private = [
-        n.attr
-        for n in ast.walk(definition)
-        if isinstance(n, ast.Attribute) and n.attr.startswith("__") and n.attr[-2:] != "__"
-    ]
-    return f"its method uses the private name {private[0]}" if private else ""
-
-
-def _compile_method(definition, inner, first_line):
-    """Compile a changed definition to a function with the globals, defaults and closure of the original function `inner`.
-
-    The functions that replace expressions (patterns.RUNTIME) are added to its closure, so that no global name changes."""
-    decorators, definition.decorator_list = definition.decorator_list, []
-    arguments = definition.args
-    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
-    arguments.kw_defaults = [None if d is None else ast.Constant(None) for d in arguments.kw_defaults]
-    definition.returns = None
-    for argument in ast.walk(arguments):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
-    cells |= {name: types.CellType(function) for name, function in patterns.RUNTIME.items()}
-    outer = ast.parse(f"def outer({', '.join(cells)}):\n    pass")
-    outer.body[0].body = [definition, ast.parse(f"return {definition.name}").body[0]]
-    ast.increment_lineno(definition, first_line - 1)
-    scope: dict = {}
-    exec(compile(ast.fix_missing_locations(outer), inner.__code__.co_filename, "exec"), inner.__globals__, scope)
-    code = scope["outer"](*cells).__code__
-    result = types.FunctionType(
-        code, inner.__globals__, inner.__name__, inner.__defaults__, tuple(cells[name] for name in code.co_freevars)
-    )
-    result.__kwdefaults__, result.__qualname__, result.__doc__ = inner.__kwdefaults__, inner.__qualname__, inner.__doc__
-    for decorator in reversed(decorators):
-        result = eval(ast.unparse(decorator), inner.__globals__)(result)
-    return result

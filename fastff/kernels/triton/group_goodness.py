@@ -268,7 +268,7 @@ def positions(
             dp_2 *= gradient_scale(loss) / shape.P
             dp = -dp_2
         else:
-            value, dp = of_samples(good, unit < shape.B // 2, loss.theta, config.LOSS)
+            value, dp = of_samples(good, unit < shape.B // 2, loss, config.LOSS)
             dp *= gradient_scale(loss) / shape.P
         own = loss.losses + unit * tl.num_programs(1) + part
         tl.store(own, tl.sum(tl.where(inside, value, 0.0), 0) / shape.P)

@@ -17,7 +17,8 @@ CROSS_ENTROPY, SWISH, SYMBA, SWISH_SYMBA = (
 
 
 LossArguments = namedtuple(
-    "LossArguments", "target losses grad_tau learned_tau grad_scale tau margin label_smoothing theta alpha scale"
+    "LossArguments",
+    "target losses grad_tau learned_tau grad_scale tau margin label_smoothing theta theta_gap alpha scale",
 )
 """target [B]; losses and grad_tau [B] are written; learned_tau and grad_scale: pointers to one number; scale: d(reduced loss) / d(one loss)."""
 
@@ -25,12 +26,12 @@ LossArguments = namedtuple(
 def arguments(loss, batch, losses, grad_tau=None):
     """LossArguments of a spec.Loss."""
     return LossArguments(
-        loss.target, losses, grad_tau, loss.learned_tau, loss.grad_scale, loss.tau, loss.margin, loss.label_smoothing, loss.theta, loss.alpha,
-        loss.scale(batch),
+        loss.target, losses, grad_tau, loss.learned_tau, loss.grad_scale, loss.tau, loss.margin, loss.label_smoothing, loss.theta, loss.theta_gap,
+        loss.alpha, loss.scale(batch),
     )  # fmt: skip
 
 
-NO_LOSS = LossArguments(None, None, None, None, None, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+NO_LOSS = LossArguments(None, None, None, None, None, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def constant(loss):
@@ -103,9 +104,10 @@ def threshold(z, LOSS: tl.constexpr):
 
 
 @triton.jit
-def of_samples(g, positive, theta, LOSS: tl.constexpr):
+def of_samples(g, positive, loss: LossArguments, LOSS: tl.constexpr):
     """Loss of the goodness of samples, positive ones or negative ones, and its derivative by g."""
     sign = tl.where(positive, 1.0, -1.0)
+    theta = loss.theta + tl.where(positive, 0.0, loss.theta_gap)
     value, slope = threshold(sign * (theta - g), LOSS)
     return value, -sign * slope
 
@@ -131,7 +133,7 @@ def forward_forward(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: 
         at = n[:, None] * K + k[None, :]
         gk = tl.load(g + at, mask=known, other=0.0)
         if BY_SAMPLE:
-            value, dk = of_samples(gk, (n < half)[:, None], loss.theta, LOSS)
+            value, dk = of_samples(gk, (n < half)[:, None], loss, LOSS)
             tl.store(d + at, dk * scale, mask=known)
         else:
             partner = at + half * K

@@ -1,0 +1,494 @@
+"""What PyTorch does inside accelerated code: each call of one of its functions is looked at with its arguments, and some are done otherwise.
+
+No source code is read or changed. `Faster` is a mode of torch.overrides: Python runs as it is written, and what is done otherwise is always a single
+call, whose result has the same values but for rounding. All that this depends on is known at that moment: nothing has to be proved about the code.
+
+    conv2d             in channels_last, with fastff's gradients (fastff/ops/convolution.py)
+    view, reshape      of a tensor that is in channels_last because of that: of a contiguous copy. What is written to one is written to the other
+    mean, sum          of x.square(), or of a view of it, for x [B, C, H, W]: ff.group_goodness, if nothing else can have that square
+    Adam, AdamW        with fused=True
+    dropout, rand_like and others that go through memory in its order: on contiguous tensors, so that they draw the same numbers
+
+Code outside sees no difference: tensors that are still there when accelerated code returns get the layout that they would have had.
+"""
+
+import sys
+import threading
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
+
+import fastff.functional as ff
+from fastff.ops.convolution import convolve
+from fastff.ops.gradients import GroupNormGuard
+
+DTYPES: tuple[torch.dtype, ...] = (torch.float32,)  # of convolutions by oneDNN: in float64 the layout gains nothing
+FEWEST_CHANNELS = 16  # of a convolution's output, from which on channels_last pays
+FEWEST_POSITIONS = 1024  # of a minibatch: below, bringing the weights into the layout costs what it gains
+SMALLEST = 1 << 15  # elements of x from which on ff.group_goodness pays
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+_thread = threading.local()  # .mode: the Faster that this thread is in
+
+
+def current():
+    """Return the Faster that this thread is in, or None."""
+    return getattr(_thread, "mode", None)
+
+
+def in_channels_last(x):
+    """Return whether x is in channels_last and not contiguous as well."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Contiguous(torch.autograd.Function):
+    """A contiguous copy of x in channels_last. Its gradient is brought back to channels_last, where the functions before it want it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous(memory_format=torch.channels_last)
+
+
+def _version(x):
+    """Return how often x has been written to. Tensors of inference mode do not know that."""
+    return 0 if x.is_inference() else x._version
+
+
+class _Copy:
+    """A contiguous copy that stands for a view of x: `update` makes up for what has been written to one of them."""
+
+    def __init__(self, x, flat):
+        self.x, self.flat = x, flat
+        self.versions = _version(x), _version(flat)
+
+    def update(self):
+        versions = _version(self.x), _version(self.flat)
+        if versions != self.versions:
+            source, target = (self.flat, self.x) if versions[0] == self.versions[0] else (self.x, self.flat)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and source.requires_grad):
+                target.copy_(source)
+            self.versions = _version(self.x), _version(self.flat)
+
+    def used(self):
+        """Whether anything else can read or write the copy: two references to its storage are those of `flat` and of this function."""
+        return torch._C._storage_Use_Count(self.flat.untyped_storage()._cdata) > 2
+
+
+class _Chain(NamedTuple):
+    """How a tensor came about: `power` 1 or 2 of x [B, C, H, W] as it was at `version`, viewed in the tensor's shape."""
+
+    result: weakref.ref
+    x: torch.Tensor
+    version: int
+    power: int
+    elements: int  # of the tensor that x is a part of
+
+    def of(self, tensor):
+        """Whether this is how `tensor` came about, and x has not been written to since."""
+        return self.result() is tensor and self.x._version == self.version
+
+
+class _Parts(torch.autograd.Function):
+    """Goodness [B, K] of equal parts of x, as torch.split makes them, over all of each: the gradients go back to the parts."""
+
+    @staticmethod
+    def forward(ctx, x, mean, *parts):
+        ctx.save_for_backward(x, *parts)
+        ctx.options = len(parts), 2, mean, False
+        with torch.no_grad():
+            return ff.group_goodness(x, len(parts), mean=mean)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parts = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            x = torch.cat(parts, 1)
+        grad = torch.ops.fastff.group_goodness_backward(grad, x, *ctx.options, "auto")
+        return None, None, *grad.chunk(ctx.options[0], 1)
+
+
+class _Split:
+    """What torch.split made of x. Its goodness is computed once, when it is first asked for."""
+
+    def __init__(self, x, parts):
+        self.x, self.version, self.parts, self.found = x, x._version, [weakref.ref(p) for p in parts], {}
+
+    def goodness(self, part, mean):
+        """Return the goodness [B] of a part, or None if one of them is gone."""
+        parts = [ref() for ref in self.parts]
+        if self.x._version != self.version or any(p is None for p in parts):
+            return None
+        how = mean, torch.is_grad_enabled()
+        if how not in self.found:
+            self.found[how] = _Parts.apply(self.x.detach(), mean, *parts)
+        return self.found[how][:, next(i for i, p in enumerate(parts) if p is part)]
+
+
+class _References(TorchFunctionMode):
+    """Counts the references to the first argument of the last function called."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count = sys.getrefcount(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def _references_of_temporaries():
+    """Return the number of references, inside a mode, to an argument that nothing else has: `h.square()` in h.square().mean(1). 0 if it is the same
+    for one that has a name."""
+    x = torch.ones(1)
+    with _References() as counted:
+        x.square().mean(0)
+        temporary = counted.count
+        named = x.square()
+        named.mean(0)
+    return temporary if temporary < counted.count else 0
+
+
+TEMPORARY = _references_of_temporaries()
+
+
+class Faster(TorchFunctionMode):
+    """The mode of one call of accelerated code. `record(pattern, result, weight)` is told what was done with each call that it knows.
+
+    calls: whether to look at calls, or at optimizers alone: each costs about 2 microseconds, which only convolutions bring in again."""
+
+    def __init__(self, record, calls=True):
+        super().__init__()
+        self.record, self.calls = record, calls
+        self.converted = False  # whether a tensor is in channels_last that would not be without this mode
+        self.made, self.copies, self.chain, self.split, self.fused = [], [], None, None, []
+
+    def __enter__(self):
+        _thread.mode = self
+        self.hooks = [register_optimizer_step_pre_hook(_fuse), register_optimizer_step_post_hook(_restore)]
+        return super().__enter__() if self.calls else self
+
+    def __exit__(self, *error):
+        if self.calls:
+            super().__exit__(*error)
+        _thread.mode = self.chain = self.split = None
+        for hook in self.hooks:
+            hook.remove()
+        if self.converted:
+            self._restore_layouts()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        handler = HANDLERS.get(function)
+        if handler is None:
+            result = function(*args, **kwargs) if kwargs else function(*args)
+        elif kwargs:
+            result = handler(self, function, args, kwargs)
+        else:
+            result = handler(self, function, args, {})
+        if self.converted:
+            for tensor in result if type(result) in (tuple, list) else (result,):
+                if type(tensor) is torch.Tensor and not tensor.is_contiguous():
+                    self.made.append(weakref.ref(tensor))
+            for copy in self.copies:
+                copy.update()
+        return result
+
+    def forget(self):
+        """Let go of what only this object holds."""
+        self.chain = self.split = None
+        self.copies = [copy for copy in self.copies if copy.used()]
+
+    def _restore_layouts(self):
+        """Make the tensors contiguous that are still there and would be without this mode. Those that are the same memory stay that, a copy that
+        stands for a view becomes one, and slices become tensors of their own."""
+        there = {id(t): t for t in (ref() for ref in self.made) if t is not None and not t.is_contiguous()}
+        ours = [t for t in there.values() if t._base is None or id(t._base) in there or in_channels_last(t._base)]
+        found = {_place(c.x): c.flat.detach().view(c.x.shape) for c in self.copies if c.used()}
+        for t in ours:
+            if _place(t) not in found:
+                found[_place(t)] = t.detach().contiguous()
+        for t, place in [(t, _place(t)) for t in ours]:
+            t.data = found[place]
+
+
+def _place(t):
+    """Return where a tensor lies in memory, and how."""
+    return t.data_ptr(), t.shape, t.stride()
+
+
+def _pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _conv2d(mode, function, args, kwargs):
+    return _convolution(mode, function, *args, **kwargs)
+
+
+def _convolution(mode, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """Compute conv2d in channels_last where that pays, with the arguments of F.conv2d."""
+    options = (stride, padding, dilation, groups)
+    reason = _why_as_written(input, weight)
+    mode.chain = mode.split = None
+    mode.record("convolution", reason or "replaced", weight)
+    if reason:
+        if mode.converted and reason.startswith("at") and in_channels_last(input):
+            input = _Contiguous.apply(input)
+        return function(input, weight, bias, *options)
+    if not in_channels_last(input) and not in_channels_last(weight):
+        mode.converted = True
+        input = input.contiguous(memory_format=torch.channels_last)
+    (stride, across), dilation = _pair(stride), _pair(dilation)
+    padding = (0, 0) if padding == "valid" else padding if padding == "same" else _pair(padding)
+    channels, (filters, _, k, width) = input.shape[1], weight.shape
+    plain = stride == across and padding[0] == padding[-1] and padding != "same" and k == width and dilation == (1, 1)
+    if plain and (groups == 1 or groups == channels == filters and padding[0] < k):
+        return convolve(input, weight, bias, stride, padding[0], groups)
+    return function(input, weight, bias, *options)
+
+
+def _why_as_written(x, weight):
+    """Return why a convolution runs as it was written, or None."""
+    if type(x) not in TENSORS or type(weight) not in TENSORS or torch._C._are_functorch_transforms_active():
+        return "not of plain tensors"
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        return "in inference mode"
+    if x.device.type != "cpu":
+        return f"on {x.device.type}"
+    if torch.is_autocast_enabled("cpu"):
+        return "under autocast"
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        return f"of {str(x.dtype).removeprefix('torch.')}"
+    if x.dim() != 4 or x.numel() == 0:
+        return "not of [B, C, H, W]"
+    if len(weight) < FEWEST_CHANNELS:
+        return f"to {len(weight)} channels: pays from {FEWEST_CHANNELS} on"
+    if x.numel() < FEWEST_POSITIONS * x.shape[1]:
+        return f"at {x.numel() // x.shape[1]} positions of the batch: pays from {FEWEST_POSITIONS} on"
+    return None
+
+
+def _view(mode, function, args, kwargs):
+    """Compute x.view(...), which without this mode always is possible where this mode has changed the layout of x."""
+    x = args[0]
+    try:
+        result = function(*args, **kwargs)
+    except RuntimeError:
+        if not mode.converted or x.is_contiguous():
+            raise
+        mode.forget()
+        copy = next((c for c in mode.copies if c.x is x), None)
+        if copy is None:
+            copy = _Copy(x, _Contiguous.apply(x) if in_channels_last(x) else x.contiguous())
+            mode.copies.append(copy)
+        result = function(copy.flat, *args[1:], **kwargs)
+    mode.chain = _follow(mode, x, result)
+    return result
+
+
+def _reshape(mode, function, args, kwargs):
+    """Compute reshape or flatten, whose result may or may not be a view, as PyTorch says of them."""
+    x, *others = args or (kwargs.pop("input"),)
+    moved = mode.converted and in_channels_last(x)
+    result = function(_Contiguous.apply(x) if moved else x, *others, **kwargs)
+    mode.chain = _follow(mode, x, result)
+    return result
+
+
+def _is_activation(x):
+    """Whether x is a tensor whose goodness fastff may compute."""
+    known = type(x) is torch.Tensor and x.dim() == 4 and x.dtype in DTYPES
+    return known and x.device.type == "cpu" and not x.is_inference()
+
+
+def _follow(mode, x, result):
+    """Return the chain of a view of x."""
+    if mode.chain is not None and mode.chain.of(x):
+        return mode.chain._replace(result=weakref.ref(result))
+    return _Chain(weakref.ref(result), x, x._version, 1, x.numel()) if _is_activation(x) else None
+
+
+def _split(mode, function, args, kwargs):
+    result, mode.split = function(*args, **kwargs), None
+    x = args[0] if args else None
+    if _is_activation(x) and result[0].shape[1] * len(result) == x.shape[1] and len({p.shape for p in result}) == 1:
+        mode.split = _Split(x, result)
+    return result
+
+
+def _square(mode, function, args, kwargs):
+    result = function(*args, **kwargs)
+    x, *others = args or (kwargs.get("input"),)
+    exponent = others[0] if others else kwargs.get("exponent")
+    if exponent is x or function in SQUARES or (type(exponent) in (int, float) and exponent == 2):
+        before, mode.chain = mode.chain, None
+        if before is not None and before.of(x) and before.power == 1:
+            mode.chain = before._replace(result=weakref.ref(result), power=2)
+        elif _is_activation(x):
+            of_split = mode.split is not None and any(part() is x for part in mode.split.parts)
+            elements = mode.split.x.numel() if of_split else x.numel()
+            mode.chain = _Chain(weakref.ref(result), x, x._version, 2, elements)
+    return result
+
+
+def _reduce(mode, function, args, kwargs):
+    """Compute the mean or sum of a square, or of a view, as a goodness, if it is one and is a temporary: no gradient is asked for of those."""
+    chain, found = mode.chain, None
+    if chain is not None and args and chain.of(args[0]) and chain.elements >= SMALLEST:
+        # nothing else has the square, so nothing can ask for its gradient
+        temporary = sys.getrefcount(args[0]) == TEMPORARY
+        if temporary:
+            found = _goodness(mode, chain, function in MEANS, args[0], *args[1:], **kwargs)
+        mode.record("goodness", "replaced" if found is not None else "as written", None)
+    mode.chain = None
+    return function(*args, **kwargs) if found is None else found
+
+
+def _goodness(mode, chain, mean, z, dim=None, keepdim=False, **other):
+    """Return the reduction of z over `dim` as a goodness of the x in its chain, or None if it is none."""
+    dims = (dim,) if isinstance(dim, int) else dim
+    if other or keepdim or not dims or torch.is_autocast_enabled("cpu"):
+        return None
+    (batch, channels, height, width), shape = chain.x.shape, tuple(z.shape)
+    over = sorted(d % z.dim() for d in dims)
+    if shape == tuple(chain.x.shape) and over == [1] and chain.power == 2:
+        g = ff.group_goodness(chain.x, positions=True, mean=mean)
+        return g.view(batch, height, width)
+    rest = list(range(over[0], z.dim()))
+    if shape[0] != batch or over != rest or over[0] not in (1, 2):
+        return None
+    groups = 1 if over[0] == 1 else shape[1]
+    if channels % groups:
+        return None
+    if mode.split is not None and chain.power == 2 and shape == tuple(chain.x.shape) and groups == 1:
+        g = mode.split.goodness(chain.x, mean) if any(part() is chain.x for part in mode.split.parts) else None
+        if g is not None:
+            return g
+    g = ff.group_goodness(chain.x, groups, power=chain.power, mean=mean)
+    return g[:, 0] if over[0] == 1 else g
+
+
+def _group_norm(mode, function, args, kwargs):
+    """Compute a group norm so that it always has a gradient of its input (GroupNormGuard says why)."""
+    return GroupNormGuard().__torch_function__(function, (), args, kwargs)
+
+
+def _backward(mode, function, args, kwargs):
+    """Run the backward pass of one tensor in this mode, which PyTorch would leave for it: it calls Python code, such as hooks and what is
+    checkpointed."""
+    mode.forget()
+    try:
+        known = {"gradient", "retain_graph", "create_graph", "inputs"}.issuperset(kwargs) and 1 <= len(args) <= 4
+        if mode.converted and known and all(not isinstance(a, (tuple, list)) for a in args):
+            return _backward_in(mode, *args, **kwargs)
+        return function(*args, **kwargs)
+    finally:
+        mode.forget()
+
+
+def _backward_in(mode, tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+    if gradient is None and tensor.numel() != 1:
+        return tensor.backward()  # raises the error
+    gradient = torch.ones_like(tensor) if gradient is None else gradient
+    inputs = () if inputs is None else (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    retain_graph = create_graph if retain_graph is None else retain_graph
+    TorchFunctionMode.__enter__(mode)
+    try:
+        torch.autograd.Variable._execution_engine.run_backward(
+            (tensor,), (gradient,), retain_graph, create_graph, inputs, allow_unreachable=True, accumulate_grad=True
+        )
+    finally:
+        TorchFunctionMode.__exit__(mode, None, None, None)
+
+
+def _in_memory_order(mode, function, args, kwargs):
+    """Call a function that goes through the memory of its arguments, as random numbers are drawn, on contiguous ones."""
+    if mode.converted:
+        args = [_Contiguous.apply(a) if type(a) in TENSORS and in_channels_last(a) else a for a in args]
+    return function(*args, **kwargs)
+
+
+def _fill(mode, function, args, kwargs):
+    """Fill a tensor with random numbers in the order of its elements."""
+    x, *others = args
+    if not mode.converted or not in_channels_last(x):
+        return function(*args, **kwargs)
+    filled = x.detach().contiguous()
+    function(filled, *others, **kwargs)
+    return x.copy_(filled)
+
+
+def _by_address(mode, function, args, kwargs):
+    """Call a function that looks at the memory of x as it would be without this mode."""
+    x = args[0]
+    if mode.converted and in_channels_last(x):
+        x.data = x.detach().contiguous()
+    return function(*args, **kwargs)
+
+
+def _fuse(optimizer, args, kwargs):
+    """Have Adam and AdamW update all parameters in one call."""
+    mode = current()
+    if mode is None or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        plain = group.get("fused") is None and group.get("foreach") is None and isinstance(group["lr"], float)
+        if plain and not group["capturable"] and not group["differentiable"] and _alike(optimizer, group["params"]):
+            group["fused"] = True
+            mode.fused.append(group)
+            mode.record(f"{type(optimizer).__name__}.step", "replaced", None)
+
+
+def _restore(optimizer, args, kwargs):
+    mode = current()
+    while mode is not None and mode.fused:
+        mode.fused.pop()["fused"] = None
+
+
+def _alike(optimizer, parameters):
+    """Whether all that belongs to a parameter lies in memory as it does: the fused kernel goes through memory in its order."""
+    for p in parameters:
+        if p.grad is None:
+            continue
+        state = optimizer.state.get(p, {}).values()
+        others = [p.grad, *(t for t in state if isinstance(t, torch.Tensor) and t.dim())]
+        dense = p.is_contiguous() or in_channels_last(p)
+        if not dense or p.device.type != "cpu" or p.dtype not in (torch.float32, torch.float64):
+            return False
+        if any(t.stride() != p.stride() or t.dtype != p.dtype or t.is_sparse for t in others):
+            return False
+    return True
+
+
+def _methods(*names):
+    return [getattr(torch.Tensor, name) for name in names]
+
+
+MEANS = (torch.Tensor.mean, torch.mean)
+SQUARES = (torch.Tensor.square, torch.square)
+POWERS = (torch.pow, torch.mul, *_methods("pow", "__pow__", "mul", "__mul__"))
+HANDLERS = {F.conv2d: _conv2d}
+for _handler, _functions in (
+    (_view, _methods("view", "view_as", "unflatten")),
+    (_reshape, [torch.reshape, torch.flatten, *_methods("reshape", "flatten")]),
+    (_square, [*SQUARES, *POWERS]),
+    (_split, [torch.split, torch.chunk, *_methods("split", "chunk")]),
+    (_backward, [torch.Tensor.backward, torch.autograd.backward]),
+    (_reduce, [*MEANS, torch.Tensor.sum, torch.sum]),
+    (_group_norm, [F.group_norm, torch.group_norm]),
+    (_by_address, _methods("as_strided", "data_ptr", "storage", "untyped_storage", "numpy")),
+    (
+        _fill,
+        _methods(
+            "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "cauchy_", "log_normal_", "geometric_"
+        ),
+    ),
+    (
+        _in_memory_order,
+        [F.dropout, F.alpha_dropout, torch.dropout, torch.bernoulli, torch.Tensor.bernoulli, torch.poisson],
+    ),
+    (_in_memory_order, [torch.rand_like, torch.randn_like, torch.randint_like, torch.empty_like, torch.as_strided]),
+):
+    HANDLERS |= dict.fromkeys(_functions, _handler)

@@ -1,0 +1,162 @@
+"""Blocks that stand in for the layers of other people's code: their eps, thresholds, devices, names, and what they want to log."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastff
+import fastff.functional as ff
+from fastff.nn import FFBlock, FFConv2d, FFLinear, LocalBlock
+
+
+@pytest.mark.parametrize("normalize", ["rms", "l2", "layer_norm", "layer_norm_channels", None])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_eps(kind, normalize):
+    """The eps of the normalization: in what is passed on in training and by next_input."""
+    torch.manual_seed(0)
+    options = {"goodness": "mean_of_squares", "normalize": normalize, "eps": 0.3, "dtype": torch.float64}
+    block = FFLinear(4, 6, **options) if kind == "linear" else FFConv2d(3, 6, 3, **options)
+    x = torch.randn(4, *((4,) if kind == "linear" else (3, 5, 5)), dtype=torch.float64)
+    y = block.module(x).detach()
+    want = y if normalize is None else ff.normalize(y, normalize, eps=0.3)
+    following, _ = block.local_step(x)
+    torch.testing.assert_close(following, want)
+    torch.testing.assert_close(block.next_input(y), want)
+    with pytest.raises(ValueError, match="eps: expected"):
+        FFLinear(4, 6, goodness="mean_of_squares", eps=-1.0)
+
+
+@pytest.mark.parametrize("impl", ["native", "torch", "reference"])
+@pytest.mark.parametrize("loss", ["softplus", "swish"])
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_pair_of_thresholds(impl, loss, positions):
+    """Other thresholds for positive and negative samples, as SCFF has them, against plain PyTorch in float64."""
+    torch.manual_seed(0)
+    x = torch.rand(6, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+    low, high = 1.0, 0.2
+    g = x.pow(2).mean(1).flatten(1) if positions else x.pow(2).mean((1, 2, 3))[:, None]
+    z = torch.cat([low - g[:3], g[3:] - high])
+    want = (F.softplus(z) if loss == "softplus" else F.silu(z)).mean()
+    (grad,) = torch.autograd.grad(want, x)
+    step = ff.group_goodness_step(x.detach(), positions=positions, loss=loss, theta=(low, high), impl=impl)
+    torch.testing.assert_close(step.loss, want.detach())
+    torch.testing.assert_close(step.grad_x, grad)
+    torch.testing.assert_close(ff.forward_forward_loss(g, loss, theta=(low, high)), want)
+
+
+def test_thresholds_of_blocks():
+    torch.manual_seed(0)
+    block = FFConv2d(3, 16, 3, goodness="position", theta=(1.0, 5.0))
+    x = torch.randn(4, 3, 6, 6)
+    _, loss, g = block.local_step(x, details=True)
+    torch.testing.assert_close(loss, torch.cat([F.softplus(1 - g[:2]), F.softplus(g[2:] - 5)]).mean())
+    for wrong in ((1.0, 2.0, 3.0), (1.0, "5"), "5"):
+        with pytest.raises((TypeError, ValueError), match="theta: expected"):
+            FFConv2d(3, 16, 3, goodness="position", theta=wrong)
+    with pytest.raises((TypeError, ValueError), match="theta: expected"):
+        ff.group_goodness_step(x, positions=True, loss="softplus", theta=(1.0, None))
+
+
+def test_goodness_without_a_second_pass():
+    """local_step(..., details=True) returns the goodness of before the update, from which accuracies of layers are logged."""
+    torch.manual_seed(0)
+    for block in (
+        FFConv2d(3, 8, 3, num_classes=4),
+        FFConv2d(3, 8, 3, num_classes=4, goodness="class_group", normalize=None),
+    ):
+        x, label = torch.randn(5, 3, 6, 6), torch.randint(4, (5,))
+        _, want = block(x)
+        following, loss, goodness = block.local_step(x, label, details=True)
+        torch.testing.assert_close(goodness, want.detach())
+        assert not goodness.requires_grad
+        assert len(block.local_step(x, label)) == 2
+
+
+def test_arguments_of_the_layers_they_replace():
+    block = FFConv2d(3, 8, 3, num_classes=4, padding_mode="reflect", dtype=torch.float64, device="meta")
+    assert block.module[0].padding_mode == "reflect"
+    assert {(p.dtype, p.device.type) for p in block.parameters()} == {(torch.float64, "meta")}
+    linear = FFLinear(4, 8, num_classes=4, dtype=torch.float64)
+    assert {p.dtype for p in linear.parameters()} == {torch.float64}
+    assert {p.dtype for p in FFLinear(4, 8, goodness="mean_of_squares", dtype=torch.float64).parameters()} == {
+        torch.float64
+    }
+    with pytest.raises(ValueError, match=r"target: expected .* local_step\(x, target\), got None"):
+        FFConv2d(3, 8, 3, num_classes=4).local_step(torch.randn(2, 3, 4, 4))
+
+
+def test_names_of_subclasses():
+    """A subclass has its own layers, tail and others; a module by a name that blocks have themselves would be hidden, and raises."""
+
+    class Own(FFConv2d):
+        def __init__(self, name):
+            super().__init__(3, 8, 3, num_classes=2)
+            setattr(self, name, nn.ModuleList([nn.Identity()]))
+
+    for name in ("layers", "tail", "blocks", "norm", "conv", "goodness", "loss", "steps"):
+        assert isinstance(getattr(Own(name), name), nn.ModuleList)
+    with pytest.raises(AttributeError, match="outputs: expected another name for a module"):
+        Own("outputs")
+
+
+def test_verify_on_a_block_of_theirs():
+    """The comparison that the documentation shows: theirs detaches its input, returns another tuple, or the normalised output."""
+
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+
+        def forward(self, x):
+            y = self.c(x).relu()
+            return y, y.view(len(y), 2, -1).mean(2)
+
+    ours = FFConv2d(3, 4, 3, bias=False, norm=None, num_classes=2, goodness="class_group_mean")
+    x = torch.rand(2, 3, 8, 8)
+    assert fastff.verify(Theirs(), ours, x)
+    assert fastff.verify(Theirs(), ours, x, outputs=lambda returned: returned[1])
+
+
+def test_normalize_none_is_fused_where_it_can_be():
+    """Without a normalization the block's own graph still runs batch norm and activation as one op."""
+    block = FFBlock(
+        nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()), 16, 2, goodness="class_group", normalize=None
+    )
+    assert block.epilogue is None
+    assert block.graph is not None
+
+
+@pytest.mark.parametrize("normalize", [None, "layer_norm"])
+def test_any_local_loss(normalize):
+    """A block whose loss is an auxiliary network: the gradients of both, and what is passed on, are those of plain PyTorch in float64."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder, self.classifier = nn.Conv2d(8, 3, 3, padding=1), nn.Linear(8, 4)
+
+        def forward(self, y, target):
+            image, label = target
+            return F.mse_loss(self.decoder(y), image) + F.cross_entropy(self.classifier(y.mean((2, 3))), label)
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()).double()
+    auxiliary = Auxiliary().double()
+    block = LocalBlock(module, loss=auxiliary, normalize=normalize)
+    target = torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.randint(4, (4,))
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    parameters = list(block.parameters())
+    assert len(parameters) == 3 + 4
+    y = module(x)
+    want = auxiliary(y, target)
+    grads = torch.autograd.grad(want, parameters)
+    following, loss = block.local_step(x, target)
+    torch.testing.assert_close(loss, want.detach())
+    torch.testing.assert_close(following, y.detach() if normalize is None else F.layer_norm(y.detach(), y.shape[1:]))
+    for parameter, grad in zip(parameters, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+    with pytest.raises(TypeError, match="head, loss: expected one of them"):
+        LocalBlock(module)
+    with pytest.raises(ValueError, match=r"loss: expected a function that returns a scalar tensor, got \[4\]"):
+        LocalBlock(module, loss=lambda y, target: y.mean((1, 2, 3))).local_step(x)
