@@ -22,6 +22,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import fastff  # noqa: E402
 from fastff.app import experiment  # noqa: E402
+from fastff.app import trained as trained_network  # noqa: E402
 from fastff.cli import make_app  # noqa: E402
 from fastff.training import checkpoint, data  # noqa: E402
 
@@ -301,7 +302,7 @@ def test_predict(trained, pictures):
     digits = data.load("digits", subset=96)
     images = next(iter(digits.test_loader(20)))[0]
     found, votes = sff.predict(images), [g.argmax(1) for g in sff.goodness(images)]
-    answers = experiment.classify(folder, pictures, torch.device("cpu"))
+    answers = trained_network.classify(folder, pictures, torch.device("cpu"))
     assert [answer.label for answer in answers] == [str(int(label)) for label in found.label]
     assert [answer.confidence for answer in answers] == pytest.approx(found.confidence.tolist(), rel=1e-5)
     for i, answer in enumerate(answers):
@@ -316,7 +317,7 @@ def test_predict_resizes_and_reads_colours(trained, pictures, tmp_path):
     folder, _ = trained
     with Image.open(pictures[0]) as image:
         image.convert("RGB").resize((64, 48)).save(tmp_path / "big.jpg")
-    assert len(experiment.classify(folder, [tmp_path / "big.jpg"], torch.device("cpu"))[0].blocks) == 9
+    assert len(trained_network.classify(folder, [tmp_path / "big.jpg"], torch.device("cpu"))[0].blocks) == 9
 
 
 def test_predict_of_backpropagation_and_folders(tmp_path):

@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +58,7 @@ def command(function):
         try:
             return function(*args, **options)
         except KeyboardInterrupt as error:
-            message, code = str(error) or "stopped", 130
+            message, code = str(error) or "stopped", 128 + getattr(error, "number", signal.SIGINT)
         except BrokenPipeError:
             raise
         except torch.OutOfMemoryError as error:
@@ -74,6 +75,14 @@ def command(function):
         raise typer.Exit(code)
 
     return app.command()(run)
+
+
+def show(shown):
+    """Print a table, in a file or a pipe as wide as it is."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(shown, options=console.options.update(max_width=10**4)).maximum)
+    console.print(shown)
 
 
 def say(text):
@@ -151,7 +160,7 @@ def compare(
             f"{needed:.1f} s" if needed is not None else "not reached" if based else "not trained",
             f"{run['peak_memory_mb']:.1f} MiB",
         )  # fmt: skip
-    Console().print(shown)
+    show(shown)
     say(f"picture: {out / 'compare.png'}, page: {out / 'compare.html'}")
     if json_file is not None:
         _write_json(json_file, result)
@@ -249,7 +258,7 @@ def _finish(run, out, save_every, distributed):
     last = history[-1]
     blocks = [value for name, value in last.items() if name.startswith("test block ")]
     title = f"{run.dataset.name}, test images, after epoch {last['epoch']}"
-    Console().print(_accuracies(title, trainer.names, blocks, last["test vote"]))
+    show(_accuracies(title, trainer.names, blocks, last["test vote"]))
     events = ", events for tensorboard --logdir" if (out / "events").is_dir() else ""
     report = page.of_run(run, out / "report.html", say)
     say(f"{out}: checkpoint.pt, metrics.csv{report}{events}")
@@ -270,14 +279,14 @@ def predict(
         counts = collections.Counter(label for _, label, _ in answer.blocks)
         votes = ", ".join(f"{label} {count}" for label, count in counts.most_common())
         shown.add_row(str(path), answer.label, f"{answer.confidence:.1%}", votes or "none: backpropagation")
-    Console().print(shown)
+    show(shown)
     for path, answer in zip(images, answers, strict=True):
         if not answer.blocks or len(images) > 4:
             continue
         shown = table(">block", "ends with", "class", ">confidence", title=str(path) if len(images) > 1 else None)
         for index, (name, label, sure) in enumerate(answer.blocks):
             shown.add_row(str(index), name, label, f"{sure:.1%}")
-        Console().print(shown)
+        show(shown)
 
 
 @command
@@ -298,12 +307,12 @@ def evaluate(
     title, images, labels = trained.labelled_images(network, data, root, split)
     found, classes = trained.evaluate(network, images, labels, exit_threshold), network.meta["classes"]
     names = [block.name for block in network.sff.blocks]
-    Console().print(_accuracies(f"{title}: {len(labels):,}", names, found.blocks, found.accuracy))
+    show(_accuracies(f"{title}: {len(labels):,}", names, found.blocks, found.accuracy))
     if found.early is not None:
         accuracy, computed = found.early
         say(f"early exit at {exit_threshold:g}: {accuracy:.2%}, {computed:.1f} of {len(names)} blocks on average\n")
     say(f"{len(found.wrong):,} of {len(labels):,} are wrong")
-    Console().print(_confusions(found.confusion, classes))
+    show(_confusions(found.confusion, classes))
     if json_file is not None:
         result = {
             "data": title, "images": len(labels), "accuracy": found.accuracy, "blocks": found.blocks, "block_names": names,
@@ -374,7 +383,7 @@ def bench(
         cells = (row.op, row.shape.strip("()"), row.implementation, f"{row.speedup:.2f} x")
         time = [f"{row.milliseconds:.3f}"] if on_gpu else []
         shown.add_row(*cells, f"{row.low:.2f} to {row.high:.2f}", *time)
-    Console().print(shown)
+    show(shown)
 
 
 @command
@@ -391,4 +400,4 @@ def info():
     for op, *row in here.implementations():
         shown.add_row("" if op == before else op, *row)
         before = op
-    Console().print(shown)
+    show(shown)

@@ -39,7 +39,7 @@ def of_run(run, path, say):
     sections = [
         {"text": result},
         {
-            "title": "Learning", "text": f"{curves}Accuracy in training is of augmented images, while the weights change.",
+            "title": "Learning", "text": f"{curves}Loss and accuracy in training are means over an epoch, while the weights change.",
             "figure": plots.learning(history, trainer.names), "alt": f"Loss and accuracy over {len(history)} epochs",
         },
         _table_of_blocks(blocks, found, trainer.sff, curve, visits),
@@ -72,7 +72,9 @@ def of_comparison(result, figure, path):
             numbered = enumerate(zip(run["block_names"], run["blocks"], strict=True))
             rows = [(i, name, f"{accuracy:.2%}") for i, (name, accuracy) in numbered]
             title = f"Blocks, trained {plots.STYLES[run['mode']][0]}"
-            sections.append({"title": title, "columns": ("block", "ends with", "test accuracy"), "rows": rows})
+            sections.append(
+                {"title": title, "columns": ("block", "ends with", "test accuracy"), "rows": rows, "kind": "blocks"}
+            )
     sections += [_facts("Settings", s), _facts("Environment", result["environment"])]
     write(path, f"{s['model']} of width {s['width']} on {Path(s['data']).name}, trained in several ways", sections)
 
@@ -101,14 +103,14 @@ def _table_of_blocks(names, found, sff, curve, visits):
     """Return the section with a row for each block; of backpropagation an empty one."""
     ends = [*(time for time, _ in visits[1:]), float("inf")]
     peaks = dict.fromkeys(range(len(names)), 0.0)
-    for (start, index), end in zip(visits, ends, strict=True):
+    for (start, index), end in zip(visits, ends, strict=False):
         peaks[index] = max(peaks[index], max((v for t, v in curve if start <= t < end), default=0.0))
     rows = [
         (i, name, f"{sum(p.numel() for p in sff.block_parameters(i)):,}", f"{found.blocks[i]:.2%}", f"{peaks[i]:.1f}")
         for i, name in enumerate(names)
     ]
     columns = ("block", "ends with", "parameters", "test accuracy", "peak memory, MiB")
-    return {"title": "Blocks", "columns": columns, "rows": rows} if rows else {}
+    return {"title": "Blocks", "columns": columns, "rows": rows, "kind": "blocks"} if rows else {}
 
 
 def _memory_text(names, s):

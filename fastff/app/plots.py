@@ -121,7 +121,7 @@ def step_memory(curve, visits, names):
         axis.fill_between(times, values, step="post", color="#bbbbbb", linewidth=0)
         ends = [*(time for time, _ in visits[1:]), times[-1]]
         colours = _by_depth(len(names))
-        for (start, index), end in zip(visits, ends, strict=True):
+        for (start, index), end in zip(visits, ends, strict=False):  # backpropagation has no visits, and one end
             inside = [(t, v) for t, v in curve if start <= t < end]
             before = [v for t, v in curve if t < start][-1:] or [0]
             t, v = [start, *(t for t, _ in inside), end], [before[0], *(v for _, v in inside)]
