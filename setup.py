@@ -68,7 +68,14 @@ def with_extension():
 
     # Error messages contain __FILE__; these options keep the folders of the build machine out of them.
     folders = [ROOT, Path(torch.__file__).resolve().parent / "include"]
-    flags = ["-include", str(ROOT / "csrc" / "cpu" / "glibc.h"), "-O3", "-g0", "-fvisibility=hidden", *(f"-ffile-prefix-map={folder}/=" for folder in folders)]
+    flags = [
+        "-include",
+        str(ROOT / "csrc" / "cpu" / "glibc.h"),
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        *(f"-ffile-prefix-map={folder}/=" for folder in folders),
+    ]
     vectors = [
         "-Wno-psabi",  # the warning is about passing vectors between functions; those of vec.h are inlined
         "-Wno-aggressive-loop-optimizations",  # a false warning: GCC assumes sizes that a loop in a transposition cannot have

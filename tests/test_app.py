@@ -286,7 +286,12 @@ def test_a_browser_shows_the_page(runs, name, width, tmp_path):
         assert image.size == (width, 4000)
         colours = image.convert("RGB").getcolors(1 << 22)
     # The first block's colour, the memory of backpropagation, the bar of a comparison; matrices and text.
-    wanted = {"blocks": (0x44, 0x01, 0x54), "stages": (0x44, 0x01, 0x54), "backprop": (0xBB, 0xBB, 0xBB), "compare": (0x44, 0x44, 0x44)}[name]
+    wanted = {
+        "blocks": (0x44, 0x01, 0x54),
+        "stages": (0x44, 0x01, 0x54),
+        "backprop": (0xBB, 0xBB, 0xBB),
+        "compare": (0x44, 0x44, 0x44),
+    }[name]
     near = sum(n for n, c in colours if max(abs(a - b) for a, b in zip(c, wanted, strict=True)) < 4)
     assert near > 100
     inked = sum(n for n, colour in colours if colour != (255, 255, 255)) / (width * 4000)

@@ -81,7 +81,9 @@ def show(shown):
     """Print a table, in a file or a pipe as wide as it is."""
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, console.measure(shown, options=console.options.update(max_width=10**4)).maximum)
+        console.width = max(
+            console.width, console.measure(shown, options=console.options.update(max_width=10**4)).maximum
+        )
     console.print(shown)
 
 
