@@ -18,9 +18,10 @@ for package in ("typer", "rich", "sklearn", "matplotlib", "PIL"):
 from PIL import Image  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+import fastff  # noqa: E402
 from fastff.app import experiment, export, page, trained  # noqa: E402
 from fastff.cli import make_app  # noqa: E402
-from fastff.training import data  # noqa: E402
+from fastff.training import data, report  # noqa: E402
 
 TINY = ["--data", "digits", "--subset", "96", "--width", "2", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
 
@@ -317,3 +318,21 @@ def test_no_colour_in_a_pipe_and_with_no_color(runs, monkeypatch):
 
 def test_settings_of_the_run_are_those_it_was_trained_with(runs):
     assert experiment.read_run(runs / "blocks")[1]["settings"]["width"] == 2
+
+
+def test_a_long_epoch_says_how_far_it_is(monkeypatch, capsys):
+    """In a pipe or a log, once a minute; each epoch has its line."""
+    monkeypatch.setattr(report, "MINUTE", 0.0)
+    images, target = torch.randn(32, 1, 8, 8), torch.arange(32) % 10
+    sff = fastff.SFF(fastff.models.resnet18(10, width=2, stem="cifar", in_channels=1), 10, "stage", (1, 8, 8))
+    fastff.Trainer(sff).fit([(images, target)] * 2, 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.match(r"epoch   1/1 50%, \d+ s left, [\d,]+ images/s", lines[0])
+    assert lines[-1].startswith("epoch   1/1 ") and "loss" in lines[-1] and len(lines) == 3
+
+
+def test_a_notebook_gets_lines_that_do_not_look_like_failures(monkeypatch, capsys):
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr(sys, "stderr", stream)
+    report.Report(None, True)._print("epoch 1")
+    assert capsys.readouterr().out == "epoch 1\n" and not stream.getvalue()

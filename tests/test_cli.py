@@ -215,8 +215,9 @@ def test_resume_repeats_the_bits(tmp_path, monkeypatch, options):
     assert state(tmp_path / "parts")["meta"]["settings"]["epochs"] == 3
 
 
-def test_ctrl_c_in_a_process_of_its_own(tmp_path):
-    """A real SIGINT: exit code 130, the step finished and saved, one message that says how to go on; and it does."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_process_of_its_own(tmp_path, number):
+    """A real SIGINT or SIGTERM: exit code 128 and its number, the step finished and saved, one message that says how to go on; and it does."""
     arguments = ["train", *TINY, "--epochs", "200", "--out", tmp_path / "a"]
     command = [sys.executable, "-m", "fastff.cli", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -224,11 +225,11 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
         deadline = time.monotonic() + 60
         while not (tmp_path / "a" / "metrics.csv").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     assert "Traceback" not in out + err
     stopped = state(tmp_path / "a")
     last = err.strip().splitlines()[-1]
