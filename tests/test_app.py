@@ -286,15 +286,9 @@ def test_a_browser_shows_the_page(runs, name, width, tmp_path):
     with Image.open(shot) as image:
         assert image.size == (width, 4000)
         colours = image.convert("RGB").getcolors(1 << 22)
-    # The first block's colour, the memory of backpropagation, the bar of a comparison; matrices and text.
-    wanted = {
-        "blocks": (0x44, 0x01, 0x54),
-        "stages": (0x44, 0x01, 0x54),
-        "backprop": (0xBB, 0xBB, 0xBB),
-        "compare": (0x44, 0x44, 0x44),
-    }[name]
-    near = sum(n for n, c in colours if max(abs(a - b) for a, b in zip(c, wanted, strict=True)) < 4)
-    assert near > 100
+    # Curves and areas are dark violet to green, which nothing outside the pictures is.
+    drawn = sum(n for n, (r, g, b) in colours if b > r and max(r, g, b) - min(r, g, b) > 40)
+    assert drawn > 50
     inked = sum(n for n, colour in colours if colour != (255, 255, 255)) / (width * 4000)
     assert 0.01 < inked < 0.9
 
