@@ -288,7 +288,7 @@ def test_a_browser_shows_the_page(runs, name, width, tmp_path):
         colours = image.convert("RGB").getcolors(1 << 22)
     # Curves and areas are dark violet to green, which nothing outside the pictures is.
     drawn = sum(n for n, (r, g, b) in colours if b > r and max(r, g, b) - min(r, g, b) > 40)
-    assert drawn > 50
+    assert drawn > 10, "without the pictures there is none; narrow, the right parts of them are scrolled out"
     inked = sum(n for n, colour in colours if colour != (255, 255, 255)) / (width * 4000)
     assert 0.01 < inked < 0.9
 
