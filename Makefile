@@ -102,7 +102,7 @@ wheel: install $(RELEASE)/.tools
 	FASTFF_NO_BUILD=1 $(PY) setup.py -q bdist_wheel
 	rm -rf build/lib*
 	FASTFF_FORCE_BUILD=1 $(PY) setup.py -q bdist_wheel --dist-dir build/wheel
-	PATH=$(RELEASE)/bin:$$PATH auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --exclude libtorch_cpu.so --exclude libc10.so -w dist build/wheel/*.whl
+	PATH=$(abspath $(RELEASE))/bin:$$PATH auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --exclude libtorch_cpu.so --exclude libc10.so -w dist build/wheel/*.whl
 	$(RELEASE)/bin/abi3audit --strict dist/*manylinux*.whl
 	$(RELEASE)/bin/twine check --strict dist/*
 	@ls -l dist
