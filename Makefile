@@ -1,4 +1,4 @@
-# make install | demo | test | bench | gpu | sanitize | fuzz | lint | docs | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
+# make install | demo | test | bench | gpu | sanitize | fuzz | lint | docs | wheel | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
 
 SHELL := bash
 VENV := .venv
@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
-.PHONY: install demo test bench gpu sanitize fuzz lint docs clean
+.PHONY: install demo test bench gpu sanitize fuzz lint docs wheel clean
 
 install: $(VENV)/.installed
 
@@ -86,6 +86,29 @@ $(VENV)/.docs: requirements-docs.txt | $(VENV)/.installed
 docs: install $(VENV)/.docs
 	$(PY) -m sphinx -W --keep-going -n -q -b html docs build/docs
 	@echo "build/docs/index.html"
+
+# What is published, into dist, and checked: the source archive, the wheel for Linux with this kind of processor, and the one without the compiled
+# library. The last line is what the compiled library needs of the system: manylinux_2_28 has GLIBC_2.28 and GLIBCXX_3.4.25.
+RELEASE := build/release
+$(RELEASE)/.tools: pyproject.toml | $(PY)
+	test -x $(RELEASE)/bin/python || $(PY) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip --disable-pip-version-check install --quiet $$($(PY) -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['release'])")
+	@touch $@
+
+wheel: install $(RELEASE)/.tools
+	rm -rf dist build/wheel build/lib build/bdist*
+	$(PY) setup.py -q sdist
+	FASTFF_NO_BUILD=1 $(PY) setup.py -q bdist_wheel
+	rm -rf build/lib*
+	FASTFF_FORCE_BUILD=1 $(PY) setup.py -q bdist_wheel --dist-dir build/wheel
+	PATH=$(abspath $(RELEASE))/bin:$$PATH auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) --exclude libtorch_cpu.so --exclude libc10.so -w dist build/wheel/*.whl
+	$(RELEASE)/bin/abi3audit --strict dist/*manylinux*.whl
+	$(RELEASE)/bin/twine check --strict dist/*
+	@ls -l dist
+	@for f in fastff/_C*.so; do unzip -p dist/*manylinux*.whl $$f > build/wheel/library.so; \
+	  echo "$$f needs $$(objdump -T build/wheel/library.so | grep -oE '\bGLIBC_[0-9.]+' | sort -Vu | tail -1)" \
+	    "and $$(objdump -T build/wheel/library.so | grep -oE 'GLIBCXX_[0-9.]+' | sort -Vu | tail -1)"; done
 
 # Leaves .venv alone; the next make install builds the extension again.
 clean:

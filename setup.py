@@ -4,14 +4,15 @@ There is one extension for each instruction set, fastff._C_baseline, _C_avx2 and
 processor, so a wheel does not depend on the processor of the machine that built it.
 
 The extensions use the stable libtorch ABI and Python's limited API, so one wheel serves Python >= 3.10 and torch >= 2.10. torch is not a build
-requirement, because an isolated build would download gigabytes of it. This command builds the extensions:
-    pip install --no-build-isolation .
+requirement, because an isolated build would download gigabytes of it. `pip install .` builds with the torch that is installed already, and without
+the library where there is none; so do --no-build-isolation and editable installs.
 With FASTFF_FORCE_BUILD=1 it is an error if they cannot be built; FASTFF_NO_BUILD=1 leaves them out. The build needs no GPU.
 """
 
 import os
 import platform
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -35,11 +36,13 @@ def without_extension(why):
 def with_extension():
     if os.environ.get("FASTFF_NO_BUILD") == "1":
         return without_extension("FASTFF_NO_BUILD=1")
+    if sysconfig.get_path("purelib") not in sys.path:  # pip's isolated build hides the torch of this Python
+        sys.path.append(sysconfig.get_path("purelib"))
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except Exception as error:
-        return without_extension(f"torch cannot be imported here ({error}); try pip install --no-build-isolation")
+        return without_extension(f"torch cannot be imported here ({error}); install torch first")
 
     class BuildOrDoWithout(BuildExtension):
         def run(self):
@@ -65,7 +68,14 @@ def with_extension():
 
     # Error messages contain __FILE__; these options keep the folders of the build machine out of them.
     folders = [ROOT, Path(torch.__file__).resolve().parent / "include"]
-    flags = ["-O3", "-g0", "-fvisibility=hidden", *(f"-ffile-prefix-map={folder}/=" for folder in folders)]
+    flags = [
+        "-include",
+        str(ROOT / "csrc" / "cpu" / "glibc.h"),
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        *(f"-ffile-prefix-map={folder}/=" for folder in folders),
+    ]
     vectors = [
         "-Wno-psabi",  # the warning is about passing vectors between functions; those of vec.h are inlined
         "-Wno-aggressive-loop-optimizations",  # a false warning: GCC assumes sizes that a loop in a transposition cannot have

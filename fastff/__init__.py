@@ -6,7 +6,7 @@ from fastff import functional, models, nn
 from fastff.sff import SFF
 from fastff.swap_in import accelerate, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "SFF", "Backprop", "Distributed", "RankFailed", "Trainer", "accelerate", "functional", "models", "nn", "verify",
 ]  # fmt: skip

@@ -175,7 +175,8 @@ def tune(device, report, shapes=None):
 
     device = torch.device(device)
     if device.type == "cpu":
-        return report(f"second moment: counted cost times {plan.calibrate():.2f}")
+        row = choose("goodness", TABLES["goodness"], "auto", torch.empty(1, 64, 8, 8))
+        return report(f"second moment ({row.name}): counted cost times {plan.calibrate(row.run):.2f}")
     from fastff.kernels.triton import reason, tuning
 
     if why := reason(torch.empty(1, 1, 1, 1, device=device)):

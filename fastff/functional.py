@@ -35,7 +35,6 @@ import torch
 
 from fastff import ops, reference, spec
 from fastff.arguments import number_between, whole_number
-from fastff.kernels.torch.normalization import layer_norm_channels
 from fastff.ops.table import check_impl
 from fastff.spec import Epilogue, Groups, Hidden, Loss, Normalization, Projection, Step, StepResult  # noqa: F401  Hidden: for users
 
@@ -163,8 +162,9 @@ def layer_norm(x, eps=1e-5, *, over="sample", channel_dim=1, impl="auto"):
         raise ValueError(f"over: expected 'sample' or 'channels', got {over!r}")
     eps = number_between("eps", eps, 0, math.inf, low_allowed=True)
     check_impl(impl)
-    y = torch.ops.fastff.layer_norm(x4, eps, impl) if over == "sample" else layer_norm_channels(x4, eps)
-    return spec.restore(y, x, channel_dim)
+    if over == "channels":
+        return spec.restore(torch.ops.fastff.normalize(x4, "layer_norm_channels", 1, eps, impl), x, channel_dim)
+    return spec.restore(torch.ops.fastff.layer_norm(x4, eps, impl), x, channel_dim)
 
 
 def group_goodness(x, groups=1, *, power=2, mean=True, positions=False, channel_dim=1, impl="auto"):

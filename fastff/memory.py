@@ -1,12 +1,16 @@
 """Measures the peak memory of a step: what it allocates in addition to what is allocated when it starts (parameters, optimizer state)."""
 
 import contextlib
+import itertools
+import math
 import os
 import sys
 from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+MARK = "fastff block "  # begins the names of the profiler's ranges that tell where a step is
 
 
 def peak_memory(step, device="cpu"):
@@ -38,30 +42,20 @@ def phases(step, device="cpu"):
     device = torch.device(device)
     if device.type == "cuda":
         return _cuda_phases(step, device)
-    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step(_mark)
-    events = recorded.profiler.kineto_results.events()
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    ends = sorted(event.start_ns() for event in events if event.name() == _MARK)
-    found, now, peak = [], 0, 0
-    for time, nbytes in sorted(changes, key=lambda change: change[0]):  # simultaneous events keep their order
+    allocated, marks = timeline(lambda: step(_mark))
+    ends, found, peak, now = [time for time, _ in marks], [], 0, 0
+    for time, value in [*allocated, (math.inf, None)]:
         while ends and time > ends[0]:
             found.append(Phase(peak, now))
             peak = now
             ends.pop(0)
-        now += nbytes
+        now = now if value is None else value
         peak = max(peak, now)
-    for _ in ends:
-        found.append(Phase(peak, now))
-        peak = now
     return [*found, Phase(peak, now)]
 
 
-_MARK = "fastff: a phase ends"
-
-
 def _mark():
-    with record_function(_MARK):
+    with record_function(MARK):
         pass
 
 
@@ -80,6 +74,71 @@ def _cuda_phases(step, device):
     step(mark)
     mark()
     return found
+
+
+def timeline(step):
+    """Run step() on a CPU under the profiler. Returns what it had allocated over time, and when things happened.
+
+    Returns: ([(ns, bytes allocated since the start)], which begins with (0, 0), and [(ns, name)] of the `record_function` ranges whose
+    names begin with MARK, in the order of time)."""
+    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = recorded.profiler.kineto_results.events()
+    marks = sorted((event.start_ns(), event.name()) for event in events if event.name().startswith(MARK))
+    allocations = [event for event in events if event.name() == "[memory]"]
+    allocations.sort(key=lambda event: event.start_ns())  # stable: simultaneous events keep their order
+    sums = itertools.accumulate(event.nbytes() for event in allocations)
+    return [(0, 0), *((event.start_ns(), value) for event, value in zip(allocations, sums, strict=True))], marks
+
+
+def by_block(trainer, images, target):
+    """Return the memory of one training step over time, and which block it was at.
+
+    Args:
+        trainer: a Trainer after two warm-up steps, in training mode; or a Backprop, which has no blocks.
+        images, target: a minibatch on its device.
+
+    Returns: (curve, visits): curve is a list of (time, MiB above what was allocated before), visits of (time, index of the block whose
+    forward pass starts there). The unit of time means nothing; on a GPU only the peak between two visits is known, and the curve has
+    one step for each."""
+    device, curve, peaks = trainer.device, [], []
+
+    def peak():
+        torch.cuda.synchronize(device)
+        peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def marked(index, visit):
+        def run(*arguments, **options):
+            if device.type == "cuda":
+                peak()
+                order.append(index)
+            with record_function(f"{MARK}{index}"):
+                return visit(*arguments, **options)
+
+        return run
+
+    order: list = []
+    blocks = trainer.sff.local_blocks
+    for index, block in enumerate(blocks):
+        block.visit = marked(index, block.visit)
+    try:
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            trainer.step(images, target)
+            peak()
+            first = 1 if order else 0  # before the first visit nothing is allocated
+            curve = [(time + end, value) for time, value in enumerate(peaks[first:]) for end in (0, 1)]
+            return curve, list(enumerate(order))
+        allocated, marks = timeline(lambda: trainer.step(images, target))
+    finally:
+        for block in blocks:
+            del block.visit
+    visits = [(time, int(name.removeprefix(MARK))) for time, name in marks]
+    start = min([time for time, _ in allocated[1:]] + [time for time, _ in visits])
+    curve = [(max(0, time - start), value / 2**20) for time, value in allocated]
+    return curve, [(time - start, index) for time, index in visits]
 
 
 @contextlib.contextmanager

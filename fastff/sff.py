@@ -193,6 +193,10 @@ class SFF(nn.Module):
         weight = 2 / (len(logits) * (len(logits) + 1))  # of the first voter; all weights are one together
         return sum(n * weight * z.log_softmax(1) for n, z in enumerate(logits, 1)).softmax(1)
 
+    def probabilities(self, vote):
+        """The probabilities [B, K] that a vote [B, K] means."""
+        return vote if self.vote in ("weighted", "softmax") else self.heads[-1].logits(vote).softmax(1)
+
     def forward(self, images):
         """The vote of the blocks [B, K]: probabilities for vote="weighted" and "softmax", goodness otherwise."""
         return self.votes(self.goodness(images))
@@ -218,8 +222,7 @@ class SFF(nn.Module):
                 continue
             seen.append(block.head(main))
             vote = self.votes(seen)
-            probabilities = vote if self.vote in ("weighted", "softmax") else block.head.logits(vote).softmax(1)
-            sure, best = probabilities.max(1)
+            sure, best = self.probabilities(vote).max(1)
             last = index + 1 == len(self.blocks)
             leave = (
                 torch.ones_like(sure, dtype=torch.bool)

@@ -22,6 +22,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import fastff  # noqa: E402
 from fastff.app import experiment  # noqa: E402
+from fastff.app import trained as trained_network  # noqa: E402
 from fastff.cli import make_app  # noqa: E402
 from fastff.training import checkpoint, data  # noqa: E402
 
@@ -214,8 +215,9 @@ def test_resume_repeats_the_bits(tmp_path, monkeypatch, options):
     assert state(tmp_path / "parts")["meta"]["settings"]["epochs"] == 3
 
 
-def test_ctrl_c_in_a_process_of_its_own(tmp_path):
-    """A real SIGINT: exit code 130, the step finished and saved, one message that says how to go on; and it does."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_process_of_its_own(tmp_path, number):
+    """A real SIGINT or SIGTERM: exit code 128 and its number, the step finished and saved, one message that says how to go on; and it does."""
     arguments = ["train", *TINY, "--epochs", "200", "--out", tmp_path / "a"]
     command = [sys.executable, "-m", "fastff.cli", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -223,11 +225,11 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
         deadline = time.monotonic() + 60
         while not (tmp_path / "a" / "metrics.csv").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     assert "Traceback" not in out + err
     stopped = state(tmp_path / "a")
     last = err.strip().splitlines()[-1]
@@ -301,7 +303,7 @@ def test_predict(trained, pictures):
     digits = data.load("digits", subset=96)
     images = next(iter(digits.test_loader(20)))[0]
     found, votes = sff.predict(images), [g.argmax(1) for g in sff.goodness(images)]
-    answers = experiment.classify(folder, pictures, torch.device("cpu"))
+    answers = trained_network.classify(folder, pictures, torch.device("cpu"))
     assert [answer.label for answer in answers] == [str(int(label)) for label in found.label]
     assert [answer.confidence for answer in answers] == pytest.approx(found.confidence.tolist(), rel=1e-5)
     for i, answer in enumerate(answers):
@@ -316,7 +318,7 @@ def test_predict_resizes_and_reads_colours(trained, pictures, tmp_path):
     folder, _ = trained
     with Image.open(pictures[0]) as image:
         image.convert("RGB").resize((64, 48)).save(tmp_path / "big.jpg")
-    assert len(experiment.classify(folder, [tmp_path / "big.jpg"], torch.device("cpu"))[0].blocks) == 3
+    assert len(trained_network.classify(folder, [tmp_path / "big.jpg"], torch.device("cpu"))[0].blocks) == 3
 
 
 def test_predict_of_backpropagation_and_folders(tmp_path):

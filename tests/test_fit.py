@@ -398,6 +398,15 @@ def test_optimizers_that_need_a_closure_are_refused():
             trainer(small(readout=True), make)
 
 
+def test_an_optimizer_that_is_made_already_is_refused():
+    made = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    for trainer in (Trainer, Backprop):
+        with pytest.raises(
+            TypeError, match="optimizer: expected a function that makes one for each block, .* got AdamW"
+        ):
+            trainer(small(readout=True), made)
+
+
 # --- copies
 
 

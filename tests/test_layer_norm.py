@@ -136,3 +136,12 @@ def test_no_preference_changes_the_result_beyond_rounding():
     assert len(results) >= 2
     for y in results[1:]:
         torch.testing.assert_close(y, results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_over_channels_runs_the_implementation_that_is_asked_for():
+    x = torch.randn(2, 5, 3, 3).to(memory_format=torch.channels_last)
+    assert same_bits(ff.layer_norm(x, over="channels"), ff.normalize(x, "layer_norm_channels"))
+    if torch.cuda.is_available():
+        return
+    with pytest.raises(RuntimeError, match="triton"):
+        ff.layer_norm(x, over="channels", impl="triton")

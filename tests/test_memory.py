@@ -2,7 +2,8 @@
 
 import torch
 
-from fastff.memory import peak_memory
+import fastff
+from fastff.memory import by_block, peak_memory
 
 MIB = 2**18  # float32 numbers
 
@@ -74,3 +75,19 @@ def test_says_nothing_and_leaves_errors_alone(capfd):
     print("still here", flush=True)
     assert capfd.readouterr().out == "still here\n"
     assert near(peak_memory(lambda: allocate(2)), 2), "after an error it works again"
+
+
+def test_the_memory_of_a_step_by_block():
+    """The curve's top is the peak of the step, blocks follow each other, and the trainer stays as it was."""
+    net = fastff.models.resnet18(10, width=2, stem="cifar", in_channels=1)
+    trainer = fastff.Trainer(fastff.SFF(net, 10, "stage", (1, 8, 8)))
+    images, target = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+    trainer.train_mode()
+    for _ in range(2):
+        trainer.step(images, target)
+    curve, visits = by_block(trainer, images, target)
+    assert [index for _, index in visits] == list(range(len(trainer.sff.blocks)))
+    times = [time for time, _ in curve]
+    assert times == sorted(times) and times[-1] > visits[-1][0] > visits[0][0] >= 0
+    assert abs(max(value for _, value in curve) - peak_memory(lambda: trainer.step(images, target))) < 0.05
+    assert not any("visit" in vars(block) for block in trainer.sff.local_blocks)

@@ -79,7 +79,7 @@ def test_without_torch_the_wheel_is_pure_python(checkout):
     assert run.returncode == 0, run.stderr
     assert said == [
         "fastff: installing without the compiled library: torch cannot be imported here "
-        "(no torch in this test); try pip install --no-build-isolation"
+        "(no torch in this test); install torch first"
     ]
     assert [wheel.name.endswith("-py3-none-any.whl") for wheel in wheels] == [True]
     names = zipfile.ZipFile(wheels[0]).namelist()
@@ -112,3 +112,35 @@ def test_a_failing_compiler(checkout, force):
     if not force:
         assert not [name for name in zipfile.ZipFile(wheels[0]).namelist() if name.endswith(".so")]
         assert wheels[0].name.endswith("-py3-none-any.whl"), "a wheel without machine code runs everywhere"
+
+
+def test_the_compiled_library_runs_with_glibc_2_28():
+    """Whatever compiled it: no symbol is newer than those of the tag manylinux_2_28."""
+    if sys.platform != "linux" or shutil.which("objdump") is None:
+        pytest.skip("needs Linux and objdump")
+    libraries = list((ROOT / "fastff").glob("_C*.so"))
+    for library in libraries:
+        if not is_fresh(library):
+            continue
+        symbols = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
+        for name, newest in (("GLIBC", (2, 28)), ("GLIBCXX", (3, 4, 25))):
+            found = {tuple(map(int, v.split("."))) for v in re.findall(rf"\b{name}_([\d.]+)", symbols)}
+            assert found and max(found) <= newest, f"{library.name}: {name} {max(found)}"
+
+
+def is_fresh(library):
+    """Whether a library was built from setup.py as it is now."""
+    return library.stat().st_mtime >= (ROOT / "csrc" / "cpu" / "glibc.h").stat().st_mtime
+
+
+def test_an_isolated_build_finds_the_torch_that_is_installed(checkout):
+    """pip hides the folder of installed packages from a build; setup.py looks there, so that nothing is downloaded."""
+    code = (
+        "import sys, sysconfig; sys.path = [p for p in sys.path if 'site-packages' not in p]; sys.path[:0] = ['stub']; "
+    )
+    code += "import runpy; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
+    (checkout / "stub").mkdir()
+    shutil.copytree(Path(__import__("setuptools").__file__).parent, checkout / "stub" / "setuptools")
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=clean, capture_output=True, text=True)
+    assert run.returncode == 0 and "installing without" not in run.stderr, run.stderr

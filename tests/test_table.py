@@ -195,8 +195,25 @@ def test_calibration_file_that_cannot_be_opened_is_ignored():
 
 def test_calibrate_measures_and_keeps(monkeypatch):
     monkeypatch.setattr(plan, "CALIBRATION_SHAPES", [(2, 8, 16, 10), (1, 4, 64, 30), (2, 16, 4, 5)])
-    factor = plan.calibrate(repeats=3)
-    assert 0 < factor < float("inf")
+    seen = []
+
+    class Counted:
+        """An implementation whose second moment costs a quarter of the torch implementation's."""
+
+        SECOND_MOMENT_COST = 0.25
+
+        @staticmethod
+        def goodness_backward(d, x, projection, chosen, need_grad_x):
+            seen.append(chosen.algorithm)
+
+    ticks = itertools.count()
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(ticks))  # each call takes the same time
+    factor = plan.calibrate(Counted, repeats=3)
+    assert seen.count("direct") == seen.count("second_moment") == 12, "it measures the implementation that it is given"
+    shapes = sorted(
+        plan.direct_cost(C, P, K) / plan.second_moment_cost(C, P, K) for _, C, P, K in plan.CALIBRATION_SHAPES
+    )
+    assert factor == pytest.approx(shapes[1] / 0.25)
     assert json.loads(cache.file(plan.FILE).read_text())["second_moment_factor"] == factor
     assert plan.second_moment_factor() == (factor, str(cache.file(plan.FILE)))
     assert [p.name for p in cache.file(plan.FILE).parent.iterdir()] == [cache.file(plan.FILE).name], (

@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,8 @@ from fastff import bench as benchmark
 from fastff import cache, parallel
 from fastff.app import compare as comparison
 from fastff.app import environment as here
-from fastff.app import experiment, plots
+from fastff.app import experiment, page, plots, trained
+from fastff.app import export as exporting
 from fastff.ops import plan
 from fastff.parallel.watch import RankFailed, prints_failure
 from fastff.training import checkpoint
@@ -56,13 +58,13 @@ def command(function):
         try:
             return function(*args, **options)
         except KeyboardInterrupt as error:
-            message, code = str(error) or "stopped", 130
+            message, code = str(error) or "stopped", 128 + getattr(error, "number", signal.SIGINT)
         except BrokenPipeError:
             raise
         except torch.OutOfMemoryError as error:
             advice = "Smaller --batch-size, more --micro-batches or a smaller --memory need less memory."
             message, code = f"{str(error).splitlines()[0]} {advice}", 1
-        except (Diverged, RankFailed) as error:
+        except (Diverged, RankFailed, exporting.ExportError) as error:
             message, code = str(error), 1
         except (ValueError, OSError, ImportError) as error:
             message, code = str(error), 2
@@ -73,6 +75,16 @@ def command(function):
         raise typer.Exit(code)
 
     return app.command()(run)
+
+
+def show(shown):
+    """Print a table, in a file or a pipe as wide as it is."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(
+            console.width, console.measure(shown, options=console.options.update(max_width=10**4)).maximum
+        )
+    console.print(shown)
 
 
 def say(text):
@@ -144,14 +156,10 @@ def compare(
     names, where = comparison.modes_named(modes), experiment.device_named(device)
     experiment.writable_folder(out)
     if json_file is not None:
-        experiment.writable_folder(json_file.parent, "json")
-        if json_file.is_dir():
-            raise ValueError(f"json: expected a file, got the folder {json_file}")
+        _writable_file(json_file)
     result = comparison.compare(s, names, where, say=say)
-    plots.picture(result, out / "compare.png")
-    if json_file is not None:
-        text = json.dumps(result, indent=1, allow_nan=False)
-        checkpoint.write_atomically(json_file, lambda file: file.write(text.encode()))
+    figure = plots.picture(result, out / "compare.png")
+    page.of_comparison(result, figure, out / "compare.html")
     shown = table("mode", ">test", ">train", ">s / epoch", ">time to backprop's", ">peak memory")
     shown.caption = "time: of training, to the final test accuracy of backpropagation\n"
     shown.caption += "memory: of a step, above parameters and optimiser state"
@@ -164,10 +172,32 @@ def compare(
             f"{needed:.1f} s" if needed is not None else "not reached" if based else "not trained",
             f"{run['peak_memory_mb']:.1f} MiB",
         )  # fmt: skip
-    Console().print(shown)
-    say(f"picture: {out / 'compare.png'}")
+    show(shown)
+    say(f"picture: {out / 'compare.png'}, page: {out / 'compare.html'}")
     if json_file is not None:
-        say(f"figures: {json_file}")
+        _write_json(json_file, result)
+
+
+def _writable_file(path):
+    """Raises ValueError, before any work is done, if the file of --json cannot be written."""
+    experiment.writable_folder(path.parent, "json")
+    if path.is_dir():
+        raise ValueError(f"json: expected a file, got the folder {path}")
+
+
+def _write_json(path, result):
+    text = json.dumps(result, indent=1, allow_nan=False)
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    say(f"figures: {path}")
+
+
+def _accuracies(title, names, blocks, vote):
+    """Return the table of accuracies of the blocks and of their vote."""
+    shown = table(">block", "ends with", ">accuracy", title=title)
+    for index, (name, accuracy) in enumerate(zip(names, blocks, strict=False)):
+        shown.add_row(str(index), name, f"{accuracy:.2%}")
+    shown.add_row("", "all: their vote" if blocks else "backpropagation", f"{vote:.2%}")
+    return shown
 
 
 @command
@@ -239,17 +269,13 @@ def _finish(run, out, save_every, distributed):
         torch.distributed.destroy_process_group()
     if not leads:
         return
-    accuracies = {k.removeprefix("test "): v for k, v in history[-1].items() if k.startswith("test ")}
-    shown = table(
-        ">block", "ends with", ">test accuracy", title=f"{run.dataset.name} after epoch {history[-1]['epoch']}"
-    )
-    for index, name in enumerate(trainer.names):
-        if f"block {index}" in accuracies:
-            shown.add_row(str(index), name, f"{accuracies[f'block {index}']:.2%}")
-    shown.add_row("", "all: their vote" if len(accuracies) > 1 else "backpropagation", f"{accuracies['vote']:.2%}")
-    Console().print(shown)
+    last = history[-1]
+    blocks = [value for name, value in last.items() if name.startswith("test block ")]
+    title = f"{run.dataset.name}, test images, after epoch {last['epoch']}"
+    show(_accuracies(title, trainer.names, blocks, last["test vote"]))
     events = ", events for tensorboard --logdir" if (out / "events").is_dir() else ""
-    say(f"{out}: checkpoint.pt, metrics.csv{events}")
+    report = page.of_run(run, out / "report.html", say)
+    say(f"{out}: checkpoint.pt, metrics.csv{report}{events}")
     say(f"try it: fastff predict {out} IMAGE...")
 
 
@@ -261,20 +287,94 @@ def predict(
     device: Device = None,
 ):  # fmt: skip
     """Classify images, with the votes of the blocks."""
-    answers = experiment.classify(run, images, experiment.device_named(device), exit_threshold)
+    answers = trained.classify(run, images, experiment.device_named(device), exit_threshold)
     shown = table("image", "class", ">confidence", "votes of the blocks")
     for path, answer in zip(images, answers, strict=True):
         counts = collections.Counter(label for _, label, _ in answer.blocks)
         votes = ", ".join(f"{label} {count}" for label, count in counts.most_common())
         shown.add_row(str(path), answer.label, f"{answer.confidence:.1%}", votes or "none: backpropagation")
-    Console().print(shown)
+    show(shown)
     for path, answer in zip(images, answers, strict=True):
         if not answer.blocks or len(images) > 4:
             continue
         shown = table(">block", "ends with", "class", ">confidence", title=str(path) if len(images) > 1 else None)
         for index, (name, label, sure) in enumerate(answer.blocks):
             shown.add_row(str(index), name, label, f"{sure:.1%}")
-        Console().print(shown)
+        show(shown)
+
+
+@command
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of fastff train.")],
+    data: Annotated[str | None, option(f"{data_sets} Default: that of the run.", "--data")] = None,
+    root: Root = None,
+    split: Annotated[str, option("test or train.")] = "test",
+    exit_threshold: Annotated[float | None, option("Say too what early exit at this confidence (0 to 1) costs.")] = None,
+    json_file: Annotated[Path | None, option("Write all figures to this file.", "--json")] = None,
+    device: Device = None,
+):  # fmt: skip
+    """Classify a data set: accuracy of each block and of their vote, confusion matrix."""
+    network = trained.load(run, experiment.device_named(device))
+    trained.check_threshold(exit_threshold, network.backprop)
+    if json_file is not None:
+        _writable_file(json_file)
+    title, images, labels = trained.labelled_images(network, data, root, split)
+    found, classes = trained.evaluate(network, images, labels, exit_threshold), network.meta["classes"]
+    names = [block.name for block in network.sff.blocks]
+    show(_accuracies(f"{title}: {len(labels):,}", names, found.blocks, found.accuracy))
+    if found.early is not None:
+        accuracy, computed = found.early
+        say(f"early exit at {exit_threshold:g}: {accuracy:.2%}, {computed:.1f} of {len(names)} blocks on average\n")
+    say(f"{len(found.wrong):,} of {len(labels):,} are wrong")
+    show(_confusions(found.confusion, classes))
+    if json_file is not None:
+        result = {
+            "data": title, "images": len(labels), "accuracy": found.accuracy, "blocks": found.blocks, "block_names": names,
+            "classes": classes, "confusion": found.confusion.tolist(), "exit_threshold": exit_threshold, "early": found.early,
+        }  # fmt: skip
+        _write_json(json_file, result)
+
+
+def _confusions(confusion, classes):
+    """Return the confusion matrix as a table, or of many classes the most frequent confusions."""
+    if len(classes) <= 12:
+        shown = table(
+            "class", *(f">{name[:7]}" for name in classes), ">right", title="Rows: the class. Columns: the answer."
+        )
+        for i, row in enumerate(confusion.tolist()):
+            cells = (str(n) if n else "·" for n in row)
+            shown.add_row(classes[i], *cells, f"{row[i] / sum(row):.1%}" if sum(row) else "no image")
+        return shown
+    shown = table("class", "answer", ">images", ">of the class", title="The most frequent confusions")
+    wrong, of_class = confusion.clone().fill_diagonal_(0), confusion.sum(1)
+    for count, place in zip(*(t.tolist() for t in wrong.flatten().topk(15)), strict=True):
+        if count:
+            i, j = divmod(place, len(classes))
+            shown.add_row(classes[i], classes[j], str(count), f"{count / int(of_class[i]):.1%}")
+    return shown
+
+
+@command
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of fastff train.")],
+    form: Annotated[str, option("torch (torch.export, .pt2) or onnx.", "--format")] = "torch",
+    out: Annotated[Path | None, option("Folder for the files. Default: that of the run.")] = None,
+    stages: Annotated[bool, option("A file for each block, for early exit.", "--stages")] = False,
+):
+    """Write the network as a program that runs without fastff, and check that it computes the same."""
+    if form not in exporting.FORMATS:  # before anything is loaded
+        raise ValueError(f"format: expected one of {', '.join(exporting.FORMATS)}, got {form!r}")
+    network, out = trained.load(run), experiment.writable_folder(out or run)
+    paths, worst = exporting.export(network, out, form, stages)
+    shape = ", ".join(map(str, network.meta["input_shape"]))
+    for path in paths:
+        say(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    say(
+        f"takes float32 images [B, {shape}] in 0..1 for any B, gives probabilities of {network.meta['num_classes']} classes"
+    )
+    if stages:
+        say("each file takes what the one before returned: the vote so far, and the block's output")
+    say(f"checked with batches of {', '.join(map(str, exporting.BATCHES))}: the largest difference is {worst:.1e}")
 
 
 @command
@@ -297,7 +397,7 @@ def bench(
         cells = (row.op, row.shape.strip("()"), row.implementation, f"{row.speedup:.2f} x")
         time = [f"{row.milliseconds:.3f}"] if on_gpu else []
         shown.add_row(*cells, f"{row.low:.2f} to {row.high:.2f}", *time)
-    Console().print(shown)
+    show(shown)
 
 
 @command
@@ -314,4 +414,4 @@ def info():
     for op, *row in here.implementations():
         shown.add_row("" if op == before else op, *row)
         before = op
-    Console().print(shown)
+    show(shown)

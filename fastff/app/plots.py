@@ -1,5 +1,7 @@
-"""Draws the result of `fastff compare`: test accuracy over epochs, over seconds and by block, and the memory of a step."""
+"""Draws runs of `fastff train` and `fastff compare`: accuracy over epochs, over seconds and by block, and the memory of a step."""
 
+import contextlib
+import io
 from pathlib import Path
 
 from fastff.training.readers import optional
@@ -11,19 +13,39 @@ STYLES = {
     "layer": ("layer-wise", "#D55E00", "^"),
     "stage": ("stage-wise", "#009E73", "D"),
 }
+LOOK = {
+    "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+}  # fmt: skip
 
 
-def picture(result, path):
-    """Draw the result of `fastff.app.compare.compare` and write it to `path` as PNG.
-
-    Raises ImportError: matplotlib is not installed."""
+@contextlib.contextmanager
+def _drawn(width, height):
+    """Yields a matplotlib figure of so many inches. Raises ImportError: matplotlib is not installed."""
     optional("matplotlib", "the picture").use("Agg")
     import matplotlib.pyplot as plt
 
+    with plt.rc_context(LOOK):
+        figure = plt.figure(figsize=(width, height), layout="constrained")
+        try:
+            yield figure
+        finally:
+            plt.close(figure)
+
+
+def _svg(figure):
+    """Return the figure as an SVG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def picture(result, path):
+    """Draw the result of `fastff.app.compare.compare`, write it to `path` as PNG, and return it as SVG.
+
+    Raises ImportError: matplotlib is not installed."""
     runs, s = result["runs"], result["settings"]
-    look = {"font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left"}
-    with plt.rc_context(look | {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
-        figure = plt.figure(figsize=(16, 5.6), layout="constrained")
+    with _drawn(16, 5.6) as figure:
         grid = figure.add_gridspec(1, 4, width_ratios=[3, 3, 3, 1.9])
         epochs = figure.add_subplot(grid[0])
         seconds, blocks = (figure.add_subplot(grid[i], sharey=epochs) for i in (1, 2))
@@ -43,7 +65,78 @@ def picture(result, path):
         )
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
-        plt.close(figure)
+        return _svg(figure)
+
+
+def learning(history, names):
+    """Draw what each block learned over the epochs of a run, as SVG: loss, accuracy in training and on the test images, and the vote's.
+
+    Args:
+        history: rows of Trainer.history.
+        names: of the losses, as in the history: those of the blocks."""
+    columns = [
+        ("Loss in training", "train loss {name}", 1), ("Accuracy in training", "train accuracy {name}", 100),
+        ("Accuracy on test images", "test block {index}", 100),
+    ]  # fmt: skip
+    nan = float("nan")  # of blocks that an epoch did not train
+    epochs = [row["epoch"] for row in history]
+    with _drawn(15, 5) as figure:
+        axes = figure.subplots(1, 3)
+        axes[2].sharey(axes[1])
+        colours = _by_depth(len(names))
+        marker = "o" if len(epochs) < 25 else None
+        for axis, (title, key, factor) in zip(axes, columns, strict=True):
+            for index, name in enumerate(names):
+                found = [factor * row.get(key.format(name=name, index=index), nan) for row in history]
+                if any(value == value for value in found):
+                    label = f"{index} {name}" if axis is axes[0] else None
+                    axis.plot(epochs, found, color=colours[index], marker=marker, markersize=3.5, label=label)
+            unit = " (%)" if factor == 100 else " (cross-entropy)"
+            axis.set(title=title, xlabel="epoch", ylabel=title.split()[0].lower() + unit)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(color="#dddddd", linewidth=0.8)
+        vote = [100 * row.get("test vote", nan) for row in history]
+        label = "all blocks' vote" if len(names) > 1 else "network"
+        axes[2].plot(epochs, vote, color="black", linestyle="--", linewidth=2, label=label)
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        figure.legend(loc="outside lower center", ncols=min(6, len(names) + 1), frameon=False, fontsize=10)
+        return _svg(figure)
+
+
+def _by_depth(count):
+    """Return a colour for each block, from dark (the first) to light."""
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"]([0.9 * i / max(1, count - 1) for i in range(count)])
+
+
+def step_memory(curve, visits, names):
+    """Draw the memory of one training step over time, as SVG, in the colours of the blocks that it is at.
+
+    Args: curve and visits as fastff.memory.by_block returns them; names of the blocks."""
+    with _drawn(15, 3.8) as figure:
+        axis = figure.subplots()
+        times, values = zip(*curve, strict=True)
+        axis.fill_between(times, values, step="post", color="#bbbbbb", linewidth=0)
+        ends = [*(time for time, _ in visits[1:]), times[-1]]
+        colours = _by_depth(len(names))
+        for (start, index), end in zip(visits, ends, strict=False):  # backpropagation has no visits, and one end
+            inside = [(t, v) for t, v in curve if start <= t < end]
+            before = [v for t, v in curve if t < start][-1:] or [0]
+            t, v = [start, *(t for t, _ in inside), end], [before[0], *(v for _, v in inside)]
+            axis.fill_between(t, [*v, v[-1]], step="post", color=colours[index], linewidth=0)
+            axis.axvline(start, color="#888888", linewidth=0.6)
+            if end - start > times[-1] / 60:
+                axis.text(start, 1.01, f" {index}", transform=axis.get_xaxis_transform(), fontsize=10)
+        axis.set(
+            xlabel="time within the step; a number is the block that starts",
+            ylabel="MiB above parameters\nand optimizer state",
+        )
+        axis.set_xlim(0, times[-1])
+        axis.set_ylim(bottom=0)
+        axis.set_xticks([])
+        return _svg(figure)
 
 
 def _percent(values):

@@ -84,11 +84,11 @@ def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=ma
     return Plan(algorithm, samples, max(1, min(K, room // P)))
 
 
-def calibrate(repeats=5):
-    """Measure the factor on this machine (a few seconds), store it and return it."""
-    from fastff.kernels.torch.goodness import goodness_backward
+def calibrate(run, repeats=5):
+    """Measure the factor on this machine (a few seconds), store it and return it.
 
-    ratios = []
+    run: the implementation that is measured (fastff/ops/goodness.py), whose own SECOND_MOMENT_COST is divided out."""
+    cost, ratios = getattr(run, "SECOND_MOMENT_COST", 1.0), []
     for B, C, P, K in CALIBRATION_SHAPES:
         x, projection, d = torch.randn(B, C, P, 1), Projection(torch.randn(K, C)), torch.randn(B, K)
         seconds = {"direct": [], "second_moment": []}
@@ -96,10 +96,10 @@ def calibrate(repeats=5):
             for algorithm, times in seconds.items():
                 chosen = plan(B, C, P, K, algorithm=algorithm)
                 start = time.perf_counter()
-                goodness_backward(d, x, projection, chosen, True)
+                run.goodness_backward(d, x, projection, chosen, True)
                 times.append(time.perf_counter() - start)
         measured = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
-        counted = second_moment_cost(C, P, K) / direct_cost(C, P, K)
+        counted = cost * second_moment_cost(C, P, K) / direct_cost(C, P, K)
         ratios.append(measured["second_moment"] / measured["direct"] / counted)
     factor = sorted(ratios)[len(ratios) // 2]
     cache.write(FILE, {"second_moment_factor": factor, "torch": torch.__version__, "threads": torch.get_num_threads()})

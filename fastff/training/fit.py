@@ -31,10 +31,10 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the step was finished and a checkpoint saved (`path`, None if fit had no folder)."""
+    """Ctrl-C or SIGTERM (`number`): the step was finished and a checkpoint saved (`path`, None if fit had no folder)."""
 
-    def __init__(self, path, step):
-        self.path = path
+    def __init__(self, path, step, number=signal.SIGINT):
+        self.path, self.number = path, number
         super().__init__(
             f"stopped after step {step}" + (f"; continue with --resume {Path(path).parent}" if path else "")
         )
@@ -162,7 +162,7 @@ class _Epoch:
             if self.path:
                 trainer.save(self.path)
         if stop:
-            raise Interrupted(self.path, state.steps)
+            raise Interrupted(self.path, state.steps, self.interrupted.number)
 
     def check_finite(self):
         state = self.trainer.state
@@ -242,6 +242,7 @@ def _caught_interrupt(ranks):
     def handler(number, frame):
         if event.is_set():
             raise KeyboardInterrupt
+        event.number = number
         event.set()
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -41,6 +41,9 @@ def build(make, parameters, heads=frozenset()):
     """Return the optimiser that make(groups) makes for these parameters, or None if none of them is trained. Raises TypeError.
 
     heads: ids of the parameters of goodness heads."""
+    if not callable(make):  # an optimizer that is made already has the parameters of one block at most
+        text = "expected a function that makes one for each block, such as lambda params: torch.optim.AdamW(params, lr=1e-3)"
+        raise TypeError(f"optimizer: {text}, got {type(make).__name__}")
     groups = make.groups(parameters, heads) if hasattr(make, "groups") else parameter_groups(parameters)
     if not groups:
         return None

@@ -30,15 +30,15 @@ class DataError(ValueError):
     """Raised when a data file or folder is missing, damaged or of the wrong kind. The message names it and says what to do."""
 
 
-def optional(module: str, purpose: str) -> ModuleType:
-    """Import and return a module that is installed with the extra `train`.
+def optional(module: str, purpose: str, extra: str = "train") -> ModuleType:
+    """Import and return a module that is installed with an extra of the package.
 
     Raises ImportError, which says what `purpose` needs and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        text = f'{purpose} needs {package}, which cannot be imported ({error}): pip install "fastff[train]"'
+        text = f'{purpose} needs {package}, which cannot be imported ({error}): pip install "fastff[{extra}]"'
         raise ImportError(text) from error
 
 

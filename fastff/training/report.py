@@ -10,6 +10,8 @@ from pathlib import Path
 from fastff.training.checkpoint import write_atomically
 from fastff.training.state import means
 
+MINUTE = 60.0  # seconds between lines within an epoch
+
 
 def peak_resident_mb():
     """Return the peak resident memory of this process in MiB, or None where the system does not say (Windows)."""
@@ -24,17 +26,19 @@ def peak_resident_mb():
 class Report:
     """Shows and writes what fit does: a live display, and with a folder metrics.csv and TensorBoard events.
 
-    On a terminal with rich the display is a bar and a table of the blocks, elsewhere one line per epoch. metrics.csv is always written as
+    On a terminal with rich the display is a bar and a table of the blocks. Elsewhere (a pipe, a log, a notebook) it is one line for each epoch,
+    and a line each minute within a long one. metrics.csv is always written as
     a whole, so that a resumed run leaves no row twice. fit calls start, update, epoch and close, in this order."""
 
     def __init__(self, out, show):
         self.out, self.show = out, show
-        self.live, self.events, self.shown, self.first = None, None, 0.0, None
+        self.live, self.events, self.first = None, None, None
 
     def start(self, trainer, epochs, batches):
         """Begin. trainer: for its names, device and steps. epochs: in all phases together. batches: in an epoch."""
         self.names, self.device, self.epochs, self.batches = trainer.names, trainer.device, epochs, batches
         self.began = time.perf_counter()
+        self.shown = 0.0 if sys.stderr.isatty() else self.began
         if self.out is not None:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
@@ -45,8 +49,10 @@ class Report:
                 from rich.console import Console
                 from rich.live import Live
 
-                self.live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
-                self.live.start()
+                console = Console(stderr=True)
+                if not console.is_dumb_terminal:  # which cannot move the cursor
+                    self.live = Live(console=console, refresh_per_second=4, transient=True)
+                    self.live.start()
 
     def close(self):
         """End, also after an error."""
@@ -58,7 +64,7 @@ class Report:
     def epoch(self, history):
         """Show and write the end of an epoch, the last row of the history."""
         if self.show:
-            self._print(history[-1])
+            self._print(self._epoch_line(_known(history[-1])))
         if self.out is not None:
             self._write(history)
 
@@ -75,29 +81,37 @@ class Report:
             self.events.flush()
 
     def update(self, state, images_per_second):
-        """Show a step. Draws at most twice a second, since looking at the losses waits for the device."""
+        """Show a step: at most twice a second in the live display, since looking at the losses waits for the device, else once a minute."""
         done = state.position["epoch"] * self.batches + state.position["batch"]
         if self.first is None:
             self.first = done - 1
-        if self.live is None or time.perf_counter() - self.shown < 0.5:
+        now = time.perf_counter()
+        if not self.show or now - self.shown < (MINUTE if self.live is None else 0.5):
             return
-        self.shown = time.perf_counter()
-        self.live.update(self._display(state, images_per_second, done))
+        self.shown = now
+        if self.live is None:
+            self._print(f"epoch {state.position['epoch'] + 1:3d}/{self.epochs} {self._pace(images_per_second, done)}")
+        else:
+            self.live.update(self._display(state, images_per_second, done))
+
+    def _pace(self, images_per_second, done):
+        """Return how much is done, the time that is left and the speed."""
+        total = self.epochs * self.batches
+        left = (time.perf_counter() - self.began) * (total - done) / max(1, done - self.first)
+        return f"{done / total:.0%}, {_clock(left)} left, {images_per_second:,.0f} images/s{_memory(self.device)}"
 
     def _display(self, state, images_per_second, done):
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        total = self.epochs * self.batches
-        left = (time.perf_counter() - self.began) * (total - done) / max(1, done - self.first)
         line = Table.grid(padding=(0, 1))
         for _ in range(3):
             line.add_column(no_wrap=True)
         line.add_row(
             f"epoch {state.position['epoch'] + 1} of {self.epochs}",
-            ProgressBar(total=total, completed=done, width=12),
-            f"{done / total:.0%}, {_clock(left)} left, {images_per_second:,.0f} images/s{_memory(self.device)}",
+            ProgressBar(total=self.epochs * self.batches, completed=done, width=12),
+            self._pace(images_per_second, done),
         )
         return Group(line, self._blocks(*means(state.totals)))
 
@@ -137,9 +151,17 @@ class Report:
             table.add_row(*(cell for entry in cells[row::rows] for cell in entry))
         return table
 
-    def _print(self, row):
-        """Print the line that stays of an epoch."""
-        row = _known(row)
+    def _print(self, line):
+        """Print a line that stays."""
+        if self.live is not None:
+            self.live.console.print(line, highlight=False, soft_wrap=True)
+        else:
+            self.shown = time.perf_counter()
+            notebook = type(sys.stderr).__module__.startswith("ipykernel")  # shows stderr as if it were a failure
+            print(line, file=sys.stdout if notebook else sys.stderr, flush=True)
+
+    def _epoch_line(self, row):
+        """Return the line of an epoch."""
         losses = [value for key, value in row.items() if key.startswith("train loss")]
         accuracies = [value for key, value in row.items() if key.startswith("train accuracy")]
         best, vote = ("best block", "vote on test") if len(self.names) > 1 else ("train", "test")
@@ -149,10 +171,7 @@ class Report:
             line += f"  {best} {max(accuracies):6.1%}"
         if (test := row.get("test vote")) is not None:
             line += f"  {vote} {test:6.1%}"
-        if self.live is not None:
-            self.live.console.print(line, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        return line
 
 
 def _known(row):
