@@ -105,7 +105,12 @@ def votes(sff, loader):
     sff.eval()
     counts, total = {}, 0
     for images, target in loader:
-        logits = torch.stack([head.logits(g) for g, head in zip(sff.goodness(images), (sff.heads[i] for i in sff.plan.voters), strict=True)])
+        logits = torch.stack(
+            [
+                head.logits(g)
+                for g, head in zip(sff.goodness(images), (sff.heads[i] for i in sff.plan.voters), strict=True)
+            ]
+        )
         probabilities = logits.softmax(2)
         half = len(logits) // 2
         combinations = {

@@ -104,7 +104,8 @@ def export(network, out, form, stages=False):
         network: fastff.app.trained.Trained.
         out: folder of the files model.pt2 or model.onnx, or with stages stage-00 and so on.
         form: "torch" or "onnx".
-        stages: one program for each block that votes, and those before it, for early exit: the first takes images, the others all that the one before returned.
+        stages: one program for each block that votes, and those before it, for early exit: the first takes images, the others all that the one
+            before returned.
 
     Raises:
         ValueError: the format is unknown, or the network has no stages.

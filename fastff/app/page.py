@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fastff.app import experiment, plots, trained
 from fastff.app.environment import environment
-from fastff.training.checkpoint import write_atomically
 from fastff.memory import by_block
+from fastff.training.checkpoint import write_atomically
 from fastff.training.readers import optional
 
 SHOWN = 24  # images that were classified wrongly
