@@ -29,6 +29,9 @@ BASE = {
     "weight_decay": 0.05,
     "updates": "adamw",
     "mode": "sff",
+    "granularity": "block",
+    "hidden": 0,
+    "vote": "softmax",
     "dataset": "cifar10",
     "model": "resnet18",
 }
@@ -86,6 +89,8 @@ EXPERIMENTS = {
 
 SFF_KEYS = (
     "grid",
+    "hidden",
+    "vote",
     "scale",
     "window",
     "squares",
@@ -105,12 +110,8 @@ def votes(sff, loader):
     sff.eval()
     counts, total = {}, 0
     for images, target in loader:
-        logits = torch.stack(
-            [
-                head.logits(g)
-                for g, head in zip(sff.goodness(images), (sff.heads[i] for i in sff.plan.voters), strict=True)
-            ]
-        )
+        heads = [sff.heads[i] for i in sff.plan.voters]
+        logits = torch.stack([head.logits(g) for g, head in zip(sff.goodness(images), heads, strict=True)])
         probabilities = logits.softmax(2)
         half = len(logits) // 2
         combinations = {
@@ -136,7 +137,7 @@ def run(name, options, root):
     width = {"width": o["width"]} if o["model"].startswith("resnet") else {}
     net = make(d.num_classes, stem="cifar", in_channels=d.input_shape[0], **width).to(memory_format=torch.channels_last)
     sff = fastff.SFF(
-        net, d.num_classes, o.get("granularity", "block"), d.input_shape, readout=o["mode"] == "backprop",
+        net, d.num_classes, o["granularity"], d.input_shape, readout=o["mode"] == "backprop",
         **{k: o[k] for k in SFF_KEYS if k in o},
     )  # fmt: skip
     optimizer = getattr(optim, o["updates"])(o["lr"], o["weight_decay"])
@@ -148,7 +149,7 @@ def run(name, options, root):
         trainer.train_mode()
         start = time.process_time()
         for i, (images, target) in enumerate(train):
-            optim.set_progress(trainer.optimizers, trainer.lr_schedule, (epoch * len(train) + i + 1) / steps)
+            trainer.engine.set_progress(trainer.lr_schedule, (epoch * len(train) + i + 1) / steps)
             losses = trainer.step(images, target)
         seconds += time.process_time() - start
         assert torch.isfinite(losses).all(), name

@@ -35,6 +35,7 @@ TABLES = {
     "scale": of("scale_report"),
     "scale-measured": of("scale_report", "measured"),
     "learning": of("learning_report"),
+    "plans": of("plans"),
     "learning-all": of("learning_report", "every_table"),
     "learning-curves": of("learning_report", "pictures"),
     "time-to-accuracy": of("learning_report", "time_to_accuracy"),

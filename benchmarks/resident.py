@@ -21,7 +21,7 @@ from benchmarks.step import build, variants
 from benchmarks.timing import print_environment, write_csv
 from fastff.memory import peak_memory
 
-SHOWN = ("backprop", "backprop, 4 micro-batches", "backprop, checkpointing", "block", "layer", "block, defaults")
+SHOWN = ("backprop", "backprop, 4 micro-batches", "backprop, checkpointing", "block", "layer", "defaults")
 
 
 def kilobytes(field):

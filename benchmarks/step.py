@@ -5,7 +5,7 @@
 First the weights after three steps of layer-, block- and stage-wise training are compared with float64. Then all contenders are timed in turn, each
 in the memory format (contiguous or channels_last) that a short measurement finds faster for it. The base of the ratios is eager or compiled
 backpropagation, whichever a short measurement finds faster. Memory is what a step allocates above parameters and optimizer state. "layer", "block"
-and "stage" are the setting of the paper (grid=0, window=1). benchmarks/budget.py says where the time goes.
+and "stage" are the setting of the paper (grid=0, window=1); all but those named so update by Adam. benchmarks/budget.py says where the time goes.
 """
 
 import functools
@@ -17,10 +17,11 @@ from benchmarks import networks, runner, tables
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile
 from fastff.graph.trace import CutError
-from fastff.training import Backprop, Trainer
+from fastff.training import Backprop, Trainer, optim
 
 PAPER = {"grid": 0, "window": 1}
 ADAM = lambda groups: torch.optim.Adam(groups, lr=1e-4, fused=True)  # noqa: E731
+MUON = optim.muon(1e-4)
 CHECKED = ("layer", "block", "stage")
 
 
@@ -35,10 +36,11 @@ def build(a, kind, channels_last, granularity="block", impl="auto", **options):
 def trainer_of(net, classes, size, kind, channels_last, granularity="block", impl="auto", **options):
     """Return a trainer of the network `net` for images [B, 3, size, size]."""
     net = net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    head = {k: options.pop(k) for k in ("grid", "window") if k in options}
+    head = {k: options.pop(k) for k in ("grid", "hidden", "window") if k in options}
+    updates = options.pop("updates", ADAM)
     plain = {"impl": impl, "fuse": impl != "reference", "readout": kind == "backprop"}
     sff = fastff.SFF(net, classes, granularity, (3, size, size), **plain, **head)
-    return (Trainer if kind == "sff" else Backprop)(sff, ADAM, **options)
+    return (Trainer if kind == "sff" else Backprop)(sff, updates, **options)
 
 
 def variants(a):
@@ -52,8 +54,11 @@ def variants(a):
         "layer": ("sff", PAPER | {"granularity": "layer"}),
         "block": ("sff", PAPER),
         "stage": ("sff", PAPER | {"granularity": "stage"}),
-        "block, spatial term": ("sff", {"window": 1}),
-        "block, defaults": ("sff", {}),
+        "block, spatial term": ("sff", {"window": 1, "hidden": 0}),
+        "block, window 2": ("sff", {"window": 2, "hidden": 0}),
+        "defaults, Adam": ("sff", {"granularity": "auto"}),
+        "defaults": ("sff", {"granularity": "auto", "updates": MUON}),
+        "backprop, Muon": ("backprop", {"updates": MUON}),
         "block, 4 micro-batches": ("sff", PAPER | {"micro_batches": 4}),
         "block, compiled": ("sff", PAPER | {"compile": True}),
     }

@@ -61,13 +61,13 @@ def steps():
         cells = [step.title(first), f"{float(rows[first['base']]['peak_mib']):.0f} MiB"]
         others = [float(r["peak_mib"]) for key, r in rows.items() if key.startswith("backprop")]
         cells.append(f"{min(others):.0f} MiB")
-        for granularity in ("layer", "block", "stage", "block, defaults"):
+        for granularity in ("layer", "block", "stage", "defaults"):
             row = rows.get(granularity)
             cells.append("" if row is None else f"{float(row['ratio']):.2f} x, {float(row['peak_mib']):.0f} MiB")
         body.append(cells)
         measured.setdefault(tables.measured_on(first), []).append(name)
     if not body:
         return tables.missing("make bench")
-    header = ("network", "backprop", "its least memory", "layer", "block", "stage", "block, defaults")
+    header = ("network", "backprop", "its least memory", "layer", "block", "stage", "defaults")
     notes = "".join(note if len(measured) == 1 else f"{note} ({', '.join(names)})" for note, names in measured.items())
     return tables.table(header, body) + notes

@@ -21,7 +21,7 @@ from fastff.training.loader import Augment, Loader
 
 CLASSES = 10
 SGD = lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9)  # noqa: E731
-PAPER = {"grid": 2, "window": 1}
+PAPER = {"grid": 2, "hidden": 0, "window": 1}
 
 
 def network(name, dtype=torch.float32, channels_last=False, **options):

@@ -62,7 +62,7 @@ def a_few(folder):
         [*case(shape, "eager", contenders), *case(shape | {"K": 7}, "eager", contenders | {"fastff": (1.5, 30)})],
     )
     network = {"model": "resnet18", "width": 64, "batch": 32, "size": 32, "classes": 100}
-    steps = {"backprop, compiled": (1.1, 9), "block": (0.8, 3), "block, defaults": (1.004, 9), "layer": (2.5, 2)}
+    steps = {"backprop, compiled": (1.1, 9), "block": (0.8, 3), "defaults": (1.004, 9), "layer": (2.5, 2)}
     write(folder, "step-resnet18-64", list(case(network, "backprop", steps, layout="channels_last")))
     write(folder, "step-resnet18-16", list(case(network | {"width": 16}, "backprop", steps, layout="contiguous")))
     growth = {"growth": 2.0, "growth_20": 1.9, "growth_80": 2.1, "grown_from": 4}

@@ -1,0 +1,123 @@
+"""What plans, heads and updates learn, and what they cost: accuracy, processor time and peak memory, against backpropagation.
+
+    python -m benchmarks.plans --root FOLDER                    every experiment that has no row in results/plans.csv yet
+    python -m benchmarks.plans --root FOLDER --only NAME...     these experiments
+    python -m benchmarks.plans --table                          the table of the rows that there are
+
+An experiment is what `fastff train` does with the same settings: random crops and flips, cosine schedule, the whole test set. One thread; seconds are
+processor time of training, without evaluation; memory is that of a step above parameters and optimizer state. One row an experiment and seed.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import environment
+from fastff.app import compare, experiment
+
+RESULTS = Path(__file__).parent / "results" / "plans.csv"
+PART = {"data": "cifar10", "subset": 20000, "epochs": 4}
+ALL = {"data": "cifar10", "epochs": 6}
+BACKPROP = {"mode": "backprop"}
+PAPER = {"granularity": "block", "window": 1, "grid": 0, "hidden": 0, "scale": 1.0, "vote": "goodness"}
+OLD = {"granularity": "block", "window": 2, "hidden": 0, "vote": "softmax", "optimizer": "adamw"}  # the defaults of 0.1
+
+EXPERIMENTS = {
+    "backpropagation, AdamW": PART | BACKPROP | {"optimizer": "adamw"},
+    "backpropagation, Muon": PART | BACKPROP,
+    "the paper's setting, AdamW": PART | PAPER | {"optimizer": "adamw"},
+    "the defaults of 0.1": PART | OLD,
+    "three segments (the defaults)": PART,
+    "three segments, AdamW": PART | {"optimizer": "adamw"},
+    "three segments, linear spatial term": PART | {"hidden": 0},
+    "nine segments": PART | {"granularity": "block", "window": 1},
+    "five segments": PART | {"plan": "0,1,2,4,8"},
+    "pairs that take turns": PART | {"plan": "pairs"},
+    "drawn cuts": PART | {"plan": "drawn"},
+    "three segments, finish 0.5": PART | {"finish": 0.5},
+    "one segment": PART | {"plan": "8"},
+    "all images: backpropagation, Muon": ALL | BACKPROP,
+    "all images: three segments (the defaults)": ALL,
+    "5,000 images: backpropagation, Muon": PART | BACKPROP | {"subset": 5000, "epochs": 16},
+    "5,000 images: three segments (the defaults)": PART | {"subset": 5000, "epochs": 16},
+    "1,000 images: backpropagation, Muon": PART | BACKPROP | {"subset": 1000, "epochs": 40},
+    "1,000 images: three segments (the defaults)": PART | {"subset": 1000, "epochs": 40},
+    "MobileNetV3-small: backpropagation, Muon": PART | BACKPROP | {"model": "mobilenet_v3_small", "subset": 5000, "epochs": 16},
+    "MobileNetV3-small: the defaults": PART | {"model": "mobilenet_v3_small", "subset": 5000, "epochs": 16},
+}  # fmt: skip
+COLUMNS = ("experiment", "seed", "vote", "last", "seconds", "memory_mib", "blocks", "plan", "settings")
+
+
+def run(name, options, root, seed):
+    """Train one experiment. Returns its row."""
+    s = experiment.settings(**options, root=root, seed=seed)
+    device = torch.device("cpu")
+    made = experiment.start(s, device)
+    memory = compare.step_memory(s, made.dataset, device)
+    start = time.process_time()
+    made.trainer.fit(made.train, s["epochs"], progress=False)
+    seconds = time.process_time() - start
+    accuracy = made.trainer.evaluate(made.test)
+    blocks = [value for key, value in accuracy.items() if key.startswith("block ")]
+    given = {key: value for key, value in options.items() if value != experiment.DEFAULTS[key]}
+    return {
+        "experiment": name, "seed": seed, "vote": f"{accuracy['vote']:.4f}", "last": f"{(blocks or [accuracy['vote']])[-1]:.4f}",
+        "seconds": round(seconds), "memory_mib": f"{memory:.1f}", "blocks": " ".join(f"{value:.4f}" for value in blocks),
+        "plan": "" if s["mode"] == "backprop" else made.trainer.engine.plan.name,
+        "settings": " ".join(f"{key}={value}" for key, value in given.items()),
+    }  # fmt: skip
+
+
+def rows():
+    """The rows of the CSV, or none."""
+    if not RESULTS.exists():
+        return []
+    with open(RESULTS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table():
+    """The rows as a table in Markdown."""
+    lines = ["| what | vote | last block | seconds | memory of a step |", "|---|---|---|---|---|"]
+    for row in rows():
+        seed = "" if row["seed"] == "0" else f", seed {row['seed']}"
+        vote, last = f"{float(row['vote']):.1%}", f"{float(row['last']):.1%}"
+        last = "" if "backpropagation" in row["experiment"] else last
+        lines.append(f"| {row['experiment']}{seed} | {vote} | {last} | {row['seconds']} | {row['memory_mib']} MiB |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", help="folder with the data sets' official files")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help="names of experiments")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print the table and train nothing")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return
+    torch.set_num_threads(1)
+    done = {row["experiment"] for row in rows() if row["seed"] == str(arguments.seed)}
+    info = environment()
+    for name in arguments.only or [name for name in EXPERIMENTS if name not in done]:
+        row = run(name, EXPERIMENTS[name], arguments.root, arguments.seed)
+        print(
+            f"{name:45} vote {float(row['vote']):.1%}  last {float(row['last']):.1%}  {row['seconds']} s  {row['memory_mib']} MiB",
+            flush=True,
+        )
+        exists = RESULTS.exists()
+        RESULTS.parent.mkdir(exist_ok=True)
+        with open(RESULTS, "a", newline="") as file:
+            writer = csv.DictWriter(file, [*COLUMNS, *info])
+            if not exists:
+                writer.writeheader()
+            writer.writerow(row | info)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
