@@ -34,7 +34,6 @@ LABELS = {
 KINDS = {"backprop": "backpropagation", "block": "block-wise", "stage": "stage-wise", "layer": "layer-wise"}
 SHOWN = ("backprop", "paper", "grid-w2-lr4", "stage-w2-lr4", "layer-w2-lr4")  # runs in the curves
 COMMAND = "python -m benchmarks.learning --root FOLDER"
-README_TASK = ("cifar10", "resnet18", "16", "5000")
 
 
 def runs():
@@ -111,7 +110,7 @@ def _body(experiments):
         )  # fmt: skip
 
 
-def table(task=README_TASK):
+def table(task):
     """Return the table of all runs of one task."""
     experiments = by_task().get(task)
     if not experiments:
