@@ -17,24 +17,23 @@ LABELS = {
     "grid": "9 blocks, squares and spatial term (grid=4)",
     "grid-only": "9 blocks, spatial term alone",
     "grid-lr4": "9 blocks, grid=4, learning rate 4e-3",
-    "grid-w2-lr4": "**9 blocks, grid=4, window=2, learning rate 4e-3 (the defaults)**",
+    "grid-w2-lr4": "**9 blocks, grid=4, window=2, learning rate 4e-3 (the defaults of 0.1)**",
     "backprop-muon": "backpropagation, Muon",
     "grid-muon": "9 blocks, grid=4, learning rate 4e-3, Muon",
-    "grid-w2-muon": "the defaults, Muon",
+    "grid-w2-muon": "the defaults of 0.1, Muon",
     "stage-muon": "4 stages, grid=4, learning rate 4e-3, Muon",
     "stage-w2-muon": "4 stages, grid=4, window=2, learning rate 4e-3, Muon",
     "grid-w3-lr4": "9 blocks, grid=4, window=3, learning rate 4e-3",
     "stage-lr4": "4 stages, grid=4, learning rate 4e-3",
     "stage-w2-lr4": "4 stages, grid=4, window=2, learning rate 4e-3",
-    "layer-w2-lr4": "17 layers, the defaults",
+    "layer-w2-lr4": "17 layers, the defaults of 0.1",
     "grid-w2-smooth": "9 blocks, grid=4, window=2, learning rate 2e-3, label smoothing 0.1",
     "grid-w2-tau": "9 blocks, grid=4, window=2, learning rate 2e-3, a learned temperature",
-    "grid-w2-lr4-wd20": "the defaults with weight decay 0.2",
+    "grid-w2-lr4-wd20": "the defaults of 0.1 with weight decay 0.2",
 }
 KINDS = {"backprop": "backpropagation", "block": "block-wise", "stage": "stage-wise", "layer": "layer-wise"}
 SHOWN = ("backprop", "paper", "grid-w2-lr4", "stage-w2-lr4", "layer-w2-lr4")  # runs in the curves
 COMMAND = "python -m benchmarks.learning --root FOLDER"
-README_TASK = ("cifar10", "resnet18", "16", "5000")
 
 
 def runs():
@@ -102,7 +101,7 @@ def _body(experiments):
     for name, rows in experiments.items():
         last, blocks = rows[-1], [float(v) for v in rows[-1]["blocks"].split()]
         label = LABELS.get(what(name)) or (
-            "backpropagation" if kind(name) == "backprop" else "block-wise, the defaults"
+            "backpropagation" if kind(name) == "backprop" else "block-wise, the defaults of 0.1"
         )
         time = to_base(rows, base)
         yield (
@@ -111,7 +110,7 @@ def _body(experiments):
         )  # fmt: skip
 
 
-def table(task=README_TASK):
+def table(task):
     """Return the table of all runs of one task."""
     experiments = by_task().get(task)
     if not experiments:

@@ -12,14 +12,14 @@ import argparse
 import csv
 import sys
 import time
-from pathlib import Path
 
 import torch
 
+from benchmarks import tables
 from benchmarks.timing import environment
 from fastff.app import compare, experiment
 
-RESULTS = Path(__file__).parent / "results" / "plans.csv"
+RESULTS = tables.RESULTS / "plans.csv"
 PART = {"data": "cifar10", "subset": 20000, "epochs": 4}
 ALL = {"data": "cifar10", "epochs": 6}
 BACKPROP = {"mode": "backprop"}
@@ -72,23 +72,19 @@ def run(name, options, root, seed):
     }  # fmt: skip
 
 
-def rows():
-    """The rows of the CSV, or none."""
-    if not RESULTS.exists():
-        return []
-    with open(RESULTS, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def table():
     """The rows as a table in Markdown."""
-    lines = ["| what | vote | last block | seconds | memory of a step |", "|---|---|---|---|---|"]
-    for row in rows():
+    rows, body = tables.read("plans"), []
+    if not rows:
+        return tables.missing("python -m benchmarks.plans --root FOLDER")
+    for row in rows:
         seed = "" if row["seed"] == "0" else f", seed {row['seed']}"
         vote, last = f"{float(row['vote']):.1%}", f"{float(row['last']):.1%}"
         last = "" if "backpropagation" in row["experiment"] else last
-        lines.append(f"| {row['experiment']}{seed} | {vote} | {last} | {row['seconds']} | {row['memory_mib']} MiB |")
-    return "\n".join(lines)
+        body.append((row["experiment"] + seed, vote, last, row["seconds"], f"{row['memory_mib']} MiB"))
+    return tables.table(("what", "vote", "last block", "seconds", "memory of a step"), body) + tables.measured_on(
+        rows[0]
+    )
 
 
 def main():
@@ -102,7 +98,7 @@ def main():
         print(table())
         return
     torch.set_num_threads(1)
-    done = {row["experiment"] for row in rows() if row["seed"] == str(arguments.seed)}
+    done = {row["experiment"] for row in tables.read("plans") if row["seed"] == str(arguments.seed)}
     info = environment()
     for name in arguments.only or [name for name in EXPERIMENTS if name not in done]:
         row = run(name, EXPERIMENTS[name], arguments.root, arguments.seed)

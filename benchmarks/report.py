@@ -34,7 +34,6 @@ TABLES = {
     "swap-in": of("swap_in"),
     "scale": of("scale_report"),
     "scale-measured": of("scale_report", "measured"),
-    "learning": of("learning_report"),
     "plans": of("plans"),
     "learning-all": of("learning_report", "every_table"),
     "learning-curves": of("learning_report", "pictures"),

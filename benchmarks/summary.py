@@ -1,4 +1,4 @@
-"""Makes the tables of the README from the CSV files: one with a line for each kernel, one with a line for each network."""
+"""Makes summaries from the CSV files: a table with a line for each kernel, and one with a line for each network."""
 
 from benchmarks import step, tables
 

@@ -12,7 +12,7 @@ def make_app():
 
 
 def main():
-    """Run the command line. Exit codes: 2 bad input, 1 a loss that diverged too little memory, 130 Ctrl-C, 143 SIGTERM; with a message."""
+    """Run the command line. Exit codes: 2 bad input, 1 a loss that diverged or too little memory, 130 Ctrl-C, 143 SIGTERM; with a message."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # of a process that nobody looks at, as with pythonw
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends

@@ -1,4 +1,4 @@
-"""The commands compare, train, predict, bench and info: arguments, tables, exit codes. The other files of this folder do the work."""
+"""The commands of the command line: arguments, tables, exit codes. The other files of this folder do the work."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""Builds networks, data sets and trainers from a dict of settings, which checkpoints keep. The commands compare, train and predict use it."""
+"""Builds networks, data sets and trainers from a dict of settings, which checkpoints keep. The commands use it."""
 
 import math
 import os

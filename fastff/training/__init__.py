@@ -1,4 +1,4 @@
-"""Training: the Trainer of locally trained blocks, Backprop for comparison, data sets, checkpoints and measurement of memory."""
+"""Training: the Trainer of locally trained blocks, Backprop for comparison, data sets, and checkpoints."""
 
 from fastff.training.backprop import Backprop
 from fastff.training.fit import Diverged, Interrupted

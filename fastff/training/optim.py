@@ -21,7 +21,7 @@ def parameter_groups(parameters):
 
 
 def adamw(lr=LOCAL_LR, weight_decay=0.05):
-    """Return a function that makes the default optimiser, fused AdamW, from parameter groups."""
+    """Return a function that makes a fused AdamW from parameter groups."""
     return functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay, fused=True)
 
 
