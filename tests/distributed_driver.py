@@ -182,7 +182,7 @@ def main(folder):
     # the optimiser's state is split over the ranks
     held = []
     for kind in (data, sharded):
-        trainer = Trainer(network("resnet18-8"), distributed=kind)
+        trainer = Trainer(network("resnet18-8"), optim.adamw(), distributed=kind)
         train(trainer, 1)
         held.append(state_bytes(trainer))
     found["state"] = trainer.ranks.gather(held)

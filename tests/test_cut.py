@@ -179,7 +179,7 @@ def test_forward_hooks_fire():
 def test_models_of_other_types(dtype, when):
     torch.manual_seed(0)
     model = OWN["resnet18"]().to(memory_format=torch.channels_last)
-    sff = SFF(model.to(dtype), 10) if when == "before" else SFF(model, 10).to(dtype)
+    sff = SFF(model.to(dtype), 10, "block") if when == "before" else SFF(model, 10, "block").to(dtype)
     images = torch.randn(2, 3, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
     for output, goodness in sff.outputs(images):
         assert output.dtype == dtype
@@ -234,7 +234,7 @@ def test_paths_that_do_not_exist_name_their_neighbours():
 
 
 def test_print_shows_the_cut():
-    text = repr(SFF(OWN["resnet18"](), 10, readout=True))
+    text = repr(SFF(OWN["resnet18"](), 10, "block", readout=True))
     lines = text.splitlines()
     assert lines[0].startswith("SFF: ResNet in 9 blocks (block), 10 classes, ")
     assert lines[1].split() == ["block", "modules", "parameters", "output", "goodness", "epilogue"]
@@ -242,14 +242,14 @@ def test_print_shows_the_cut():
     assert "layer4.1" in lines[10]
     assert "64 x 4 x 4" in lines[10]
     assert lines[10].endswith("batch norm + residual + relu")
-    assert "window=2, vote=softmax, grid=4, normalize=layer_norm, read-out kept" in lines[11]
+    assert "window=2, vote=weighted, grid=4, hidden=64, normalize=layer_norm, read-out kept" in lines[11]
     assert "tails" not in repr(SFF(OWN["resnet18"](), 10, window=1))
 
 
-@pytest.mark.parametrize("vote", ["softmax", "goodness", "last"])
+@pytest.mark.parametrize("vote", ["weighted", "softmax", "goodness", "last"])
 def test_predict_leaves_early(vote):
     torch.manual_seed(0)
-    sff = SFF(OWN["resnet18"](), 10, vote=vote).eval()
+    sff = SFF(OWN["resnet18"](), 10, "block", vote=vote).eval()
     images = torch.randn(16, 3, 32, 32)
     with torch.no_grad():
         goodness, whole = sff.goodness(images), sff(images)

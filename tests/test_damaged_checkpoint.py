@@ -17,14 +17,14 @@ from test_checkpoint import batches, small
 from torch.utils.data import DataLoader, Dataset
 
 from fastff import Backprop, Trainer
-from fastff.training import checkpoint, report
+from fastff.training import checkpoint, optim, report
 from fastff.training.checkpoint import CheckpointError
 from fastff.training.fit import Interrupted
 from fastff.training.randomness import random_state
 
 
 def trained(optimizer=None, **options):
-    trainer = small(optimizer=optimizer, window=1, **options)
+    trainer = small(optimizer=optimizer or optim.adamw(), window=1, **options)
     trainer.fit(batches(3), 1, progress=False)
     trainer.state.totals, trainer.state.position["batch"] = torch.rand(3, 2), 1
     return trainer
@@ -250,7 +250,7 @@ def test_a_system_that_opens_no_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", opens)
     trainer = trained()
     trainer.save(tmp_path / "checkpoint.pt")
-    small(window=1).load(tmp_path / "checkpoint.pt")
+    small(optimizer=optim.adamw(), window=1).load(tmp_path / "checkpoint.pt")
     monkeypatch.setattr(checkpoint.os, "name", "nt")
     monkeypatch.setattr(checkpoint.os, "kill", None)
     assert not checkpoint._runs(os.getpid())

@@ -56,10 +56,11 @@ def test_values_and_gradients(data, dtype, impl):
     y, dx, dw = runs[0]
     assert y.stride() == out_like(x, weight, stride, padding).stride()
     exact = plain(x, weight, grad, stride, padding, torch.float64)
-    # the torch row is PyTorch in that dtype itself
-    rough = plain(
-        x, weight, grad, stride, padding, dtype if impl == "torch" else torch.promote_types(dtype, torch.float32)
-    )
+    rough = plain(x, weight, grad, stride, padding, torch.promote_types(dtype, torch.float32))
+    if (
+        impl == "torch"
+    ):  # is PyTorch in that dtype, but for the weight's gradient, which PyTorch leaves undefined in parts in 16 bits
+        rough = (*plain(x, weight, grad, stride, padding, dtype)[:2], rough[2])
     size = plain(x.abs(), weight.abs(), grad.abs(), stride, padding, torch.float64)
     assert_as_exact("y", y, exact[0], rough[0], size[0])
     if need_x:

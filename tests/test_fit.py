@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_oracle import CLASSES, Plain, assert_same_training, batches, grouped, made, sgd, train, vector
+from training_oracle import CLASSES, Plain, adamw, assert_same_training, batches, grouped, made, sgd, train, vector
 
 from fastff import SFF, Backprop, Trainer
 from fastff import plan as plans
@@ -43,7 +43,7 @@ def test_fit_learns_and_evaluates():
     loader = list(zip(images.split(16), target.split(16), strict=True))
     sff = made(dtype=torch.float32)
     sff.eval()
-    trainer = Trainer(sff)
+    trainer = Trainer(sff, adamw)
     history = trainer.fit(loader, epochs=8, validation=loader, progress=False)
     assert [row["epoch"] for row in history] == list(range(1, 9))
     assert trainer.steps == 32

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastff import SFF, Backprop, Trainer
-from fastff.training import checkpoint
+from fastff.training import checkpoint, optim
 
 DATA = Path(__file__).parent / "data"
 
@@ -26,7 +26,7 @@ def network():
         torch.nn.ReLU(),
     ]
     net = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))
-    return SFF(net, 3, input_shape=(3, 8, 8), granularity="layer", readout=True)
+    return SFF(net, 3, input_shape=(3, 8, 8), granularity="layer", hidden=0, readout=True)
 
 
 def batches():
@@ -34,7 +34,11 @@ def batches():
     return [(torch.randn(5, 3, 8, 8, generator=draw), torch.randint(3, (5,), generator=draw)) for _ in range(4)]
 
 
-MAKE = {"trainer": lambda: Trainer(network(), window=2, amp="fp16"), "backprop": lambda: Backprop(network())}
+# what 0.1 had by default
+MAKE = {
+    "trainer": lambda: Trainer(network(), optim.adamw(4e-3), window=2, amp="fp16"),
+    "backprop": lambda: Backprop(network(), optim.adamw(2e-3)),
+}
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -73,3 +77,10 @@ def form(value):
     if isinstance(value, dict):
         return {key: form(entry) for key, entry in value.items()}
     return [form(entry) for entry in value] if isinstance(value, (list, tuple)) else type(value).__name__
+
+
+def test_with_other_settings_the_old_defaults_are_said():
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"trainer-0.1.pt: .* \(written by fastff 0.1, whose defaults were .*hidden=0"
+    ):
+        Trainer(network()).load(DATA / "trainer-0.1.pt")

@@ -288,7 +288,8 @@ def test_what_python_does_in_a_block_is_done_in_every_step(kind, window):
 )
 @pytest.mark.parametrize("norm", [NormAct, NormTwice])
 def test_subclasses_of_batch_norm(norm, options, act):
-    sff = SFF(network(lambda c: WithNorm(c, lambda n: norm(n, act, **options))), CLASSES, input_shape=(3, 8, 8))
+    net = network(lambda c: WithNorm(c, lambda n: norm(n, act, **options)))
+    sff = SFF(net, CLASSES, "block", (3, 8, 8))
     assert all(int(b) == 0 for n, b in sff.named_buffers() if n.endswith("num_batches_tracked"))
     naive, data = copy.deepcopy(sff), batches(sff, 3)
     train(Trainer(sff, sgd), data)
@@ -392,7 +393,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_changed_after_sff_counts(name):
-    sff = SFF(network(Doubled), CLASSES, input_shape=(3, 8, 8))
+    sff = SFF(network(Doubled), CLASSES, "block", (3, 8, 8))
     data = batches(sff, 2)
     train(Trainer(sff, sgd), data)
     for module in sff.model.features:

@@ -90,7 +90,7 @@ def calibrate(run, repeats=5):
     run: the implementation that is measured (fastff/ops/goodness.py), whose own SECOND_MOMENT_COST is divided out."""
     cost, ratios = getattr(run, "SECOND_MOMENT_COST", 1.0), []
     for B, C, P, K in CALIBRATION_SHAPES:
-        x, projection, d = torch.randn(B, C, P, 1), Projection(torch.randn(K, C)), torch.randn(B, K)
+        x, projection, d = torch.randn(B, C, P, 1), Projection(torch.randn(K, C, 1, 1)), torch.randn(B, K)
         seconds = {"direct": [], "second_moment": []}
         for _ in range(repeats + 1):
             for algorithm, times in seconds.items():

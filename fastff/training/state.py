@@ -84,7 +84,11 @@ def load(path, trainer):
     try:
         fits.check(saved, type(trainer).__name__, engine)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error.__cause__
+        kept = saved.get("optimizers")
+        old = isinstance(kept, list) and any("class" not in o for o in kept if isinstance(o, dict))
+        defaults = "granularity='block', window=2, hidden=0 and optimizer=fastff.training.optim.adamw(...)"
+        hint = f" (written by fastff 0.1, whose defaults were {defaults})" if old else ""
+        raise CheckpointError(f"{path}: {error}{hint}") from error.__cause__
     for k in place.own_optimizers:
         engine.optimizers[k].load_state_dict(place.state_kept(engine.optimizers[k], saved["optimizers"][k]))
     engine.module.load_state_dict(saved["module"])
