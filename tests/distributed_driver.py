@@ -17,6 +17,7 @@ import fastff
 from benchmarks.scale_processes import tcp_bytes_sent
 from fastff import SFF, Distributed, Trainer
 from fastff.parallel.link import ALIGN, HEADER
+from fastff.training import optim
 from fastff.training.loader import Augment, Loader
 
 CLASSES = 10
