@@ -41,7 +41,10 @@ def trainer(kind):
         return Backprop(sff)
     if kind == "greedy":
         return Trainer(sff, schedule="greedy", window=1)
-    options = {"block": {"window": 1}, "window": {"window": 2}, "fp16": {"window": 1, "amp": "fp16"}}[kind]
+    options = {
+        "block": {"window": 1}, "window": {"window": 2}, "fp16": {"window": 1, "amp": "fp16"}, "pairs": {"plan": "pairs"},
+        "drawn": {"plan": "drawn"}, "finish": {"finish": 0.7},
+    }[kind]  # fmt: skip
     return Trainer(sff, **options)
 
 

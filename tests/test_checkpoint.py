@@ -20,7 +20,10 @@ from fastff.training.checkpoint import CheckpointError
 from fastff.training.fit import Diverged, Interrupted
 
 
-@pytest.mark.parametrize(("kind", "kills"), [("block", 20), ("window", 4), ("greedy", 2), ("fp16", 2), ("backprop", 2)])
+@pytest.mark.parametrize(("kind", "kills"), [
+        ("block", 20), ("window", 4), ("greedy", 2), ("fp16", 2), ("pairs", 4), ("drawn", 4), ("finish", 4), ("backprop", 2),
+    ],
+)  # fmt: skip
 def test_killed_at_random_moments(kind, kills, tmp_path):
     """SIGKILL, go on, SIGKILL, ...: weights, optimisers, scalers, random states and history end equal to the last bit.
 

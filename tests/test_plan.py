@@ -2,13 +2,15 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
 from training_oracle import CLASSES, adamw, assert_same_training, batches, made, naive_training, sgd, train, vector
 
-from fastff import SFF, Trainer, models
+from fastff import SFF, Backprop, Trainer, models
 from fastff import plan as plans
+from fastff.memory import peak_memory
 from fastff.plan import Segment
 
 OVERLAPPING = plans.Turns(((Segment(0, 1), Segment(0, 2), Segment(2, 3)),), "overlapping")
@@ -193,3 +195,66 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, options):
 def test_unusable_plans(options, error, message):
     with pytest.raises(error, match=message):
         Trainer(made(), sgd, **options)
+
+
+# --- memory
+
+
+@pytest.fixture(scope="module")
+def counted():
+    torch.manual_seed(0)
+    net = models.resnet18(CLASSES, stem="cifar", width=16).to(memory_format=torch.channels_last)
+    return SFF(net, CLASSES, input_shape=(3, 16, 16), memory=0.5, batch_size=32)
+
+
+def test_a_step_keeps_to_the_memory_that_was_counted(counted):
+    images = torch.randn(32, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    target = torch.arange(32) % CLASSES
+    memory = counted.segment_memory
+    most = max(memory(*segment) for segment in counted.plan.at(0))
+    trainer = Trainer(copy.deepcopy(counted), adamw)
+    whole = Backprop(SFF(copy.deepcopy(counted.model), CLASSES, input_shape=(3, 16, 16), readout=True), adamw)
+    for loop, expected in ((trainer, most), (whole, memory.backprop)):
+        for _ in range(2):
+            loop.step(images, target)
+        assert peak_memory(lambda loop=loop: loop.step(images, target)) * 2**20 == pytest.approx(expected, rel=0.1)
+    assert most <= 0.5 * memory.backprop
+
+
+def test_the_fewest_segments(counted):
+    memory, found = counted.segment_memory, counted.plan.at(0)
+    assert [i for first, last in found for i in range(first, last + 1)] == list(range(9))
+    for first, second in itertools.pairwise(found):
+        assert memory(first.first, second.last) > 0.5 * memory.backprop, "the two could be one"
+    text = repr(counted)
+    assert all(f"{first} to {last}" in text for first, last in found)
+    assert f"of the {memory.backprop / 2**20:,.1f} MiB of backpropagation" in text
+    late = counted.plan.at(0, start=found[1].first)
+    assert late[0].first == found[1].first and {last for _, last in late} <= {last for _, last in found}
+
+
+def test_counting_leaves_the_network_as_it_is():
+    sff = small(window=1)
+    before, state = copy.deepcopy(sff.state_dict()), torch.get_rng_state()
+    sff.set_plan(memory=0.9)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), sff.state_dict().values(), strict=True))
+    assert all(p.grad is None for p in sff.parameters())
+
+
+def test_too_little_memory_is_refused_with_the_least():
+    with pytest.raises(
+        ValueError, match=r"memory: expected at least 0\.\d\d \(of backpropagation's\) or \d+ bytes, .* got 0.01"
+    ):
+        small(memory=0.01)
+    for wrong in (0, -1, "much"):
+        with pytest.raises(ValueError, match="memory: expected a finite number above 0"):
+            small(memory=wrong)
+    with pytest.raises(ValueError, match="memory: expected None beside a plan"):
+        small(memory=0.5, plan=[8])
+
+
+def test_the_default_plan_is_a_few_segments():
+    sff = small()
+    assert sff.window is None and [tuple(s) for s in sff.plan.at(0)] == [(0, 1), (2, 3), (4, 8)]
+    assert sff.plan.voters == (1, 3, 8)
