@@ -110,8 +110,7 @@ def votes(sff, loader):
     sff.eval()
     counts, total = {}, 0
     for images, target in loader:
-        heads = [sff.heads[i] for i in sff.plan.voters]
-        logits = torch.stack([head.logits(g) for g, head in zip(sff.goodness(images), heads, strict=True)])
+        logits = torch.stack(sff.logits(sff.goodness(images)))
         probabilities = logits.softmax(2)
         half = len(logits) // 2
         combinations = {

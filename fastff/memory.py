@@ -44,13 +44,12 @@ def phases(step, device="cpu"):
         return _cuda_phases(step, device)
     allocated, marks = timeline(lambda: step(_mark))
     ends, found, peak, now = [time for time, _ in marks], [], 0, 0
-    for time, value in [*allocated, (math.inf, None)]:
+    for time, value in [*allocated, (math.inf, allocated[-1][1])]:
         while ends and time > ends[0]:
             found.append(Phase(peak, now))
             peak = now
             ends.pop(0)
-        now = now if value is None else value
-        peak = max(peak, now)
+        now, peak = value, max(peak, value)
     return [*found, Phase(peak, now)]
 
 

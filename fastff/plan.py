@@ -121,13 +121,10 @@ class Budget:
         return tuple(last for _, last in self.at(0))
 
     def at(self, t, start=0, phase=0):
-        count = self.memory.blocks
-        whole = _fewest(self.memory, self.budget, 0, tuple(range(count)))
-        return (
-            whole
-            if start == 0
-            else _fewest(self.memory, self.budget, start, tuple(last for _, last in whole if last >= start))
-        )
+        whole = _fewest(self.memory, self.budget, 0, tuple(range(self.memory.blocks)))
+        if start == 0:
+            return whole
+        return _fewest(self.memory, self.budget, start, tuple(last for _, last in whole if last >= start))
 
 
 def least(memory):

@@ -155,10 +155,10 @@ class SFF(nn.Module):
 
     def outputs(self, images):
         """Yields (main output, goodness [B, K]) block by block; the goodness is None for blocks that do not vote."""
-        alive = (self.check_images(images),)
+        alive, voters = (self.check_images(images),), self.plan.voters
         for index, block in enumerate(self.local_blocks):
             main, *others = block.module(*alive)
-            yield main, block.head(main) if index in self.plan.voters else None
+            yield main, block.head(main) if index in voters else None
             if index + 1 < len(self.blocks):
                 alive = (block.next_input(main), *others)
 
@@ -180,12 +180,15 @@ class SFF(nn.Module):
         """[goodness [B, K] of each block that votes]: all of them, unless the plan has losses for some alone."""
         return [g for _, g in self.outputs(images) if g is not None]
 
+    def logits(self, goodness):
+        """[tau * goodness [B, K]] of the blocks that vote, or of the first of them, of which the loss takes the softmax."""
+        return [self.heads[i].logits(g) for i, g in zip(self.plan.voters, goodness, strict=False)]
+
     def votes(self, goodness):
         """What blocks with these goodness vectors, those that vote or the first of them, say together: [B, K]."""
         if self.vote == "last":
             return goodness[-1]
-        heads = [self.heads[i] for i in self.plan.voters]
-        logits = [head.logits(g) for g, head in zip(goodness, heads, strict=False)]
+        logits = self.logits(goodness)
         if self.vote == "softmax":
             return torch.stack([z.softmax(1) for z in logits]).mean(0)
         if self.vote == "goodness":

@@ -32,8 +32,7 @@ class Trained(NamedTuple):
         if self.backprop:
             return self.sff.model(images).softmax(1), []
         goodness = self.sff.goodness(images)
-        heads = [self.sff.heads[i] for i in self.sff.plan.voters]
-        blocks = [head.logits(g).softmax(1) for head, g in zip(heads, goodness, strict=True)]
+        blocks = [logits.softmax(1) for logits in self.sff.logits(goodness)]
         return self.sff.probabilities(self.sff.votes(goodness)), blocks
 
 

@@ -45,13 +45,15 @@ route_of = functools.lru_cache(256)(Route)
 
 
 class LocalStep:
-    """Args:
-    blocks: LocalBlocks, in order.
-    micro_batches: parts that a minibatch is cut into.
-    autocast: a function that makes the context of forward passes, or None.
-    scalers: a GradScaler or None for each block.
-    place: fastff.training.place.Place, which holds this rank's blocks and is told when the gradients of a block are complete.
-    classifier: trained on the last block's detached output, or None.
+    """Takes minibatches through the blocks of an SFF.
+
+    Args:
+        blocks: LocalBlocks, in order.
+        micro_batches: parts that a minibatch is cut into.
+        autocast: a function that makes the context of forward passes, or None.
+        scalers: a GradScaler or None for each block.
+        place: fastff.training.place.Place, which holds this rank's blocks and is told when the gradients of a block are complete.
+        classifier: trained on the last block's detached output, or None.
     """
 
     def __init__(self, blocks, micro_batches, autocast, scalers, place, classifier=None):

@@ -129,7 +129,7 @@ class LocalEngine:
         self.sff, self.module, self.plan, self.frozen, self.finish = sff, sff, plan, frozen, finish
         self.options, self.device = options, next(sff.parameters()).device
         self.names = [block.name for block in sff.blocks]
-        self.phase, self.phases, self.start = 0, plan.phases, frozen
+        self.phase, self.phases, self.start, self.voters = 0, plan.phases, frozen, plan.voters
         self.labelled, self.classifies = _labelled(sff), sff.heads[0].num_classes is not None
         if sff.readout and not self.labelled:
             text = "expected False with a loss of positive and negative images, which has no labels for a classifier"
@@ -157,8 +157,7 @@ class LocalEngine:
 
     def _learned(self, index):
         """The parameters of a block that this engine's steps may train: not those of a head without a loss."""
-        voter = index in self.plan.voters
-        return self.sff.block_parameters(index) if voter else self.sff.blocks[index].parameters()
+        return self.sff.block_parameters(index) if index in self.voters else self.sff.blocks[index].parameters()
 
     def _measure(self):
         """Return the seconds of each chain of blocks, measured on a copy."""
@@ -210,7 +209,7 @@ class LocalEngine:
         """The segments of step t, with one for the head of each frozen block that learns."""
         if self.phases > 1:
             return self.plan.at(t, self.start, self.phase)
-        heads = [i for i in self.plan.voters if i < self.frozen and self.block_optimizers[i] is not None]
+        heads = [i for i in self.voters if i < self.frozen and self.block_optimizers[i] is not None]
         finished = self.start > self.frozen
         segments = self.plan.at(t, self.start) if finished else plans.starting_at(self.frozen, self.plan.at(t))
         return (*(plans.Segment(i, i) for i in heads), *segments)
@@ -231,14 +230,14 @@ class LocalEngine:
     @torch.no_grad()
     def scores(self, images):
         """Return {"vote": [B, K], "block 0": ..., "readout": ...}."""
-        goodness, alive = [], (images,)
+        goodness, alive, voters = [], (images,), self.sff.plan.voters
         for index, block in enumerate(self.sff.local_blocks):
             with self._autocast():
                 main, *others = block.outputs(*alive)
-            if index in self.sff.plan.voters:
+            if index in voters:
                 goodness.append(block.head(main))
             alive = (block.next_input(main), *others)
-        names = [f"block {i}" for i in self.sff.plan.voters]
+        names = [f"block {i}" for i in voters]
         found = {"vote": self.sff.votes(goodness)} | dict(zip(names, goodness, strict=True))
         if self.sff.readout:
             with self._autocast():
