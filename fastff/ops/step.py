@@ -65,7 +65,8 @@ def _run(step, impl):
     found |= {name: as_result_of(x, found[name]) if asked else None for name, asked in _as_x(step).items()}
     for name, parameter in _parameters(step).items():
         found[name] = None if parameter is None else found[name].to(parameter.dtype).contiguous()
-    found |= {"loss": reference.reduced(result.loss, loss.reduction), "goodness": result.goodness.contiguous()}
+    reduced = result.loss if result.loss.dim() == 0 else reference.reduced(result.loss, loss.reduction)
+    found |= {"loss": reduced, "goodness": result.goodness.contiguous()}
     return StepResult(**found)
 
 

@@ -15,7 +15,8 @@ FILE = "blocks.json"
 
 
 class Blocks(NamedTuple):
-    """Sizes of a launch: samples, positions, channels and classes of a tile, cells of the grid, warps of the sweeps and of the head."""
+    """Sizes of a launch: samples, positions, channels and classes of a tile, cells of the grid, warps of the sweep; classes of a tile and warps of
+    second moment's head."""
 
     NS: int
     BP: int
@@ -23,35 +24,46 @@ class Blocks(NamedTuple):
     BK: int
     BG: int
     warps: int
-    head_warps: int
+    HK: int = 16
+    head_warps: int = 4
+
+
+MOST_CLASSES = 128  # of the direct algorithm: g, d and a row of a are in registers
 
 
 def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False):
-    """The heuristic table, for 64 K registers and 160 KiB of shared memory (sm_80, 90, 100); tests/test_triton.py compiles all of it.
-
-    Direct holds a tile X [BC, R] in shared memory and its gradient [BC, R] in registers, with one [BK, BC] of W at a time; R is what leaves no
-    spill. 16 bits: 16 K elements, on tensor cores; 16 positions and twice the warps from BC = 512 on. float32: products are FMA, whose
-    operands take registers too: 4 K elements, BC <= 256.
-    Second moment holds S or M [BC, BC] in registers: at BC = 128 that is 128 a thread with 4 warps, so it has 8 (16 in float32).
-    With an epilogue, y and the residual of a tile are in registers beside it: half as many positions, 8 warps in the head from float16 on."""
+    """The heuristic table, for 64 K registers; tests/test_triton.py compiles all of it. None where nothing fits (`refusal` says why)."""
     narrow = itemsize == 2
     BC = max(16, triton.next_power_of_2(C))
-    most = triton.next_power_of_2(P)
+    most = max(16, triton.next_power_of_2(P))
     BG = max(16, triton.next_power_of_2(cells)) if cells else 16
     if algorithm == "second_moment":
         warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
         positions = (64 if narrow and not cells else 32) // (2 if epilogue else 1)
-        return Blocks(1, min(max(16, most), positions), BC, 16 if BC > 64 else 32, BG, warps, warps)
-    R = max(16, min(64, (16384 if narrow and BC < 512 else 4096) // BC) // (2 if epilogue else 1))
-    BP = min(R, most)
+        return Blocks(1, min(most, positions), BC, 16 if BC > 64 else 32, BG, warps, min(64, max(16, triton.next_power_of_2(K))), 8)
+    BK = max(16, triton.next_power_of_2(K))
+    if BK > MOST_CLASSES:
+        return None
+    BC = min(BC, 128 if narrow else 64)
+    R = 64
+    warps = 4 if BC <= 64 else 8
+    BP = min(R, triton.next_power_of_2(P))
     NS = max(R // BP, 1)
     while NS > 1 and NS * BP > 16 and NS // 2 >= B:
         NS //= 2
     if cells:  # the grid's products have NS BG columns
         NS = min(NS, max(1, 16 // BP, 64 // BG))
-    BK = min(max(16, triton.next_power_of_2(K)), 32 if BC <= 128 and narrow else 16)
-    warps = 16 if BC > 256 else 8 if BC > 128 or not narrow or (epilogue and BC > 64) else 4 if BC > 16 else 2
-    return Blocks(NS, BP, BC, BK, BG, warps, warps if narrow or epilogue else 4)
+    return Blocks(NS, BP, BC, BK, BG, warps)
+
+
+def refusal(algorithm, C, K):
+    """Why `table` has no sizes."""
+    return f"direct holds the classes of a sample in registers, at most {MOST_CLASSES}, the head has {K}"
+
+
+def resident(blocks):
+    """Programs that a multiprocessor runs at a time: 64 K registers, of which a thread may take 255."""
+    return max(1, 8 // blocks.warps)
 
 
 def device_name(device):

@@ -49,49 +49,24 @@ def gradient_scale(loss: LossArguments):
 
 
 @triton.jit
-def cross_entropy(g, d, loss: LossArguments, n, B, K, NS: tl.constexpr, BK: tl.constexpr):
-    """Margin cross-entropy of the samples n [NS], by an online softmax over tiles of BK classes.
+def cross_entropy(g, n, k, loss: LossArguments, B, K):
+    """Margin cross-entropy of the samples n [NS] from their goodness g [NS, KP] of the classes k [KP], as `of_goodness` returns it.
 
     A label outside 0..K-1 makes its sample's loss NaN."""
-    valid = n < B
-    t = tl.load(loss.target + n, mask=valid, other=0)
-    tau, smoothing = loss.tau, loss.label_smoothing
+    t = tl.load(loss.target + n, mask=n < B, other=0)
+    tau = loss.tau
     if loss.learned_tau is not None:
         tau *= tl.load(loss.learned_tau).to(tl.float32)
-    scale = gradient_scale(loss)
-    top = tl.full([NS], float("-inf"), tl.float32)
-    total = tl.zeros([NS], tl.float32)
-    hit_u = tl.zeros([NS], tl.float32)
-    sum_u = tl.zeros([NS], tl.float32)
-    for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        known = (k < K)[None, :]
-        hit = k[None, :] == t[:, None]
-        gk = tl.load(g + n[:, None] * K + k[None, :], mask=valid[:, None] & known, other=0.0)
-        u = gk * tau - tl.where(hit, loss.margin, 0.0)
-        masked = tl.where(known, u, float("-inf"))
-        new = tl.maximum(top, tl.max(masked, 1))
-        total = total * tl.exp(top - new) + tl.sum(tl.exp(masked - new[:, None]), 1)
-        top = new
-        hit_u += tl.sum(tl.where(hit, u, 0.0), 1)
-        sum_u += tl.sum(tl.where(known, u, 0.0), 1)
-    lse = top + tl.log(total)
-    value = lse - (1 - smoothing) * hit_u - smoothing / K * sum_u
-    value = tl.where((t >= 0) & (t < K), value, float("nan"))
-    tl.store(loss.losses + n, value, mask=valid)
-    grad_tau = tl.zeros([NS], tl.float32)
-    for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        known = valid[:, None] & (k < K)[None, :]
-        hit = k[None, :] == t[:, None]
-        gk = tl.load(g + n[:, None] * K + k[None, :], mask=known, other=0.0)
-        u = gk * tau - tl.where(hit, loss.margin, 0.0)
-        q = tl.where(hit, 1 - smoothing, 0.0) + smoothing / K
-        dk = (tl.exp(u - lse[:, None]) - q) * scale
-        grad_tau += tl.sum(tl.where(known, dk * gk, 0.0), 1)
-        tl.store(d + n[:, None] * K + k[None, :], dk * tau, mask=known)
-    if loss.grad_tau is not None:
-        tl.store(loss.grad_tau + n, grad_tau, mask=valid)
+    known = (k < K)[None, :]
+    hit = k[None, :] == t[:, None]
+    u = g * tau - tl.where(hit, loss.margin, 0.0)
+    masked = tl.where(known, u, float("-inf"))
+    top = tl.max(masked, 1)
+    lse = top + tl.log(tl.sum(tl.exp(masked - top[:, None]), 1))
+    q = tl.where(hit, 1 - loss.label_smoothing, 0.0) + loss.label_smoothing / K
+    value = tl.where((t >= 0) & (t < K), lse - tl.sum(tl.where(known, q * u, 0.0), 1), float("nan"))
+    slope = tl.where(known & (n < B)[:, None], (tl.exp(u - lse[:, None]) - q) * gradient_scale(loss), 0.0)
+    return slope * tau, value, tl.sum(slope * tl.where(known, g, 0.0), 1) * loss.tau
 
 
 @triton.jit
@@ -120,44 +95,50 @@ def of_pairs(positive, negative, alpha, LOSS: tl.constexpr):
 
 
 @triton.jit
-def forward_forward(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: tl.constexpr, BK: tl.constexpr):
-    """The other losses: of the samples n [NS], the first half of which are positive, or of the pairs n and n + B / 2."""
-    half = B // 2
-    BY_SAMPLE: tl.constexpr = (LOSS != SYMBA) and (LOSS != SWISH_SYMBA)
-    valid = n < (B if BY_SAMPLE else half)
-    scale = gradient_scale(loss) / K
-    total = tl.zeros([NS], tl.float32)
-    for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        known = valid[:, None] & (k < K)[None, :]
-        at = n[:, None] * K + k[None, :]
-        gk = tl.load(g + at, mask=known, other=0.0)
-        if BY_SAMPLE:
-            value, dk = of_samples(gk, (n < half)[:, None], loss, LOSS)
-            tl.store(d + at, dk * scale, mask=known)
-        else:
-            partner = at + half * K
-            value, dk = of_pairs(gk, tl.load(g + partner, mask=known, other=0.0), loss.alpha, LOSS)
-            tl.store(d + partner, dk * scale, mask=known)
-            tl.store(d + at, -dk * scale, mask=known)
-        total += tl.sum(tl.where(known, value, 0.0), 1)
-    tl.store(loss.losses + n, total / K, mask=valid)
-
-
-@triton.jit
-def losses_of(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: tl.constexpr, BK: tl.constexpr):
-    """Read g of the samples (or pairs) n [NS]; write their losses, d, and d(loss)/d(learned_tau) where there is a pointer for it."""
+def of_goodness(g, n, k, loss: LossArguments, B, K, LOSS: tl.constexpr):
+    """(d [NS, KP], losses [NS], d(loss)/d(learned_tau) [NS]) of the samples n [NS], of which the first half are positive, from their goodness
+    g [NS, KP] of the classes k [KP]; d is 0 where there is no sample or class. Not for the losses of pairs."""
     if LOSS == CROSS_ENTROPY:
-        cross_entropy(g, d, loss, n, B, K, NS, BK)
+        d, value, grad_tau = cross_entropy(g, n, k, loss, B, K)
     else:
-        forward_forward(g, d, loss, n, B, K, LOSS, NS, BK)
+        known = (n < B)[:, None] & (k < K)[None, :]
+        value, slope = of_samples(g, (n < B // 2)[:, None], loss, LOSS)
+        d = tl.where(known, slope * (gradient_scale(loss) / K), 0.0)
+        value = tl.sum(tl.where(known, value, 0.0), 1) / K
+        grad_tau = value * 0
+    return d, value, grad_tau
 
 
 @triton.jit
-def loss_kernel(g, d, loss: LossArguments, B, K, LOSS: tl.constexpr, NS: tl.constexpr, BK: tl.constexpr):
+def losses_of(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: tl.constexpr, KP: tl.constexpr):
+    """Read g [B, K] of the samples (or of the pairs n and n + B / 2) n [NS]; write their losses, d, and d(loss)/d(learned_tau) where there is a
+    pointer for it. KP: a power of two, at least K."""
+    k = tl.arange(0, KP)
+    half = B // 2
+    at = n[:, None] * K + k[None, :]
+    if (LOSS == SYMBA) or (LOSS == SWISH_SYMBA):
+        valid = n < half
+        known = valid[:, None] & (k < K)[None, :]
+        positive, negative = tl.load(g + at, mask=known, other=0.0), tl.load(g + half * K + at, mask=known, other=0.0)
+        value, dk = of_pairs(positive, negative, loss.alpha, LOSS)
+        dk *= gradient_scale(loss) / K
+        tl.store(d + half * K + at, dk, mask=known)
+        dk = -dk
+        value = tl.sum(tl.where(known, value, 0.0), 1) / K
+    else:
+        valid = n < B
+        known = valid[:, None] & (k < K)[None, :]
+        dk, value, grad_tau = of_goodness(tl.load(g + at, mask=known, other=0.0), n, k, loss, B, K, LOSS)
+        if loss.grad_tau is not None:
+            tl.store(loss.grad_tau + n, grad_tau, mask=valid)
+    tl.store(d + at, dk, mask=known)
+    tl.store(loss.losses + n, value, mask=valid)
+
+
+@triton.jit(do_not_specialize=["B"])
+def loss_kernel(g, d, loss: LossArguments, B, K, LOSS: tl.constexpr, NS: tl.constexpr, KP: tl.constexpr):
     """The loss by itself: NS samples (or pairs) a program."""
-    n = tl.program_id(0).to(tl.int64) * NS + tl.arange(0, NS)
-    losses_of(g, d, loss, n, B, K, LOSS, NS, BK)
+    losses_of(g, d, loss, tl.program_id(0).to(tl.int64) * NS + tl.arange(0, NS), B, K, LOSS, NS, KP)
 
 
 def buffers(loss, g):
@@ -168,8 +149,8 @@ def buffers(loss, g):
 
 def run(g, d, loss, losses, grad_tau):
     """Write losses, d and grad_tau of g [B, K] in a launch of its own."""
-    B, K = g.shape
-    tile = min(max(16, triton.next_power_of_2(K)), 256)
-    loss_kernel[(-(-B // 4),)](
-        g, d, arguments(loss, B, losses, grad_tau), B, K, LOSS=constant(loss), NS=4, BK=tile, num_warps=4
-    )
+    (B, K), KP = g.shape, triton.next_power_of_2(g.shape[1])
+    NS = 4 if KP <= 1024 else 1
+    loss_kernel[(-(-B // NS),)](
+        g, d, arguments(loss, B, losses, grad_tau), B, K, LOSS=constant(loss), NS=NS, KP=KP, num_warps=4 if KP <= 4096 else 16
+    )  # fmt: skip

@@ -1,40 +1,42 @@
-"""Goodness, its loss and its local gradient as Triton kernels whose programs take whole samples.
+"""Goodness, its loss and its local gradient as persistent Triton kernels, whose programs take whole samples, one after another.
 
-One launch for a batch (no spatial term, enough samples to fill the GPU): a program reads its samples once from device memory, computes
-goodness, the loss and d, and goes over them a second time, out of the L2 cache, for the gradient and the layer-normalised next input.
+One sweep for a batch: a program reads a sample once from device memory, computes goodness, the loss and d, and goes over it a second time, out of
+the L2 cache, for the gradient and the layer-normalised next input.
 
-    first sweep    direct: a = W X by tiles, g = mean a^2        second moment: S = X X^T / P, g = w^T S w + 2 beta (w . mu) + beta^2
+    first part     direct: a = W x by tiles, g = mean a^2        second moment: S = X X^T / P, g = w^T S w + 2 beta (w . mu) + beta^2
     loss           from g of the program's samples: loss, d = dL/dg, dL/dtau
-    second sweep   direct: dL/dx = (2/P) W^T (d * a), a recomputed   second moment: dL/dx = (2/P)(M X + c), M = W^T diag(d) W
-    head           a second, small launch: dL/dW (and dL/dbeta), partial sums over groups of samples, added in a fixed order
+    second part    direct: dL/dx = (2/P) W^T (d * a), dL/dW      second moment: dL/dx = (2/P)(M X + c), M = W^T diag(d) W
+    head           second moment only, a launch of its own: dL/dW from S
+    reduce         a small launch: what the programs have added up over their samples (dL/dW, losses, sums of batch norm), in a fixed order
 
-The same kernels run in pieces where a piece needs the whole batch between the sweeps: with the spatial term (its [B, C G^2] x [C G^2, K]
-product is cuBLAS's), with losses of pairs, and with few large samples, which several programs share (partial sums again added in a fixed
-order). No floating-point atomics: the same input gives the same bits.
+The same kernels run in pieces where a piece needs the whole batch between the two parts: with a hidden layer of the spatial term or grid weights too
+large to be read for each group of samples (their products are cuBLAS's), with losses of pairs, and with few large samples, which several programs
+share (partial sums again added in a fixed order). No floating-point atomics: the same input gives the same bits.
 
-Bytes: x read twice (the second time mostly from L2), dL/dx and the next input written once; the floor is three times x. Products: direct
-5 P C K multiply-adds a sample (a three times), second moment 2 P C^2 + 3 K C^2. float32 accumulation; float32 products in TF32 only where
-torch.backends.cuda.matmul.allow_tf32 says so, S and M of 16-bit inputs in TF32. Kernel sizes 3 and 5, and the spatial term without squares,
-are not fused: they run on PyTorch's operators, whose convolutions are cuDNN's.
+Bytes: x read twice (the second time mostly from L2), dL/dx and the next input written once; the floor is three times x. Direct: in pieces of BC
+channels, x is read from L2 2 C / BC + 1 times. Products: direct 4 P C K multiply-adds a sample (a twice; 3 where a sample is one tile), second moment
+2 P C^2 + 3 K C^2. float32 accumulation; float32 products in TF32 only where torch.backends.cuda.matmul.allow_tf32 says so, S and M of 16-bit inputs
+in TF32. What `reason` refuses runs on PyTorch's operators: kernel sizes 3 and 5 (cuDNN), the spatial term without squares, many classes under direct.
 
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
 
 import torch
+import triton
 
 from fastff import spec
-from fastff.kernels.layout import dense, empty_like
+from fastff.kernels.layout import dense, empty_like, is_channels_last
 from fastff.kernels.torch import goodness as torch_goodness
-from fastff.kernels.triton import blocks, epilogue, group_goodness, loss, normalization
-from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scratch, Shape
+from fastff.kernels.triton import blocks, epilogue, group_goodness, launch, loss, normalization
+from fastff.kernels.triton.goodness import grid, reduce
+from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scratch
 from fastff.kernels.triton.goodness.direct import direct
-from fastff.kernels.triton.goodness.grid import Grid, GridTerm, grid_sizes
-from fastff.kernels.triton.goodness.head import head_direct, head_second_moment
-from fastff.kernels.triton.goodness.second_moment import second_moment
+from fastff.kernels.triton.goodness.second_moment import head_second_moment, second_moment
 from fastff.kernels.triton.launch import constants, multiprocessors, on_device, shares, strides
 
 SECOND_MOMENT_CHANNELS = 128  # S [C, C] lives in registers
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
+GRID_BYTES = 2**28  # of the grid's weights that a launch reads, at most, for all its groups of samples: from L2 about 50 us
 
 
 class Launch:
@@ -44,191 +46,198 @@ class Launch:
         self.x = dense(x)
         B, C, H, W = x.shape
         weight, bias, grid_weight, *_ = projection
-        self.head = Head(weight.flatten(1).contiguous(), None if bias is None else bias.contiguous())
+        K, self.B = len(weight), B
+        cells = grid.grid_sizes(grid_weight, x)
+        many = 0 if grid_weight is None else cells[0] * cells[1]
         self.second_moment = plan.algorithm == "second_moment"
-        self.shape = Shape(B, C, H * W, H, W, len(weight))
         self.source = epilogue.Source(self.x, None, None, *strides(self.x)) if around is None else around.source
-        cells = grid_sizes(grid_weight, x)
-        self.blocks = sizes or blocks.sizes(
-            x.device,
-            plan.algorithm,
-            B,
-            C,
-            H * W,
-            len(weight),
-            cells[0] * cells[1],
-            x.element_size(),
-            around is not None,
-        )
-        self.groups = -(-B // self.blocks.NS)
-        self.positions, self.parts = self._parts()
-        self.fused = self.parts == 1 and grid_weight is None
-        self.grid = None if grid_weight is None else GridTerm(projection, self.x, self.parts)
-        self.channel_sums = None if around is None else self._new(self.groups * self.parts, 2, C)
-        self.scratch = Scratch(
-            self._new(B, len(weight)), self._new(B, len(weight)), self._new(self.parts, 2, B),
-            self._new(self.parts, B, C, C) if self.second_moment else None,
-            self._new(self.parts, B, C) if self.second_moment and bias is not None else None,
-        )  # fmt: skip
+        self.blocks = b = sizes or _blocks(x, plan, K, many, around is not None)
+        self.tiles, self.groups, self.chunks = -(-H * W // b.BP), -(-B // b.NS), -(-C // b.BC)
+        self.processors = multiprocessors(x.device)
+        # several programs a sample where samples are large, or leave half of the multiprocessors without any
+        few = 2 * self.groups * self.chunks <= self.processors
+        each, self.parts = shares(self.tiles, self.processors // (self.groups * self.chunks) if few else 1)
+        self.positions = each * b.BP
         exact = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         narrow = x.dtype != torch.float32
-        b = self.blocks
         self.config = Config(
-            False, False, None, False, 0, around and around.config.ACTIVATION, "tf32" if narrow else exact, "tf32" if narrow else exact,
-            "tf32" if narrow else "tf32x3", b.NS, b.BP, b.BC, b.BK, b.BG,
+            C, H * W, H, W, K, *cells, is_channels_last(self.x), b.NS, b.BP, b.BC, b.BK, b.BG, triton.next_power_of_2(K),
+            around and around.config.ACTIVATION, "tf32" if narrow else exact, "tf32" if narrow else exact, "tf32" if narrow else "tf32x3",
+            0, False, False, None, False,
         )  # fmt: skip
+        self.grid = None if grid_weight is None else grid.GridTerm(projection, self.x)
+        again = 4 * K * C * many * self.groups * (self.chunks + 1)
+        self.grid_inside = many and not self.second_moment and projection.hidden is None and again <= GRID_BYTES
+        inside = self.grid.weight[..., : cells[0], : cells[1]].contiguous() if self.grid_inside else None
+        self.head = Head(weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(), inside)
+        second = self.second_moment
+        self.scratch = Scratch(
+            self._new(self.parts, B, K), self._new(B, K), self._new(self.parts, 2, B),
+            self._new(self.parts, B, C, C) if second else None, self._new(self.parts, B, C) if second and bias is not None else None,
+            self._new(self.parts, B, C, *cells) if many else None, None, self._new(self.chunks, B, K) if self.grid_inside else None,
+        )  # fmt: skip
+        self.weights = self.sums = None
 
     def _new(self, *shape):
         return torch.empty(shape, device=self.x.device, dtype=torch.float32)
 
-    def _parts(self):
-        """(positions of a program, programs a sample): several where samples are large, or do not fill two programs a multiprocessor."""
-        each, parts = shares(
-            -(-self.shape.P // self.blocks.BP), 2 * multiprocessors(self.x.device) // max(1, self.groups)
-        )
-        return each * self.blocks.BP, parts
-
-    def sweep(
-        self, stages, arguments=loss.NO_LOSS, grad_x=None, normalized=None, cells=None, eps=0.0, g=None, **constant
-    ):
+    def sweep(self, stages, arguments=loss.NO_LOSS, grad_x=None, normalized=None, eps=0.0, parts=None, **constant):
         """Launch these stages ("first", "head", "loss", "second") of the algorithm's kernel."""
-        out = grad_x if grad_x is not None else normalized if normalized is not None else self.x
-        result = Result(grad_x, normalized, self.channel_sums, *strides(out))
-        means = self.grid.means if self.grid is not None and "first" in stages else None
-        grid = Grid(means, cells, *(self.grid.sizes if self.grid else (0, 0)))
-        scratch = self.scratch if g is None else self.scratch._replace(g=g)
+        b, parts = self.blocks, parts or self.parts
+        items, tiles = self.groups * parts, -(-self.positions // b.BP)
+        wanted = max(1, blocks.resident(b) * self.processors // self.chunks)
+        share = max(1, min(-(-items // wanted), 4 * launch.MOST // tiles))
+        programs, scratch = -(-items // share), self.scratch
+        if "second" in stages:
+            C, K = self.config.C, self.config.K
+            self.weights = None if self.second_moment else self._new(programs, K * C + K)
+            self.sums = self._new(programs, 2 * C + 2)
+        else:
+            scratch = scratch._replace(cells=None)
+        if "first" not in stages:
+            scratch = scratch._replace(means=None)
+        result = Result(grad_x, normalized, self.weights, self.sums)
         config = self.config._replace(
             FIRST="first" in stages, HEAD="head" in stages and self.second_moment, SECOND="second" in stages, **constant
         )
         kernel = second_moment if self.second_moment else direct
-        kernel[self.groups, 1 if stages == ("head",) else self.parts](
-            self.source, result, self.head, scratch, grid, arguments, self.shape, self.positions, eps, constants(config),
-            num_warps=self.blocks.warps,
+        kernel[programs, self.chunks](
+            self.source, self.head, scratch, result, arguments, self.B, self.positions, parts, eps, constants(config),
+            num_warps=b.warps,
         )  # fmt: skip
 
     def first(self):
-        """Compute g, with what the later stages need: sums, S and mu, cell means."""
-        several = self.parts > 1
-        if self.second_moment:
-            self.sweep(("first",) if several else ("first", "head"))
-            if several:
-                self._add_up("second", "mu")
-                self.sweep(("head",))
-        else:
-            g = self._new(self.parts, *self.scratch.g.shape) if several else self.scratch.g
-            self.sweep(("first",), g=g)
-            self.scratch = self.scratch._replace(g=g.sum(0) if several else g)
-        if several:
+        """Compute g, with what the later stages need: sums, S and mu, means over cells."""
+        self.sweep(("first", "head") if self.parts == 1 else ("first",))
+        if self.parts > 1:
             sums = normalization.joined_parts(
-                self.scratch.sums, self.shape.C * self.shape.P, self.shape.C * self.positions
+                self.scratch.sums, self.config.C * self.config.P, self.config.C * self.positions
             )
-            self.scratch = self.scratch._replace(sums=sums)
+            added = {
+                name: part.sum(0, keepdim=True)
+                for name in ("g", "second", "mu", "means")
+                if (part := getattr(self.scratch, name)) is not None and (name != "g" or not self.second_moment)
+            }
+            self.scratch = self.scratch._replace(sums=sums, **added)
+            if self.second_moment:
+                self.sweep(("head",), parts=1)
         if self.grid is not None:
-            self.scratch.g.add_(self.grid.goodness(self.x))
-
-    def _add_up(self, *names):
-        sums = {name: part.sum(0) for name in names if (part := getattr(self.scratch, name)) is not None}
-        self.scratch = self.scratch._replace(**sums)
+            self.scratch.g[0].add_(self.grid.goodness(self.scratch.means[0]))
 
     def cells(self):
-        """The gradient of the means over cells for the d in scratch, or None."""
-        if self.grid is None:
-            return None
-        self.grid.backward(self.scratch.d)
-        return self.grid.cells
+        """Compute the gradients of the spatial term, if there is one, from d in scratch, after `first`."""
+        if self.grid is not None:
+            self.scratch = self.scratch._replace(cells=self.grid.backward(self.scratch.d))
 
-    def head_gradients(self):
-        """dL/dW [K, C, 1, 1], dL/dbeta, dL/dV for the d in scratch, after `cells`; None where there is no such parameter."""
-        B, C, K = self.shape.B, self.shape.C, self.shape.K
-        tiles = -(-K // self.blocks.BK)
-        units = B if self.second_moment else self.groups * -(-self.shape.P // self.blocks.BP)
-        share, parts = shares(units, 2 * multiprocessors(self.x.device) // tiles, times=4)
-        partial, config, d = self._new(parts, K, C), constants(self.config), self.scratch.d
-        grad_bias = None
+    def reduced(self, inside=False):
+        """(dL/dW [K, C, 1, 1], dL/dbeta, dL/dV, sums of dL/dh and dL/dh (y - mean) [2, C], the reduced loss, dL/dtau), after the second sweep, the
+        last two of a fused one; gradients are None where there is no such parameter. `inside`: whether dL/dV is computed here."""
+        C, K, b = self.config.C, self.config.K, self.blocks
         if self.second_moment:
+            tiles = -(-K // b.HK)
+            share, parts = shares(self.B, 2 * self.processors // tiles, times=4)
+            self.weights = self._new(parts, K * C + K)
             head_second_moment[tiles, parts](
-                self.head, self.scratch, partial, self.shape, share, config, num_warps=self.blocks.head_warps
-            )
-            grad_weight = partial.sum(0)
-            if self.head.bias is not None:
-                beta, mu = self.head.bias.float(), self.scratch.mu.view(B, C)
-                grad_weight += 2 * beta[:, None] * (d.T @ mu)
-                grad_bias = 2 * (d * (mu @ self.head.weight.float().T + beta)).sum(0)
-        else:
-            part_bias = None if self.head.bias is None else self._new(parts, K)
-            largest = d.abs().amax().view(1) if self.x.dtype == torch.float16 else None
-            head_direct[tiles, parts](
-                self.source, self.head, self.scratch, largest, partial, part_bias, self.shape, self.groups, share, config,
-                num_warps=self.blocks.head_warps,
+                self.head, self.scratch, self.weights, self.B, share, constants(self.config._replace(BK=b.HK)), num_warps=b.head_warps
             )  # fmt: skip
-            grad_weight = partial.sum(0)
-            grad_bias = None if part_bias is None else part_bias.sum(0)
-        grad_grid = None if self.grid is None else self.grid.grads[0]
-        return grad_weight.view(K, C, 1, 1), grad_bias, grad_grid
+        out = self._new(K * C + K + 2 * C + 2)
+        grad_grid = self._new(K, C, self.config.GH, self.config.GW) if inside else None
+        programs = sum(-(-n // 128) for n in (K * C + K, 2 * C + 2)) + (-(-grad_grid[0].numel() // 64) if inside else 0)
+        reduce.reduce[programs,](
+            self.weights, len(self.weights), self.sums, len(self.sums), out, self.scratch, grad_grid, self.B,
+            constants(self.config), num_warps=4,
+        )  # fmt: skip
+        weight, bias, sums, (value, grad_tau) = out.split([K * C, K, 2 * C, 2])
+        if self.grid is not None and not inside:
+            grad_grid = self.grid.grads[0]
+        elif inside and grad_grid.shape != self.grid.weight.shape:
+            padded = torch.zeros_like(self.grid.weight)
+            padded[..., : self.config.GH, : self.config.GW] = grad_grid
+            grad_grid = padded
+        bias = None if self.head.bias is None else bias
+        return weight.view(K, C, 1, 1), bias, grad_grid, sums.view(2, C), value, grad_tau
 
     def step(self, wanted, normalize, grad_x):
-        """The StepResult of a spec.Loss and a spec.Normalization; grad_x, where there is one, is written."""
-        losses, grad_tau = loss.buffers(wanted, self.scratch.g)
+        """(StepResult of a spec.Loss and a spec.Normalization, sums of dL/dh and dL/dh (y - mean)); grad_x, where there is one, is written."""
+        losses, of_tau = loss.buffers(wanted, self.scratch.g[0])
+        arguments = loss.arguments(wanted, self.B, losses, of_tau)
         normalized = None if normalize.name == "none" else empty_like(self.x)
         second = {
             "grad_x": grad_x, "normalized": normalized, "NORM": normalization.constant(normalize), "eps": normalize.eps,
         }  # fmt: skip
-        if self.fused and wanted.name not in spec.PAIRED_LOSSES:
-            arguments = loss.arguments(wanted, self.shape.B, losses, grad_tau)
+        fused = self.parts == 1 and (self.grid is None or self.grid_inside) and wanted.name not in spec.PAIRED_LOSSES
+        if fused:
+            if self.grid is not None:
+                self.scratch = self.scratch._replace(cells=torch.empty_like(self.scratch.means[0]))
             self.sweep(("first", "head", "loss", "second"), arguments, LOSS=loss.constant(wanted), **second)
         else:
             self.first()
-            loss.run(self.scratch.g, self.scratch.d, wanted, losses, grad_tau)
-            self.sweep(("second",), cells=self.cells(), **second)
-        grads = self.head_gradients()
-        grad_tau = None if grad_tau is None else grad_tau.sum() * wanted.tau
-        result = spec.StepResult(losses, self.scratch.g, grad_x, *grads, grad_tau, normalized)
-        if self.grid is None or self.grid.hidden is None:
-            return result
-        return result.with_hidden(self.grid.grads[1:], *self.grid.statistics)
+            loss.run(self.scratch.g[0], self.scratch.d, wanted, losses, of_tau)
+            self.cells()
+            self.sweep(("second",), parts=self.parts, **second)
+        *grads, sums, value, grad_tau = self.reduced(fused and self.grid is not None)
+        if not fused:
+            grad_tau = None if of_tau is None else of_tau.sum()
+        elif wanted.reduction != "none":
+            losses = value
+        grad_tau = None if of_tau is None else grad_tau
+        result = spec.StepResult(losses, self.scratch.g[0], grad_x, *grads, grad_tau, normalized)
+        if self.grid is not None and self.grid.hidden is not None:
+            result = result.with_hidden(self.grid.grads[1:], *self.grid.statistics)
+        return result, sums
 
 
-def fits(x, projection):
-    """Whether the kernels here take these arguments; otherwise PyTorch's convolutions and products do."""
+def _blocks(x, plan, classes, cells, epilogue):
+    """Sizes of the launch's blocks, or None where no such launch fits."""
+    B, C, H, W = x.shape
+    return blocks.sizes(x.device, plan.algorithm, B, C, H * W, classes, cells, x.element_size(), epilogue)
+
+
+def reason(x, projection, plan, epilogue=False):
+    """Why the kernels here do not take these arguments, or None: PyTorch's convolutions and products compute them then."""
     weight = projection.weight
-    return weight is not None and weight.shape[2:] == (1, 1) and tuple(projection.padding) == (0, 0) and x.numel() > 0
-
-
-def fits_with_epilogue(y, plan):
-    """Whether y, the residual and what is made of them fit beside a tile of the sweeps without spilling (tests/test_triton.py)."""
-    return plan.algorithm == "second_moment" or y.shape[1] <= (256 if y.element_size() == 2 else 64)
+    if weight is None:
+        return "a head without squares is a matrix product"
+    if weight.shape[2:] != (1, 1) or tuple(projection.padding) != (0, 0):
+        return "heads of 3 x 3 and 5 x 5 are convolutions"
+    if x.numel() == 0:
+        return "there are no samples"
+    cells = grid.grid_sizes(projection.grid_weight, x) if projection.grid_weight is not None else (0, 0)
+    if _blocks(x, plan, len(weight), cells[0] * cells[1], epilogue) is None:
+        return blocks.refusal(plan.algorithm, x.shape[1], len(weight))
+    return None
 
 
 def goodness(x, projection, plan):
     """g [B, K] float32."""
-    if not fits(x, projection):
+    if reason(x, projection, plan):
         return torch_goodness.goodness(x, projection, plan)
     with on_device(x):
         launch = Launch(x, projection, plan)
         launch.first()
-        return launch.scratch.g
+        return launch.scratch.g[0]
 
 
 def goodness_backward(d, x, projection, plan, need_grad_x):
     """Gradients of sum(d * g): (x or None, weight, bias, grid_weight)."""
-    if not fits(x, projection):
+    if reason(x, projection, plan):
         return torch_goodness.goodness_backward(d, x, projection, plan, need_grad_x)
     with on_device(x):
         launch = Launch(x, projection, plan)
         if launch.second_moment or launch.grid is not None:
             launch.first()
         launch.scratch = launch.scratch._replace(d=d.float().contiguous())
-        grad_x, cells = empty_like(x) if need_grad_x else None, launch.cells()
-        if need_grad_x:
-            launch.sweep(("second",), grad_x=grad_x, cells=cells)
-        return grad_x, *launch.head_gradients()
+        launch.cells()
+        grad_x = empty_like(x) if need_grad_x else None
+        launch.sweep(("second",), grad_x=grad_x)
+        return grad_x, *launch.reduced()[:3]
 
 
 def step(step, plan):
-    """The StepResult of a spec.Step with a Projection, its losses not reduced."""
+    """The StepResult of a spec.Step with a Projection; its losses are reduced where it was one sweep that computed them."""
     if step.epilogue is None:
         return _step(step, plan)
-    if fits(step.x, step.goodness) and fits_with_epilogue(step.x, plan) and step.normalization.name in NORMALIZATIONS:
+    if not reason(step.x, step.goodness, plan, epilogue=True) and step.normalization.name in NORMALIZATIONS:
         return _step_with_epilogue(step, plan)
     return epilogue.step_in_parts(step, lambda inner: _step(inner, plan))
 
@@ -237,11 +246,12 @@ def _step(step, plan):
     """A step without an epilogue."""
     x, normalize = step.x, step.normalization
     with on_device(x):
-        if not fits(x, step.goodness):
+        if reason(x, step.goodness, plan):
             inner = torch_goodness.step(step._replace(normalization=spec.Normalization()), plan)
         else:
             fused = normalize if normalize.name in NORMALIZATIONS else spec.Normalization()
-            inner = Launch(x, step.goodness, plan).step(step.loss, fused, empty_like(x) if step.need_grad_x else None)
+            grad_x = empty_like(x) if step.need_grad_x else None
+            inner, _ = Launch(x, step.goodness, plan).step(step.loss, fused, grad_x)
         if inner.normalized is None and normalize.name != "none":
             inner = inner._replace(normalized=group_goodness.normalize(x, normalize))
         return inner
@@ -251,6 +261,7 @@ def _step_with_epilogue(step, plan):
     """A step whose sweeps make x of y."""
     with on_device(step.x):
         around = epilogue.Launches(step.x, step.epilogue)
-        launch = Launch(around.y, step.goodness, plan, around)
-        inner = launch.step(step.loss, step.normalization, empty_like(around.y))
-        return inner.before_epilogue(around.finish(inner.grad_x, launch.channel_sums.sum(0)), around.mean, around.var)
+        inner, sums = Launch(around.y, step.goodness, plan, around).step(
+            step.loss, step.normalization, empty_like(around.y)
+        )
+        return inner.before_epilogue(around.finish(inner.grad_x, sums), around.mean, around.var)

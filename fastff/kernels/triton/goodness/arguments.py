@@ -1,7 +1,7 @@
-"""Arguments that the goodness kernels share, and how they load the head.
+"""Arguments that the goodness kernels share, and what all of them do with a tile.
 
 A tile X is [BC, R] channels by rows; a row is one position of one sample, R = NS BP. There are masks at every edge, and offsets between samples
-have 64 bits."""
+have 64 bits. Sizes of a sample are constants, so that the compiler knows which accesses are aligned to 16 bytes."""
 
 from collections import namedtuple
 
@@ -9,51 +9,124 @@ import triton
 import triton.language as tl
 
 from fastff.kernels.triton import INTERPRETED as _interpreted
+from fastff.kernels.triton.epilogue import Source, through_activation
+from fastff.kernels.triton.normalization import between, joined, lane_counts, moments
 
 INTERPRETED = tl.constexpr(_interpreted)
 
 
-Result = namedtuple("Result", "grad_x normalized channel_sums sample_stride channel_stride position_stride")
-"""What the second sweep writes: grad_x (dL/dh with an epilogue) and the next input, of one layout; channel_sums [programs, 2, C] of dL/dh
-and of dL/dh (y - mean). None where not wanted."""
+Result = namedtuple("Result", "grad_x normalized weights sums")
+"""What is written: grad_x (dL/dh with an epilogue) and the next input, as x, None where not wanted; and by program, to be added up:
+weights [programs, K C + K] = dL/dW, dL/dbeta; sums [programs, 2 C + 2] of dL/dh and dL/dh (y - mean) by channel, of losses and of dL/dtau."""
 
 
-Head = namedtuple("Head", "weight bias")
-"""weight [K, C], bias [K] or None."""
+Head = namedtuple("Head", "weight bias grid_weight")
+"""weight [K, C], bias [K] or None, grid_weight [K, C, GH, GW] or None."""
 
 
-Scratch = namedtuple("Scratch", "g d sums second mu")
-"""g [parts, B, K], d = dL/dg [B, K], sums [parts, 2, B] of x and of squares about the
-mean; second [parts, B, C, C] = S and mu [parts, B, C] of second_moment."""
-
-
-Shape = namedtuple("Shape", "B C P H W K")
-"""Samples, channels, positions, rows and columns of a sample, classes."""
+Scratch = namedtuple("Scratch", "g d sums second mu means cells term")
+"""g [parts, B, K], d = dL/dg [B, K], sums [parts, 2, B] of x and of squares about the mean; second [parts, B, C, C] = S and mu [parts, B, C] of
+second_moment. Of the spatial term: means [parts, B, C, GH GW] over cells, cells [B, C, GH GW] = dL/d(means) and term [chunks, B, K]."""
 
 
 Config = namedtuple(
-    "Config", "FIRST HEAD LOSS SECOND NORM ACTIVATION PRECISION HEAD_PRECISION CELL_PRECISION NS BP BC BK BG"
+    "Config",
+    "C P H W K GH GW CHANNELS_LAST NS BP BC BK BG LK ACTIVATION PRECISION HEAD_PRECISION CELL_PRECISION NORM FIRST HEAD LOSS SECOND",
 )
-"""Constants of a kernel. Its stages: FIRST sweep, HEAD (g from S and mu, of second_moment), LOSS (its number, or None), SECOND sweep; NORM and
-ACTIVATION by number; input precision of the products with x, with float32 matrices and with cells; sizes of tiles (blocks.py)."""
+"""Constants of a kernel: channels, positions, rows and columns of a sample, classes, rows and columns of the grid, the layout of x; sizes of tiles
+(blocks.py); the activation by number; input precision of the products with x, with float32 matrices and with cells; the normalization by number.
+Stages: FIRST sweep, HEAD (g from S and mu, of second_moment), LOSS (its number, or None), SECOND sweep."""
+
+
+Tile = namedtuple("Tile", "p row at mask")
+"""Positions [R] and whether these rows exist, offsets [BC, R] in x and their mask."""
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in float32. The interpreter's products of bfloat16 are wrong, those of what they widen to are not."""
+def dot(a, b, c, PRECISION: tl.constexpr):
+    """a @ b + c in float32 (c may be None). The interpreter's products of bfloat16 are wrong, those of what they widen to are not."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, c, input_precision=PRECISION)
 
 
 @triton.jit
-def class_weights(head: Head, k, c, shape: Shape):
+def class_weights(head: Head, k, c, config: Config):
     """Rows k of W, [BK, BC]."""
-    mask = (k < shape.K)[:, None] & (c < shape.C)[None, :]
-    return tl.load(head.weight + k[:, None] * shape.C + c[None, :], mask=mask, other=0.0)
+    mask = (k < config.K)[:, None] & (c < config.C)[None, :]
+    return tl.load(head.weight + k[:, None] * config.C + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def class_bias(head: Head, k, shape: Shape):
+def class_bias(head: Head, k, config: Config):
     """beta of the classes k, [BK] in float32."""
-    return tl.load(head.bias + k, mask=k < shape.K, other=0.0).to(tl.float32)
+    return tl.load(head.bias + k, mask=k < config.K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tile_at(first, p0, end, c, B, config: Config):
+    """The Tile of the channels c and of NS samples from `first` on: BP positions of each from p0 on, before `end`."""
+    r = tl.arange(0, config.NS * config.BP)
+    sample, p = first + r // config.BP, p0 + r % config.BP
+    row = (sample < B) & (p < end)
+    if config.CHANNELS_LAST:
+        within = p[None, :] * config.C + c[:, None]
+    else:
+        within = c[:, None] * config.P + p[None, :]
+    at = (sample * (config.C * config.P))[None, :] + within
+    return Tile(p, row, at, (c < config.C)[:, None] & row[None, :])
+
+
+@triton.jit
+def add_moments(total, square, X, tile: Tile, seen, n):
+    """Sums and squares about the mean by row, of `seen` numbers, with those of the n channels of a tile."""
+    more, squares = moments(X.to(tl.float32), tile.mask, n, 0)
+    square += tl.where(tile.row, squares + between(total, seen, more, n), 0.0)
+    return total + more, square
+
+
+@triton.jit
+def of_samples(total, square, own, config: Config):
+    """Sums and squares about the mean [NS] by sample, of which `own` positions were seen, from those by row."""
+    lanes: tl.constexpr = [config.NS, config.BP]
+    count = lane_counts(own, tl.arange(0, config.BP), config.BP)[None, :] * config.C
+    return joined(tl.reshape(total, lanes), tl.reshape(square, lanes), count, own * config.C)
+
+
+@triton.jit
+def store_moments(scratch: Scratch, part, n, whole, squares, B):
+    """Write sums[part]."""
+    at = scratch.sums + part * 2 * B + n
+    tl.store(at, whole, mask=n < B)
+    tl.store(at + B, squares, mask=n < B)
+
+
+@triton.jit
+def load_moments(scratch: Scratch, n, B):
+    """Read sums[0]."""
+    return tl.load(scratch.sums + n, mask=n < B, other=0.0), tl.load(scratch.sums + B + n, mask=n < B, other=0.0)
+
+
+@triton.jit
+def rows(v, config: Config):
+    """v [NS] for each row, [R]."""
+    return tl.reshape(tl.broadcast_to(v[:, None], [config.NS, config.BP]), [config.NS * config.BP])
+
+
+@triton.jit
+def store_gradient(grad, tile: Tile, c, source: Source, result: Result, config: Config):
+    """Go back through the activation and write the gradient of a tile. Returns it, and x - mean of an epilogue."""
+    grad, off = through_activation(grad, source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
+    tl.store(result.grad_x + tile.at, grad.to(result.grad_x.dtype.element_ty), mask=tile.mask)
+    return grad, off
+
+
+@triton.jit
+def store_sums(result: Result, first_sum, second_sum, loss, grad_tau, c, config: Config):
+    """Write the program's row of result.sums: of the channels c, and those of losses and dL/dtau (each a number) by the first program of a row."""
+    at = result.sums + tl.program_id(0) * (2 * config.C + 2)
+    tl.store(at + c, first_sum, mask=c < config.C)
+    tl.store(at + config.C + c, second_sum, mask=c < config.C)
+    if tl.program_id(1) == 0:
+        tl.store(at + 2 * config.C, loss)
+        tl.store(at + 2 * config.C + 1, grad_tau)

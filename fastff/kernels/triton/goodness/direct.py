@@ -1,192 +1,187 @@
-"""The direct algorithm: a = W X by tiles, g = mean a^2; dL/dx = (2/P) W^T (d * a) with a computed again."""
+"""The direct algorithm, in one persistent sweep: a = W x, g = mean a^2, the loss and d, dL/dx = (2/P) W^T (d * a), dL/dW = (2/P) sum (d * a) x.
 
-from collections import namedtuple
+A program takes the samples of many groups, one group after the other. W stays on chip, g, the loss and d in registers; dL/dW is added up over all
+of them and written once. Positions are the rows (M) of every product. With more than BC channels, program (i, j) computes a of all channels in
+pieces of BC, and writes dL/dx, the next input and dL/dW of piece j alone.
+"""
 
 import triton
 import triton.language as tl
 
-from fastff.kernels.triton.epilogue import Source, load_tile, store_pair
+from fastff.kernels.triton.epilogue import Source, load_tile
 from fastff.kernels.triton.goodness.arguments import (
     Config,
     Head,
     Result,
     Scratch,
-    Shape,
+    add_moments,
     class_bias,
     class_weights,
     dot,
+    load_moments,
+    of_samples,
+    rows,
+    store_gradient,
+    store_moments,
+    store_sums,
+    tile_at,
 )
-from fastff.kernels.triton.goodness.grid import Grid, cell_sums, store_cell_sums
-from fastff.kernels.triton.goodness.sweep import Tile, loss_stage, store_gradient
-from fastff.kernels.triton.loss import LossArguments
-from fastff.kernels.triton.normalization import (
-    LAYER_NORM,
-    NONE,
-    between,
-    joined,
-    lane_counts,
-    moments,
-    statistics,
-    store_normalized,
-)
-
-Rows = namedtuple("Rows", "part start end first sample here c shift")
-"""A program's part of the positions, start .. end - 1; first sample; sample of each row, and whether it exists; channels [BC]; shift: a number
-near each row's values, which the sums for layer norm are relative to."""
+from fastff.kernels.triton.goodness.grid import cell_sums, spatial_cells, spatial_term, spread_cells, store_means
+from fastff.kernels.triton.loss import LossArguments, of_goodness
+from fastff.kernels.triton.normalization import LAYER_NORM, NONE, store_normalized
 
 
 @triton.jit
-def rows_of_program(source: Source, shape: Shape, positions, config: Config):
-    """Rows of program (i, j): samples i NS .. i NS + NS - 1, positions j positions .. (j + 1) positions - 1."""
-    R: tl.constexpr = config.NS * config.BP
-    part = tl.program_id(1)
-    first = tl.program_id(0).to(tl.int64) * config.NS
-    sample = first + tl.arange(0, R) // config.BP
-    here = sample < shape.B
-    start = part * positions
-    end = tl.minimum(start + positions, shape.P)
-    shift = tl.zeros([R], tl.float32)
-    if source.affine is None:
-        shift = tl.load(source.x + sample * source.sample_stride, mask=here, other=0.0).to(tl.float32)
-    return Rows(part, start, end, first, sample, here, tl.arange(0, config.BC), shift)
+def outputs(source: Source, head: Head, scratch: Scratch, W, first, p0, start, end, total, square, pooled, B, MOMENTS: tl.constexpr, config: Config):
+    """a of a tile, [R, BK], 0 in rows that do not exist; with MOMENTS the moments of its rows added to total and square, and where all channels
+    are in one piece its sums over cells to pooled."""
+    k = tl.arange(0, config.BK)
+    a = tl.zeros([config.NS * config.BP, config.BK], tl.float32)
+    for c0 in range(0, config.C, config.BC):
+        c = c0 + tl.arange(0, config.BC)
+        tile = tile_at(first, p0, end, c, B, config)
+        X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
+        w = W
+        if config.C > config.BC:
+            w = class_weights(head, k, c, config).to(X.dtype)
+        a = dot(tl.trans(X), tl.trans(w), a, config.PRECISION)
+        if MOMENTS:
+            seen = (p0 - start) / config.BP * config.C + c0
+            here = tl.sum(tl.where(c < config.C, 1.0, 0.0), 0)
+            total, square = add_moments(total, square, X, tile, seen, here)
+            if (scratch.means is not None) and (config.C <= config.BC):
+                pooled += cell_sums(X, tile.p, config)
+    if head.bias is not None:
+        a = tl.where(tile_at(first, p0, end, k, B, config).row[:, None], a + class_bias(head, k, config)[None, :], 0.0)
+    return a, total, square, pooled
 
 
 @triton.jit
-def tile_of(rows: Rows, p0, source: Source, result: Result, shape: Shape, config: Config):
-    """The Tile of the positions from p0 on."""
-    p = p0 + tl.arange(0, config.NS * config.BP) % config.BP
-    mask = (rows.c < shape.C)[:, None] & (rows.here & (p < rows.end))[None, :]
-    source_at = rows.c[:, None] * source.channel_stride + p[None, :] * source.position_stride
-    result_at = rows.c[:, None] * result.channel_stride + p[None, :] * result.position_stride
-    return Tile(
-        p, mask, (rows.sample * source.sample_stride)[None, :] + source_at, (rows.sample * result.sample_stride)[None, :] + result_at
-    )  # fmt: skip
-
-
-@triton.jit
-def class_gradients(scratch: Scratch, sample, row, k, K):
-    """d of the classes k for each row, [BK, R]."""
-    return tl.load(scratch.d + sample[None, :] * K + k[:, None], mask=row[None, :] & (k < K)[:, None], other=0.0)
-
-
-@triton.jit
-def first_sweep(
-    source: Source, result: Result, head: Head, scratch: Scratch, grid: Grid, rows: Rows, shape: Shape, config: Config
-):  # fmt: skip
-    """Write g and sums of the program's part, and sums over cells."""
-    n = rows.first + tl.arange(0, config.NS)
-    c = rows.c
-    total = tl.zeros([config.NS * config.BP], tl.float32)
-    square = tl.zeros([config.NS * config.BP], tl.float32)
-    if grid.means is not None:
+def store_all_means(source: Source, scratch: Scratch, part, first, start, end, B, config: Config):
+    """Means over cells where there are several pieces of channels: x is read once more for them."""
+    for c0 in range(0, config.C, config.BC):
+        c = c0 + tl.arange(0, config.BC)
         pooled = tl.zeros([config.BC, config.NS * config.BG], tl.float32)
-    for k0 in range(0, shape.K, config.BK):
-        k = k0 + tl.arange(0, config.BK)
-        w = class_weights(head, k, c, shape).to(source.x.dtype.element_ty)
-        goodness = tl.zeros([config.BK, config.NS], tl.float32)
-        for p0 in range(rows.start, rows.end, config.BP):
-            tile = tile_of(rows, p0, source, result, shape, config)
-            X = load_tile(source, tile.source_at, c, shape.C, tile.mask, config.ACTIVATION)
-            a = dot(w, X, config.PRECISION)
-            row = rows.here & (tile.p < rows.end)
-            if head.bias is not None:
-                a = tl.where(row[None, :], a + class_bias(head, k, shape)[:, None], 0.0)
-            goodness += tl.sum(tl.reshape(a * a, [config.BK, config.NS, config.BP]), 2)
-            if k0 == 0:
-                off = tl.where(tile.mask, X.to(tl.float32) - rows.shift[None, :], 0.0)
-                more, squares = moments(off, tile.mask, shape.C, 0)
-                seen = (p0 - rows.start) / config.BP * shape.C  # in each lane
-                square += tl.where(row, squares + between(total, seen, more, shape.C * 1.0), 0.0)
-                total += more
-                if grid.means is not None:
-                    pooled += cell_sums(X, tile.p, grid, shape, config)
-        at = rows.part.to(tl.int64) * shape.B * shape.K + n[None, :] * shape.K + k[:, None]
-        tl.store(scratch.g + at, goodness / shape.P, mask=(n < shape.B)[None, :] & (k < shape.K)[:, None])
-    sums = scratch.sums + rows.part * 2 * shape.B + n
-    lanes: tl.constexpr = [config.NS, config.BP]
-    own = rows.end - rows.start
-    count = lane_counts(own, tl.arange(0, config.BP), config.BP)[None, :] * shape.C
-    whole, squares = joined(tl.reshape(total, lanes), tl.reshape(square, lanes), count, own * shape.C)
-    tl.store(sums, whole, mask=n < shape.B)
-    tl.store(sums + shape.B, squares, mask=n < shape.B)
-    if grid.means is not None:
-        store_cell_sums(pooled, rows.part, rows.first, c, grid, shape, config)
+        for p0 in range(start, end, config.BP):
+            tile = tile_at(first, p0, end, c, B, config)
+            X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
+            pooled += cell_sums(X, tile.p, config)
+        store_means(pooled, scratch, part, first, c, B, config)
 
 
 @triton.jit
-def largest_gradients(scratch: Scratch, rows: Rows, shape: Shape, config: Config):
-    """max |d| of each row's sample, [R] (1 where it is 0): d is about 1 / B, and is brought to 1 before it meets float16's 5 bits of exponent."""
-    largest = tl.zeros([config.NS * config.BP], tl.float32)
-    for k0 in range(0, shape.K, config.BK):
-        k = k0 + tl.arange(0, config.BK)
-        dk = class_gradients(scratch, rows.sample, rows.here, k, shape.K)
-        largest = tl.maximum(largest, tl.max(tl.abs(dk), 0))
-    return tl.where(largest == 0, 1.0, largest)
+def first_sweep(source: Source, head: Head, scratch: Scratch, W, part, first, start, end, B, config: Config):
+    """(g [NS, BK], a of the last tile, sums and squares about the mean [NS]) of a group's positions start .. end - 1."""
+    R: tl.constexpr = config.NS * config.BP
+    n = first + tl.arange(0, config.NS)
+    k = tl.arange(0, config.BK)
+    total = tl.zeros([R], tl.float32)
+    square = tl.zeros([R], tl.float32)
+    a = tl.zeros([R, config.BK], tl.float32)
+    g = tl.zeros([config.NS, config.BK], tl.float32)
+    pooled = tl.zeros([config.BC, config.NS * config.BG], tl.float32)
+    for p0 in range(start, end, config.BP):
+        a, total, square, pooled = outputs(source, head, scratch, W, first, p0, start, end, total, square, pooled, B, True, config)
+        g += tl.sum(tl.reshape(a * a, [config.NS, config.BP, config.BK]), 1)
+    g /= config.P
+    whole, squares = of_samples(total, square, tl.zeros([], tl.int32) + (end - start), config)
+    if scratch.means is not None:
+        if config.C <= config.BC:
+            store_means(pooled, scratch, part, first, tl.arange(0, config.BC), B, config)
+        else:
+            store_all_means(source, scratch, part, first, start, end, B, config)
+    if (scratch.means is not None) and (config.LOSS is not None):
+        g += spatial_term(head, scratch, first, B, config)
+    if tl.program_id(1) == 0:
+        at = part.to(tl.int64) * B * config.K + n[:, None] * config.K + k[None, :]
+        tl.store(scratch.g + at, g, mask=(n < B)[:, None] & (k < config.K)[None, :])
+    return g, a, whole, squares
 
 
-@triton.jit
-def gradient(X, row, largest, head: Head, scratch: Scratch, rows: Rows, shape: Shape, config: Config):
-    """dL/dx of a tile, [BC, R]."""
-    grad = tl.zeros([config.BC, config.NS * config.BP], tl.float32)
-    for k0 in range(0, shape.K, config.BK):
-        k = k0 + tl.arange(0, config.BK)
-        w = class_weights(head, k, rows.c, shape).to(X.dtype)
-        a = dot(w, X, config.PRECISION)
-        if head.bias is not None:
-            a += class_bias(head, k, shape)[:, None]
-        dk = class_gradients(scratch, rows.sample, row, k, shape.K)
-        if X.dtype == tl.float16:
-            dk /= largest[None, :]
-        grad += dot(tl.trans(w), (a * dk).to(X.dtype), config.PRECISION)
-    grad *= 2 / shape.P
-    if X.dtype == tl.float16:
-        grad *= largest[None, :]
-    return grad
-
-
-@triton.jit
-def second_sweep(
-    source: Source, result: Result, head: Head, scratch: Scratch, grid: Grid, rows: Rows, shape: Shape, eps, config: Config
-):  # fmt: skip
-    """Write the gradient and the next input from d and sums."""
-    c = rows.c
-    mean, rstd = rows.shift, rows.shift
-    if config.NORM == LAYER_NORM:
-        mean, rstd = statistics(scratch.sums, rows.sample, shape.B, shape.C * shape.P, rows.shift, eps)
-    largest = rows.shift
-    if source.x.dtype.element_ty == tl.float16:
-        largest = largest_gradients(scratch, rows, shape, config)
-    first_sum = tl.zeros([config.BC], tl.float32)
-    second_sum = tl.zeros([config.BC], tl.float32)
-    for p0 in range(rows.start, rows.end, config.BP):
-        tile = tile_of(rows, p0, source, result, shape, config)
-        X = load_tile(source, tile.source_at, c, shape.C, tile.mask, config.ACTIVATION)
-        if result.grad_x is not None:
-            row = rows.here & (tile.p < rows.end)
-            grad = gradient(X, row, largest, head, scratch, rows, shape, config)
-            grad, off = store_gradient(grad, tile, rows.first, c, source, result, grid, shape, config)
-            if source.affine is not None:
-                first_sum += tl.sum(grad, 1)
-                second_sum += tl.sum(grad * off, 1)
-        if config.NORM != NONE:
-            store_normalized(X, result.normalized, tile.result_at, tile.mask, mean, rstd, shape.C, eps, config.NORM)
-    if source.affine is not None:
-        program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + rows.part
-        store_pair(result.channel_sums, program, first_sum, second_sum, c, shape.C)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def direct(
-    source: Source, result: Result, head: Head, scratch: Scratch, grid: Grid, loss: LossArguments, shape: Shape, positions, eps,
+    source: Source, head: Head, scratch: Scratch, result: Result, loss: LossArguments, B, positions, parts, eps,
     config: Config,
 ):  # fmt: skip
-    """Program (i, j): samples i NS .. i NS + NS - 1, positions j positions .. (j + 1) positions - 1."""
-    rows = rows_of_program(source, shape, positions, config)
-    if config.FIRST:
-        first_sweep(source, result, head, scratch, grid, rows, shape, config)
-    if config.LOSS is not None:
-        loss_stage(scratch, loss, rows.first + tl.arange(0, config.NS), shape, config)
-    if config.SECOND:
+    """Program (i, j): groups of NS samples, or parts of `positions` positions of them; items i, i + programs, ... and of dL/dx, the next input and
+    dL/dW the piece j of channels."""
+    kind = source.x.dtype.element_ty
+    k = tl.arange(0, config.BK)
+    c = tl.program_id(1) * config.BC + tl.arange(0, config.BC)
+    W = class_weights(head, k, c, config).to(kind)
+    grad_weight = tl.zeros([config.BC, config.BK], tl.float32)
+    grad_bias = tl.zeros([config.BK], tl.float32)
+    first_sum = tl.zeros([config.BC], tl.float32)
+    second_sum = tl.zeros([config.BC], tl.float32)
+    losses = tl.zeros([config.NS], tl.float32)
+    grad_tau = tl.zeros([config.NS], tl.float32)
+    for item in range(tl.program_id(0), tl.cdiv(B, config.NS) * parts, tl.num_programs(0)):
+        first = (item // parts).to(tl.int64) * config.NS
+        part = item % parts
+        start = part * positions
+        end = tl.minimum(start + positions, config.P)
+        if config.P <= config.BP:  # constants: such loops are none
+            start, end = 0, config.P
+        n = first + tl.arange(0, config.NS)
+        known = (n < B)[:, None] & (k < config.K)[None, :]
         if config.FIRST:
-            tl.debug_barrier()
-        second_sweep(source, result, head, scratch, grid, rows, shape, eps, config)
+            g, a, whole, squares = first_sweep(source, head, scratch, W, part, first, start, end, B, config)
+        if config.LOSS is not None:
+            d, value, slope = of_goodness(g, n, k, loss, B, config.K, config.LOSS)
+            tl.store(loss.losses + n, value, mask=(n < B) & (tl.program_id(1) == 0))
+            losses += tl.where(n < B, value, 0.0)
+            grad_tau += slope
+            if scratch.cells is not None:
+                tl.store(scratch.d + n[:, None] * config.K + k[None, :], d, mask=known)
+                spatial_cells(head, scratch, first, c, B, config)
+        else:
+            if config.FIRST:
+                store_moments(scratch, part, n, whole, squares, B)
+            if config.SECOND:
+                d = tl.load(scratch.d + n[:, None] * config.K + k[None, :], mask=known, other=0.0)
+        if config.SECOND:
+            mean = tl.zeros([config.NS * config.BP], tl.float32)
+            rstd = mean
+            if config.NORM == LAYER_NORM:
+                if not config.FIRST:
+                    whole, squares = load_moments(scratch, n, B)
+                mean = rows(whole / (config.C * config.P), config)
+                rstd = rows(1 / tl.sqrt(squares / (config.C * config.P) + eps), config)
+            largest = 1.0
+            if kind == tl.float16:  # d is about 1 / B: it is brought to 1 before it meets 5 bits of exponent
+                largest = tl.max(tl.max(tl.abs(d), 1), 0)
+                largest = tl.where(largest == 0, 1.0, largest)
+                d /= largest
+            by_row = tl.reshape(
+                tl.broadcast_to(d[:, None, :], [config.NS, config.BP, config.BK]), [config.NS * config.BP, config.BK]
+            )
+            for p0 in range(start, end, config.BP):
+                if (not config.FIRST) or (config.P > config.BP):
+                    a, _, _, _ = outputs(source, head, scratch, W, first, p0, start, end, mean, mean, mean, B, False, config)
+                tile = tile_at(first, p0, end, c, B, config)
+                X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
+                slope_a = a * by_row
+                e = slope_a.to(kind)
+                if kind == tl.float16:
+                    grad_weight += dot(X, e, None, config.PRECISION) * largest
+                else:
+                    grad_weight = dot(X, e, grad_weight, config.PRECISION)
+                if head.bias is not None:
+                    grad_bias += tl.sum(slope_a, 0) * largest
+                if result.grad_x is not None:
+                    grad = tl.trans(dot(e, W, None, config.PRECISION)) * (largest * 2 / config.P)
+                    if scratch.cells is not None:
+                        grad += spread_cells(tile.p, scratch, first, c, B, config)
+                    grad, off = store_gradient(grad, tile, c, source, result, config)
+                    if source.affine is not None:
+                        first_sum += tl.sum(grad, 1)
+                        second_sum += tl.sum(grad * off, 1)
+                if config.NORM != NONE:
+                    store_normalized(X, result.normalized, tile.at, tile.mask, mean, rstd, config.C, eps, config.NORM)
+    if config.SECOND:
+        at = result.weights + tl.program_id(0) * (config.K * config.C + config.K)
+        mask = (k < config.K)[None, :] & (c < config.C)[:, None]
+        tl.store(at + k[None, :] * config.C + c[:, None], grad_weight * (2 / config.P), mask=mask)
+        if (head.bias is not None) and (tl.program_id(1) == 0):
+            tl.store(at + config.K * config.C + k, grad_bias * (2 / config.P), mask=k < config.K)
+        store_sums(result, first_sum, second_sum, tl.sum(losses, 0) * loss.scale, tl.sum(grad_tau, 0), c, config)

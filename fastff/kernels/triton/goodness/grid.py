@@ -1,105 +1,138 @@
-"""The spatial term of goodness over a grid of cells: sums over cells beside the first sweep, their gradient in the second.
+"""The spatial term of goodness over a grid of cells: means over cells beside the first sweep, their gradient in the second.
 
-Cells have the edges of adaptive average pooling, [i H // GH, ceil((i + 1) H / GH)), so they overlap where the grid does not divide. What lies
-between, a product of the cell means [B, C GH GW] with the grid's weights or a hidden layer, is on PyTorch's operators.
+Cells have the edges of adaptive average pooling, [i H // GH, ceil((i + 1) H / GH)), so they overlap where the grid does not divide. The products of
+the means [B, C GH GW] with the grid's weights are the sweep's own (`spatial_term`, `spatial_cells`: 16 rows, of which NS are samples) where the
+weights are small enough to be read again for each group of samples; else, and with a hidden layer, they are on PyTorch's operators (GridTerm).
 """
 
-from collections import namedtuple
-
-import torch
 import triton
 import triton.language as tl
 
 from fastff import reference
-from fastff.kernels.triton.goodness.arguments import Config, Shape, dot
+from fastff.kernels.triton.goodness.arguments import Config, Head, Scratch, dot
 
-Grid = namedtuple("Grid", "means cells GH GW")
-"""means [parts, B, C, GH GW] (sums over cells, in fact) and cells [B, C, GH GW] = d V, or None; rows and columns of the grid."""
+COLUMNS = tl.constexpr(64)  # of the grid's weights at a time
 
 
 @triton.jit
-def members(p, grid: Grid, shape: Shape, config: Config):
+def members(p, config: Config):
     """Whether row r (sample r // BP, position p[r]) lies in cell col % BG of sample col // BG; [R, NS BG], and 1 / |cell| [NS BG]."""
     R: tl.constexpr = config.NS * config.BP
     col = tl.arange(0, config.NS * config.BG)
     cell = col % config.BG
-    i, j = cell // grid.GW, cell % grid.GW
-    top, bottom = i * shape.H // grid.GH, ((i + 1) * shape.H + grid.GH - 1) // grid.GH
-    left, right = j * shape.W // grid.GW, ((j + 1) * shape.W + grid.GW - 1) // grid.GW
-    row, column = (p // shape.W)[:, None], (p % shape.W)[:, None]
+    i, j = cell // config.GW, cell % config.GW
+    top, bottom = i * config.H // config.GH, ((i + 1) * config.H + config.GH - 1) // config.GH
+    left, right = j * config.W // config.GW, ((j + 1) * config.W + config.GW - 1) // config.GW
+    row, column = (p // config.W)[:, None], (p % config.W)[:, None]
     inside = (row >= top[None, :]) & (row < bottom[None, :]) & (column >= left[None, :]) & (column < right[None, :])
     same = (tl.arange(0, R) // config.BP)[:, None] == (col // config.BG)[None, :]
-    exists = (cell < grid.GH * grid.GW)[None, :] & (p < shape.P)[:, None]
+    exists = (cell < config.GH * config.GW)[None, :] & (p < config.P)[:, None]
     area = tl.maximum((bottom - top) * (right - left), 1).to(tl.float32)
     return inside & same & exists, 1 / area
 
 
 @triton.jit
-def cells_at(first, c, grid: Grid, shape: Shape, config: Config):
+def cells_at(first, c, B, config: Config):
     """Offsets in [B, C, GH GW] and mask of the cells of NS samples from `first` on, [BC, NS BG]."""
     col = tl.arange(0, config.NS * config.BG)
     cell, owner = col % config.BG, first + col // config.BG
-    at = (owner[None, :] * shape.C + c[:, None]) * (grid.GH * grid.GW) + cell[None, :]
-    return at, (c < shape.C)[:, None] & ((owner < shape.B) & (cell < grid.GH * grid.GW))[None, :]
+    at = (owner[None, :] * config.C + c[:, None]) * (config.GH * config.GW) + cell[None, :]
+    return at, (c < config.C)[:, None] & ((owner < B) & (cell < config.GH * config.GW))[None, :]
 
 
 @triton.jit
-def cell_sums(X, p, grid: Grid, shape: Shape, config: Config):
+def cell_sums(X, p, config: Config):
     """Sums of a tile's rows by cell, [BC, NS BG]."""
-    inside, _ = members(p, grid, shape, config)
-    return dot(X, inside.to(tl.float32).to(X.dtype), config.PRECISION)
+    inside, _ = members(p, config)
+    return dot(X, inside.to(tl.float32).to(X.dtype), None, config.PRECISION)
 
 
 @triton.jit
-def store_cell_sums(pooled, part, first, c, grid: Grid, shape: Shape, config: Config):
-    """Write means[part]."""
-    at, mask = cells_at(first, c, grid, shape, config)
-    offset = part.to(tl.int64) * shape.B * shape.C * (grid.GH * grid.GW)
-    tl.store(grid.means + offset + at, pooled, mask=mask)
+def store_means(pooled, scratch: Scratch, part, first, c, B, config: Config):
+    """Write means[part] from sums over cells."""
+    at, mask = cells_at(first, c, B, config)
+    _, share = members(tl.arange(0, config.NS * config.BP), config)
+    offset = part.to(tl.int64) * B * (config.C * config.GH * config.GW)
+    tl.store(scratch.means + offset + at, pooled * share[None, :], mask=mask)
 
 
 @triton.jit
-def spread_cells(p, first, c, grid: Grid, shape: Shape, config: Config):
+def spread_cells(p, scratch: Scratch, first, c, B, config: Config):
     """The gradient of a tile by way of its cells, [BC, R]."""
-    inside, share = members(p, grid, shape, config)
-    at, mask = cells_at(first, c, grid, shape, config)
-    cell = tl.load(grid.cells + at, mask=mask, other=0.0)
-    return dot(cell * share[None, :], tl.trans(inside.to(tl.float32)), config.CELL_PRECISION)
+    inside, share = members(p, config)
+    at, mask = cells_at(first, c, B, config)
+    cell = tl.load(scratch.cells + at, mask=mask, other=0.0)
+    return dot(cell * share[None, :], tl.trans(inside.to(tl.float32)), None, config.CELL_PRECISION)
+
+
+@triton.jit
+def grid_weights(head: Head, k, e, config: Config):
+    """Columns e of the grid's weights [K, C GH GW] of the classes k, [BK, COLUMNS]."""
+    columns: tl.constexpr = config.C * config.GH * config.GW
+    mask = (k < config.K)[:, None] & (e < columns)[None, :]
+    return tl.load(head.grid_weight + k[:, None] * columns + e[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def spatial_term(head: Head, scratch: Scratch, first, B, config: Config):
+    """The term of g [NS, BK], from the means of the group, which other threads wrote."""
+    columns: tl.constexpr = config.C * config.GH * config.GW
+    k, row = tl.arange(0, config.BK), tl.arange(0, 16)
+    here = (row < config.NS) & (first + row < B)
+    term = tl.zeros([16, config.BK], tl.float32)
+    tl.debug_barrier()
+    for e0 in range(0, columns, COLUMNS):
+        e = e0 + tl.arange(0, COLUMNS)
+        at = scratch.means + (first + row)[:, None] * columns + e[None, :]
+        mean = tl.load(at, mask=here[:, None] & (e < columns)[None, :], other=0.0)
+        term = dot(mean, tl.trans(grid_weights(head, k, e, config)), term, config.CELL_PRECISION)
+    own = scratch.term + (tl.program_id(1).to(tl.int64) * B + first) * config.K  # of this program, to be read by sample
+    tl.store(own + row[:, None] * config.K + k[None, :], term, mask=here[:, None] & (k < config.K)[None, :])
+    tl.debug_barrier()
+    n = tl.arange(0, config.NS)
+    known = (first + n < B)[:, None] & (k < config.K)[None, :]
+    return tl.load(own + n[:, None] * config.K + k[None, :], mask=known, other=0.0)
+
+
+@triton.jit
+def spatial_cells(head: Head, scratch: Scratch, first, c, B, config: Config):
+    """Write dL/d(means) of the group's samples and the program's channels c from d, which other threads wrote; other threads will read it."""
+    columns: tl.constexpr = config.C * config.GH * config.GW
+    begin = tl.program_id(1) * (config.BC * config.GH * config.GW)
+    end = tl.minimum(begin + config.BC * config.GH * config.GW, columns)
+    k, row = tl.arange(0, config.BK), tl.arange(0, 16)
+    here = (row < config.NS) & (first + row < B)
+    tl.debug_barrier()
+    at = scratch.d + (first + row)[:, None] * config.K + k[None, :]
+    d = tl.load(at, mask=here[:, None] & (k < config.K)[None, :], other=0.0)
+    for e0 in range(begin, end, COLUMNS):
+        e = e0 + tl.arange(0, COLUMNS)
+        cell = dot(d, grid_weights(head, k, e, config), None, config.CELL_PRECISION)
+        tl.store(scratch.cells + (first + row)[:, None] * columns + e[None, :], cell, mask=here[:, None] & (e < end)[None, :])
+    tl.debug_barrier()
 
 
 class GridTerm:
-    """The host's side: from sums over cells to the term of g, and from d to the gradients."""
+    """The host's side: from means over cells [B, C, h, w] to the term of g, and from d to the gradients."""
 
-    def __init__(self, projection, x, parts):
+    def __init__(self, projection, x):
         _, projection = projection.in_dtype(x[:0])
         self.weight, self.hidden, self.statistics = projection.grid_weight, projection.hidden, (None, None)
-        self.sizes = grid_sizes(self.weight, x)
-        self.means = x.new_empty((parts, *x.shape[:2], self.sizes[0] * self.sizes[1]), dtype=torch.float32)
 
-    def goodness(self, x):
-        """The term of g [B, K], from the sums over cells in `means`."""
-        self.means = (self.means.sum(0) / _areas(x, self.sizes)).unflatten(2, self.sizes)
-        term, *self.statistics = reference.spatial(self.means, self.weight, self.hidden)
+    def goodness(self, means):
+        """The term of g [B, K]."""
+        self.means = means
+        term, *self.statistics = reference.spatial(means, self.weight, self.hidden)
         return term
 
     def backward(self, d):
-        """From d, the gradient of the means (`cells`), and those of grid_weight and of a hidden layer (`grads`), in float32."""
+        """From d, the gradient of the means; those of grid_weight and of a hidden layer are kept as `grads`, in float32."""
         cells, *self.grads = reference.spatial_gradients(d, self.means, self.weight, self.hidden)
-        self.cells = cells.contiguous()
+        return cells.contiguous()
 
 
 def grid_sizes(grid_weight, x):
-    """(rows, columns) of the grid on x: at most one cell a position. (0, 0) without grid_weight."""
+    """(rows, columns) of the grid on x: at most one cell a position. (1, 1) without grid_weight."""
     if grid_weight is None:
-        return 0, 0
+        return 1, 1
     return tuple(min(n, g) for n, g in zip(x.shape[2:], grid_weight.shape[2:], strict=True))
-
-
-def _areas(x, grid):
-    """Positions in each cell, [GH GW]; made on the device, since a step waits for nothing from the host."""
-    heights, widths = (
-        ((i + 1) * size + cells - 1) // cells - i * size // cells
-        for size, cells in zip(x.shape[2:], grid, strict=True)
-        for i in (torch.arange(cells, device=x.device),)
-    )
-    return (heights[:, None] * widths).flatten().float()

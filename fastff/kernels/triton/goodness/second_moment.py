@@ -1,162 +1,127 @@
-"""The second-moment algorithm: S = X X^T / P, g = w^T S w + 2 beta (w . mu) + beta^2; dL/dx = (2/P)(M X + c), M = W^T diag(d) W."""
+"""The second-moment algorithm: S = X X^T / P, g = w^T S w + 2 beta (w . mu) + beta^2; dL/dx = (2/P)(M X + c), M = W^T diag(d) W.
 
-from collections import namedtuple
+A program takes samples as that of `direct` does, but dL/dW = 2 sum d[b] S_b w, whose K C numbers no program could hold, is a launch of its own
+(`head_second_moment`), which reads S and not x."""
 
 import triton
 import triton.language as tl
 
-from fastff.kernels.triton.epilogue import Source, load_tile, store_pair
+from fastff.kernels.triton.epilogue import Source, load_tile
 from fastff.kernels.triton.goodness.arguments import (
     Config,
     Head,
     Result,
     Scratch,
-    Shape,
+    add_moments,
     class_bias,
     class_weights,
     dot,
+    load_moments,
+    of_samples,
+    rows,
+    store_gradient,
+    store_moments,
+    store_sums,
+    tile_at,
 )
-from fastff.kernels.triton.goodness.grid import Grid, cell_sums, store_cell_sums
-from fastff.kernels.triton.goodness.sweep import Tile, loss_stage, store_gradient
-from fastff.kernels.triton.loss import LossArguments
-from fastff.kernels.triton.normalization import (
-    LAYER_NORM,
-    NONE,
-    between,
-    joined,
-    moments,
-    statistics,
-    store_normalized,
-)
-
-Part = namedtuple("Part", "index b start end c has_c square_at square_mask shift")
-"""A program's sample b and its part of the positions, start .. end - 1; channels [BC] and whether they exist; offsets and mask of [BC, BC] in a
-matrix [C, C]; shift: a number near the sample's values, which the
-sums for layer norm are relative to."""
+from fastff.kernels.triton.goodness.grid import cell_sums, spread_cells, store_means
+from fastff.kernels.triton.loss import LossArguments, losses_of
+from fastff.kernels.triton.normalization import LAYER_NORM, NONE, store_normalized
 
 
 @triton.jit
-def part_of_program(source: Source, shape: Shape, positions, config: Config):
-    """The Part of program (b, j): sample b, positions j positions .. (j + 1) positions - 1."""
-    index = tl.program_id(1)
-    b = tl.program_id(0).to(tl.int64)
+def square(c, config: Config):
+    """Offsets and mask of [BC, BC] in a matrix [C, C]."""
+    return c[:, None] * config.C + c[None, :], (c < config.C)[:, None] & (c < config.C)[None, :]
+
+
+@triton.jit
+def first_sweep(source: Source, head: Head, scratch: Scratch, part, b, start, end, B, config: Config):
+    """(S, mu) of the positions start .. end - 1 of sample b, written too, with the moments of the sample and its means over cells."""
     c = tl.arange(0, config.BC)
-    has_c = c < shape.C
-    square_at, square_mask = c[:, None] * shape.C + c[None, :], has_c[:, None] & has_c[None, :]
-    start = index * positions
-    shift = tl.zeros([], tl.float32)
-    if source.affine is None:
-        shift = tl.load(source.x + b * source.sample_stride).to(tl.float32)
-    return Part(index, b, start, tl.minimum(start + positions, shape.P), c, has_c, square_at, square_mask, shift)
-
-
-@triton.jit
-def tile_of(part: Part, p0, source: Source, result: Result, C, BP: tl.constexpr):
-    """The Tile of the positions from p0 on, in a source and a result that begin at the sample."""
-    c = part.c
-    p = p0 + tl.arange(0, BP)
-    mask = part.has_c[:, None] & (p < part.end)[None, :]
-    source_at = c[:, None] * source.channel_stride + p[None, :] * source.position_stride
-    return Tile(p, mask, source_at, c[:, None] * result.channel_stride + p[None, :] * result.position_stride)
-
-
-@triton.jit
-def first_sweep(
-    source: Source, result: Result, head: Head, scratch: Scratch, grid: Grid, part: Part, shape: Shape, config: Config
-):  # fmt: skip
-    """(S, mu) of the program's part, written too, with its sums and its sums over cells."""
-    b, c = part.b, part.c
     S = tl.zeros([config.BC, config.BC], tl.float32)
     m = tl.zeros([config.BC], tl.float32)
-    total = tl.zeros([config.BC], tl.float32)
-    square = tl.zeros([config.BC], tl.float32)
-    if grid.means is not None:
-        pooled = tl.zeros([config.BC, config.BG], tl.float32)
-    for p0 in range(part.start, part.end, config.BP):
-        tile = tile_of(part, p0, source, result, shape.C, config.BP)
-        X = load_tile(source, tile.source_at, c, shape.C, tile.mask, config.ACTIVATION)
-        S += dot(X, tl.trans(X), config.PRECISION)
-        wide = X.to(tl.float32)
-        off = tl.where(tile.mask, wide - part.shift, 0.0)
-        here = tl.minimum(part.end - p0, config.BP) * 1.0
-        more, squares = moments(off, tile.mask, here, 1)
-        square += squares + between(total, (p0 - part.start) * 1.0, more, here)
-        total += more
+    total = tl.zeros([config.BP], tl.float32)
+    squares = tl.zeros([config.BP], tl.float32)
+    pooled = tl.zeros([config.BC, config.BG], tl.float32)
+    for p0 in range(start, end, config.BP):
+        tile = tile_at(b, p0, end, c, B, config)
+        X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
+        S = dot(X, tl.trans(X), S, config.PRECISION)
+        total, squares = add_moments(total, squares, X, tile, (p0 - start) / config.BP * config.C, config.C * 1.0)
         if head.bias is not None:
-            m += tl.sum(wide, 1)
-        if grid.means is not None:
-            pooled += cell_sums(X, tile.p, grid, shape, config)
-    S /= shape.P
-    m /= shape.P
-    own = part.index.to(tl.int64) * shape.B + b
-    tl.store(scratch.second + own * shape.C * shape.C + part.square_at, S, mask=part.square_mask)
+            m += tl.sum(X.to(tl.float32), 1)
+        if scratch.means is not None:
+            pooled += cell_sums(X, tile.p, config)
+    S /= config.P
+    m /= config.P
+    at, mask = square(c, config)
+    own = part.to(tl.int64) * B + b
+    tl.store(scratch.second + own * (config.C * config.C) + at, S, mask=mask)
     if head.bias is not None:
-        tl.store(scratch.mu + own * shape.C + c, m, mask=c < shape.C)
-    sums = scratch.sums + part.index * 2 * shape.B + b + tl.arange(0, 1)
-    own = part.end - part.start
-    whole, squares = joined(
-        total[None, :], square[None, :], tl.where(part.has_c, own * 1.0, 0.0)[None, :], own * shape.C
-    )
-    tl.store(sums, whole)
-    tl.store(sums + shape.B, squares)
-    if grid.means is not None:
-        store_cell_sums(pooled, part.index, b, c, grid, shape, config)
+        tl.store(scratch.mu + own * config.C + c, m, mask=c < config.C)
+    whole, around = of_samples(total, squares, end - start, config)
+    store_moments(scratch, part, b + tl.arange(0, 1), whole, around, B)
+    if scratch.means is not None:
+        store_means(pooled, scratch, part, b, c, B, config)
     return S, m
 
 
 @triton.jit
-def load_moments(head: Head, scratch: Scratch, part: Part, shape: Shape, config: Config):
-    """(S, mu) of the program's sample."""
-    b, c = part.b, part.c
-    S = tl.load(scratch.second + b * shape.C * shape.C + part.square_at, mask=part.square_mask, other=0.0)
+def load_second(head: Head, scratch: Scratch, b, config: Config):
+    """(S, mu) of sample b."""
+    c = tl.arange(0, config.BC)
+    at, mask = square(c, config)
+    S = tl.load(scratch.second + b * (config.C * config.C) + at, mask=mask, other=0.0)
     m = tl.zeros([config.BC], tl.float32)
     if head.bias is not None:
-        m = tl.load(scratch.mu + b * shape.C + c, mask=c < shape.C, other=0.0)
+        m = tl.load(scratch.mu + b * config.C + c, mask=c < config.C, other=0.0)
     return S, m
 
 
 @triton.jit
-def store_goodness(S, m, head: Head, scratch: Scratch, b, shape: Shape, config: Config):
+def store_goodness(S, m, head: Head, scratch: Scratch, b, config: Config):
     """Write g of sample b."""
     c = tl.arange(0, config.BC)
-    for k0 in range(0, shape.K, config.BK):
+    for k0 in range(0, config.K, config.BK):
         k = k0 + tl.arange(0, config.BK)
-        w = class_weights(head, k, c, shape).to(tl.float32)
-        goodness = tl.sum(dot(w, S, config.HEAD_PRECISION) * w, 1)
+        w = class_weights(head, k, c, config).to(tl.float32)
+        goodness = tl.sum(dot(w, S, None, config.HEAD_PRECISION) * w, 1)
         if head.bias is not None:
-            beta = class_bias(head, k, shape)
+            beta = class_bias(head, k, config)
             goodness += beta * (2 * tl.sum(w * m[None, :], 1) + beta)
-        tl.store(scratch.g + b * shape.K + k, goodness, mask=k < shape.K)
+        tl.store(scratch.g + b * config.K + k, goodness, mask=k < config.K)
 
 
 @triton.jit
-def gradient_matrix(head: Head, scratch: Scratch, b, shape: Shape, config: Config):
+def gradient_matrix(head: Head, scratch: Scratch, b, config: Config):
     """M = W^T diag(d) W of sample b, and c = W^T (d beta)."""
     c = tl.arange(0, config.BC)
     M = tl.zeros([config.BC, config.BC], tl.float32)
     constant = tl.zeros([config.BC], tl.float32)
-    for k0 in range(0, shape.K, config.BK):
+    for k0 in range(0, config.K, config.BK):
         k = k0 + tl.arange(0, config.BK)
-        w = class_weights(head, k, c, shape).to(tl.float32)
-        dk = tl.load(scratch.d + b * shape.K + k, mask=k < shape.K, other=0.0)
-        M += dot(tl.trans(w * dk[:, None]), w, config.HEAD_PRECISION)
+        w = class_weights(head, k, c, config).to(tl.float32)
+        dk = tl.load(scratch.d + b * config.K + k, mask=k < config.K, other=0.0)
+        M = dot(tl.trans(w * dk[:, None]), w, M, config.HEAD_PRECISION)
         if head.bias is not None:
-            constant += tl.sum(w * (dk * class_bias(head, k, shape))[:, None], 0)
+            constant += tl.sum(w * (dk * class_bias(head, k, config))[:, None], 0)
     return M, constant
 
 
 @triton.jit
-def second_sweep(
-    source: Source, result: Result, head: Head, scratch: Scratch, grid: Grid, part: Part, shape: Shape, eps, config: Config
-):  # fmt: skip
-    """Write the gradient and the next input from d and sums."""
-    b, c = part.b, part.c
+def second_sweep(source: Source, result: Result, head: Head, scratch: Scratch, b, start, end, B, eps, config: Config):
+    """Write the gradient and the next input from d and the moments. Returns the sums of dL/dh and dL/dh (y - mean) by channel."""
+    c = tl.arange(0, config.BC)
     kind = source.x.dtype.element_ty
-    mean, rstd = part.shift, part.shift
+    mean = tl.zeros([config.BP], tl.float32)
+    rstd = mean
     if config.NORM == LAYER_NORM:
-        mean, rstd = statistics(scratch.sums, b, shape.B, shape.C * shape.P, part.shift, eps)
+        whole, around = load_moments(scratch, b + tl.arange(0, 1), B)
+        mean = rows(whole / (config.C * config.P), config)
+        rstd = rows(1 / tl.sqrt(around / (config.C * config.P) + eps), config)
     if result.grad_x is not None:
-        M, constant = gradient_matrix(head, scratch, b, shape, config)
+        M, constant = gradient_matrix(head, scratch, b, config)
         largest = 1.0
         if kind == tl.float16:  # M is about |w|^2 / B: it is brought to 1 before it meets 5 bits of exponent
             largest = tl.max(tl.max(tl.abs(M), 1), 0)
@@ -165,54 +130,81 @@ def second_sweep(
         narrow = M.to(kind)
     first_sum = tl.zeros([config.BC], tl.float32)
     second_sum = tl.zeros([config.BC], tl.float32)
-    for p0 in range(part.start, part.end, config.BP):
-        tile = tile_of(part, p0, source, result, shape.C, config.BP)
-        X = load_tile(source, tile.source_at, c, shape.C, tile.mask, config.ACTIVATION)
+    for p0 in range(start, end, config.BP):
+        tile = tile_at(b, p0, end, c, B, config)
+        X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
         if result.grad_x is not None:
-            grad = (dot(narrow, X, config.PRECISION) * largest + constant[:, None]) * (2 / shape.P)
-            grad, off = store_gradient(grad, tile, b, c, source, result, grid, shape, config)
+            grad = (dot(narrow, X, None, config.PRECISION) * largest + constant[:, None]) * (2 / config.P)
+            if scratch.cells is not None:
+                grad += spread_cells(tile.p, scratch, b, c, B, config)
+            grad, off = store_gradient(grad, tile, c, source, result, config)
             if source.affine is not None:
                 first_sum += tl.sum(grad, 1)
                 second_sum += tl.sum(grad * off, 1)
         if config.NORM != NONE:
-            row = tl.zeros([config.BP], tl.float32)
-            store_normalized(
-                X, result.normalized, tile.result_at, tile.mask, row + mean, row + rstd, shape.C, eps, config.NORM
-            )
-    if source.affine is not None:
-        program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + part.index
-        store_pair(result.channel_sums, program, first_sum, second_sum, c, shape.C)
+            store_normalized(X, result.normalized, tile.at, tile.mask, mean, rstd, config.C, eps, config.NORM)
+    return first_sum, second_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def second_moment(
-    source: Source, result: Result, head: Head, scratch: Scratch, grid: Grid, loss: LossArguments, shape: Shape, positions, eps,
+    source: Source, head: Head, scratch: Scratch, result: Result, loss: LossArguments, B, positions, parts, eps,
     config: Config,
 ):  # fmt: skip
-    """Program (b, j): sample b, positions j positions .. (j + 1) positions - 1. FIRST sweeps for S and mu; HEAD computes g from them, with several
-    parts in a launch of its own, after their sum."""
-    part = part_of_program(source, shape, positions, config)
-    x, residual = source.x + part.b * source.sample_stride, source.residual
-    if residual is not None:
-        residual += part.b * source.sample_stride
-    source = Source(x, residual, source.affine, source.sample_stride, source.channel_stride, source.position_stride)
-    grad_x, normalized = result.grad_x, result.normalized
-    if grad_x is not None:
-        grad_x += part.b * result.sample_stride
-    if normalized is not None:
-        normalized += part.b * result.sample_stride
-    result = Result(
-        grad_x, normalized, result.channel_sums, result.sample_stride, result.channel_stride, result.position_stride
-    )
-    if config.FIRST:
-        S, m = first_sweep(source, result, head, scratch, grid, part, shape, config)
-    if config.HEAD:
-        if not config.FIRST:
-            S, m = load_moments(head, scratch, part, shape, config)
-        store_goodness(S, m, head, scratch, part.b, shape, config)
-    if config.LOSS is not None:
-        loss_stage(scratch, loss, part.b + tl.arange(0, 1), shape, config)
-    if config.SECOND:
+    """Program i: samples, or parts of `positions` positions of them, i, i + programs, ... FIRST sweeps for S and mu; HEAD computes g from them, with
+    several parts in a launch of its own, after their sum."""
+    c = tl.arange(0, config.BC)
+    first_sum = tl.zeros([config.BC], tl.float32)
+    second_sum = tl.zeros([config.BC], tl.float32)
+    losses = tl.zeros([1], tl.float32)
+    grad_tau = tl.zeros([1], tl.float32)
+    for item in range(tl.program_id(0), B * parts, tl.num_programs(0)):
+        b, part = (item // parts).to(tl.int64), item % parts
+        start = part * positions
+        end = tl.minimum(start + positions, config.P)
         if config.FIRST:
+            S, m = first_sweep(source, head, scratch, part, b, start, end, B, config)
+        if config.HEAD:
+            if not config.FIRST:
+                S, m = load_second(head, scratch, b, config)
+            store_goodness(S, m, head, scratch, b, config)
+        if config.LOSS is not None:
+            n = b + tl.arange(0, 1)
+            tl.debug_barrier()  # other threads wrote g, and will read d
+            losses_of(scratch.g, scratch.d, loss, n, B, config.K, config.LOSS, 1, config.LK)
             tl.debug_barrier()
-        second_sweep(source, result, head, scratch, grid, part, shape, eps, config)
+            losses += tl.load(loss.losses + n)
+            if loss.grad_tau is not None:
+                grad_tau += tl.load(loss.grad_tau + n)
+        if config.SECOND:
+            more, product = second_sweep(source, result, head, scratch, b, start, end, B, eps, config)
+            first_sum += more
+            second_sum += product
+    if config.SECOND:
+        store_sums(result, first_sum, second_sum, tl.sum(losses, 0) * loss.scale, tl.sum(grad_tau, 0), c, config)
+
+
+@triton.jit(do_not_specialize=["B"])
+def head_second_moment(head: Head, scratch: Scratch, weights, B, share, config: Config):
+    """Program (i, j): dL/dW = 2 sum_b d[b, k] (S_b w_k + beta_k mu_b) and dL/dbeta of BK classes over samples j share .. (j + 1) share - 1;
+    weights [parts, K C + K]."""
+    part = tl.program_id(1)
+    k = tl.program_id(0) * config.BK + tl.arange(0, config.BK)
+    c = tl.arange(0, config.BC)
+    w = class_weights(head, k, c, config).to(tl.float32)
+    grad = tl.zeros([config.BK, config.BC], tl.float32)
+    grad_bias = tl.zeros([config.BK], tl.float32)
+    for b in range(part * share, tl.minimum((part + 1) * share, B)):
+        row = tl.zeros([], tl.int64) + b  # 64 bits: B C^2 may pass 2^31
+        S, m = load_second(head, scratch, row, config)
+        dk = tl.load(scratch.d + row * config.K + k, mask=k < config.K, other=0.0)
+        grad += dot(w, S, None, config.HEAD_PRECISION) * dk[:, None]
+        if head.bias is not None:
+            beta = class_bias(head, k, config)
+            grad += (dk * beta)[:, None] * m[None, :]
+            grad_bias += dk * (tl.sum(w * m[None, :], 1) + beta)
+    at = weights + part * (config.K * config.C + config.K)
+    mask = (k < config.K)[:, None] & (c < config.C)[None, :]
+    tl.store(at + k[:, None] * config.C + c[None, :], 2 * grad, mask=mask)
+    if head.bias is not None:
+        tl.store(at + config.K * config.C + k, 2 * grad_bias, mask=k < config.K)
