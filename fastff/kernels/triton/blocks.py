@@ -15,8 +15,8 @@ FILE = "blocks.json"
 
 
 class Blocks(NamedTuple):
-    """Sizes of a launch: samples, positions, channels and classes of a tile, cells of the grid, warps of the sweep; classes of a tile and warps of
-    second moment's head."""
+    """Sizes of a launch: samples, positions, channels and classes of a tile, cells of the grid, warps of the sweep and loads that are under way
+    in its loops; classes of a tile and warps of second moment's head."""
 
     NS: int
     BP: int
@@ -24,6 +24,7 @@ class Blocks(NamedTuple):
     BK: int
     BG: int
     warps: int
+    stages: int = 3
     HK: int = 16
     head_warps: int = 4
 
@@ -40,7 +41,7 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False):
     if algorithm == "second_moment":
         warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
         positions = (64 if narrow and not cells else 32) // (2 if epilogue else 1)
-        return Blocks(1, min(most, positions), BC, 16 if BC > 64 else 32, BG, warps, min(64, max(16, triton.next_power_of_2(K))), 8)
+        return Blocks(1, min(most, positions), BC, 16 if BC > 64 else 32, BG, warps, 3, min(64, max(16, triton.next_power_of_2(K))), 8)
     BK = max(16, triton.next_power_of_2(K))
     if BK > MOST_CLASSES:
         return None

@@ -63,7 +63,7 @@ class Launch:
         self.config = Config(
             C, H * W, H, W, K, *cells, is_channels_last(self.x), b.NS, b.BP, b.BC, b.BK, b.BG, triton.next_power_of_2(K),
             around and around.config.ACTIVATION, "tf32" if narrow else exact, "tf32" if narrow else exact, "tf32" if narrow else "tf32x3",
-            0, False, False, None, False,
+            0, self.parts == 1, False, False, None, False,
         )  # fmt: skip
         self.grid = None if grid_weight is None else grid.GridTerm(projection, self.x)
         again = 4 * K * C * many * self.groups * (self.chunks + 1)
@@ -98,12 +98,12 @@ class Launch:
             scratch = scratch._replace(means=None)
         result = Result(grad_x, normalized, self.weights, self.sums)
         config = self.config._replace(
-            FIRST="first" in stages, HEAD="head" in stages and self.second_moment, SECOND="second" in stages, **constant
+            WHOLE=parts == 1, FIRST="first" in stages, HEAD="head" in stages and self.second_moment, SECOND="second" in stages, **constant
         )
         kernel = second_moment if self.second_moment else direct
         kernel[programs, self.chunks](
             self.source, self.head, scratch, result, arguments, self.B, self.positions, parts, eps, constants(config),
-            num_warps=b.warps,
+            num_warps=b.warps, num_stages=b.stages,
         )  # fmt: skip
 
     def first(self):

@@ -31,11 +31,11 @@ second_moment. Of the spatial term: means [parts, B, C, GH GW] over cells, cells
 
 Config = namedtuple(
     "Config",
-    "C P H W K GH GW CHANNELS_LAST NS BP BC BK BG LK ACTIVATION PRECISION HEAD_PRECISION CELL_PRECISION NORM FIRST HEAD LOSS SECOND",
+    "C P H W K GH GW CHANNELS_LAST NS BP BC BK BG LK ACTIVATION PRECISION HEAD_PRECISION CELL_PRECISION NORM WHOLE FIRST HEAD LOSS SECOND",
 )
 """Constants of a kernel: channels, positions, rows and columns of a sample, classes, rows and columns of the grid, the layout of x; sizes of tiles
-(blocks.py); the activation by number; input precision of the products with x, with float32 matrices and with cells; the normalization by number.
-Stages: FIRST sweep, HEAD (g from S and mu, of second_moment), LOSS (its number, or None), SECOND sweep."""
+(blocks.py); the activation by number; input precision of the products with x, with float32 matrices and with cells; the normalization by number;
+WHOLE: whether samples are not divided. Stages: FIRST sweep, HEAD (g from S and mu, of second_moment), LOSS (its number, or None), SECOND sweep."""
 
 
 Tile = namedtuple("Tile", "p row at mask")

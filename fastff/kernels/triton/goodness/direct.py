@@ -82,7 +82,10 @@ def first_sweep(source: Source, head: Head, scratch: Scratch, W, part, first, st
     pooled = tl.zeros([config.BC, config.NS * config.BG], tl.float32)
     for p0 in range(start, end, config.BP):
         a, total, square, pooled = outputs(source, head, scratch, W, first, p0, start, end, total, square, pooled, B, True, config)
-        g += tl.sum(tl.reshape(a * a, [config.NS, config.BP, config.BK]), 1)
+        if config.NS == 1:
+            g += tl.sum(a * a, 0)[None, :]
+        else:
+            g += tl.sum(tl.reshape(a * a, [config.NS, config.BP, config.BK]), 1)
     g /= config.P
     whole, squares = of_samples(total, square, tl.zeros([], tl.int32) + (end - start), config)
     if scratch.means is not None:
@@ -120,7 +123,7 @@ def direct(
         part = item % parts
         start = part * positions
         end = tl.minimum(start + positions, config.P)
-        if config.P <= config.BP:  # constants: such loops are none
+        if config.WHOLE:  # constants: masks are known to be aligned, and loops of one tile are none
             start, end = 0, config.P
         n = first + tl.arange(0, config.NS)
         known = (n < B)[:, None] & (k < config.K)[None, :]
@@ -152,9 +155,10 @@ def direct(
                 largest = tl.max(tl.max(tl.abs(d), 1), 0)
                 largest = tl.where(largest == 0, 1.0, largest)
                 d /= largest
-            by_row = tl.reshape(
-                tl.broadcast_to(d[:, None, :], [config.NS, config.BP, config.BK]), [config.NS * config.BP, config.BK]
-            )
+            by_row = d  # of one sample: for all rows
+            if config.NS > 1:
+                shape: tl.constexpr = [config.NS, config.BP, config.BK]
+                by_row = tl.reshape(tl.broadcast_to(d[:, None, :], shape), [config.NS * config.BP, config.BK])
             for p0 in range(start, end, config.BP):
                 if (not config.FIRST) or (config.P > config.BP):
                     a, _, _, _ = outputs(source, head, scratch, W, first, p0, start, end, mean, mean, mean, B, False, config)

@@ -60,7 +60,7 @@ def first_sweep(source: Source, head: Head, scratch: Scratch, part, b, start, en
     tl.store(scratch.second + own * (config.C * config.C) + at, S, mask=mask)
     if head.bias is not None:
         tl.store(scratch.mu + own * config.C + c, m, mask=c < config.C)
-    whole, around = of_samples(total, squares, end - start, config)
+    whole, around = of_samples(total, squares, tl.zeros([], tl.int32) + (end - start), config)
     store_moments(scratch, part, b + tl.arange(0, 1), whole, around, B)
     if scratch.means is not None:
         store_means(pooled, scratch, part, b, c, B, config)
@@ -162,6 +162,8 @@ def second_moment(
         b, part = (item // parts).to(tl.int64), item % parts
         start = part * positions
         end = tl.minimum(start + positions, config.P)
+        if config.WHOLE:
+            start, end = 0, config.P
         if config.FIRST:
             S, m = first_sweep(source, head, scratch, part, b, start, end, B, config)
         if config.HEAD:
