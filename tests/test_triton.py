@@ -59,18 +59,18 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
 
 # --- ahead of time
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
 INTEGERS = {"target": "*i64", "starts": "*i32", "group_of": "*i32"}
 NUMBERS = {"tau", "margin", "label_smoothing", "scale", "eps", "theta", "theta_gap", "alpha"}
 ACTIVATIONS = {"x", "residual", "grad_x", "normalized", "y", "grad_h", "grad_y"}
 POINTERS = ACTIVATIONS | set(INTEGERS) | {
     "affine", "weight", "bias", "g", "d", "second", "mu", "sums", "means", "cells", "losses", "grad_tau", "learned_tau", "grad_scale", "largest",
-    "grad_weight", "grad_bias", "partial", "channel_sums", "factors",
+    "grad_weight", "grad_bias", "partial", "channel_sums", "factors", "grid_weight", "term", "weights", "grad_grid", "out",
 }  # fmt: skip
 DIVISIBLE = {"C", "P", "sample_stride", "channel_stride", "position_stride", "n", "share", "positions", "xb"}
 
 
-def compiled(kernel, dtype, arch, warps, **fixed):
+def compiled(kernel, dtype, arch, warps, stages=3, **fixed):
     """The kernel for x of `dtype`. Arguments, and fields of its bundles of them, that are fixed to None are absent, to a number constant."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -95,13 +95,18 @@ def compiled(kernel, dtype, arch, warps, **fixed):
     signature = {p.name: declared(p.name, (i,), p.annotation) for i, p in enumerate(parameters)}
     assert not unknown, unknown
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
 
 
 def spilled(binary, arch):
     """Bytes that ptxas spilled to memory."""
+    return assembled(binary, arch)[0]
+
+
+def assembled(binary, arch):
+    """Bytes that ptxas spilled to memory, and registers of a thread."""
     assembler = glob.glob(os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas*"))
-    suffix = "a" if arch >= 90 else ""
+    suffix = "a" if arch in (90, 100) else ""
     for tool in sorted(assembler):
         with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
             file.write(binary.asm["ptx"])
@@ -110,99 +115,76 @@ def spilled(binary, arch):
             said = subprocess.run(command, capture_output=True, text=True)
         found = re.search(r"(\d+) bytes spill stores", said.stdout + said.stderr)
         if said.returncode == 0 and found:
-            return int(found[1])
+            return int(found[1]), int(re.search(r"Used (\d+) registers", said.stdout + said.stderr)[1])
     raise AssertionError(said.stderr)
 
 
-def sweeps(dtype, algorithm, C, P, K, cells, activation=None):
-    """[(kernel, warps, fixed)]: every launch that a step (with an epilogue, where there is an activation) makes for this shape, in the largest
-    of its variants."""
+def sweeps(dtype, arch, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False):
+    """[(kernel, warps, stages, programs of a multiprocessor, fixed)]: launches that a step (with an epilogue, where there is an activation) makes for
+    this shape; with cells and an epilogue, which is not one sweep, the second part of it."""
     from fastff.kernels.triton import blocks
-    from fastff.kernels.triton.goodness import direct, head_direct, head_second_moment, second_moment
+    from fastff.kernels.triton.goodness import direct, head_second_moment, second_moment
 
-    b = blocks.table(algorithm, 512, C, P, K, cells, 4 if dtype == "fp32" else 2, activation is not None)
-    precision = "ieee" if dtype == "fp32" else "tf32"
-    none = dict.fromkeys(["learned_tau", "grad_scale", "grad_tau"])
+    size = 4 if dtype == "fp32" else 2
+    b = blocks.table(algorithm, 512, C, P, K, cells, size, activation is not None, arch)
+    second, precision = algorithm == "second_moment", "ieee" if dtype == "fp32" else "tf32"
+    inside = cells and not second and activation is None
+    H = int(P**0.5)
     config = {
-        "ACTIVATION": activation, "PRECISION": precision, "HEAD_PRECISION": precision, "CELL_PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
-        "NS": b.NS, "BP": b.BP, "BC": b.BC, "BK": b.BK, "BG": b.BG, "NORM": 1,
+        "C": C, "P": P, "H": H, "W": P // H, "K": K, "GH": int(cells**0.5) or 1, "GW": int(cells**0.5) or 1, "CHANNELS_LAST": channels_last,
+        "NS": b.NS, "BP": b.BP, "BC": b.BC, "BK": b.BK, "BG": b.BG, "LK": triton.next_power_of_2(K), "ACTIVATION": activation,
+        "PRECISION": precision, "HEAD_PRECISION": precision, "CELL_PRECISION": "tf32x3" if dtype == "fp32" else "tf32", "NORM": 1,
+        "WHOLE": True, "FIRST": inside or not cells, "HEAD": second and not cells, "LOSS": None if cells and not inside else 0, "SECOND": True,
     }  # fmt: skip
-    config |= {"channel_stride": 1} | ({} if activation is not None else {"residual": None, "affine": None})
-    sums = {} if activation is not None else {"channel_sums": None}
-    loss = spec.LOSSES.index("cross_entropy")
-    pieces = [{"FIRST": True, "LOSS": loss, "SECOND": True, "means": None, "cells": None, "bias": None}]
-    if cells:
-        pieces = [
-            {"FIRST": True, "LOSS": None, "SECOND": False, "cells": None, "grad_x": None, "normalized": None},
-            {"FIRST": False, "LOSS": None, "SECOND": True, "means": None},
-        ]
-    second = algorithm == "second_moment"
-    found = []
-    for piece in pieces:
-        unused = {} if second and "bias" not in piece else {"mu": None} if second else {"mu": None, "second": None}
-        fixed = {**config, **none, **sums, **piece, **unused, "HEAD": second and piece["FIRST"]}
-        found.append((second_moment if second else direct, b.warps, fixed))
-    stages = {"FIRST": False, "HEAD": False, "LOSS": None, "SECOND": False}
-    if second:
-        config = {key: value for key, value in config.items() if key not in ("channel_stride", "residual", "affine")}
-        return [*found, (head_second_moment, b.head_warps, config | stages)]
-    unused = {"second": None, "mu": None} | ({"largest": None} if dtype != "fp16" else {})
-    unused |= {} if cells else {"bias": None, "grad_bias": None}
-    return [*found, (head_direct, b.head_warps, config | stages | unused)]
+    absent = {"learned_tau", "grad_scale", "grad_tau"} | ({"bias"} if not bias else set())
+    absent |= {"residual", "affine"} if activation is None else set()
+    absent |= set() if inside else {"term", "grid_weight", "means"}
+    absent |= {"cells"} if not cells else set()
+    absent |= {"second", "mu"} if not second else {"mu"} if not bias else set()
+    fixed = config | dict.fromkeys(absent) | {"parts": 1}
+    found = [(second_moment if second else direct, b.warps, b.stages, blocks.resident(b), fixed)]
+    if second and activation is None:
+        kept = {name: fixed[name] for name in ("bias", "mu") if name in fixed} | {"BK": b.HK}
+        unused = dict.fromkeys({"grid_weight", "means", "cells", "term", "g", "sums"})
+        found.append((head_second_moment, b.head_warps, 3, 1, config | kept | unused))
+    return found
 
 
-SHAPES = [(16, 1024, 10), (64, 1024, 100), (128, 256, 100), (256, 64, 1000)]
-CASES = [(90, dtype, "direct", *shape, 0) for dtype in ("bf16", "fp32") for shape in SHAPES]
-CASES += [(90, "bf16", "direct", C, P, K, 0) for C, P, K in [(512, 16, 1000), (960, 49, 1000), (512, 1, 10)]]
-CASES += [
-    (90, "fp16", "direct", 256, 64, 100, 0),
-    (90, "bf16", "direct", 64, 1024, 10, 16),
-    (90, "bf16", "direct", 512, 16, 100, 16),
-]
-CASES += [
-    (90, dtype, "second_moment", C, P, 1000, 0)
-    for dtype in ("bf16", "fp32")
-    for C, P in [(24, 3136), (64, 1024), (128, 784)]
-]
-CASES += [(90, "bf16", "second_moment", 64, 1024, 100, 16), (90, "fp16", "second_moment", 128, 784, 100, 0)]
-CASES += [(arch, "bf16", "direct", C, P, 100, 0) for arch in (80, 100) for C, P in [(64, 1024), (512, 16)]]
-CASES += [(arch, "bf16", "second_moment", 64, 1024, 100, 0) for arch in (80, 100)]
+CASES = [(90, "bf16", "direct", *shape) for shape in [(64, 1024, 10), (64, 1024, 100), (128, 256, 10), (128, 256, 100)]]
+CASES += [(90, "bf16", "direct", *shape) for shape in [(256, 64, 100), (512, 16, 10), (512, 16, 100), (24, 3136, 10)]]
+CASES += [(90, "bf16", "direct", 960, 49, 100), (90, "bf16", "direct", 64, 1024, 10, 16), (90, "bf16", "direct", 512, 16, 10, 16)]
+CASES += [(90, "fp16", "direct", 128, 256, 100), (90, "fp32", "direct", 64, 1024, 10), (90, "fp32", "direct", 256, 64, 32)]
+CASES += [(arch, "bf16", "direct", C, P, 10) for arch in (80, 86, 100, 120) for C, P in [(64, 1024), (128, 256)]]
+CASES += [(90, "bf16", "second_moment", *shape) for shape in [(24, 3136, 1000), (64, 1024, 100), (64, 1024, 1000), (128, 784, 1000)]]
+CASES += [(90, "bf16", "second_moment", 64, 1024, 100, 16), (90, "fp32", "second_moment", 64, 1024, 1000)]
+CASES += [(arch, "bf16", "second_moment", 64, 1024, 100) for arch in (80, 86, 100)]
+TAILS = [("bf16", "direct", 64, 1024, 10), ("bf16", "direct", 256, 64, 10), ("fp32", "direct", 64, 1024, 10)]
+TAILS += [("bf16", "second_moment", 64, 1024, 100), ("bf16", "direct", 64, 1024, 10, 16)]
+CASES += [(90, *tail, *((0,) if len(tail) == 5 else ()), 4) for tail in TAILS]  # SiLU is the costliest but GELU
+CASES += [(90, "bf16", "direct", 64, 1024, 10, 0, None, False), (90, "bf16", "direct", 64, 1024, 10, 0, None, True, True)]
 
 
-@pytest.mark.parametrize(("arch", "dtype", "algorithm", "C", "P", "K", "cells"), CASES)
-def test_fits_the_chip(arch, dtype, algorithm, C, P, K, cells):
-    """No spills, shared memory within the chip's, tensor cores and asynchronous copies where meant."""
-    for kernel, warps, fixed in sweeps(dtype, algorithm, C, P, K, cells):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fits_the_chip(case):
+    """No spills; registers and shared memory for the programs that a multiprocessor is given; tensor cores, on sm_90 warpgroups of them with
+    positions as their rows; asynchronous copies, and accesses of 16 bytes, where C % 8 == 0."""
+    arch, dtype, _, C, *_ = case
+    for kernel, warps, stages, programs, fixed in sweeps(dtype, *(case[0], *case[2:])):
         name = kernel.fn.__name__
-        binary = compiled(kernel, dtype, arch, warps, **fixed)
-        assert binary.metadata.shared <= SHARED[arch], f"{name}: {binary.metadata.shared} bytes of shared memory"
-        assert spilled(binary, arch) == 0, f"{name}: spills"
-        assert "cp.async" in binary.asm["ptx"], f"{name}: loads are not asynchronous"
-        if dtype != "fp32":
-            products = {80: "mma.sync", 90: "mma", 100: "mma"}[arch]
-            assert products in binary.asm["ptx"], f"{name}: no tensor cores"
-
-
-TAILS = [
-    (90, "bf16", "direct", 64, 1024, 10), (90, "bf16", "direct", 256, 64, 100), (90, "fp16", "direct", 128, 256, 100),
-    (90, "fp32", "direct", 64, 1024, 10), (90, "bf16", "second_moment", 64, 1024, 100), (90, "bf16", "second_moment", 128, 784, 1000),
-    (90, "fp32", "second_moment", 64, 1024, 100), (80, "bf16", "direct", 64, 1024, 10), (100, "bf16", "second_moment", 64, 1024, 100),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("arch", "dtype", "algorithm", "C", "P", "K"), TAILS)
-def test_the_epilogue_fits_the_chip(arch, dtype, algorithm, C, P, K):
-    """With batch norm, residual and SiLU, the costliest but GELU, around every tile: still no spills."""
-    from fastff.kernels.triton.goodness import fits_with_epilogue
-
-    y = torch.empty(1, C, 1, 1, dtype=torch.float32 if dtype == "fp32" else torch.float16)
-    assert fits_with_epilogue(y, Plan(algorithm, 1, 1))
-    for kernel, warps, fixed in sweeps(dtype, algorithm, C, P, K, 0, activation=4):
-        binary = compiled(kernel, dtype, arch, warps, **fixed)
-        assert binary.metadata.shared <= SHARED[arch], (
-            f"{kernel.fn.__name__}: {binary.metadata.shared} bytes of shared memory"
-        )
-        assert spilled(binary, arch) == 0, f"{kernel.fn.__name__}: spills"
+        binary = compiled(kernel, dtype, arch, warps, stages, **fixed)
+        assembly, shared = binary.asm["ptx"], binary.metadata.shared
+        spills, registers = assembled(binary, arch)
+        assert spills == 0, f"{name}: {spills} bytes spilled"
+        assert registers * 32 * warps * programs <= 2**16, f"{name}: {registers} registers"
+        assert shared * programs <= SHARED[arch], f"{name}: {shared} bytes of shared memory, {programs} programs"
+        assert "cp.async" in assembly, f"{name}: loads are not asynchronous"
+        if name == "head_second_moment":
+            continue
+        assert not re.search(r"(ld|st)\.global\.b16", assembly), f"{name}: accesses of 2 bytes"
+        if dtype != "fp32" and C >= 64:
+            products = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(arch, "mma.sync")
+            assert assembly.count(products) >= 3, f"{name}: {products} {assembly.count(products)} times"
+            assert arch != 90 or fixed["GH"] > 1 or case[2] != "direct" or "mma.sync" not in assembly, name
 
 
 @pytest.mark.parametrize("arch", SHARED)

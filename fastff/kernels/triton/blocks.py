@@ -25,41 +25,61 @@ class Blocks(NamedTuple):
     BG: int
     warps: int
     stages: int = 3
-    HK: int = 16
+    HK: int = 0
     head_warps: int = 4
 
 
-MOST_CLASSES = 128  # of the direct algorithm: g, d and a row of a are in registers
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have, by compute capability
+WGMMA = (90, 100)  # whose products read W from shared memory, not from registers
 
 
-def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False):
-    """The heuristic table, for 64 K registers; tests/test_triton.py compiles all of it. None where nothing fits (`refusal` says why)."""
+def most_classes(itemsize, arch, epilogue):
+    """The classes that direct takes: g, d, a row of a and a column of dL/dW for each of them are in registers."""
+    return 128 if itemsize == 2 and arch in WGMMA and not epilogue else 32
+
+
+def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
+    """The heuristic table, for 64 K registers and the shared memory of `arch`; tests/test_triton.py compiles all of it. None where nothing fits
+    (`refusal` says why).
+
+    Direct: 64 rows, the M of a tensor core's product on sm_90 (32 in float32, whose products are FMA and have their operands in registers); 128
+    channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is in registers."""
     narrow = itemsize == 2
     BC = max(16, triton.next_power_of_2(C))
-    most = max(16, triton.next_power_of_2(P))
+    most = triton.next_power_of_2(P)
     BG = max(16, triton.next_power_of_2(cells)) if cells else 16
     if algorithm == "second_moment":
         warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
         positions = (64 if narrow and not cells else 32) // (2 if epilogue else 1)
-        return Blocks(1, min(most, positions), BC, 16 if BC > 64 else 32, BG, warps, 3, min(64, max(16, triton.next_power_of_2(K))), 8)
+        HK = min(128 if BC <= 64 else 64, max(16, triton.next_power_of_2(K)))
+        return Blocks(1, min(max(16, most), positions), BC, 16 if BC > 64 else 32, BG, warps, 3, HK, 8)
     BK = max(16, triton.next_power_of_2(K))
-    if BK > MOST_CLASSES:
+    if most_classes(itemsize, arch, epilogue) < K:
         return None
-    BC = min(BC, 128 if narrow else 64)
-    R = 64
-    warps = 4 if BC <= 64 else 8
-    BP = min(R, triton.next_power_of_2(P))
-    NS = max(R // BP, 1)
+    few = narrow and BK <= 32 and not cells and not epilogue
+    BC = min(BC, 128 if few else 64)
+    R = 64 if narrow else 32
+    BP = min(R, most)
+    NS = R // BP
     while NS > 1 and NS * BP > 16 and NS // 2 >= B:
         NS //= 2
     if cells:  # the grid's products have NS BG columns
         NS = min(NS, max(1, 16 // BP, 64 // BG))
-    return Blocks(NS, BP, BC, BK, BG, warps)
+    return Blocks(NS, BP, BC, BK, BG, 4 if few and BC <= 64 else 8, 3 if SHARED[arch] > 99 else 2)
 
 
-def refusal(algorithm, C, K):
+def refusal(K, itemsize, arch, epilogue):
     """Why `table` has no sizes."""
-    return f"direct holds the classes of a sample in registers, at most {MOST_CLASSES}, the head has {K}"
+    most = most_classes(itemsize, arch, epilogue)
+    return f"direct holds the classes of a sample in registers, here at most {most}, the head has {K}"
+
+
+def architecture(device):
+    """The latest compute capability that `table` knows and the device has, as 10 major + minor (90 for the interpreter)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((arch for arch in SHARED if arch <= 10 * major + minor), default=80)
 
 
 def resident(blocks):
@@ -85,4 +105,4 @@ def measured(name):
 def sizes(device, algorithm, B, C, P, K, cells, itemsize, epilogue=False):
     """Sizes of a launch: measured for this shape, or by the table."""
     found = measured(device_name(device)).get(key_of(algorithm, C, P, K, cells, itemsize, epilogue))
-    return found or table(algorithm, B, C, P, K, cells, itemsize, epilogue)
+    return found or table(algorithm, B, C, P, K, cells, itemsize, epilogue, architecture(device))

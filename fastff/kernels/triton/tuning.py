@@ -16,6 +16,8 @@ def candidates(start):
     yield start
     for BP, BK, warps in itertools.product(*((n // 2, n, n * 2) for n in (start.BP, start.BK, start.warps))):
         found = start._replace(BP=BP, BK=BK, warps=warps)
+        if not start.HK and start.BK != BK:  # direct has all classes in a tile
+            continue
         if found != start and BP * start.NS >= 16 and 16 <= BK <= 256 and 1 <= warps <= 32:
             yield found
 
@@ -29,7 +31,11 @@ def tune(device, time, shapes=None, dtype=torch.bfloat16, B=512, report=lambda t
         weight = torch.randn(K, C, 1, 1, device=device)
         loss = spec.Loss(target=torch.randint(K, (B,), device=device))
         for algorithm in ("direct",) + ("second_moment",) * (C <= goodness.SECOND_MOMENT_CHANNELS):
-            start = blocks.table(algorithm, B, C, H * H, K, 0, x.element_size())
+            start = blocks.table(
+                algorithm, B, C, H * H, K, 0, x.element_size(), arch=blocks.architecture(x.device)
+            )
+            if start is None:  # not by these kernels
+                continue
             seconds = {}
             for sizes in candidates(start):
                 step = functools.partial(_step, x, weight, spec.Plan(algorithm, B, K), sizes, loss)

@@ -67,7 +67,8 @@ class Launch:
         )  # fmt: skip
         self.grid = None if grid_weight is None else grid.GridTerm(projection, self.x)
         again = 4 * K * C * many * self.groups * (self.chunks + 1)
-        self.grid_inside = many and not self.second_moment and projection.hidden is None and again <= GRID_BYTES
+        simple = around is None and projection.hidden is None and not self.second_moment
+        self.grid_inside = bool(many) and simple and again <= GRID_BYTES
         inside = self.grid.weight[..., : cells[0], : cells[1]].contiguous() if self.grid_inside else None
         self.head = Head(weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(), inside)
         second = self.second_moment
@@ -204,7 +205,7 @@ def reason(x, projection, plan, epilogue=False):
         return "there are no samples"
     cells = grid.grid_sizes(projection.grid_weight, x) if projection.grid_weight is not None else (0, 0)
     if _blocks(x, plan, len(weight), cells[0] * cells[1], epilogue) is None:
-        return blocks.refusal(plan.algorithm, x.shape[1], len(weight))
+        return blocks.refusal(len(weight), x.element_size(), blocks.architecture(x.device), epilogue)
     return None
 
 
