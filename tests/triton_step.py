@@ -4,7 +4,7 @@ interpreted, with TRITON_INTERPRET=1."""
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
 from fastff import spec
@@ -63,20 +63,24 @@ def test_epilogue_forward_and_backward(channels_last):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("side", [3, 9])
+@pytest.mark.parametrize(("side", "activation"), [(3, None), (6, "relu")])
 def test_channels_in_pieces(side, activation):
     """More channels than a piece has, with several samples a tile and several tiles a sample, more samples than programs, and every term of g."""
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(7, 72, side, side), torch.randn(20, 72, 1, 1) / 8, torch.randn(20) / 4
-    grid_weight, loss = torch.randn(20, 72, 2, 3) / 8, spec.Loss("cross_entropy", torch.arange(7) % 5, learned_tau=torch.tensor(0.7))
-    assert blocks.sizes(x.device, "direct", 7, 72, side**2, 20, 6, 4).BC == 64
+    x, weight, bias = torch.randn(5, 72, side, side), torch.randn(9, 72, 1, 1) / 8, torch.randn(9) / 4
+    grid_weight, loss = (
+        torch.randn(9, 72, 2, 1) / 8,
+        spec.Loss("cross_entropy", torch.arange(5), learned_tau=torch.tensor(0.7)),
+    )
+    assert blocks.sizes(x.device, "direct", 5, 72, side**2, 9, 2, 4).BC == 64
 
     def step(dtype, implementation):
         y, w, b, v = (t.to(dtype) for t in (x, weight, bias, grid_weight))
         around = activation and spec.Epilogue(activation=activation)
         head, of_tau = spec.Projection(w, b, v), loss._replace(learned_tau=loss.learned_tau.to(dtype))
-        return implementation.step(spec.Step(y, around, head, of_tau, spec.Normalization("layer_norm")), spec.Plan("direct", 7, 20))
+        return implementation.step(
+            spec.Step(y, around, head, of_tau, spec.Normalization("layer_norm")), spec.Plan("direct", 5, 9)
+        )
 
     got, exact = step(torch.float32, goodness), step(torch.float64, plain)
     for field, a, b in zip(spec.StepResult._fields, got, exact, strict=True):
@@ -87,7 +91,10 @@ def test_channels_in_pieces(side, activation):
 
 def test_many_classes_are_left_to_products():
     x, weight = torch.randn(3, 8, 4, 4), torch.randn(140, 8, 1, 1)
-    for algorithm, why in (("direct", "direct holds the classes of a sample in registers, here at most 32, the head has 140"), ("second_moment", None)):
+    for algorithm, why in (
+        ("direct", "direct holds the classes of a sample in registers, here at most 16, the head has 140"),
+        ("second_moment", None),
+    ):
         assert goodness.reason(x, spec.Projection(weight), spec.Plan(algorithm, 3, 140)) == why
     got = goodness.goodness(x, spec.Projection(weight), spec.Plan("direct", 3, 140))
     torch.testing.assert_close(got, plain.goodness(x, spec.Projection(weight), spec.Plan("direct", 3, 140)))
@@ -96,12 +103,31 @@ def test_many_classes_are_left_to_products():
 class Launches(TorchDispatchMode):
     """Counts what would start a kernel on a GPU: PyTorch's operators but those that make memory or views, and Triton's launches."""
 
-    FREE = ("empty", "view", "split", "unbind", "select", "slice", "as_strided", "alias", "detach", "permute", "reshape", "expand", "squeeze")
+    FREE = (
+        "empty",
+        "view",
+        "split",
+        "unbind",
+        "select",
+        "slice",
+        "as_strided",
+        "alias",
+        "detach",
+        "permute",
+        "reshape",
+        "expand",
+        "squeeze",
+    )
 
     def __enter__(self):
         self.found, self.run = [], GridExecutor.__call__
-        GridExecutor.__call__ = lambda kernel, *args, **kwargs: (self.found.append(kernel.fn.__name__), self.run(kernel, *args, **kwargs))
+        GridExecutor.__call__ = lambda kernel, *args, **kwargs: self.launch(kernel, args, kwargs)
         return super().__enter__()
+
+    def launch(self, kernel, args, kwargs):
+        self.found.append(kernel.fn.__name__)
+        with _disable_current_modes():  # the interpreter's own
+            self.run(kernel, *args, **kwargs)
 
     def __exit__(self, *args):
         GridExecutor.__call__ = self.run
@@ -115,7 +141,11 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("algorithm", "grid", "kernels"),
-    [("direct", 0, ["direct", "reduce"]), ("direct", 2, ["direct", "reduce"]), ("second_moment", 0, ["second_moment", "head_second_moment", "reduce"])],
+    [
+        ("direct", 0, ["direct", "reduce"]),
+        ("direct", 2, ["direct", "reduce"]),
+        ("second_moment", 0, ["second_moment", "head_second_moment", "reduce"]),
+    ],
 )
 def test_launches_of_a_goodness_step(algorithm, grid, kernels):
     x, weight, bias = torch.randn(6, 16, 4, 4), torch.randn(5, 16, 1, 1), torch.randn(5)
@@ -123,4 +153,4 @@ def test_launches_of_a_goodness_step(algorithm, grid, kernels):
     loss = spec.Loss("cross_entropy", torch.arange(6) % 5, learned_tau=torch.tensor(1.0))
     with Launches() as counted:
         goodness.step(spec.Step(x, None, head, loss, spec.Normalization("layer_norm")), spec.Plan(algorithm, 6, 5))
-    assert [name for name in counted.found if name in kernels or "interpreter" not in name] == kernels, counted.found
+    assert counted.found == kernels

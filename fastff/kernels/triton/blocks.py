@@ -35,14 +35,15 @@ WGMMA = (90, 100)  # whose products read W from shared memory, not from register
 
 def most_classes(itemsize, arch, epilogue):
     """The classes that direct takes: g, d, a row of a and a column of dL/dW for each of them are in registers."""
-    return 128 if itemsize == 2 and arch in WGMMA and not epilogue else 32
+    return 16 if itemsize > 2 else 128 if arch in WGMMA and not epilogue else 32
 
 
 def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     """The heuristic table, for 64 K registers and the shared memory of `arch`; tests/test_triton.py compiles all of it. None where nothing fits
     (`refusal` says why).
 
-    Direct: 64 rows, the M of a tensor core's product on sm_90 (32 in float32, whose products are FMA and have their operands in registers); 128
+    Direct: 64 rows, the M of a tensor core's product on sm_90 (32 or, with an epilogue, 16 in float32, whose products are FMA
+    and have their operands in registers); 128
     channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is in registers."""
     narrow = itemsize == 2
     BC = max(16, triton.next_power_of_2(C))
@@ -58,14 +59,14 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
         return None
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
-    R = 64 if narrow else 32
+    R = 64 if narrow else 16 if epilogue else 32
     BP = min(R, most)
     NS = R // BP
     while NS > 1 and NS * BP > 16 and NS // 2 >= B:
         NS //= 2
     if cells:  # the grid's products have NS BG columns
         NS = min(NS, max(1, 16 // BP, 64 // BG))
-    return Blocks(NS, BP, BC, BK, BG, 4 if few and BC <= 64 else 8, 3 if SHARED[arch] > 99 else 2)
+    return Blocks(NS, BP, BC, BK, BG, 4 if few and BC <= 64 else 8, 3 if arch in WGMMA else 2)
 
 
 def refusal(K, itemsize, arch, epilogue):
@@ -83,8 +84,14 @@ def architecture(device):
 
 
 def resident(blocks):
-    """Programs that a multiprocessor runs at a time: 64 K registers, of which a thread may take 255."""
+    """Programs that a multiprocessor runs at a time."""
     return max(1, 8 // blocks.warps)
+
+
+def options(blocks):
+    """Options of the sweep's launch; registers are those that `resident` programs leave a thread, which the assembler does not always take itself."""
+    registers = min(255, 2**16 // (32 * blocks.warps * resident(blocks)))
+    return {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": registers}
 
 
 def device_name(device):

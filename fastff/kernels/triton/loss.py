@@ -116,7 +116,7 @@ def losses_of(g, d, loss: LossArguments, n, B, K, LOSS: tl.constexpr, NS: tl.con
     k = tl.arange(0, KP)
     half = B // 2
     at = n[:, None] * K + k[None, :]
-    if (LOSS == SYMBA) or (LOSS == SWISH_SYMBA):
+    if (LOSS == SYMBA) or (LOSS == SWISH_SYMBA):  # noqa: SIM109
         valid = n < half
         known = valid[:, None] & (k < K)[None, :]
         positive, negative = tl.load(g + at, mask=known, other=0.0), tl.load(g + half * K + at, mask=known, other=0.0)

@@ -36,7 +36,9 @@ from fastff.kernels.triton.launch import constants, multiprocessors, on_device, 
 
 SECOND_MOMENT_CHANNELS = 128  # S [C, C] lives in registers
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
-GRID_BYTES = 2**28  # of the grid's weights that a launch reads, at most, for all its groups of samples: from L2 about 50 us
+GRID_BYTES = (
+    2**28
+)  # of the grid's weights that a launch reads, at most, for all its groups of samples: from L2 about 50 us
 
 
 class Launch:
@@ -99,12 +101,16 @@ class Launch:
             scratch = scratch._replace(means=None)
         result = Result(grad_x, normalized, self.weights, self.sums)
         config = self.config._replace(
-            WHOLE=parts == 1, FIRST="first" in stages, HEAD="head" in stages and self.second_moment, SECOND="second" in stages, **constant
+            WHOLE=parts == 1,
+            FIRST="first" in stages,
+            HEAD="head" in stages and self.second_moment,
+            SECOND="second" in stages,
+            **constant,
         )
         kernel = second_moment if self.second_moment else direct
         kernel[programs, self.chunks](
             self.source, self.head, scratch, result, arguments, self.B, self.positions, parts, eps, constants(config),
-            num_warps=b.warps, num_stages=b.stages,
+            **blocks.options(b),
         )  # fmt: skip
 
     def first(self):

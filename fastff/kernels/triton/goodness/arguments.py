@@ -38,6 +38,10 @@ Config = namedtuple(
 WHOLE: whether samples are not divided. Stages: FIRST sweep, HEAD (g from S and mu, of second_moment), LOSS (its number, or None), SECOND sweep."""
 
 
+Span = namedtuple("Span", "first part start end")
+"""What a program works on at a time: NS samples from `first` on, and the part of their positions, start .. end - 1."""
+
+
 Tile = namedtuple("Tile", "p row at mask")
 """Positions [R] and whether these rows exist, offsets [BC, R] in x and their mask."""
 
@@ -64,15 +68,21 @@ def class_bias(head: Head, k, config: Config):
 
 
 @triton.jit
-def tile_at(first, p0, end, c, B, config: Config):
-    """The Tile of the channels c and of NS samples from `first` on: BP positions of each from p0 on, before `end`."""
+def span_of(item, positions, parts, config: Config):
+    """The Span of an item: group of samples item // parts, its positions from (item % parts) positions on."""
+    start = item % parts * positions
+    return Span((item // parts).to(tl.int64) * config.NS, item % parts, start, tl.minimum(start + positions, config.P))
+
+
+@triton.jit
+def tile_at(span: Span, p0, c, B, config: Config):
+    """The Tile of the channels c and of a span's samples: BP positions of each from p0 on."""
     r = tl.arange(0, config.NS * config.BP)
-    sample, p = first + r // config.BP, p0 + r % config.BP
-    row = (sample < B) & (p < end)
-    if config.CHANNELS_LAST:
-        within = p[None, :] * config.C + c[:, None]
-    else:
-        within = c[:, None] * config.P + p[None, :]
+    sample, p = span.first + r // config.BP, p0 + r % config.BP
+    row = (sample < B) & (p < span.end)
+    channel: tl.constexpr = 1 if config.CHANNELS_LAST else config.P
+    position: tl.constexpr = config.C if config.CHANNELS_LAST else 1
+    within = c[:, None] * channel + p[None, :] * position
     at = (sample * (config.C * config.P))[None, :] + within
     return Tile(p, row, at, (c < config.C)[:, None] & row[None, :])
 

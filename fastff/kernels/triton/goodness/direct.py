@@ -14,6 +14,7 @@ from fastff.kernels.triton.goodness.arguments import (
     Head,
     Result,
     Scratch,
+    Span,
     add_moments,
     class_bias,
     class_weights,
@@ -21,6 +22,7 @@ from fastff.kernels.triton.goodness.arguments import (
     load_moments,
     of_samples,
     rows,
+    span_of,
     store_gradient,
     store_moments,
     store_sums,
@@ -32,71 +34,73 @@ from fastff.kernels.triton.normalization import LAYER_NORM, NONE, store_normaliz
 
 
 @triton.jit
-def outputs(source: Source, head: Head, scratch: Scratch, W, first, p0, start, end, total, square, pooled, B, MOMENTS: tl.constexpr, config: Config):
+def outputs(
+    source: Source, head: Head, scratch: Scratch, W, span: Span, p0, total, square, pooled, B, MOMENTS: tl.constexpr, config: Config
+):  # fmt: skip
     """a of a tile, [R, BK], 0 in rows that do not exist; with MOMENTS the moments of its rows added to total and square, and where all channels
     are in one piece its sums over cells to pooled."""
     k = tl.arange(0, config.BK)
     a = tl.zeros([config.NS * config.BP, config.BK], tl.float32)
     for c0 in range(0, config.C, config.BC):
         c = c0 + tl.arange(0, config.BC)
-        tile = tile_at(first, p0, end, c, B, config)
+        tile = tile_at(span, p0, c, B, config)
         X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
         w = W
         if config.C > config.BC:
             w = class_weights(head, k, c, config).to(X.dtype)
         a = dot(tl.trans(X), tl.trans(w), a, config.PRECISION)
         if MOMENTS:
-            seen = (p0 - start) / config.BP * config.C + c0
+            seen = (p0 - span.start) / config.BP * config.C + c0
             here = tl.sum(tl.where(c < config.C, 1.0, 0.0), 0)
             total, square = add_moments(total, square, X, tile, seen, here)
             if (scratch.means is not None) and (config.C <= config.BC):
                 pooled += cell_sums(X, tile.p, config)
     if head.bias is not None:
-        a = tl.where(tile_at(first, p0, end, k, B, config).row[:, None], a + class_bias(head, k, config)[None, :], 0.0)
+        a = tl.where(tile_at(span, p0, k, B, config).row[:, None], a + class_bias(head, k, config)[None, :], 0.0)
     return a, total, square, pooled
 
 
 @triton.jit
-def store_all_means(source: Source, scratch: Scratch, part, first, start, end, B, config: Config):
+def store_all_means(source: Source, scratch: Scratch, span: Span, B, config: Config):
     """Means over cells where there are several pieces of channels: x is read once more for them."""
     for c0 in range(0, config.C, config.BC):
         c = c0 + tl.arange(0, config.BC)
         pooled = tl.zeros([config.BC, config.NS * config.BG], tl.float32)
-        for p0 in range(start, end, config.BP):
-            tile = tile_at(first, p0, end, c, B, config)
+        for p0 in range(span.start, span.end, config.BP):
+            tile = tile_at(span, p0, c, B, config)
             X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
             pooled += cell_sums(X, tile.p, config)
-        store_means(pooled, scratch, part, first, c, B, config)
+        store_means(pooled, scratch, span, c, B, config)
 
 
 @triton.jit
-def first_sweep(source: Source, head: Head, scratch: Scratch, W, part, first, start, end, B, config: Config):
-    """(g [NS, BK], a of the last tile, sums and squares about the mean [NS]) of a group's positions start .. end - 1."""
+def first_sweep(source: Source, head: Head, scratch: Scratch, W, span: Span, B, config: Config):
+    """(g [NS, BK], a of the last tile, sums and squares about the mean [NS]) of a span."""
     R: tl.constexpr = config.NS * config.BP
-    n = first + tl.arange(0, config.NS)
+    n = span.first + tl.arange(0, config.NS)
     k = tl.arange(0, config.BK)
     total = tl.zeros([R], tl.float32)
     square = tl.zeros([R], tl.float32)
     a = tl.zeros([R, config.BK], tl.float32)
     g = tl.zeros([config.NS, config.BK], tl.float32)
     pooled = tl.zeros([config.BC, config.NS * config.BG], tl.float32)
-    for p0 in range(start, end, config.BP):
-        a, total, square, pooled = outputs(source, head, scratch, W, first, p0, start, end, total, square, pooled, B, True, config)
+    for p0 in range(span.start, span.end, config.BP):
+        a, total, square, pooled = outputs(source, head, scratch, W, span, p0, total, square, pooled, B, True, config)
         if config.NS == 1:
             g += tl.sum(a * a, 0)[None, :]
         else:
             g += tl.sum(tl.reshape(a * a, [config.NS, config.BP, config.BK]), 1)
     g /= config.P
-    whole, squares = of_samples(total, square, tl.zeros([], tl.int32) + (end - start), config)
+    whole, squares = of_samples(total, square, tl.zeros([], tl.int32) + (span.end - span.start), config)
     if scratch.means is not None:
         if config.C <= config.BC:
-            store_means(pooled, scratch, part, first, tl.arange(0, config.BC), B, config)
+            store_means(pooled, scratch, span, tl.arange(0, config.BC), B, config)
         else:
-            store_all_means(source, scratch, part, first, start, end, B, config)
+            store_all_means(source, scratch, span, B, config)
     if (scratch.means is not None) and (config.LOSS is not None):
-        g += spatial_term(head, scratch, first, B, config)
+        g += spatial_term(head, scratch, span.first, B, config)
     if tl.program_id(1) == 0:
-        at = part.to(tl.int64) * B * config.K + n[:, None] * config.K + k[None, :]
+        at = span.part.to(tl.int64) * B * config.K + n[:, None] * config.K + k[None, :]
         tl.store(scratch.g + at, g, mask=(n < B)[:, None] & (k < config.K)[None, :])
     return g, a, whole, squares
 
@@ -119,16 +123,13 @@ def direct(
     losses = tl.zeros([config.NS], tl.float32)
     grad_tau = tl.zeros([config.NS], tl.float32)
     for item in range(tl.program_id(0), tl.cdiv(B, config.NS) * parts, tl.num_programs(0)):
-        first = (item // parts).to(tl.int64) * config.NS
-        part = item % parts
-        start = part * positions
-        end = tl.minimum(start + positions, config.P)
+        span = span_of(item, positions, parts, config)
         if config.WHOLE:  # constants: masks are known to be aligned, and loops of one tile are none
-            start, end = 0, config.P
-        n = first + tl.arange(0, config.NS)
+            span = Span(span.first, span.part, 0, config.P)
+        n = span.first + tl.arange(0, config.NS)
         known = (n < B)[:, None] & (k < config.K)[None, :]
         if config.FIRST:
-            g, a, whole, squares = first_sweep(source, head, scratch, W, part, first, start, end, B, config)
+            g, a, whole, squares = first_sweep(source, head, scratch, W, span, B, config)
         if config.LOSS is not None:
             d, value, slope = of_goodness(g, n, k, loss, B, config.K, config.LOSS)
             tl.store(loss.losses + n, value, mask=(n < B) & (tl.program_id(1) == 0))
@@ -136,10 +137,10 @@ def direct(
             grad_tau += slope
             if scratch.cells is not None:
                 tl.store(scratch.d + n[:, None] * config.K + k[None, :], d, mask=known)
-                spatial_cells(head, scratch, first, c, B, config)
+                spatial_cells(head, scratch, span.first, c, B, config)
         else:
             if config.FIRST:
-                store_moments(scratch, part, n, whole, squares, B)
+                store_moments(scratch, span.part, n, whole, squares, B)
             if config.SECOND:
                 d = tl.load(scratch.d + n[:, None] * config.K + k[None, :], mask=known, other=0.0)
         if config.SECOND:
@@ -159,10 +160,10 @@ def direct(
             if config.NS > 1:
                 shape: tl.constexpr = [config.NS, config.BP, config.BK]
                 by_row = tl.reshape(tl.broadcast_to(d[:, None, :], shape), [config.NS * config.BP, config.BK])
-            for p0 in range(start, end, config.BP):
+            for p0 in range(span.start, span.end, config.BP):
                 if (not config.FIRST) or (config.P > config.BP):
-                    a, _, _, _ = outputs(source, head, scratch, W, first, p0, start, end, mean, mean, mean, B, False, config)
-                tile = tile_at(first, p0, end, c, B, config)
+                    a, _, _, _ = outputs(source, head, scratch, W, span, p0, mean, mean, mean, B, False, config)
+                tile = tile_at(span, p0, c, B, config)
                 X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
                 slope_a = a * by_row
                 e = slope_a.to(kind)
@@ -175,7 +176,7 @@ def direct(
                 if result.grad_x is not None:
                     grad = tl.trans(dot(e, W, None, config.PRECISION)) * (largest * 2 / config.P)
                     if scratch.cells is not None:
-                        grad += spread_cells(tile.p, scratch, first, c, B, config)
+                        grad += spread_cells(tile.p, scratch, span.first, c, B, config)
                     grad, off = store_gradient(grad, tile, c, source, result, config)
                     if source.affine is not None:
                         first_sum += tl.sum(grad, 1)

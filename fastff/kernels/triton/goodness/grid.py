@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastff import reference
-from fastff.kernels.triton.goodness.arguments import Config, Head, Scratch, dot
+from fastff.kernels.triton.goodness.arguments import Config, Head, Scratch, Span, dot
 
 COLUMNS = tl.constexpr(64)  # of the grid's weights at a time
 
@@ -48,11 +48,11 @@ def cell_sums(X, p, config: Config):
 
 
 @triton.jit
-def store_means(pooled, scratch: Scratch, part, first, c, B, config: Config):
-    """Write means[part] from sums over cells."""
-    at, mask = cells_at(first, c, B, config)
+def store_means(pooled, scratch: Scratch, span: Span, c, B, config: Config):
+    """Write means of the span's part from sums over cells."""
+    at, mask = cells_at(span.first, c, B, config)
     _, share = members(tl.arange(0, config.NS * config.BP), config)
-    offset = part.to(tl.int64) * B * (config.C * config.GH * config.GW)
+    offset = span.part.to(tl.int64) * B * (config.C * config.GH * config.GW)
     tl.store(scratch.means + offset + at, pooled * share[None, :], mask=mask)
 
 
@@ -108,7 +108,9 @@ def spatial_cells(head: Head, scratch: Scratch, first, c, B, config: Config):
     for e0 in range(begin, end, COLUMNS):
         e = e0 + tl.arange(0, COLUMNS)
         cell = dot(d, grid_weights(head, k, e, config), None, config.CELL_PRECISION)
-        tl.store(scratch.cells + (first + row)[:, None] * columns + e[None, :], cell, mask=here[:, None] & (e < end)[None, :])
+        tl.store(
+            scratch.cells + (first + row)[:, None] * columns + e[None, :], cell, mask=here[:, None] & (e < end)[None, :]
+        )
     tl.debug_barrier()
 
 

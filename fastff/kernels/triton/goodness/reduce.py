@@ -17,7 +17,9 @@ def add_up(partial, count, out, columns: tl.constexpr, i):
     total = tl.zeros([16, COLUMNS], tl.float32)
     for r0 in range(0, count, 16):
         r = (r0 + row).to(tl.int64)
-        total += tl.load(partial + r[:, None] * columns + e[None, :], mask=(r < count)[:, None] & (e < columns)[None, :], other=0.0)
+        total += tl.load(
+            partial + r[:, None] * columns + e[None, :], mask=(r < count)[:, None] & (e < columns)[None, :], other=0.0
+        )
     tl.store(out + e, tl.sum(total, 0), mask=e < columns)
 
 
@@ -40,7 +42,9 @@ def reduce(weights, weight_count, sums, sum_count, out, scratch: Scratch, grad_g
             b = (b0 + row).to(tl.int64)
             here = (b < B)[:, None]
             d = tl.load(scratch.d + b[:, None] * config.K + k[None, :], mask=here & (k < config.K)[None, :], other=0.0)
-            mean = tl.load(scratch.means + b[:, None] * columns + e[None, :], mask=here & (e < columns)[None, :], other=0.0)
+            mean = tl.load(
+                scratch.means + b[:, None] * columns + e[None, :], mask=here & (e < columns)[None, :], other=0.0
+            )
             grad = dot(tl.trans(d), mean, grad, config.CELL_PRECISION)
         mask = (k < config.K)[:, None] & (e < columns)[None, :]
         tl.store(grad_grid + k[:, None] * columns + e[None, :], grad, mask=mask)

@@ -12,6 +12,7 @@ from fastff.kernels.triton.goodness.arguments import (
     Head,
     Result,
     Scratch,
+    Span,
     add_moments,
     class_bias,
     class_weights,
@@ -19,6 +20,7 @@ from fastff.kernels.triton.goodness.arguments import (
     load_moments,
     of_samples,
     rows,
+    span_of,
     store_gradient,
     store_moments,
     store_sums,
@@ -36,19 +38,19 @@ def square(c, config: Config):
 
 
 @triton.jit
-def first_sweep(source: Source, head: Head, scratch: Scratch, part, b, start, end, B, config: Config):
-    """(S, mu) of the positions start .. end - 1 of sample b, written too, with the moments of the sample and its means over cells."""
+def first_sweep(source: Source, head: Head, scratch: Scratch, span: Span, B, config: Config):
+    """(S, mu) of a span, written too, with the moments of the sample and its means over cells."""
     c = tl.arange(0, config.BC)
     S = tl.zeros([config.BC, config.BC], tl.float32)
     m = tl.zeros([config.BC], tl.float32)
     total = tl.zeros([config.BP], tl.float32)
     squares = tl.zeros([config.BP], tl.float32)
     pooled = tl.zeros([config.BC, config.BG], tl.float32)
-    for p0 in range(start, end, config.BP):
-        tile = tile_at(b, p0, end, c, B, config)
+    for p0 in range(span.start, span.end, config.BP):
+        tile = tile_at(span, p0, c, B, config)
         X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
         S = dot(X, tl.trans(X), S, config.PRECISION)
-        total, squares = add_moments(total, squares, X, tile, (p0 - start) / config.BP * config.C, config.C * 1.0)
+        total, squares = add_moments(total, squares, X, tile, (p0 - span.start) / config.BP * config.C, config.C * 1.0)
         if head.bias is not None:
             m += tl.sum(X.to(tl.float32), 1)
         if scratch.means is not None:
@@ -56,14 +58,14 @@ def first_sweep(source: Source, head: Head, scratch: Scratch, part, b, start, en
     S /= config.P
     m /= config.P
     at, mask = square(c, config)
-    own = part.to(tl.int64) * B + b
+    own = span.part.to(tl.int64) * B + span.first
     tl.store(scratch.second + own * (config.C * config.C) + at, S, mask=mask)
     if head.bias is not None:
         tl.store(scratch.mu + own * config.C + c, m, mask=c < config.C)
-    whole, around = of_samples(total, squares, tl.zeros([], tl.int32) + (end - start), config)
-    store_moments(scratch, part, b + tl.arange(0, 1), whole, around, B)
+    whole, around = of_samples(total, squares, tl.zeros([], tl.int32) + (span.end - span.start), config)
+    store_moments(scratch, span.part, span.first + tl.arange(0, 1), whole, around, B)
     if scratch.means is not None:
-        store_means(pooled, scratch, part, b, c, B, config)
+        store_means(pooled, scratch, span, c, B, config)
     return S, m
 
 
@@ -110,9 +112,9 @@ def gradient_matrix(head: Head, scratch: Scratch, b, config: Config):
 
 
 @triton.jit
-def second_sweep(source: Source, result: Result, head: Head, scratch: Scratch, b, start, end, B, eps, config: Config):
+def second_sweep(source: Source, result: Result, head: Head, scratch: Scratch, span: Span, B, eps, config: Config):
     """Write the gradient and the next input from d and the moments. Returns the sums of dL/dh and dL/dh (y - mean) by channel."""
-    c = tl.arange(0, config.BC)
+    b, c = span.first, tl.arange(0, config.BC)
     kind = source.x.dtype.element_ty
     mean = tl.zeros([config.BP], tl.float32)
     rstd = mean
@@ -130,8 +132,8 @@ def second_sweep(source: Source, result: Result, head: Head, scratch: Scratch, b
         narrow = M.to(kind)
     first_sum = tl.zeros([config.BC], tl.float32)
     second_sum = tl.zeros([config.BC], tl.float32)
-    for p0 in range(start, end, config.BP):
-        tile = tile_at(b, p0, end, c, B, config)
+    for p0 in range(span.start, span.end, config.BP):
+        tile = tile_at(span, p0, c, B, config)
         X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
         if result.grad_x is not None:
             grad = (dot(narrow, X, None, config.PRECISION) * largest + constant[:, None]) * (2 / config.P)
@@ -159,13 +161,12 @@ def second_moment(
     losses = tl.zeros([1], tl.float32)
     grad_tau = tl.zeros([1], tl.float32)
     for item in range(tl.program_id(0), B * parts, tl.num_programs(0)):
-        b, part = (item // parts).to(tl.int64), item % parts
-        start = part * positions
-        end = tl.minimum(start + positions, config.P)
+        span = span_of(item, positions, parts, config)
         if config.WHOLE:
-            start, end = 0, config.P
+            span = Span(span.first, span.part, 0, config.P)
+        b = span.first
         if config.FIRST:
-            S, m = first_sweep(source, head, scratch, part, b, start, end, B, config)
+            S, m = first_sweep(source, head, scratch, span, B, config)
         if config.HEAD:
             if not config.FIRST:
                 S, m = load_second(head, scratch, b, config)
@@ -179,7 +180,7 @@ def second_moment(
             if loss.grad_tau is not None:
                 grad_tau += tl.load(loss.grad_tau + n)
         if config.SECOND:
-            more, product = second_sweep(source, result, head, scratch, b, start, end, B, eps, config)
+            more, product = second_sweep(source, result, head, scratch, span, B, eps, config)
             first_sum += more
             second_sum += product
     if config.SECOND:
