@@ -92,7 +92,7 @@ def test_channels_in_pieces(side, activation):
 def test_many_classes_are_left_to_products():
     x, weight = torch.randn(3, 8, 4, 4), torch.randn(140, 8, 1, 1)
     for algorithm, why in (
-        ("direct", "direct holds the classes of a sample in registers, here at most 16, the head has 140"),
+        ("direct", "direct holds the classes of a sample in registers, with 8 channels at most 16, the head has 140"),
         ("second_moment", None),
     ):
         assert goodness.reason(x, spec.Projection(weight), spec.Plan(algorithm, 3, 140)) == why

@@ -33,30 +33,43 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a pro
 WGMMA = (90, 100)  # whose products read W from shared memory, not from registers
 
 
-def most_classes(itemsize, arch, epilogue):
-    """The classes that direct takes: g, d, a row of a and a column of dL/dW for each of them are in registers."""
-    return 16 if itemsize > 2 else 128 if arch in WGMMA and not epilogue else 32
+def most_classes(C, itemsize, arch, epilogue):
+    """The classes that direct takes: g, d, a row of a and a column of dL/dW for each of them are in registers; where C is large, W, which does not
+    stay on chip then, would be read too often."""
+    return 16 if itemsize > 2 else 128 if arch in WGMMA and C <= 256 and not epilogue else 32
+
+
+def refusal(algorithm, C, K, itemsize, epilogue=False, arch=90):
+    """Why `table` has no sizes, or None."""
+    if algorithm == "second_moment":
+        small = C > 64 and SHARED[arch] < 128
+        return (
+            f"second moment of {C} channels needs 128 KiB of shared memory, here are {SHARED[arch]}" if small else None
+        )
+    most = most_classes(C, itemsize, arch, epilogue)
+    if most >= K:
+        return None
+    return f"direct holds the classes of a sample in registers, with {C} channels at most {most}, the head has {K}"
 
 
 def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     """The heuristic table, for 64 K registers and the shared memory of `arch`; tests/test_triton.py compiles all of it. None where nothing fits
     (`refusal` says why).
 
-    Direct: 64 rows, the M of a tensor core's product on sm_90 (32 or, with an epilogue, 16 in float32, whose products are FMA
-    and have their operands in registers); 128
-    channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is in registers."""
+    Direct: 64 rows, the M of a tensor core's product on sm_90 (32 or, with an epilogue, 16 in float32, whose products are FMA and have their
+    operands in registers); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is in registers."""
     narrow = itemsize == 2
     BC = max(16, triton.next_power_of_2(C))
     most = triton.next_power_of_2(P)
     BG = max(16, triton.next_power_of_2(cells)) if cells else 16
+    if refusal(algorithm, C, K, itemsize, epilogue, arch):
+        return None
     if algorithm == "second_moment":
         warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
         positions = (64 if narrow and not cells else 32) // (2 if epilogue else 1)
         HK = min(128 if BC <= 64 else 64, max(16, triton.next_power_of_2(K)))
         return Blocks(1, min(max(16, most), positions), BC, 16 if BC > 64 else 32, BG, warps, 3, HK, 8)
     BK = max(16, triton.next_power_of_2(K))
-    if most_classes(itemsize, arch, epilogue) < K:
-        return None
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
     R = 64 if narrow else 16 if epilogue else 32
@@ -67,12 +80,6 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     if cells:  # the grid's products have NS BG columns
         NS = min(NS, max(1, 16 // BP, 64 // BG))
     return Blocks(NS, BP, BC, BK, BG, 4 if few and BC <= 64 else 8, 3 if arch in WGMMA else 2)
-
-
-def refusal(K, itemsize, arch, epilogue):
-    """Why `table` has no sizes."""
-    most = most_classes(itemsize, arch, epilogue)
-    return f"direct holds the classes of a sample in registers, here at most {most}, the head has {K}"
 
 
 def architecture(device):

@@ -53,7 +53,9 @@ class Launch:
         many = 0 if grid_weight is None else cells[0] * cells[1]
         self.second_moment = plan.algorithm == "second_moment"
         self.source = epilogue.Source(self.x, None, None, *strides(self.x)) if around is None else around.source
-        self.blocks = b = sizes or _blocks(x, plan, K, many, around is not None)
+        self.blocks = b = sizes or blocks.sizes(
+            x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None
+        )
         self.tiles, self.groups, self.chunks = -(-H * W // b.BP), -(-B // b.NS), -(-C // b.BC)
         self.processors = multiprocessors(x.device)
         # several programs a sample where samples are large, or leave half of the multiprocessors without any
@@ -194,12 +196,6 @@ class Launch:
         return result, sums
 
 
-def _blocks(x, plan, classes, cells, epilogue):
-    """Sizes of the launch's blocks, or None where no such launch fits."""
-    B, C, H, W = x.shape
-    return blocks.sizes(x.device, plan.algorithm, B, C, H * W, classes, cells, x.element_size(), epilogue)
-
-
 def reason(x, projection, plan, epilogue=False):
     """Why the kernels here do not take these arguments, or None: PyTorch's convolutions and products compute them then."""
     weight = projection.weight
@@ -209,10 +205,8 @@ def reason(x, projection, plan, epilogue=False):
         return "heads of 3 x 3 and 5 x 5 are convolutions"
     if x.numel() == 0:
         return "there are no samples"
-    cells = grid.grid_sizes(projection.grid_weight, x) if projection.grid_weight is not None else (0, 0)
-    if _blocks(x, plan, len(weight), cells[0] * cells[1], epilogue) is None:
-        return blocks.refusal(len(weight), x.element_size(), blocks.architecture(x.device), epilogue)
-    return None
+    C, arch = x.shape[1], blocks.architecture(x.device)
+    return blocks.refusal(plan.algorithm, C, len(weight), x.element_size(), epilogue, arch)
 
 
 def goodness(x, projection, plan):
