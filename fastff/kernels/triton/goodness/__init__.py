@@ -73,7 +73,7 @@ class Launch:
         again = 4 * K * C * many * self.groups * (self.chunks + 1)
         simple = around is None and projection.hidden is None and not self.second_moment
         self.grid_inside = bool(many) and simple and again <= GRID_BYTES
-        inside = self.grid.weight[..., : cells[0], : cells[1]].contiguous() if self.grid_inside else None
+        inside = self.grid.weight if self.grid_inside else None
         self.head = Head(weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(), inside)
         second = self.second_moment
         self.scratch = Scratch(
@@ -157,12 +157,8 @@ class Launch:
             constants(self.config), num_warps=4,
         )  # fmt: skip
         weight, bias, sums, (value, grad_tau) = out.split([K * C, K, 2 * C, 2])
-        if self.grid is not None and not inside:
-            grad_grid = self.grid.grads[0]
-        elif inside and grad_grid.shape != self.grid.weight.shape:
-            padded = torch.zeros_like(self.grid.weight)
-            padded[..., : self.config.GH, : self.config.GW] = grad_grid
-            grad_grid = padded
+        if self.grid is not None:
+            grad_grid = self.grid.padded(grad_grid) if inside else self.grid.grads[0]
         bias = None if self.head.bias is None else bias
         return weight.view(K, C, 1, 1), bias, grad_grid, sums.view(2, C), value, grad_tau
 

@@ -5,10 +5,10 @@ the means [B, C GH GW] with the grid's weights are the sweep's own (`spatial_ter
 weights are small enough to be read again for each group of samples; else, and with a hidden layer, they are on PyTorch's operators (GridTerm).
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from fastff import reference
 from fastff.kernels.triton.goodness.arguments import Config, Head, Scratch, Span, dot
 
 COLUMNS = tl.constexpr(64)  # of the grid's weights at a time
@@ -115,22 +115,50 @@ def spatial_cells(head: Head, scratch: Scratch, first, c, B, config: Config):
 
 
 class GridTerm:
-    """The host's side: from means over cells [B, C, h, w] to the term of g, and from d to the gradients."""
+    """The host's side: from means over cells [B, C, h, w] to the term of g, and from d to the gradients, in few of PyTorch's operators."""
 
     def __init__(self, projection, x):
         _, projection = projection.in_dtype(x[:0])
-        self.weight, self.hidden, self.statistics = projection.grid_weight, projection.hidden, (None, None)
+        h, w = grid_sizes(projection.grid_weight, x)
+        self.whole, self.hidden, self.statistics = projection.grid_weight, projection.hidden, (None, None)
+        self.weight = self.whole[..., :h, :w].contiguous()
 
     def goodness(self, means):
         """The term of g [B, K]."""
-        self.means = means
-        term, *self.statistics = reference.spatial(means, self.weight, self.hidden)
-        return term
+        self.means = a = means.flatten(2)
+        if self.hidden is not None:
+            weight, scale, shift, eps, mean, var = self.hidden
+            self.z = torch.bmm(weight.expand(len(a), *weight.shape), a)  # [B, M, cells]
+            if mean is None:
+                var, mean = torch.var_mean(self.z, (0, 2), correction=0)
+            self.statistics = mean, var
+            a = torch.native_batch_norm(self.z, scale, shift, mean, var, False, 0.0, eps)[0].relu_()
+        self.a = a
+        return a.flatten(1) @ self.weight.flatten(1).T
 
     def backward(self, d):
         """From d, the gradient of the means; those of grid_weight and of a hidden layer are kept as `grads`, in float32."""
-        cells, *self.grads = reference.spatial_gradients(d, self.means, self.weight, self.hidden)
-        return cells.contiguous()
+        grad_grid = (d.T @ self.a.flatten(1)).view(self.weight.shape)
+        cells, of_hidden = (d @ self.weight.flatten(1)).view(self.a.shape), ()
+        if self.hidden is not None:
+            weight, scale, _, eps, *fixed = self.hidden
+            (mean, var), batch = self.statistics, fixed[0] is None
+            cells = torch.ops.aten.threshold_backward(cells, self.a, 0)
+            cells, *of_norm = torch.ops.aten.native_batch_norm_backward(
+                cells, self.z, scale, mean, var, mean, (var + eps).rsqrt(), batch, eps, (True, True, True)
+            )
+            of_hidden = torch.bmm(cells, self.means.mT).sum(0), *of_norm
+            cells = torch.bmm(weight.T.expand(len(cells), *weight.T.shape), cells)
+        self.grads = (self.padded(grad_grid), *of_hidden)
+        return cells
+
+    def padded(self, grad_grid):
+        """dL/dV with zeros for the cells that are more than the positions."""
+        if grad_grid.shape == self.whole.shape:
+            return grad_grid
+        padded = torch.zeros_like(self.whole)
+        padded[..., : grad_grid.shape[2], : grad_grid.shape[3]] = grad_grid
+        return padded
 
 
 def grid_sizes(grid_weight, x):
