@@ -114,6 +114,7 @@ class Launches(TorchDispatchMode):
         "alias",
         "detach",
         "permute",
+        "transpose",
         "reshape",
         "expand",
         "squeeze",
@@ -154,3 +155,22 @@ def test_launches_of_a_goodness_step(algorithm, grid, kernels):
     with Launches() as counted:
         goodness.step(spec.Step(x, None, head, loss, spec.Normalization("layer_norm")), spec.Plan(algorithm, 6, 5))
     assert counted.found == kernels
+
+
+def test_launches_of_a_step_with_a_hidden_layer():
+    """Two sweeps, the loss, the reduction, and 15 operators of PyTorch between them."""
+    head = spec.Projection(
+        torch.randn(5, 16, 1, 1),
+        None,
+        torch.randn(5, 8, 2, 2),
+        (0, 0),
+        torch.randn(8, 16),
+        torch.ones(8),
+        torch.zeros(8),
+    )
+    step = spec.Step(
+        torch.randn(6, 16, 4, 4), None, head, spec.Loss(target=torch.arange(6) % 5), spec.Normalization("layer_norm")
+    )
+    with Launches() as counted:
+        goodness.step(step, spec.Plan("direct", 6, 5))
+    assert len(counted.found) == 19, counted.found
