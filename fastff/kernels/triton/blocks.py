@@ -56,8 +56,9 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     """The heuristic table, for 64 K registers and the shared memory of `arch`; tests/test_triton.py compiles all of it. None where nothing fits
     (`refusal` says why).
 
-    Direct: 64 rows, the M of a tensor core's product on sm_90 (32 or, with an epilogue, 16 in float32, whose products are FMA and have their
-    operands in registers); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is in registers."""
+    Direct: 64 rows, the M of a tensor core's product on sm_90 (in float32, whose products are FMA and have their operands in registers, tiles of
+    2048 elements, with an epilogue 1024); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is
+    in registers."""
     narrow = itemsize == 2
     BC = max(16, triton.next_power_of_2(C))
     most = triton.next_power_of_2(P)
@@ -72,7 +73,7 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     BK = max(16, triton.next_power_of_2(K))
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
-    R = 64 if narrow else 16 if epilogue else 32
+    R = 64 if narrow else max(16, min(64, (1024 if epilogue else 2048) // BC))
     BP = min(R, most)
     NS = R // BP
     while NS > 1 and NS * BP > 16 and NS // 2 >= B:
