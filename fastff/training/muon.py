@@ -94,21 +94,23 @@ class Muon(torch.optim.Optimizer):
 
     def _orthogonal(self, group, params):
         lr, momentum = group["lr"], group["momentum"]
-        grads = [p.grad for p in params]
-        averages = self._state("momentum", params)
-        torch._foreach_lerp_(averages, grads, 1 - momentum)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        decay = 1 - lr * group["weight_decay"]
+        if isinstance(decay, torch.Tensor):  # no factor that addmm_ takes
+            torch._foreach_mul_(params, decay)
+            decay = 1.0
         by_rows = {}  # {rows or columns, whichever are fewer: [(part of a weight, its momentum as a matrix of so many rows)]}
-        for p, update in zip(params, torch._foreach_lerp(grads, averages, momentum), strict=True):
+        for p, average in zip(params, self._state("momentum", params), strict=True):
+            average.lerp_(p.grad, 1 - momentum)
             count = -(-len(p) // ROWS)
-            for weight, matrix in zip(*(t.tensor_split(count) for t in _matrices(p, update)), strict=True):
-                if len(matrix) > matrix.shape[1]:
-                    weight, matrix = weight.mT, matrix.mT
-                by_rows.setdefault(len(matrix), []).append((weight, matrix))
+            parts = (t.tensor_split(count) for t in _matrices(p, p.grad.lerp(average, momentum)))
+            for weight, update in zip(*parts, strict=True):
+                if len(update) > update.shape[1]:
+                    weight, update = weight.mT, update.mT
+                by_rows.setdefault(len(update), []).append((weight, update))
         for parts in by_rows.values():
-            products = orthogonalizers(torch.stack([matrix @ matrix.mT for _, matrix in parts])).mul_(-0.2 * lr)
-            for (weight, matrix), product in zip(parts, products, strict=True):
-                weight.addmm_(product, matrix, alpha=matrix.shape[1] ** 0.5)
+            products = orthogonalizers(torch.stack([update @ update.mT for _, update in parts])).mul_(-0.2 * lr)
+            for (weight, update), product in zip(parts, products, strict=True):
+                weight.addmm_(product, update, beta=decay, alpha=update.shape[1] ** 0.5)
 
     def _adamw(self, group, params):
         averages, squares = self._state("exp_avg", params), self._state("exp_avg_sq", params)
