@@ -157,6 +157,9 @@ def main(folder):
         "mobilenet_v3_small": compared(blocks, "mobilenet_v3_small", 20, None),
         "micro-batches": compared(blocks, "resnet18-8", 4, trainer={"micro_batches": 3}, readout=True),
         "placed": compared(Distributed(size, [1] * (size - 1) + [10 - size]), "resnet18-8", 4),
+        "segments that take turns": compared(
+            blocks, "resnet18-8", 4, window=None, plan=[[0, 2, 3, 4, 8], [1, 2, 3, 4, 8]]
+        ),
         "adamw, fit": fitted(blocks, folder / "blocks")["difference"]
         if rank == 0
         else fitted(blocks, folder / "blocks"),
@@ -171,6 +174,8 @@ def main(folder):
         "micro-batches": compared(data, "resnet18-8", 4, readout=True, normalize=None, **wide),
         "sharded": compared(sharded, "resnet18-8", 6, None, readout=True, **wide),
     }
+    if size == 2:
+        found["blocks"]["budget"] = compared(blocks, "resnet18-8", 4, window=None, memory=0.75)
     if size == 4:
         both = Distributed(block_ranks=2, batch_norm="synchronized", shard_optimizer=True)
         found["data"]["blocks too"] = compared(both, "resnet18-8", 6, readout=True, **wide)
@@ -211,6 +216,12 @@ def main(folder):
         "divisor": refused(lambda: Trainer(network("resnet18-8"), distributed=Distributed(size + 1))),
         "placement": refused(lambda: Trainer(network("resnet18-8"), distributed=Distributed(size, [9] * size))),
         "window": refused(lambda: Trainer(network("resnet18-8", window=2), distributed="block")),
+        "pairs": refused(lambda: Trainer(network("resnet18-8", window=None, plan="pairs"), distributed="block")),
+        "finish": refused(
+            lambda: Trainer(
+                network("resnet18-8", window=None, memory=0.75), finish=0.5, distributed=Distributed(min(size, 2))
+            )
+        ),
         "greedy": refused(lambda: Trainer(network("resnet18-8"), schedule="greedy", distributed="block")),
         "clip": refused(lambda: Trainer(network("resnet18-8"), distributed=sharded, clip_grad_norm=1.0)),
         "network": refused(lambda: Trainer(other, distributed="data")),
