@@ -2,7 +2,7 @@
 
     python -m benchmarks.plans --root FOLDER                    every experiment that has no row in results/plans.csv yet
     python -m benchmarks.plans --root FOLDER --only NAME...     these experiments
-    python -m benchmarks.plans --table                          the table of the rows that there are
+    python -m benchmarks.plans --table                          the tables of the rows that there are
 
 An experiment is what `fastff train` does with the same settings: random crops and flips, cosine schedule, the whole test set. One thread; seconds are
 processor time of training, without evaluation; memory is that of a step above parameters and optimizer state. One row an experiment and seed. A
@@ -100,18 +100,44 @@ def seeds(name):
 
 
 def table():
-    """The rows as a table in Markdown."""
-    rows, body = tables.read("plans"), []
+    """The rows that compare plans, heads and updates, as a table in Markdown."""
+    rows, body = [row for row in tables.read("plans") if ":" not in row["experiment"]], []
     if not rows:
         return tables.missing("python -m benchmarks.plans --root FOLDER")
     for row in rows:
         seed = "" if row["seed"] == "0" else f", seed {row['seed']}"
-        vote, last = f"{float(row['vote']):.1%}", f"{float(row['last']):.1%}"
-        last = "" if "backpropagation" in row["experiment"] else last
-        body.append((row["experiment"] + seed, vote, last, row["seconds"], f"{row['memory_mib']} MiB"))
-    return tables.table(("what", "vote", "last block", "seconds", "memory of a step"), body) + tables.measured_on(
-        rows[0]
-    )
+        last = "" if "backpropagation" in row["experiment"] else f"{float(row['last']):.1%}"
+        accuracy = (f"{float(row['vote']):.1%}", last)
+        body.append((row["experiment"] + seed, *accuracy, row["seconds"], f"{row['memory_mib']} MiB"))
+    head = ("what", "vote", "last block", "seconds", "memory of a step")
+    return tables.table(head, body) + tables.measured_on(rows[0])
+
+
+def tasks():
+    """The rows of TASKS as a table in Markdown: backpropagation beside the defaults, means of the seeds that both have."""
+    rows, body = {(row["experiment"], row["seed"]): row for row in tables.read("plans")}, []
+    for task in TASKS:
+        pairs = [[rows.get((f"{task}: {kind}", seed)) for kind in BOTH] for seed in "012"]
+        pairs = [pair for pair in pairs if None not in pair]
+        if not pairs:
+            continue
+        backprop, local = zip(*pairs, strict=True)
+        gain = [100 * (float(b["vote"]) - float(a["vote"])) for a, b in pairs]
+        mean = lambda column, some: sum(float(row[column]) for row in some) / len(some)  # noqa: E731
+        body.append((
+            task, len(pairs), f"{mean('vote', backprop):.1%}", f"{mean('vote', local):.1%}", f"{mean('last', local):.1%}",
+            _range(gain), f"{mean('seconds', local) / mean('seconds', backprop):.2f}",
+            f"{mean('memory_mib', local) / mean('memory_mib', backprop):.2f}",
+        ))  # fmt: skip
+    if not body:
+        return tables.missing("python -m benchmarks.plans --root FOLDER")
+    head = ("task", "seeds", "backpropagation", "local, vote", "last block", "points gained", "time", "memory")
+    return tables.table(head, body) + tables.measured_on(local[0])
+
+
+def _range(gains):
+    low, high = (f"{gain:+.1f}" for gain in (min(gains), max(gains)))
+    return low if len(gains) == 1 else f"{low} to {high}"
 
 
 def main():
@@ -122,7 +148,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="print the table and train nothing")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table())
+        print(tasks(), table(), sep="\n\n")
         return
     torch.set_num_threads(1)
     done = {(row["experiment"], int(row["seed"])) for row in tables.read("plans")}

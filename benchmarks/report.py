@@ -35,6 +35,7 @@ TABLES = {
     "scale": of("scale_report"),
     "scale-measured": of("scale_report", "measured"),
     "plans": of("plans"),
+    "tasks": of("plans", "tasks"),
     "learning-all": of("learning_report", "every_table"),
     "learning-curves": of("learning_report", "pictures"),
     "time-to-accuracy": of("learning_report", "time_to_accuracy"),

@@ -240,14 +240,15 @@ class SFF(nn.Module):
         return Prediction(label, confidence, block_of)
 
     def __repr__(self):
-        rows = [("block", "modules", "parameters", "output", "goodness", "epilogue")]
+        rows, total = [("block", "modules", "parameters", "output", "goodness", "epilogue")], 0
         for i, block in enumerate(self.local_blocks):
             name, called = block.module.name, block.module.modules_called
             modules = name if called == [name] or len(called) < 2 else f"{name} ({len(called)} modules)"
-            count = sum(p.numel() for p in self.block_parameters(i))
-            shape = " x ".join(map(str, block.module.output_shape))
-            rows.append((str(i), modules, f"{count:,}", shape, _algorithm(block), str(block.epilogue or "none")))
-        total = sum(p.numel() for i in range(len(self.blocks)) for p in self.block_parameters(i))
+            votes = i in self.plan.voters  # otherwise a later block's loss trains it, and its head is not used
+            count = sum(p.numel() for p in (self.block_parameters(i) if votes else self.blocks[i].parameters()))
+            shape, goodness = " x ".join(map(str, block.module.output_shape)), _algorithm(block) if votes else "none"
+            total += count
+            rows.append((str(i), modules, f"{count:,}", shape, goodness, str(block.epilogue or "none")))
         name, blocks = type(self.model).__name__, f"{len(self.blocks)} blocks ({self.granularity})"
         head = f"SFF: {name} in {blocks}, {self.num_classes} classes, {total:,} parameters"
         options = [
