@@ -70,6 +70,7 @@ class LocalStep:
             parts = self.train(route, chain, parts)
         if self.place.has_last:
             self._train_classifier(parts)
+        self.place.end_step()
         return self.losses, self.correct, self.samples
 
     def route(self, segments):
