@@ -16,9 +16,8 @@ import torch.distributed as dist
 from fastff.parallel.ranks import flattened, views_like
 
 
-MESSAGE = (
-    1 << 20
-)  # bytes: blocks with fewer are reduced together with those that are trained after them in the same step
+# Bytes: blocks with fewer are reduced together with those that are trained after them in the same step.
+MESSAGE = 1 << 20
 
 
 class _Bucket:
