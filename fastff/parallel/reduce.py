@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from fastff.parallel.ranks import flattened, views_like
 
-
 # Bytes: blocks with fewer are reduced together with those that are trained after them in the same step.
 MESSAGE = 1 << 20
 
