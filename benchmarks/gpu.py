@@ -4,8 +4,8 @@
     make gpu GPU_DRY=1          the same on a CPU, to find mistakes in it: tiny shapes, Triton's interpreter, stand-ins for graphs and events
 
     rates       what this device reaches: copies, products of matrices
-    check       every kernel against float64, its error beside that of PyTorch, its bits twice; steps as a CUDA graph against ordinary ones. Beside it,
-                in as many processes as there are cores, all that the later parts run is compiled
+    check       every kernel against float64, its error beside that of PyTorch, its bits twice; steps as a CUDA graph against ordinary ones. At the
+                same time, in nearly as many processes as there are cores, all that the later parts run is compiled
     kernels     each op at the shapes of training against plain PyTorch, eager and compiled, all as CUDA graphs
     steps       ResNet18: backpropagation, and block-local training, eager, compiled and as a CUDA graph
     learning    ResNet18 on the digits data set, on the GPU and on the CPU
@@ -51,7 +51,7 @@ def parts():
         Part("check", ahead + gpu_check.jobs(), 0.36, True),
         Part("kernels", gpu_kernels.jobs(), 0.61),
         Part("steps", gpu_steps.jobs(), 0.83),
-        Part("learning", gpu_steps.learning_jobs(), 0.9),
+        Part("learning", gpu_steps.learning_jobs(), 0.9, True),
         Part("counters", counters, 0.98),
     ]
     if torch.cuda.device_count() > 1:

@@ -43,7 +43,7 @@ class Case(NamedTuple):
     @property
     def columns(self):
         """The columns that tell this case from others in a CSV file."""
-        options = {name: True for name in self.given} | (self.options or {})
+        options = dict.fromkeys(self.given, True) | (self.options or {})
         return {
             "function": self.function, "B": self.B, "C": self.C, "H": self.H, "K": self.K, "dtype": self.dtype,
             "layout": "channels_last" if self.channels_last else "contiguous",
@@ -76,11 +76,10 @@ def different(cases):
 
 def rows_of(case, x):
     """Return the names of the implementations for GPUs that take x; in a dry run also those that are interpreted."""
-    table = {
-        "layer_norm": "layer_norm", "normalize": "group_goodness", "group_goodness": "group_goodness", "group_goodness_step": "group_goodness",
-        "group_tail_step": "group_goodness", "epilogue": "epilogue", "depthwise": "depthwise",
-    }.get(case.function, "goodness")  # fmt: skip
-    return [row.name for row in TABLES[table] if row.name in ("cuda", "triton") and row.can_run(x) is None]
+    steps = TABLES.get("goodness_step", TABLES["goodness"])
+    table = TABLES.get(case.function, TABLES["group_goodness"])
+    table = {"goodness_step": steps, "tail_step": steps, "goodness_loss": TABLES["goodness"]}.get(case.function, table)
+    return [row.name for row in table if row.name in ("cuda", "triton") and row.can_run(x) is None]
 
 
 def tensors(case, seed=0):

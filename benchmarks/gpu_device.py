@@ -38,7 +38,7 @@ def recorded(calls, keep, pool=None):
             calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
     graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    with torch.cuda.graph(graph, pool=pool):
         for call in calls:
             result = call()
             if keep:

@@ -1,7 +1,7 @@
 """Times every kernel for GPUs at the shapes of training, as replayed CUDA graphs, beside plain PyTorch, eager and compiled.
 
 Results are compared with float64 first: a wrong one gets no time. Times are those of the device. "cold" goes through more inputs than the L2 cache
-holds, and keeps all results; "warm" repeats one call. The time that the host takes to issue a call, and the launches in it, have columns of their own.
+holds, and keeps all results; "warm" repeats one call. The host's time to issue a call, and the launches in it, have columns of their own.
 """
 
 import csv
@@ -55,21 +55,19 @@ def cases():
     return found
 
 
+def compiled(function):
+    """Return torch.compile(function); in a dry run only its first half, since the compiler takes 10 s or more."""
+    return torch.compile(function, backend="eager") if DRY else runner.compiled(function)
+
+
 def contenders(case):
-    """Return {name: function of the tensors}: plain PyTorch, eager and compiled, and every implementation of the op but the reference."""
-    compiled = functools.partial(gpu_cases.plain, case)
+    """Return {name: function of the tensors}: plain PyTorch, eager and for steps compiled, PyTorch's row of the op, and those for GPUs."""
+    found = {"eager": functools.partial(gpu_cases.plain, case)}
     if case.function.endswith("step"):
-        forward = functools.partial(gpu_cases.loss_of_step, case)
-        # in a dry run without a compiler, which takes 10 s or more
-        forward = torch.compile(forward, backend="eager") if DRY else runner.compiled(forward)
-        compiled = functools.partial(gpu_cases.plain_step, case, forward=forward)
-    found = {"eager": functools.partial(gpu_cases.plain, case), "compiled": compiled}
-    if not case.function.endswith("step"):
-        del found["compiled"]
-    impls = [
-        "torch",
-        *gpu_cases.rows_of(case, torch.empty(1, case.C, 1, 1, dtype=gpu_cases.DTYPES[case.dtype], device=DEVICE)),
-    ]
+        forward = compiled(functools.partial(gpu_cases.loss_of_step, case))
+        found["compiled"] = functools.partial(gpu_cases.plain_step, case, forward=forward)
+    x = torch.empty(1, case.C, 1, 1, dtype=gpu_cases.DTYPES[case.dtype], device=DEVICE)
+    impls = ("torch", *gpu_cases.rows_of(case, x))
     return found | {impl: functools.partial(gpu_cases.ours, case, impl=impl) for impl in impls}
 
 
@@ -77,8 +75,9 @@ def compile_ahead(case):
     """Compile all that `measure` will run: Triton and torch.compile keep it on disk, for other processes too."""
     case = gpu_cases.of(case)
     t = gpu_cases.tensors(case)
-    for function in contenders(case).values():
-        tried(functools.partial(function, t))  # `measure` says what went wrong
+    for name, function in contenders(case).items():
+        if name not in ("eager", "torch"):
+            tried(functools.partial(function, t))  # `measure` says what went wrong
     return []
 
 
@@ -90,13 +89,8 @@ def checked(case, functions):
         found, states[name] = tried(functools.partial(function, t))
         if found:
             row, state = judged(case, found, plain, {key: value for key, value in true.items() if key in found})
-            states[name] = (
-                state
-                if state == "ok"
-                else "{}: {} is off by {:.1e}, allowed are {:.1e}".format(
-                    state, row["result"], row["error"], row["allowed"]
-                )
-            )
+            if state != "ok":
+                states[name] = "wrong: {result} is off by {error:.1e}, allowed are {allowed:.1e}".format(**row)
     return states
 
 
@@ -205,7 +199,7 @@ def counters(index):
         ncu, "--csv", "--print-units", "base", "--clock-control", "none", "--profile-from-start", "off", "--metrics", ",".join(METRICS),
         sys.executable, "-m", "benchmarks.gpu_kernels", str(index),
     ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     rows = parsed(run.stdout)
     if not rows:
         raise RuntimeError(

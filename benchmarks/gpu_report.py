@@ -1,6 +1,7 @@
 """Makes Markdown tables from the folder that benchmarks/gpu.py writes: benchmarks/results/gpu-DEVICE."""
 
 import csv
+import functools
 
 from benchmarks import tables
 
@@ -140,22 +141,18 @@ def counters(rows):
 
 def tables_of(folder):
     """Return the tables of all parts that a folder has."""
-    found, copy = [], None
+    found, reached = [], read(folder, "rates")
+    copy = float(reached[0]["value"]) if reached else None
+    of_kernels = "Kernels, microseconds on the device, inputs not in the L2 cache"
     for name, title, make in (
         ("rates", "What the device reaches", rates),
         ("check", "Checked against float64", checks),
-        (
-            "kernels",
-            "Kernels, microseconds on the device, inputs not in the L2 cache",
-            lambda rows: kernels(rows, copy),
-        ),
+        ("kernels", of_kernels, functools.partial(kernels, copy=copy)),
         ("steps", "Training steps of ResNet18, bfloat16, AdamW", steps),
         ("learning", "Learning", learning),
         ("counters", "Counted by Nsight Compute", counters),
     ):
         rows = read(folder, name)
-        if name == "rates" and rows:
-            copy = float(rows[0]["value"])
         if rows:
             found.append(f"{title}:\n\n{make(rows)}{tables.measured_on(rows[0])}")
     return "\n\n".join(found) or "Nothing was measured."

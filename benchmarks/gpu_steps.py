@@ -43,17 +43,19 @@ def adamw(groups):
 
 
 def trainer_of(variant, classes, size, width, device, channels=3):
-    """Return the trainer of a variant; on a CPU it neither compiles nor records."""
+    """Return the trainer of a variant; on a CPU it neither compiles nor records, and beside a GPU it computes in float32."""
     kind, options, how = VARIANTS[variant]
     torch.manual_seed(0)
     net = fastff.models.resnet18(classes, stem="cifar", width=width, in_channels=channels)
     net = net.to(device, memory_format=torch.channels_last)
     sff = fastff.SFF(net, classes, input_shape=(channels, size, size), impl=IMPL, readout=kind is Backprop, **options)
     how = {"cuda_graph": False} | how if device.type == "cuda" else {}
-    return kind(sff.to(device), adamw, amp="bf16", **how)
+    return kind(sff.to(device), adamw, amp="bf16" if device == DEVICE else None, **how)
 
 
 def step_of(variant, batch):
+    if "compiled" in variant and not DRY:
+        torch._inductor.config.compile_threads = 4  # whole networks have many kernels
     trainer = trainer_of(variant, CLASSES, SIZE, WIDTH, DEVICE)
     images = torch.randn(batch, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
     return functools.partial(trainer.step, images, torch.randint(CLASSES, (batch,), device=DEVICE))
@@ -61,11 +63,7 @@ def step_of(variant, batch):
 
 def compile_ahead(variant, batch):
     """Compile all that steps of this variant run: Triton and torch.compile keep it on disk, for other processes too."""
-    from torch._inductor import config
-
-    config.compile_threads = 4  # these have many kernels
-    trainer_step = step_of(variant, batch)
-    trainer_step()
+    step_of(variant, batch)()
     return []
 
 

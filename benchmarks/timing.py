@@ -20,23 +20,20 @@ def environment():
 
 def write_csv(path, rows):
     """Write rows (dicts), each with the columns of the environment, to the file `path`."""
-    info = environment()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*dict.fromkeys(key for row in rows for key in row), *info])
-        writer.writeheader()
-        writer.writerows(row | info for row in rows)
+    Path(path).unlink(missing_ok=True)
+    append_csv(path, rows)
     print(f"wrote {path}")
 
 
 def append_csv(path, rows):
-    """Add rows (dicts of the same columns) with the columns of the environment to the file `path`, which is on the disk when this returns."""
+    """Add rows (dicts), each with the columns of the environment, to the file `path`, whose columns are those of the first rows that it got."""
     info, path = environment(), Path(path)
-    begun = path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *info])
-        if not begun:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", newline="") as file:
+        file.seek(0)
+        columns = next(csv.reader(file), None)
+        writer = csv.DictWriter(file, columns or [*dict.fromkeys(key for row in rows for key in row), *info])
+        if columns is None:
             writer.writeheader()
         writer.writerows(row | info for row in rows)
 
