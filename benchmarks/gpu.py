@@ -17,6 +17,7 @@ goes on, and ends with exit status 1. Each part has a time at which it ends; wha
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -43,16 +44,16 @@ class Part(NamedTuple):
 
 
 def parts():
-    """Return the Parts in the order in which they run. What compiles longest comes first."""
-    ahead = gpu_steps.jobs_ahead() + gpu_kernels.jobs_ahead()
-    counters = [Job(f"ncu {case.name}", gpu_kernels.counters, (i,)) for i, case in enumerate(gpu_kernels.PROFILED)]
+    """Return the Parts in the order in which they run. What compiles longest comes first, and checks take turns with what else compiles."""
+    turns = itertools.zip_longest(gpu_check.jobs(), gpu_kernels.jobs_ahead())
+    checks = gpu_steps.jobs_ahead() + [job for turn in turns for job in turn if job is not None]
     found = [
         Part("rates", [Job("rates", gpu_kernels.rates)], 0.06),
-        Part("check", ahead + gpu_check.jobs(), 0.36, True),
+        Part("check", checks, 0.36, True),
         Part("kernels", gpu_kernels.jobs(), 0.61),
         Part("steps", gpu_steps.jobs(), 0.83),
         Part("learning", gpu_steps.learning_jobs(), 0.9, True),
-        Part("counters", counters, 0.98),
+        Part("counters", gpu_kernels.counter_jobs(), 0.98),
     ]
     if torch.cuda.device_count() > 1:
         found.append(Part("scale", [Job("scale", gpu_steps.scales)], 1.5))
@@ -81,6 +82,8 @@ class Run:
 
     def run(self, part):
         """Run the jobs of a part."""
+        if not part.jobs:
+            self.say(f"{part.name}: nothing that can run here")
         pool = self.together if part.parallel else self.alone
         for outcome in pool.run(part.jobs, self.start + part.end * self.seconds):
             if outcome.cut:

@@ -165,17 +165,19 @@ def profiled(index):
     """Run one call of PROFILED for the profiler, which looks at nothing else: python -m benchmarks.gpu_kernels INDEX."""
     case = gpu_cases.of(PROFILED[index])
     t = gpu_cases.tensors(case)
-    call = functools.partial(
-        gpu_cases.our_step if case.function.endswith("step") else gpu_cases.ours, case, t, "triton"
-    )
-    call()
+    gpu_cases.ours(case, t, "triton")
     if DRY:
-        call()
         return
     torch.cuda.profiler.start()
-    call()
+    gpu_cases.ours(case, t, "triton")
     synchronize()
     torch.cuda.profiler.stop()
+
+
+def counter_jobs():
+    """Return the jobs that count, none where there is no profiler."""
+    found = [Job(f"ncu {case.name}", counters, (index,)) for index, case in enumerate(PROFILED)]
+    return found if DRY or shutil.which("ncu") else []
 
 
 def jobs():
@@ -189,23 +191,20 @@ def jobs_ahead():
 
 
 def counters(index):
-    """Return a row for each kernel of one call of PROFILED, with what Nsight Compute counted; no rows where there is no such profiler."""
-    ncu, case = shutil.which("ncu"), PROFILED[index]
+    """Return a row for each kernel of one call of PROFILED, with what Nsight Compute counted."""
     if DRY:
         profiled(index)
-    if ncu is None:
         return []
-    command = [
-        ncu, "--csv", "--print-units", "base", "--clock-control", "none", "--profile-from-start", "off", "--metrics", ",".join(METRICS),
-        sys.executable, "-m", "benchmarks.gpu_kernels", str(index),
-    ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    rows = parsed(run.stdout)
-    if not rows:
-        raise RuntimeError(
-            f"ncu: expected counters, got exit code {run.returncode}: {(run.stdout + run.stderr)[-1500:]}"
-        )
-    return [case.columns | row for row in rows]
+    for metrics in (list(METRICS), list(METRICS)[:-2]):  # without the names that differ from chip to chip
+        command = [
+            "ncu", "--csv", "--print-units", "base", "--clock-control", "none", "--profile-from-start", "off", "--metrics", ",".join(metrics),
+            sys.executable, "-m", "benchmarks.gpu_kernels", str(index),
+        ]  # fmt: skip
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if rows := parsed(run.stdout):
+            return [PROFILED[index].columns | row for row in rows]
+    said = (run.stdout + run.stderr)[-1500:]
+    raise RuntimeError(f"ncu: expected counters, got exit code {run.returncode} and {said}")
 
 
 def parsed(text):

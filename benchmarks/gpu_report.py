@@ -162,5 +162,5 @@ def table():
     """Return the tables of every device whose results are in benchmarks/results."""
     folders = sorted(path for path in tables.RESULTS.glob("gpu-*") if path.is_dir())
     if not folders:
-        return "Nothing has run on a GPU yet. `make gpu` on a machine with one writes what these tables are made of."
+        return f"{tables.missing('make gpu')} Nothing has run on a GPU so far."
     return "\n\n".join(f"**{folder.name.removeprefix('gpu-')}**\n\n{tables_of(folder)}" for folder in folders)

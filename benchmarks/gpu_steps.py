@@ -55,7 +55,9 @@ def trainer_of(variant, classes, size, width, device, channels=3):
 
 def step_of(variant, batch):
     if "compiled" in variant and not DRY:
-        torch._inductor.config.compile_threads = 4  # whole networks have many kernels
+        from torch._inductor import config
+
+        config.compile_threads = 4  # whole networks have many kernels
     trainer = trainer_of(variant, CLASSES, SIZE, WIDTH, DEVICE)
     images = torch.randn(batch, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=torch.channels_last)
     return functools.partial(trainer.step, images, torch.randint(CLASSES, (batch,), device=DEVICE))

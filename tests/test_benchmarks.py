@@ -286,6 +286,8 @@ def test_the_check_for_gpus_finds_wrong_results_and_other_bits(function, on_the_
     calls = iter([0.0, 1e-7])
     monkeypatch.setattr(ff, function, off(lambda: next(calls)))
     assert "other bits the second time" in gpu_check.check(case)[0]["state"]
+    monkeypatch.setattr(ff, function, off(lambda: float(torch.empty(1)) * 0))
+    assert "uninitialised memory" in gpu_check.check(case)[0]["state"]
     monkeypatch.setattr(ff, function, off(lambda: int("x")))
     assert gpu_check.check(case)[0]["state"].startswith("error: ValueError: invalid literal")
 
@@ -321,7 +323,7 @@ def test_counters_of_nsight_compute():
 
 def test_tables_of_gpus(run, tmp_path):
     """Without results the page says so; `run` has put the folder of the results here."""
-    assert gpu_report.table().startswith("Nothing has run on a GPU yet.")
+    assert gpu_report.table() == "Not measured yet: `make gpu`. Nothing has run on a GPU so far."
     folder = tmp_path / "gpu-a-card"
     times = {"cold_us": 20, "warm_us": 10, "host_us": 300, "launches": 2, "mbytes": 3.0}
     case = gpu_cases.Case("goodness_step", 512, 64, 32, 10).columns
