@@ -168,7 +168,7 @@ def minibatch():
 def small_trainer(options, **of_trainer):
     torch.manual_seed(0)
     net = fastff.models.resnet18(10, stem="cifar", width=WIDTH).to(DEVICE, memory_format=torch.channels_last)
-    make = lambda groups: torch.optim.AdamW(groups, lr=1e-3, eps=1e-2, capturable=not DRY)  # noqa: E731
+    make = lambda groups: torch.optim.AdamW(groups, lr=1e-3, eps=1e-2, capturable=DEVICE.type == "cuda")  # noqa: E731
     return Trainer(
         fastff.SFF(net, 10, input_shape=(3, SIZE, SIZE), impl=IMPL, **options).to(DEVICE),
         make,

@@ -3,6 +3,7 @@
 The run for GPUs goes through on a CPU, and goes on after what fails in it."""
 
 import argparse
+import contextlib
 import csv
 import os
 import subprocess
@@ -26,6 +27,7 @@ from benchmarks import (
     gpu,
     gpu_cases,
     gpu_check,
+    gpu_device,
     gpu_kernels,
     gpu_report,
     group_goodness,
@@ -35,6 +37,7 @@ from benchmarks import (
     timing,
 )  # fmt: skip
 from benchmarks.gpu_workers import Job, Pool
+from fastff import Trainer
 
 FAMILIES = [shape[0] for shape in group_goodness.SHAPES]
 CASES = {  # name: (module, what makes it one small case, its contenders)
@@ -290,6 +293,36 @@ def test_the_check_for_gpus_finds_wrong_results_and_other_bits(function, on_the_
     assert "uninitialised memory" in gpu_check.check(case)[0]["state"]
     monkeypatch.setattr(ff, function, off(lambda: int("x")))
     assert gpu_check.check(case)[0]["state"].startswith("error: ValueError: invalid literal")
+
+
+def test_what_runs_on_a_gpu_only(on_the_cpu, monkeypatch):
+    """Graphs, events and checks of steps with stand-ins for torch.cuda: nothing is timed, but all of it runs."""
+
+    class Anything:
+        def __init__(self, *args, **options):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *args: 2.0  # milliseconds between two events
+
+    seen = []
+    for module in (gpu_device, gpu_kernels, gpu_check):
+        monkeypatch.setattr(module, "DRY", False)
+    for name in ("CUDAGraph", "Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, Anything)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, pool=None: contextlib.nullcontext())
+    for name in ("synchronize", "graph_pool_handle", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: Anything())
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", seen.append)
+    monkeypatch.setattr(gpu_kernels, "launched", lambda function: (5, 0.0))
+    rows = gpu_kernels.measure(gpu_cases.Case("goodness_step", 4, 8, 4, 3))
+    assert [row["contender"] for row in rows] == ["eager", "compiled", "torch"]
+    sets = gpu_device.MOST_SETS
+    assert all((row["cold_us"], row["launches"]) == (pytest.approx(2e3 / sets), 5) for row in rows)
+    monkeypatch.setattr(gpu_check, "Trainer", lambda *args, cuda_graph, **options: Trainer(*args, **options))
+    assert [row["state"] for row in gpu_check.check_no_waiting({"grid": 0, "window": 1})] == ["ok"]
+    assert seen == ["error", "default"]
 
 
 def test_refusals_are_no_errors():
