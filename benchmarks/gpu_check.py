@@ -169,22 +169,15 @@ def small_trainer(options, **of_trainer):
     torch.manual_seed(0)
     net = fastff.models.resnet18(10, stem="cifar", width=WIDTH).to(DEVICE, memory_format=torch.channels_last)
     make = lambda groups: torch.optim.AdamW(groups, lr=1e-3, eps=1e-2, capturable=DEVICE.type == "cuda")  # noqa: E731
-    return Trainer(
-        fastff.SFF(net, 10, input_shape=(3, SIZE, SIZE), impl=IMPL, **options).to(DEVICE),
-        make,
-        amp="bf16",
-        **of_trainer,
-    )
+    sff = fastff.SFF(net, 10, input_shape=(3, SIZE, SIZE), impl=IMPL, **options).to(DEVICE)
+    return Trainer(sff, make, amp="bf16", **of_trainer)
 
 
 def of_steps(what, error, allowed, state):
     """A row of the same columns as those of `check`."""
-    columns = dict.fromkeys(Case("Trainer.step", BATCH, WIDTH, SIZE, 10).columns) | {
-        "function": "Trainer.step",
-        "options": what,
-    }
-    found = {"implementation": "auto", "result": "weights", "error": error, "plain_error": None, "allowed": allowed}
-    return [columns | found | {"state": state}]
+    columns = Case("Trainer.step", BATCH, WIDTH, SIZE, 10).columns | {"options": what}
+    compared = dict(zip(COMPARED, ("weights", error, None, allowed), strict=True))
+    return [columns | {"implementation": "auto"} | compared | {"state": state}]
 
 
 def weights_of(trainer):

@@ -1,11 +1,31 @@
 """Makes Markdown tables from the folder that benchmarks/gpu.py writes: benchmarks/results/gpu-DEVICE."""
 
-import csv
 import functools
 
 from benchmarks import tables
 
-KERNEL_COLUMNS = ("eager", "compiled", "torch", "triton", "cuda")
+CONTENDERS = (
+    "eager",
+    "compiled",
+    "torch",
+    "triton",
+    "cuda",
+)  # the first two are plain PyTorch, the last two our kernels
+NUMBERS = [
+    "error",
+    "plain_error",
+    "cold_us",
+    "warm_us",
+    "host_us",
+    "launches",
+    "ms",
+    "host_ms",
+    "device_ms",
+    "peak_mib",
+    "value",
+    "accuracy",
+    "ns",
+]  # of a row, in the log
 
 
 def short(row):
@@ -20,35 +40,11 @@ def short(row):
     )
     if row.get("state", "ok") != "ok":
         return f"{who} {row['state']}"
-    keys = (
-        "error",
-        "plain_error",
-        "cold_us",
-        "warm_us",
-        "host_us",
-        "launches",
-        "ms",
-        "host_ms",
-        "device_ms",
-        "peak_mib",
-        "value",
-        "accuracy",
-        "ns",
-    )
-    return " ".join([who, *(f"{key} {_number(row[key])}" for key in keys if row.get(key) is not None)])
+    return " ".join([who, *(f"{key} {_number(row[key])}" for key in NUMBERS if row.get(key) is not None)])
 
 
 def _number(value):
     return f"{float(value):.3g}" if value not in (None, "") else ""
-
-
-def read(folder, name):
-    """Return the rows of FOLDER/NAME.csv as dicts, none if there is no such file."""
-    path = folder / f"{name}.csv"
-    if not path.exists():
-        return []
-    with open(path) as file:
-        return list(csv.DictReader(file))
 
 
 def rates(rows):
@@ -64,7 +60,7 @@ def checks(rows):
         worst = max(
             (r for r in right if r["error"]), key=lambda r: float(r["error"]) / float(r["allowed"]), default=None
         )
-        error = f"{float(worst['error']):.1e} ({worst['dtype'] or 'weights'})" if worst else ""
+        error = f"{float(worst['error']):.1e} ({worst['dtype']})" if worst else ""
         plain = f"{float(worst['plain_error']):.1e}" if worst and worst["plain_error"] else ""
         body.append((f"`{function}`", impl, len(group), len(right), refused, error, plain))
     return tables.table(("function", "implementation", "calls", "right", "refused", "error", "PyTorch's error"), body)
@@ -72,28 +68,24 @@ def checks(rows):
 
 def kernels(rows, copy):
     """Return the table of the kernels in microseconds, cold, and the speed over the fastest plain PyTorch. `copy` is the rate in GB/s, or None."""
-    present = [name for name in KERNEL_COLUMNS if any(row["contender"] == name for row in rows)]
+    present = [name for name in CONTENDERS if any(row["contender"] == name for row in rows)]
     body = []
-    keys = ("function", "B", "C", "H", "K", "dtype", "layout", "options")
-    for key, group in tables.grouped(rows, *keys).items():
+    for key, group in tables.grouped(rows, *list(rows[0])[: list(rows[0]).index("contender")]).items():
+        function, B, C, H, K, dtype, layout, options = key
         by = {row["contender"]: row for row in group}
         cold = {name: float(row["cold_us"]) for name, row in by.items() if row["cold_us"]}
-        plain = min((cold[name] for name in ("eager", "compiled") if name in cold), default=None)
-        kernel = min((cold[name] for name in ("triton", "cuda") if name in cold), default=None)
-        ours = by.get("triton", group[-1])
-        floor = f"{1e3 * float(ours['mbytes']) / copy:.0f}" if copy and ours["mbytes"] else ""
-        sizes = f"{', '.join(key[1:5])}; {' '.join(filter(None, (key[5], key[6] if key[6] == 'contiguous' else '', key[7])))}"
-        ratio = (
-            f"{plain / kernel:.2f} x"
-            if plain and kernel
-            else next((r["state"] for r in group if r["contender"] == "triton"), "")
+        plain, ours = (
+            min((cold[name] for name in part if name in cold), default=None)
+            for part in (CONTENDERS[:2], CONTENDERS[3:])
         )
-        times = [
-            f"{cold[name]:.0f}" if name in cold else by[name]["state"].split(":")[0] if name in by else ""
-            for name in present
-        ]
-        extra = [_number(ours[column]) for column in ("warm_us", "host_us", "launches")]
-        body.append((f"`{key[0]}`", sizes, floor, *times, ratio, *extra))
+        states = {name: row["state"].split(":")[0] for name, row in by.items()}
+        of = by.get("triton") or group[0]
+        call = " ".join(filter(None, (f"{B}, {C}, {H}, {K};", dtype, layout.replace("channels_last", ""), options)))
+        floor = f"{1e3 * float(of['mbytes']) / copy:.0f}" if copy and of["mbytes"] else ""
+        times = (f"{cold[name]:.0f}" if name in cold else states.get(name, "") for name in present)
+        faster = f"{plain / ours:.2f} x" if plain and ours else ""
+        more = (_number(of[column]) for column in ("warm_us", "host_us", "launches"))
+        body.append((f"`{function}`", call, floor, *times, faster, *more))
     header = ("function", "B, C, H, K", "floor", *present, "faster", "triton, warm", "its host time", "its launches")
     return tables.table(header, body)
 
@@ -141,7 +133,7 @@ def counters(rows):
 
 def tables_of(folder):
     """Return the tables of all parts that a folder has."""
-    found, reached = [], read(folder, "rates")
+    found, reached = [], tables.read("rates", folder)
     copy = float(reached[0]["value"]) if reached else None
     of_kernels = "Kernels, microseconds on the device, inputs not in the L2 cache"
     for name, title, make in (
@@ -152,7 +144,7 @@ def tables_of(folder):
         ("learning", "Learning", learning),
         ("counters", "Counted by Nsight Compute", counters),
     ):
-        rows = read(folder, name)
+        rows = tables.read(name, folder)
         if rows:
             found.append(f"{title}:\n\n{make(rows)}{tables.measured_on(rows[0])}")
     return "\n\n".join(found) or "Nothing was measured."

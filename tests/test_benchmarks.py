@@ -204,9 +204,9 @@ def test_the_run_for_gpus_goes_through_on_a_cpu(tmp_path):
     files = {path.stem for path in tmp_path.glob("*.csv")}
     assert files == {"rates", "check", "kernels", "steps", "learning"}
     for name in files:
-        rows = gpu_report.read(tmp_path, name)
+        rows = tables.read(name, tmp_path)
         assert all(row.get("state", "ok") == "ok" and row["device"] and row["commit"] for row in rows)
-    triton = [row for row in gpu_report.read(tmp_path, "kernels") if row["contender"] == "triton"]
+    triton = [row for row in tables.read("kernels", tmp_path) if row["contender"] == "triton"]
     assert triton
     assert all(float(row[key]) > 0 for row in triton for key in ("cold_us", "warm_us", "host_us", "launches", "mbytes"))
 
@@ -248,8 +248,8 @@ def test_a_run_goes_on_after_errors_and_ends_with_status_1(tmp_path, capsys):
     run.run(gpu.Part("check", [Job("raises", int, ("x",)), *(Job(r["state"], list, ([r],)) for r in rows)], 1.0))
     run.run(gpu.Part("kernels", [Job("late", list)], 0.0))
     run.alone.close()
-    assert [row["state"] for row in gpu_report.read(tmp_path, "check")] == [row["state"] for row in rows]
-    problems = gpu_report.read(tmp_path, "problems")
+    assert [row["state"] for row in tables.read("check", tmp_path)] == [row["state"] for row in rows]
+    problems = tables.read("problems", tmp_path)
     assert [row["job"] for row in problems] == ["raises", "wrong: other bits"]
     assert (run.cut, "kernels: no time for 1 of 1: late" in capsys.readouterr().out) == ({"kernels": ["late"]}, True)
     run.folder.joinpath("check.csv").unlink()
