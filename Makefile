@@ -49,9 +49,10 @@ bench: install
 	run budget budget
 	$(PY) -m benchmarks.report
 
-# With the python of an environment whose torch sees a GPU: make gpu PYTHON=python3. Nothing is installed.
-gpu:
-	PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.gpu
+# With the python of an environment whose torch sees a GPU: make gpu PYTHON=python3. Nothing is installed. GPU_DRY=1 goes through the same on a CPU,
+# in .venv. GPU_ARGS="--only kernels --out FOLDER" for a part; docs/benchmarks.md has the options.
+gpu: $(if $(GPU_DRY),install)
+	$(if $(GPU_DRY),TRITON_INTERPRET=1 )PYTHONPATH=. $(or $(PYTHON),$(if $(GPU_DRY),$(PY),python3)) -m benchmarks.gpu $(GPU_ARGS)
 
 # The compiled operators under AddressSanitizer and UndefinedBehaviorSanitizer (GCC), in a copy of the tree.
 SANITIZE := -fsanitize=address,undefined

@@ -26,6 +26,7 @@ TABLES = {
     "group-goodness": of("group_goodness"),
     "roofline": of("roofline"),
     "kernels": of("summary", "kernels"),
+    "gpu": of("gpu_report"),
     "networks": of("summary", "steps"),
     "step": of("step", "table", "resnet18-64"),
     "steps": of("step"),
