@@ -253,4 +253,4 @@ def _step_with_epilogue(step, plan):
         around = epilogue.Launches(step.x, step.epilogue)
         launch = Launch(around.y, step.goodness, plan, around)
         inner = launch.step(step.loss, step.normalization, empty_like(around.y))
-        return inner.before_epilogue(around.finish(inner.grad_x, launch.channel_sums.sum(0)), around.mean, around.var)
+        return inner.before_epilogue(around.finish(inner.grad_x, launch.channel_sums), around.mean, around.var)
