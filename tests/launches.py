@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators that start no kernel beside views, which their schema tells: they make or describe memory.
 SILENT = {
+    "aminmax", "_local_scalar_dense",  # labels are checked on a CPU alone
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias", "is_same_size", "set_",
 }  # fmt: skip
 
@@ -55,7 +56,7 @@ def as_on_a_gpu(multiprocessors=132):
     launches = Launches()
 
     def run(self, *args, **kwargs):
-        if torch.utils._python_dispatch._len_torch_dispatch_stack() if False else launches.on:
+        if torch._C._len_torch_dispatch_stack():
             launches.count[f"triton {self.fn.__name__}"] += 1
 
     with contextlib.ExitStack() as stack:

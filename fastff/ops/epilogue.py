@@ -40,13 +40,21 @@ def kernel(y):
 
 
 @torch.no_grad()
-def update_running_statistics(running_mean, running_var, mean, var, momentum, count):
-    """Move running statistics [C] by `momentum` towards the batch's mean and variance, of which `var` is the biased one of `count` values."""
+def update_running_statistics(running_mean, running_var, tracked, mean, var, momentum, count):
+    """Move running statistics [C] by `momentum` towards the batch's mean and variance, of which `var` is the biased one of `count` values, and
+    count the batch in `tracked`, a tensor of one int64, or None."""
     # Like PyTorch's batch norm, unseen by autograd: a former call of the same module in this graph keeps its buffers for its backward pass.
     running_mean, running_var = running_mean.data, running_var.data
     tensors = (running_mean, running_var, mean, var)
-    plain = not torch.compiler.is_compiling() and native.reason() == ""
-    if plain and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors):
+    plain = not torch.compiler.is_compiling() and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    if plain and triton.reason(mean) is None:
+        Lazy("fastff.kernels.triton.epilogue").update_running_statistics(
+            running_mean, running_var, tracked, mean, var, momentum, count
+        )
+        return
+    if tracked is not None:
+        tracked.add_(1)
+    if plain and mean.is_cpu and native.reason() == "":
         native_epilogue.update_running_statistics(*tensors, momentum, count)
     else:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)

@@ -257,6 +257,28 @@ def finish(source: Source, grad_h, grad_y, sums, positions, tile: Tile):
     tl.store(grad_y + at, grad.to(grad_y.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["rate", "correction"])
+def move(running_mean, running_var, tracked, mean, var, C, rate, correction, BC: tl.constexpr):
+    """Running statistics of BC channels, by `rate` towards those of a batch; one batch more is counted in `tracked`."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    has_c = c < C
+    old = tl.load(running_mean + c, mask=has_c, other=0.0)
+    tl.store(running_mean + c, old + rate * (tl.load(mean + c, mask=has_c, other=0.0) - old), mask=has_c)
+    old = tl.load(running_var + c, mask=has_c, other=0.0)
+    tl.store(running_var + c, old + rate * (tl.load(var + c, mask=has_c, other=0.0) * correction - old), mask=has_c)
+    if tracked is not None:
+        if tl.program_id(0) == 0:
+            tl.store(tracked, tl.load(tracked) + 1)
+
+
+def update_running_statistics(running_mean, running_var, tracked, mean, var, momentum, count):
+    """Move running statistics [C] by `momentum` towards mean and var, the biased variance of `count` values; count the batch."""
+    C, BC = len(mean), 256
+    with on_device(mean):
+        correction = count / (count - 1)
+        move[(-(-C // BC),)](running_mean, running_var, tracked, mean, var, C, momentum, correction, BC=BC, num_warps=4)
+
+
 def channels_of_a_tile(C):
     return min(max(16, triton.next_power_of_2(C)), 64)
 
