@@ -3,6 +3,7 @@
 import pytest
 import torch
 from launches import as_on_a_gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastff
 from fastff import SFF, Trainer, spec
@@ -143,3 +144,49 @@ def test_tf32_is_read_however_it_was_set():
             head_step(epilogue=True)
     finally:
         settings.fp32_precision = before
+
+
+# --- products in the dtype of x
+
+
+class Widest(TorchDispatchMode):
+    """Within it, `most` is the number of elements of the largest float32 tensor that an operator made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for t in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(t, torch.Tensor) and t.dtype == torch.float32:
+                self.most = max(self.most, t.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("kernel", "grid"), [(1, False), (1, True), (3, False)])
+def test_products_are_in_the_dtype_of_x_and_widen_nothing(kernel, grid, channels_last, dtype, monkeypatch):
+    from fastff.kernels.torch import goodness
+
+    device_of = goodness.product_dtype
+    assert device_of(torch.empty(1, dtype=dtype), torch.float32, "products") == torch.float32  # on a CPU
+    monkeypatch.setattr(goodness, "product_dtype", lambda x, wide, algorithm: dtype if x.dtype == dtype else wide)
+    torch.manual_seed(0)
+    x = torch.randn(6, 24, 8, 6).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    weight, bias = torch.randn(5, 24, kernel, kernel) / 5, torch.randn(5)
+    head = spec.Projection(weight, bias, torch.randn(5, 24, 2, 2) / 5 if grid else None, (kernel // 2,) * 2)
+    loss, how = spec.Loss(target=torch.arange(6) % 5), spec.Plan("convolution" if kernel > 1 else "products", 6, 5)
+    with Widest() as widest:
+        got = goodness.step(spec.Step(x, None, head, loss, spec.Normalization()), how)
+    assert widest.most < x.numel()
+    wide, exact_head = head.in_dtype(x.double())
+    exact = goodness.step(spec.Step(wide, None, exact_head, loss, spec.Normalization()), how)
+    rounding = torch.finfo(dtype).eps
+    for name in ("loss", "goodness", "grad_x", "grad_weight", "grad_bias", "grad_grid_weight"):
+        a, b = getattr(got, name), getattr(exact, name)
+        assert (a is None) == (b is None), name
+        # a, the gradient of a, d and the result are each rounded once; of the spatial term the sums of rows, and both terms' sum
+        assert a is None or float((a.double() - b).norm() / b.norm()) < 4 * rounding, name
+    assert got.goodness.dtype == got.grad_weight.dtype == torch.float32
+    assert got.grad_x.dtype == dtype

@@ -19,9 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastff import spec
-from fastff.kernels.layout import dense, empty_like, is_channels_last
-from fastff.kernels.torch import epilogue as torch_epilogue
+from fastff import reference, spec
+from fastff.kernels.layout import as_result_of, dense, empty_like, is_channels_last, samples, widened
 from fastff.kernels.torch.normalization import normalize
 from fastff.kernels.triton.launch import constants, multiprocessors, on_device, shares, strides
 from fastff.kernels.triton.normalization import between, joined, joined_programs, lane_counts
@@ -39,6 +38,10 @@ Source = namedtuple("Source", "x residual affine sample_stride channel_stride po
 """What a tile of the head's input is made of: x itself (affine None), or activation((x - mean) scale + shift + residual).
 
 affine [3, C] = mean, scale, shift; residual (or None) has the strides of x."""
+
+
+Known = namedtuple("Known", "mean var")
+"""Mean and variance [C] in float32, or None."""
 
 
 Tile = namedtuple("Tile", "ACTIVATION LAST C P R BC")
@@ -164,21 +167,22 @@ def first_position(x, c, tile: Tile):
 
 
 @triton.jit(do_not_specialize=["positions", "share", "parts", "eps"])
-def finalize(x, partial, weight, bias, statistics, positions, share, parts, eps, tile: Tile, PARTS: tl.constexpr):
-    """statistics [5, C]: mean, scale, shift, variance and 1 / deviation of BC channels, from the sums of programs; without those, mean and variance
-    are there already."""
+def finalize(
+    x, partial, known: Known, weight, bias, statistics, positions, share, parts, eps, tile: Tile, PARTS: tl.constexpr
+):  # fmt: skip
+    """statistics [5, C]: mean, scale, shift, variance and 1 / deviation of BC channels, from the sums of programs or what is known."""
     c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
     has_c = c < tile.C
     own = statistics + c
     if partial is None:
-        mean = tl.load(own, mask=has_c, other=0.0)
-        var = tl.load(own + 3 * tile.C, mask=has_c, other=0.0)
+        mean = tl.load(known.mean + c, mask=has_c, other=0.0)
+        var = tl.load(known.var + c, mask=has_c, other=0.0)
     else:
         whole, square = joined_programs(partial, c, tile.C, 2 * tile.C, parts, positions, share, PARTS, tile.BC)
         mean = first_position(x, c, tile) + whole / positions
         var = square / positions
-        tl.store(own, mean, mask=has_c)
-        tl.store(own + 3 * tile.C, var, mask=has_c)
+    tl.store(own, mean, mask=has_c)
+    tl.store(own + 3 * tile.C, var, mask=has_c)
     rstd = 1 / tl.sqrt(var + eps)
     scale = rstd
     if weight is not None:
@@ -301,11 +305,9 @@ class Launches:
         if mean is None:
             partial, share = self._sums(channel_sums, self.y)
             parts = len(partial)
-        else:
-            statistics[0], statistics[3] = mean, var
         tile, programs = self.few
         finalize[(programs,)](
-            self.y, partial, epilogue.weight, epilogue.bias, statistics, self.positions, share, parts, epilogue.eps, tile,
+            self.y, partial, Known(mean, var), epilogue.weight, epilogue.bias, statistics, self.positions, share, parts, epilogue.eps, tile,
             PARTS=PARTS, num_warps=4,
         )  # fmt: skip
         self.statistics, self.mean, self.var = statistics, statistics[0], statistics[3]
@@ -336,11 +338,16 @@ class Launches:
         self._tiles(apply, x)
         return x
 
-    def backward(self, grad_x, overwrite=False):
-        """(grad_y, grad_residual or None, grad_weight, grad_bias) from grad_x, in whose memory the result may lie."""
+    def backward(self, grad_x, overwrite=False, added=None):
+        """EpilogueGradients from grad_x, in whose memory the result may lie; `added` are those of another loss."""
         grad_x = self._laid_out(grad_x)
         grad_h = grad_x if overwrite else empty_like(self.y)
-        return self.finish(grad_h, self._sums(derive, self.source, grad_x, grad_h)[0])
+        partial, _ = self._sums(derive, self.source, grad_x, grad_h)
+        if added is not None:
+            grad_h.add_(added.residual)
+            own = torch.stack([added.bias, added.weight / self.statistics[4]])
+            partial = torch.cat([partial, own[None]])
+        return self.finish(grad_h, partial)
 
     def finish(self, grad_h, partial):
         """The same from grad_h (overwritten) and sums [.., 2, C] of grad_h and of grad_h (y - mean), to be added up."""
@@ -365,11 +372,30 @@ def forward(y, epilogue, normalization=None, need_x=True, statistics=None):
 def backward(
     y, epilogue, mean, var, grad_x=None, grad_normalized=None, normalization=None, added=None, overwrite=False
 ):
-    """spec.EpilogueGradients from the gradient of x. That of the normalized x and `added` gradients go through PyTorch's operators."""
-    if grad_normalized is not None or added is not None:
-        return torch_epilogue.backward(y, epilogue, mean, var, grad_x, grad_normalized, normalization, added)
+    """spec.EpilogueGradients from those of x and of the normalized x; `added` are those of another loss at the same place."""
     with on_device(y):
-        return Launches(y, epilogue, mean, var).backward(grad_x, overwrite)
+        launches = Launches(y, epilogue, mean, var)
+        if grad_normalized is not None:
+            through = normalization_gradient(grad_normalized, launches.forward(), normalization)
+            grad_x, overwrite = (through if grad_x is None else through.add_(grad_x)), True
+        return launches.backward(grad_x, overwrite, added)
+
+
+def normalization_gradient(grad, x, normalization):
+    """The gradient of x from that of the normalized x, as x. Layer norm over the sample, the usual one, is an operator of PyTorch."""
+    if normalization.name == "layer_norm":
+        flat, back = samples(x, is_channels_last(x))
+        _, mean, rstd = torch.native_layer_norm(flat, flat.shape[1:], None, None, normalization.eps)
+        flat_grad, _ = samples(grad, is_channels_last(x))
+        wanted = [True, False, False]
+        made = torch.ops.aten.native_layer_norm_backward(
+            flat_grad, flat, flat.shape[1:], mean, rstd, None, None, wanted
+        )
+        return back(made[0])
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        normalized = reference.normalized(widened(leaf), *normalization)
+    return as_result_of(x, torch.autograd.grad(normalized, leaf, grad.to(normalized.dtype))[0])
 
 
 def step_in_parts(step, run):
