@@ -21,11 +21,11 @@ def _is_view(func):
 
 
 class Launches(TorchDispatchMode):
-    """Within it, `count` collects the names of what is launched."""
+    """Within it, `count` collects the names of what is launched, and `recorded` the launches of Triton kernels: (kernel, arguments, keywords)."""
 
     def __init__(self):
         super().__init__()
-        self.count = collections.Counter()
+        self.count, self.recorded = collections.Counter(), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")
@@ -58,6 +58,8 @@ def as_on_a_gpu(multiprocessors=132):
     def run(self, *args, **kwargs):
         if torch._C._len_torch_dispatch_stack():
             launches.count[f"triton {self.fn.__name__}"] += 1
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("grid", "warmup")}
+            launches.recorded.append((self, args, kwargs))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
@@ -69,3 +71,25 @@ def as_on_a_gpu(multiprocessors=132):
             if hasattr(module, "multiprocessors"):
                 stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: multiprocessors))
         yield launches
+
+
+def specialised(kernel, args, kwargs, arch):
+    """What Triton would compile for a launch on this architecture: (ASTSource, options), specialised for the arguments as they are."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compiled(kernel, args, kwargs, arch):
+    """The binary of a launch on this architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = specialised(kernel, args, kwargs, arch)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options.__dict__)

@@ -132,7 +132,12 @@ def test_a_step_that_fails_to_be_recorded_runs_as_it_is(monkeypatch):
     images, target = torch.randn(4, 3, 16, 16), torch.arange(4)
     for _ in range(graph.WARM_UP):
         assert torch.equal(plain.step(images, target), trainer.step(images, target))
-    before = [p.detach().clone() for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    before = [
+        p.detach().clone()
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
     with pytest.warns(UserWarning, match="not recorded as CUDA graphs"):
         trainer.step(images, target)
     assert "cannot be recorded" in repr(trainer)

@@ -108,7 +108,9 @@ def test_no_algorithm_is_taken_silently():
         plan(8, 128, 49, 10, algorithm="second_moment", device_type="cuda", gpu=CONSUMER)
 
 
-@pytest.mark.parametrize(("memory", "C", "products"), [(99, 512, False), (99, 1024, True), (227, 1024, False), (227, 2048, True)])
+@pytest.mark.parametrize(
+    ("memory", "C", "products"), [(99, 512, False), (99, 1024, True), (227, 1024, False), (227, 2048, True)]
+)
 def test_shared_memory_of_small_gpus(memory, C, products, monkeypatch):
     """99 KiB do not hold a tile of more than 512 channels: those run as products of cuBLAS, still behind Triton's epilogue."""
     from fastff.kernels import triton

@@ -21,7 +21,6 @@ from fastff.ops.plan import Gpu, plan
 from fastff.ops.table import Implementation, Lazy, always, check_impl, choose, implement, without_autocast
 from fastff.spec import Projection
 
-
 TRITON = Lazy("fastff.kernels.triton.goodness")
 
 

@@ -39,7 +39,7 @@ def second_moment_cost(C, P, K):
     return 2 * P * C * C + 2 * K * C * C + BYTE * 7 * 4 * K * C
 
 
-# Of an H100: bytes a microsecond of device memory and of the L2 cache, operations a microsecond of products by element size, microseconds of a launch.
+# Of an H100, in a microsecond: bytes of device memory and of the L2 cache, operations of products by the size of an element. LAUNCH: microseconds.
 MEMORY, CACHE, PRODUCTS, LAUNCH = 3.0e6, 5.5e6, {2: 400e6, 4: 50e6, 8: 50e6}, 3.0
 TF32 = 200e6  # operations a microsecond of the products of the second moment
 ROWS, CLASSES = 64, 128  # positions and classes of a tile
@@ -56,7 +56,8 @@ class Gpu(NamedTuple):
 def gpu_microseconds(algorithm, B, C, P, K, itemsize):
     """Return the modelled time of a goodness step on a GPU: bytes, products and launches, one after another."""
     x, weight, products = B * C * P * itemsize, K * C * itemsize, 2 * B * P * C * K / PRODUCTS[itemsize]
-    if algorithm == "direct":  # W and x are read again from the cache, and the products made again, in the second sweep and for dL/dW
+    if algorithm == "direct":
+        # W and x are read again from the cache, and the products made again, in the second sweep and for dL/dW
         cached = 2 * x + 2 * weight * -(-B * P // ROWS)
         return 2 * LAUNCH + 4 * x / MEMORY + cached / CACHE + 5 * products
     if algorithm == "second_moment":  # S is read again for each tile of classes, W for each sample
@@ -119,7 +120,7 @@ def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=ma
         most = gpu.second_moment or math.inf
     if algorithm == "auto" and gpu is not None:
         algorithm = next(iter(on_gpu(B, C, P, K, gpu)))
-    elif algorithm == "direct" and gpu is not None and gpu.direct and C > gpu.direct:
+    elif algorithm == "direct" and gpu is not None and gpu.direct and gpu.direct < C:
         raise ValueError(f"algorithm: direct takes at most {gpu.direct} channels of x's dtype on this GPU, x has {C}")
     elif algorithm == "auto":
         second = cost * second_moment_factor()[0] * second_moment_cost(C, P, K)

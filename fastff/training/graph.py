@@ -111,14 +111,15 @@ def reason_against(engine, amp):
         return "expected amp None or 'bf16', since the scaling of 'fp16' decides on the host, got 'fp16'"
     for optimizer in engine.optimizers:
         if any("capturable" not in group for group in optimizer.param_groups):
-            text = "expected an optimizer that can be recorded (torch's with capturable=True: AdamW, Adam, RMSprop, ...)"
-            return f"{text}, got {type(optimizer).__name__}"
+            text = "expected an optimizer that can be recorded"
+            return f"{text} (torch's with capturable=True: AdamW, Adam, RMSprop, ...), got {type(optimizer).__name__}"
     return None
 
 
 def unknown_python(sff):
     """Return the names of blocks whose Python may do something else in every step, as far as is known (fastff/graph/plain.py)."""
-    return [block.name for block, local in zip(sff.blocks, sff.local_blocks, strict=True) if local.graph is None or local.whole()]
+    pairs = zip(sff.blocks, sff.local_blocks, strict=True)
+    return [block.name for block, local in pairs if local.graph is None or local.whole()]
 
 
 def prepare(engine):

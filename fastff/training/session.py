@@ -41,8 +41,9 @@ class Session:
         """Describe what is trained, where and how."""
         losses = "loss" if len(self.names) == 1 else "losses"
         amp = f", amp {self.options.amp}" if self.options.amp else ""
-        how = f"steps run operator by operator: {self.recorded}" if isinstance(self.recorded, str) else str(self.recorded)
-        return f"{type(self).__name__} on {self.device}: {len(self.names)} {losses}, {self.steps} steps done{amp}\n{how}"
+        how = "steps run operator by operator: " if isinstance(self.recorded, str) else ""
+        name = f"{type(self).__name__} on {self.device}"
+        return f"{name}: {len(self.names)} {losses}, {self.steps} steps done{amp}\n{how}{self.recorded}"
 
     @property
     def steps(self):

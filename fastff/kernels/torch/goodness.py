@@ -50,7 +50,8 @@ class Direct:
         g = []
         for tile in self.tiles:
             a = self._outputs(tile)
-            g.append(squared_length(a.view(self.samples, self.positions, -1) if self.flat else a, 1 if self.flat else 2))
+            per_sample = a.view(self.samples, self.positions, -1) if self.flat else a
+            g.append(squared_length(per_sample, 1 if self.flat else 2))
         self.kept = a if len(self.tiles) == 1 else None
         return (g[0] if len(g) == 1 else torch.cat(g, 1)).div_(self.positions)
 

@@ -34,7 +34,9 @@ def device_reason(device):
 
 @functools.cache
 def shared_memory(device):
-    """Bytes of shared memory that a program may have: 99 KiB on consumers' and small servers' GPUs, else at least 163 KiB. A CPU stands in for these."""
+    """Bytes of shared memory that a program may have: 99 KiB on GPUs of compute capability 8.6, 8.9 and 12.0, else at least 163 KiB.
+
+    A CPU stands in for the latter."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else LARGE
 
 

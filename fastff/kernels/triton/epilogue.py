@@ -131,24 +131,24 @@ def store_pair(sums, index, first, second, c, C):
 def tile_at(start, end, c, tile: Tile):
     """Offsets and mask of a tile [BC, R] of the channels c, of the positions `start` to `end` of the batch."""
     row = start + tl.arange(0, tile.R)
-    if tile.LAST:
+    if tile.LAST:  # noqa: SIM108
         at = row[None, :] * tile.C + c[:, None]
     else:
         at = (row // tile.P * (tile.C * tile.P) + row % tile.P)[None, :] + c[:, None] * tile.P
     return at, (c < tile.C)[:, None] & (row < end)[None, :]
 
 
-@triton.jit(do_not_specialize=["positions", "share"])
-def channel_sums(x, partial, positions, share, tile: Tile):
-    """Program (i, j): sum of x - x[first position] and squares about the mean of positions j share .. (j + 1) share - 1; [parts, 2, C]."""
+@triton.jit(do_not_specialize=["positions", "tiles"])
+def channel_sums(x, partial, positions, tiles, tile: Tile):
+    """Program (i, j): sum of x - x[first position] and squares about the mean of the j-th `tiles` tiles of R positions; [parts, 2, C]."""
     part = tl.program_id(1)
     c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
     pivot = first_position(x, c, tile)
     total = tl.zeros([tile.BC, tile.R], tl.float32)
     square = tl.zeros([tile.BC, tile.R], tl.float32)
-    start = part.to(tl.int64) * share
-    end = tl.minimum(start + share, positions)
-    for r0 in range(0, share, tile.R):
+    start = part.to(tl.int64) * tiles * tile.R
+    end = tl.minimum(start + tiles * tile.R, positions)
+    for r0 in range(0, tiles * tile.R, tile.R):
         at, mask = tile_at(start + r0, end, c, tile)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         off = tl.where(mask, value - pivot[:, None], 0.0)
@@ -203,16 +203,16 @@ def apply(source: Source, x, positions, tile: Tile):
     tl.store(x + at, load_tile(source, at, c, tile.C, mask, tile.ACTIVATION), mask=mask)
 
 
-@triton.jit(do_not_specialize=["positions", "share"])
-def derive(source: Source, grad_x, grad_h, partial, positions, share, tile: Tile):
+@triton.jit(do_not_specialize=["positions", "tiles"])
+def derive(source: Source, grad_x, grad_h, partial, positions, tiles, tile: Tile):
     """dL/dh from dL/dx (in the same memory, perhaps), and by program, as in channel_sums, the sums of dL/dh and of dL/dh (x - mean)."""
     part = tl.program_id(1)
     c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
     total = tl.zeros([tile.BC, tile.R], tl.float32)
     product = tl.zeros([tile.BC, tile.R], tl.float32)
-    start = part.to(tl.int64) * share
-    end = tl.minimum(start + share, positions)
-    for r0 in range(0, share, tile.R):
+    start = part.to(tl.int64) * tiles * tile.R
+    end = tl.minimum(start + tiles * tile.R, positions)
+    for r0 in range(0, tiles * tile.R, tile.R):
         at, mask = tile_at(start + r0, end, c, tile)
         value = tl.load(grad_x + at, mask=mask, other=0.0).to(tl.float32)
         value, off = through_activation(value, source, at, c, tile.C, mask, tile.ACTIVATION)
@@ -270,7 +270,7 @@ def move(running_mean, running_var, tracked, mean, var, C, rate, correction, BC:
     tl.store(running_mean + c, old + rate * (tl.load(mean + c, mask=has_c, other=0.0) - old), mask=has_c)
     old = tl.load(running_var + c, mask=has_c, other=0.0)
     tl.store(running_var + c, old + rate * (tl.load(var + c, mask=has_c, other=0.0) * correction - old), mask=has_c)
-    if tracked is not None:
+    if tracked is not None:  # noqa: SIM102  # a pointer's absence is known at compile time
         if tl.program_id(0) == 0:
             tl.store(tracked, tl.load(tracked) + 1)
 
@@ -327,10 +327,9 @@ class Launches:
         """Partial sums [parts, 2, C], and the number of positions of a part."""
         tiles = -(-self.positions // POSITIONS)
         share, parts = shares(tiles, min(4 * multiprocessors(self.y.device) // self.blocks, -(-tiles // 4)))
-        share *= POSITIONS
         partial = torch.empty((parts, 2, self.config.C), device=self.y.device, dtype=torch.float32)
         kernel[self.blocks, parts](*tensors, partial, self.positions, share, constants(self.config), num_warps=8)
-        return partial, share
+        return partial, share * POSITIONS
 
     def forward(self):
         """x, as y."""

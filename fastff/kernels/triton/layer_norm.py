@@ -21,18 +21,19 @@ PARTS = 32  # of a sample, whose sums a program loads at once
 UNIT = 16  # elements: samples of a multiple of so many, or of a divisor of it, are accessed by so many at once
 
 
-@triton.jit(do_not_specialize=["B", "units", "share", "parts", "eps"])
+@triton.jit(do_not_specialize=["B", "units", "blocks", "parts", "eps"])
 def kernel(
-    x, y, sums, B, units, share, parts, eps, UNIT: tl.constexpr, SUMS: tl.constexpr, WRITE: tl.constexpr, PARTS: tl.constexpr,
+    x, y, sums, B, units, blocks, parts, eps, UNIT: tl.constexpr, SUMS: tl.constexpr, WRITE: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (b, j): elements j share .. (j + 1) share - 1 of the UNIT units elements of sample b. SUMS computes their sums, WRITE writes y; a launch
-    that does one of the two alone writes or reads sums [parts, 2, B]."""
+    """Program (b, j): the j-th `blocks` blocks of the UNIT units elements of sample b. SUMS computes their sums, WRITE writes y.
+    A launch that does one of the two alone writes or reads sums [parts, 2, B]."""
     n = units.to(tl.int64) * UNIT
     b = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     base = x + b * n
-    start = part.to(tl.int64) * share
+    share = blocks * BLOCK
+    start = part.to(tl.int64) * blocks * BLOCK
     shift = tl.load(base).to(tl.float32)
     at = tl.arange(0, BLOCK)
     one = b + tl.arange(0, 1)
@@ -65,9 +66,8 @@ def layer_norm(x, eps):
     x = dense(x)
     B, n, y = len(x), x[0].numel(), empty_like(x)
     with on_device(x):
-        blocks = -(-n // BLOCK)
+        blocks, unit = -(-n // BLOCK), math.gcd(n, UNIT)
         share, parts = shares(blocks, min(2 * multiprocessors(x.device) // B, blocks // 4))
-        share, unit = share * BLOCK, math.gcd(n, UNIT)
         sums = None if parts == 1 else torch.empty(parts, 2, B, device=x.device, dtype=torch.float32)
         for stages in ((True, True),) if parts == 1 else ((True, False), (False, True)):
             kernel[(B, parts)](x, y, sums, B, n // unit, share, parts, eps, unit, *stages, PARTS, BLOCK, num_warps=8)

@@ -14,7 +14,7 @@ order). No floating-point atomics: the same input gives the same bits.
 
 Bytes: x read twice (the second time mostly from L2), dL/dx and the next input written once; the floor is three times x. Products: direct
 5 P C K multiply-adds a sample (a three times), second moment 2 P C^2 + 3 K C^2. float32 accumulation; float32 products in TF32 only where
-PyTorch's are (torch.backends.cuda.matmul.fp32_precision), S and M of 16-bit inputs in TF32. Kernel sizes 3 and 5, and the spatial term without squares,
+PyTorch's own are, S and M of 16-bit inputs in TF32. Kernel sizes 3 and 5, and the spatial term without squares,
 are not fused: they run on PyTorch's operators, whose convolutions are cuDNN's.
 
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
@@ -191,7 +191,13 @@ class Launch:
 def fits(x, projection, plan):
     """Whether the kernels here take these arguments; otherwise PyTorch's convolutions and products do."""
     weight = projection.weight
-    return plan.algorithm != "products" and weight is not None and weight.shape[2:] == (1, 1) and tuple(projection.padding) == (0, 0) and x.numel() > 0
+    return (
+        plan.algorithm != "products"
+        and weight is not None
+        and weight.shape[2:] == (1, 1)
+        and tuple(projection.padding) == (0, 0)
+        and x.numel() > 0
+    )
 
 
 def fits_with_epilogue(y, plan):
@@ -228,7 +234,11 @@ def step(step, plan):
     """The StepResult of a spec.Step with a Projection, its losses not reduced."""
     if step.epilogue is None:
         return _step(step, plan)
-    if fits(step.x, step.goodness, plan) and fits_with_epilogue(step.x, plan) and step.normalization.name in NORMALIZATIONS:
+    if (
+        fits(step.x, step.goodness, plan)
+        and fits_with_epilogue(step.x, plan)
+        and step.normalization.name in NORMALIZATIONS
+    ):
         return _step_with_epilogue(step, plan)
     return epilogue.step_in_parts(step, lambda inner: _step(inner, plan))
 
