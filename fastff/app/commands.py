@@ -407,6 +407,7 @@ def info():
     if source == "default":
         source = f"default; bench --tune measures it here and keeps it in {cache.file(plan.FILE)}"
     lines = {"second moment": f"counted cost times {factor:.2f} ({source})", "Triton sizes": here.tuned_sizes()}
+    lines |= {"goodness on GPUs": here.gpu_algorithms(), "CUDA graphs": here.graphs()}
     for name, value in (here.versions() | lines).items():
         say(f"{name:17} {value}")
     shown = table("op", "implementation", "on", "here", title="Implementations, in the order they are tried")

@@ -32,29 +32,29 @@ def kernel(
     b = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     base = x + b * n
-    share = blocks * BLOCK
     start = part.to(tl.int64) * blocks * BLOCK
     shift = tl.load(base).to(tl.float32)
+    left = tl.minimum(n - start, blocks * BLOCK).to(tl.int32)
+    base += start
     at = tl.arange(0, BLOCK)
     one = b + tl.arange(0, 1)
     if SUMS:
         total = tl.zeros([BLOCK], tl.float32)
         square = tl.zeros([BLOCK], tl.float32)
-        for i in range(0, share, BLOCK):
-            mask = start + i + at < n
-            off = tl.where(mask, tl.load(base + start + i + at, mask=mask, other=0.0).to(tl.float32) - shift, 0.0)
+        for i in range(0, left, BLOCK):
+            mask = i + at < left
+            off = tl.where(mask, tl.load(base + i + at, mask=mask, other=0.0).to(tl.float32) - shift, 0.0)
             square += tl.where(mask, between(total, i / BLOCK, off, 1.0), 0.0)
             total += off
-        own = tl.minimum(n - start, share)
-        whole, squares = joined(total[None, :], square[None, :], lane_counts(own, at, BLOCK)[None, :], own)
+        whole, squares = joined(total[None, :], square[None, :], lane_counts(left, at, BLOCK)[None, :], left)
     else:
-        whole, squares = joined_programs(sums, one, B, 2 * B, parts, n, share, PARTS, 1)
+        whole, squares = joined_programs(sums, one, B, 2 * B, parts, n, blocks * BLOCK, PARTS, 1)
     if WRITE:
         mean = tl.sum(whole, 0) / n + shift
         rstd = 1 / tl.sqrt(tl.sum(squares, 0) / n + eps)
-        for i in range(0, share, BLOCK):
-            mask = start + i + at < n
-            value = tl.load(base + start + i + at, mask=mask, other=0.0).to(tl.float32)
+        for i in range(0, left, BLOCK):
+            mask = i + at < left
+            value = tl.load(base + i + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(y + b * n + start + i + at, ((value - mean) * rstd).to(y.dtype.element_ty), mask=mask)
     else:
         tl.store(sums + part * 2 * B + one, whole)
