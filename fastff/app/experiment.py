@@ -237,6 +237,13 @@ class Run(NamedTuple):
         return self.trainer.position["epoch"] >= self.settings["epochs"] * self.trainer.engine.phases
 
 
+def amp_on(device, amp):
+    """Return the setting `amp` of a new run on `device`: bf16 on a GPU that has it, unless another is asked for."""
+    if amp is None and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return amp
+
+
 def start(s, device, start_from=None, distributed=None):
     """Return a new Run.
 
@@ -253,8 +260,7 @@ def start(s, device, start_from=None, distributed=None):
         raise ValueError(f"freeze: expected 0 without --from, which would bring trained blocks, got {s['freeze']}")
     if start_from is not None:
         read_run(start_from)  # fails early if there is no such run, before data is downloaded
-    if s["amp"] is None and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        s = s | {"amp": "bf16"}
+    s = s | {"amp": amp_on(device, s["amp"])}
     dataset = load_data(s)
     sff = build_network(s, dataset.num_classes, dataset.input_shape, device)
     if start_from is not None:
