@@ -334,8 +334,6 @@ def test_a_notebook_gets_lines_that_do_not_look_like_failures(monkeypatch, capsy
 
 
 def test_a_gpu_trains_in_bf16_unless_told_otherwise(monkeypatch):
-    from fastff.app import experiment
-
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for has in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)

@@ -80,7 +80,15 @@ def test_fits_the_chip(name, arch, dtype, C, H, channels_last):
         narrow = len(re.findall(r"ld\.global\.[\w:.]*b16", binary.asm["ptx"]))
         # one number is a pivot; depthwise filters, and a wide position of few channels, are not contiguous in a tile
         assert narrow <= 1 or name == "depthwise", f"{of}: {narrow} loads of 2 bytes"
-        if channels_last and kernel.fn.__name__ in ("channel_sums", "apply", "derive", "finish", "kernel", "samples", "positions"):
+        if channels_last and kernel.fn.__name__ in (
+            "channel_sums",
+            "apply",
+            "derive",
+            "finish",
+            "kernel",
+            "samples",
+            "positions",
+        ):
             assert re.search(r"ld\.global\.[\w:.]*v4\.b32", binary.asm["ptx"]), f"{of}: no loads of 16 bytes"
         if channels_last and kernel.fn.__name__ in ("convolve", "weight_gradient"):
             assert re.search(r"ld\.global\.[\w:.]*v[24]\.b32", binary.asm["ptx"]), f"{of}: no loads of 8 bytes"
