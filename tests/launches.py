@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Operators that start no kernel beside views, which their schema tells: they make or describe memory.
 SILENT = {
     "aminmax", "_local_scalar_dense",  # labels are checked on a CPU alone
+    "_record_function_enter_new", "_record_function_exit",  # names for the profiler
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias", "is_same_size", "set_",
 }  # fmt: skip
 
