@@ -25,6 +25,7 @@ INTERPRETED = {
     "goodness_step": ("test_goodness.py", "test_goodness_step_and_loss or empty_batch or not_a_number or labels"),
     "layer_norm": ("test_layer_norm.py", "triton"),
     "epilogue": ("test_epilogue_step.py", "test_tail_step"),
+    "epilogue of two losses": ("test_epilogue.py", "another_loss and triton"),
     "depthwise": ("test_depthwise.py", "values or empty"),
     "group_goodness": ("test_group_goodness.py", "step or alone"),
     "group_epilogue": ("test_group_epilogue_step.py", "test_step and triton and (none or l2 or rms)"),
@@ -203,77 +204,3 @@ def test_the_epilogue_fits_the_chip(arch, dtype, algorithm, C, P, K):
             f"{kernel.fn.__name__}: {binary.metadata.shared} bytes of shared memory"
         )
         assert spilled(binary, arch) == 0, f"{kernel.fn.__name__}: spills"
-
-
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_batch_norm_sums_fit_the_chip(arch, dtype):
-    from fastff.kernels.triton import epilogue as module
-
-    config = {"ACTIVATION": spec.ACTIVATIONS.index("silu"), "R": module.POSITIONS, "BC": 64, "channel_stride": 1}
-    kernels = (
-        (module.channel_sums, 8, {"residual": None, "affine": None}),
-        (module.derive, 8, {}),
-        (module.apply, 4, {}),
-        (module.finish, 4, {}),
-    )
-    for kernel, warps, fixed in kernels:
-        binary = compiled(kernel, dtype, arch, warps, **config, **fixed)
-        assert spilled(binary, arch) == 0, kernel.fn.__name__
-
-
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_layer_norm_fits_the_chip(arch, dtype):
-    from fastff.kernels.triton.layer_norm import BLOCK, kernel
-
-    for stages in ({"SUMS": True, "WRITE": True}, {"SUMS": False, "WRITE": True}):
-        binary = compiled(kernel, dtype, arch, 8, BLOCK=BLOCK, **stages)
-        assert binary.metadata.shared <= SHARED[arch]
-        assert spilled(binary, arch) == 0
-
-
-@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_depthwise_fits_the_chip(channels_last, arch, dtype):
-    from fastff.kernels.triton import depthwise as module
-
-    R, BC, warps = module.tiles(channels_last, 240)
-    inner = {"channel_stride": 1} if channels_last else {"column_stride": 1}
-    for kernel, stride in ((3, 2), (5, 1)):
-        sizes = {"STRIDE": stride, "PADDING": kernel // 2, "KERNEL": kernel, "R": R, "BC": BC} | inner
-        sizes["TAPS"] = triton.next_power_of_2(kernel**2)
-        for launch, fixed in (
-            (module.convolve, {"ADJOINT": False}),
-            (module.convolve, {"ADJOINT": True}),
-            (module.weight_gradient, {"ADJOINT": False}),
-        ):
-            binary = compiled(launch, dtype, arch, warps, **sizes, **fixed)
-            assert binary.metadata.shared <= SHARED[arch]
-            assert spilled(binary, arch) == 0, f"{launch.fn.__name__} {kernel} x {kernel}"
-
-
-@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "fp16")])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_group_goodness_fits_the_chip(channels_last, arch, dtype):
-    from fastff.kernels.triton import group_goodness as module
-
-    norms, lengths = ("group_norm", "layer_norm_channels"), ("l2", "l2_channels")
-    for C, P, K, loss, names in [
-        (64, 1024, 10, 0, norms), (960, 49, 100, 0, norms), (128, 256, 1, 1, norms), (500, 1, 1, 4, lengths)
-    ]:  # fmt: skip
-        BC, R = module.tiles(channels_last, C, P)
-        fixed = dict.fromkeys(["learned_tau", "grad_tau"]) | {
-            "POWER": 2, "MEAN": True, "GOODNESS": True, "LOSS": loss, "MEMBERS": 1 + (loss == 4), "BC": BC, "R": R,
-            "KP": triton.next_power_of_2(K), "GP": triton.next_power_of_2(-(-C // K)), "channel_stride" if channels_last else "position_stride": 1,
-        }  # fmt: skip
-        of_samples, of_positions = (spec.NORMALIZATIONS.index(name) for name in names)
-        absent = {"d": None, "sums": None, "factors": None, "target": None}
-        absent |= {} if loss else {"LOSS": None, "losses": None, "grad_x": None, "grad_scale": None}
-        for kernel, more in (
-            (module.samples, {"NORM": of_samples} | ({"target": None} if loss else {})),
-            (module.positions, {"NORM": of_positions} | absent),
-        ):
-            binary = compiled(kernel, dtype, arch, module.WARPS, **fixed | more)
-            assert binary.metadata.shared <= SHARED[arch]
-            assert spilled(binary, arch) == 0, kernel.fn.__name__

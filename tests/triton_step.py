@@ -57,3 +57,16 @@ def test_epilogue_forward_and_backward(channels_last):
     assert (x - exact).abs().max() < 1e-5 * exact.abs().max()
     for a, b in zip(got, torch.autograd.grad(exact, inputs, grad_x.double()), strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("C", [5, 300])
+def test_running_statistics_are_those_of_batch_norm(C):
+    torch.manual_seed(0)
+    x, (mean, var) = torch.randn(4, C, 3, 3), (torch.randn(C), torch.rand(C))
+    tracked, own_mean, own_var = torch.tensor(6), mean.clone(), var.clone()
+    F.batch_norm(x, mean, var, training=True, momentum=0.3)
+    of_batch = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    epilogue.update_running_statistics(own_mean, own_var, tracked, *of_batch, 0.3, 36)
+    assert int(tracked) == 7
+    torch.testing.assert_close(own_mean, mean)
+    torch.testing.assert_close(own_var, var)

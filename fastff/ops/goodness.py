@@ -17,20 +17,23 @@ from fastff.kernels import reference as reference_kernels
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.kernels.native import goodness as native_goodness
 from fastff.kernels.torch import goodness as torch_goodness
-from fastff.ops.plan import plan
+from fastff.ops.plan import Gpu, plan
 from fastff.ops.table import Implementation, Lazy, always, check_impl, choose, implement, without_autocast
 from fastff.spec import Projection
 
+TRITON = Lazy("fastff.kernels.triton.goodness")
 
-def _triton_can_run(x):
-    channels, most = x.shape[1], 256 if x.dtype == torch.float32 else 1024
-    if channels > most:
-        return f"a Triton program holds all channels of a position, at most {most} of {x.dtype}, x has {channels}"
-    return triton.reason(x)
+
+def gpu_of(x, run):
+    """Return what the plan has to know of a GPU and the kernels `run`, or None for x on a CPU, unless it stands in for one."""
+    if run is TRITON:
+        narrow, large = x.dtype != torch.float32, triton.shared_memory(x.device) >= triton.LARGE
+        return Gpu(x.element_size(), (1024 if large else 512) if narrow else 256, 128 if large else 64)
+    return Gpu(x.element_size(), 0, 0 if x.element_size() == 2 else 1 << 30) if x.is_cuda else None
 
 
 ROWS = [
-    Implementation("triton", _triton_can_run, Lazy("fastff.kernels.triton.goodness"), "3 x 3 and 5 x 5 heads by cuDNN"),
+    Implementation("triton", triton.reason, TRITON, "3 x 3 and 5 x 5 heads by cuDNN, large products by cuBLAS"),
     Implementation(
         "native",
         native.takes(torch.float32, torch.bfloat16, torch.float16),
@@ -63,7 +66,7 @@ def planned(run, x, projection, algorithm):
     kernel = tuple(weight.shape[2:])
     P = (H + 2 * padding[0] - kernel[0] + 1) * (W + 2 * padding[1] - kernel[1] + 1)
     most, cost = getattr(run, "SECOND_MOMENT_CHANNELS", math.inf), getattr(run, "SECOND_MOMENT_COST", 1.0)
-    return plan(B, C, P, weight.shape[0], kernel, algorithm, x.device.type, most, cost)
+    return plan(B, C, P, weight.shape[0], kernel, algorithm, x.device.type, most, cost, gpu_of(x, run))
 
 
 def differentiable(x, projection, impl, algorithm):

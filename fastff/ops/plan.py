@@ -8,12 +8,16 @@ Counted per sample, in multiply-adds of matrix products plus bytes that elementw
 An elementwise byte costs about as much as BYTE multiply-adds in cache. How well the small products of either algorithm use a machine is not
 counted but measured: `calibrate` times both and keeps the median ratio of measured to counted cost in the user's cache folder. The
 choice is the same for the same shape until calibrated again, so that resumed runs repeat their bits.
+
+On a GPU the times of three ways are modelled instead: Triton's kernels for direct and second moment, and "products", the direct algorithm as matrix
+products of cuBLAS in the dtype of x, with elementwise passes between them. The model is of an H100 and was not measured (docs/kernels.md).
 """
 
 import math
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,6 +37,43 @@ def direct_cost(C, P, K, recompute=False):
 
 def second_moment_cost(C, P, K):
     return 2 * P * C * C + 2 * K * C * C + BYTE * 7 * 4 * K * C
+
+
+# Of an H100, in a microsecond: bytes of device memory and of the L2 cache, operations of products by the size of an element. LAUNCH: microseconds.
+MEMORY, CACHE, PRODUCTS, LAUNCH = 3.0e6, 5.5e6, {2: 400e6, 4: 50e6, 8: 50e6}, 3.0
+TF32 = 200e6  # operations a microsecond of the products of the second moment
+ROWS, CLASSES = 64, 128  # positions and classes of a tile
+
+
+class Gpu(NamedTuple):
+    """What the choice on a GPU depends on beside the shape: bytes of an element, the most channels that Triton's kernels take (0: there are none)."""
+
+    itemsize: int
+    direct: int
+    second_moment: int
+
+
+def gpu_microseconds(algorithm, B, C, P, K, itemsize):
+    """Return the modelled time of a goodness step on a GPU: bytes, products and launches, one after another."""
+    x, weight, products = B * C * P * itemsize, K * C * itemsize, 2 * B * P * C * K / PRODUCTS[itemsize]
+    if algorithm == "direct":
+        # W and x are read again from the cache, and the products made again, in the second sweep and for dL/dW
+        cached = 2 * x + 2 * weight * -(-B * P // ROWS)
+        return 2 * LAUNCH + 4 * x / MEMORY + cached / CACHE + 5 * products
+    if algorithm == "second_moment":  # S is read again for each tile of classes, W for each sample
+        cached = B * (4 * C * C * -(-K // CLASSES) + 2 * 4 * K * C)
+        return 2 * LAUNCH + 3.5 * x / MEMORY + cached / CACHE + (4 * P + 6 * K) * B * C * C / TF32
+    if algorithm == "products":  # a [P, K] is written, squared, scaled and read by two products
+        return 10 * LAUNCH + (6 * x + 6 * B * P * K * itemsize) / MEMORY + 3 * products
+    raise ValueError(f"algorithm: expected 'direct', 'second_moment' or 'products', got {algorithm!r}")
+
+
+@lru_cache(maxsize=4096)
+def on_gpu(B, C, P, K, gpu):
+    """Return {algorithm: modelled microseconds} of those that can run, the quickest first."""
+    most = {"direct": gpu.direct, "second_moment": gpu.second_moment, "products": math.inf}
+    times = {name: gpu_microseconds(name, B, C, P, K, gpu.itemsize) for name, limit in most.items() if limit >= C}
+    return dict(sorted(times.items(), key=lambda pair: pair[1]))
 
 
 FILE = "plan.json"
@@ -64,22 +105,29 @@ def budget(device_type):
 
 
 @lru_cache(maxsize=4096)
-def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=math.inf, cost=1.0):
+def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=math.inf, cost=1.0, gpu=None):
     """Return the Plan for x of B samples, C channels and P positions, and K classes (K = 0: no squares).
 
-    most: the channels that the second moment takes in this implementation; cost: its time relative to that of the torch implementation."""
+    most: the channels that the second moment takes in this implementation; cost: its time relative to that of the torch implementation. gpu: a Gpu,
+    in the place of both."""
     room = budget(device_type) // 4
     if kernel != (1, 1):
         if algorithm == "second_moment":
             raise ValueError(f"algorithm: second_moment needs kernel size 1, got {kernel[0]} x {kernel[1]}")
         return Plan("convolution", min(max(1, room // max(1, K * P + 2 * C * P)), max(B, 1)), K)
     recompute = room < K * P
-    if algorithm == "auto":
+    if gpu is not None:
+        most = gpu.second_moment or math.inf
+    if algorithm == "auto" and gpu is not None:
+        algorithm = next(iter(on_gpu(B, C, P, K, gpu)))
+    elif algorithm == "direct" and gpu is not None and gpu.direct and gpu.direct < C:
+        raise ValueError(f"algorithm: direct takes at most {gpu.direct} channels of x's dtype on this GPU, x has {C}")
+    elif algorithm == "auto":
         second = cost * second_moment_factor()[0] * second_moment_cost(C, P, K)
         algorithm = "second_moment" if most >= C and second < direct_cost(C, P, K, recompute) else "direct"
     elif algorithm == "second_moment" and most < C:
         raise ValueError(f"algorithm: second_moment takes at most {most} channels in this implementation, x has {C}")
-    per_sample = C * P + (K * P if algorithm == "direct" else 2 * C * K + 2 * C * C)
+    per_sample = C * P + (2 * C * K + 2 * C * C if algorithm == "second_moment" else K * P)
     samples = min(max(1, room // max(1, per_sample)), max(B, 1))
     return Plan(algorithm, samples, max(1, min(K, room // P)))
 

@@ -97,7 +97,7 @@ def _ranks(distributed, sff, plan, frozen, finish, options):
     """Return the Ranks that train together. Raises ValueError for what they cannot do."""
     if distributed is None:
         return Ranks()
-    if options.cuda_graph:
+    if options.cuda_graph is True:
         raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
     if distributed.shard_optimizer and (options.clip_grad_norm or options.amp == "fp16"):
         text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"

@@ -1,5 +1,6 @@
 """Kernels in Triton, one file per op; imported when they first run, so that fastff does without Triton where there is none."""
 
+import functools
 import importlib.util
 import os
 
@@ -18,6 +19,25 @@ def reason(x):
         return f"Triton {wanted}, x is on {x.device.type}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels are for float32, bfloat16 and float16, x is {x.dtype}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    return device_reason(x.device) if x.is_cuda else None
+
+
+@functools.cache
+def device_reason(device):
+    """Why no Triton kernel of ours runs on a GPU, or None."""
+    if torch.version.hip:
+        return "the Triton kernels are for NVIDIA's GPUs: those of AMD have less shared memory and no TF32, and nothing was checked for them"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the Triton kernels are for compute capability 8.0 and later"
     return None
+
+
+@functools.cache
+def shared_memory(device):
+    """Bytes of shared memory that a program may have: 99 KiB on GPUs of compute capability 8.6, 8.9 and 12.0, else at least 163 KiB.
+
+    A CPU stands in for the latter."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else LARGE
+
+
+LARGE = 160 * 1024  # bytes of shared memory, from which on all sizes of tiles fit

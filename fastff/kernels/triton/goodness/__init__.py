@@ -14,7 +14,7 @@ order). No floating-point atomics: the same input gives the same bits.
 
 Bytes: x read twice (the second time mostly from L2), dL/dx and the next input written once; the floor is three times x. Products: direct
 5 P C K multiply-adds a sample (a three times), second moment 2 P C^2 + 3 K C^2. float32 accumulation; float32 products in TF32 only where
-torch.backends.cuda.matmul.allow_tf32 says so, S and M of 16-bit inputs in TF32. Kernel sizes 3 and 5, and the spatial term without squares,
+PyTorch's own are, S and M of 16-bit inputs in TF32. Kernel sizes 3 and 5, and the spatial term without squares,
 are not fused: they run on PyTorch's operators, whose convolutions are cuDNN's.
 
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
@@ -31,7 +31,7 @@ from fastff.kernels.triton.goodness.direct import direct
 from fastff.kernels.triton.goodness.grid import Grid, GridTerm, grid_sizes
 from fastff.kernels.triton.goodness.head import head_direct, head_second_moment
 from fastff.kernels.triton.goodness.second_moment import second_moment
-from fastff.kernels.triton.launch import constants, multiprocessors, on_device, shares, strides
+from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares, strides
 
 SECOND_MOMENT_CHANNELS = 128  # S [C, C] lives in registers
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
@@ -70,7 +70,7 @@ class Launch:
             self._new(self.parts, B, C, C) if self.second_moment else None,
             self._new(self.parts, B, C) if self.second_moment and bias is not None else None,
         )  # fmt: skip
-        exact = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        exact = float32_precision()
         narrow = x.dtype != torch.float32
         b = self.blocks
         self.config = Config(
@@ -188,10 +188,16 @@ class Launch:
         return result.with_hidden(self.grid.grads[1:], *self.grid.statistics)
 
 
-def fits(x, projection):
+def fits(x, projection, plan):
     """Whether the kernels here take these arguments; otherwise PyTorch's convolutions and products do."""
     weight = projection.weight
-    return weight is not None and weight.shape[2:] == (1, 1) and tuple(projection.padding) == (0, 0) and x.numel() > 0
+    return (
+        plan.algorithm != "products"
+        and weight is not None
+        and weight.shape[2:] == (1, 1)
+        and tuple(projection.padding) == (0, 0)
+        and x.numel() > 0
+    )
 
 
 def fits_with_epilogue(y, plan):
@@ -201,7 +207,7 @@ def fits_with_epilogue(y, plan):
 
 def goodness(x, projection, plan):
     """g [B, K] float32."""
-    if not fits(x, projection):
+    if not fits(x, projection, plan):
         return torch_goodness.goodness(x, projection, plan)
     with on_device(x):
         launch = Launch(x, projection, plan)
@@ -211,7 +217,7 @@ def goodness(x, projection, plan):
 
 def goodness_backward(d, x, projection, plan, need_grad_x):
     """Gradients of sum(d * g): (x or None, weight, bias, grid_weight)."""
-    if not fits(x, projection):
+    if not fits(x, projection, plan):
         return torch_goodness.goodness_backward(d, x, projection, plan, need_grad_x)
     with on_device(x):
         launch = Launch(x, projection, plan)
@@ -228,7 +234,11 @@ def step(step, plan):
     """The StepResult of a spec.Step with a Projection, its losses not reduced."""
     if step.epilogue is None:
         return _step(step, plan)
-    if fits(step.x, step.goodness) and fits_with_epilogue(step.x, plan) and step.normalization.name in NORMALIZATIONS:
+    if (
+        fits(step.x, step.goodness, plan)
+        and fits_with_epilogue(step.x, plan)
+        and step.normalization.name in NORMALIZATIONS
+    ):
         return _step_with_epilogue(step, plan)
     return epilogue.step_in_parts(step, lambda inner: _step(inner, plan))
 
@@ -237,7 +247,7 @@ def _step(step, plan):
     """A step without an epilogue."""
     x, normalize = step.x, step.normalization
     with on_device(x):
-        if not fits(x, step.goodness):
+        if not fits(x, step.goodness, plan):
             inner = torch_goodness.step(step._replace(normalization=spec.Normalization()), plan)
         else:
             fused = normalize if normalize.name in NORMALIZATIONS else spec.Normalization()
@@ -253,4 +263,4 @@ def _step_with_epilogue(step, plan):
         around = epilogue.Launches(step.x, step.epilogue)
         launch = Launch(around.y, step.goodness, plan, around)
         inner = launch.step(step.loss, step.normalization, empty_like(around.y))
-        return inner.before_epilogue(around.finish(inner.grad_x, launch.channel_sums.sum(0)), around.mean, around.var)
+        return inner.before_epilogue(around.finish(inner.grad_x, launch.channel_sums), around.mean, around.var)
