@@ -141,7 +141,7 @@ class LocalStep:
                 return None, (block.next_input(main), *others)
         if index in route.losses:
             visit = block.visit(part.alive, part.target, self._grad_scale(index, part), self.autocast)
-            self.seen.setdefault(index, []).append((visit.step.loss, visit.step.goodness, part))
+            self.seen.setdefault(index, []).append((visit.step.loss, visit.step.goodness, part.share, part.target))
         else:
             visit = block.visit(part.alive, None, autocast=self.autocast, has_loss=False)
         following, visit.following = visit.following, None
@@ -151,14 +151,15 @@ class LocalStep:
         """(losses [L], right answers [L]): of all blocks at once at the end of a step, since on a GPU each operator is a launch."""
         losses, correct = ([self.zero] * len(self.blocks) for _ in range(2))
         for results in zip(*self.seen.values(), strict=True):  # of one micro-batch, by block
-            part, own = results[0][2], [loss.to(self.zero.dtype).reshape(()) for loss, *_ in results]
-            if part.share != 1:
-                own = torch._foreach_mul(own, part.share)
-            if part.target is None:
+            own = [loss.to(self.zero.dtype).reshape(()) for loss, *_ in results]
+            *_, share, target = results[0]
+            if share != 1:
+                own = torch._foreach_mul(own, share)
+            if target is None:
                 right = [self.zero.new_full((), math.nan)] * len(own)
             else:
-                goodness = torch.stack([g for _, g, _ in results])
-                right = (goodness.argmax(2) == part.target).sum(1).to(self.zero.dtype).unbind()
+                goodness = torch.stack([g for _, g, *_ in results])
+                right = (goodness.argmax(2) == target).sum(1).to(self.zero.dtype).unbind()
             first = losses[next(iter(self.seen))] is self.zero
             for index, loss, count in zip(self.seen, own, right, strict=True):
                 losses[index] = loss if first else losses[index] + loss
