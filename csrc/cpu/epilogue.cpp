@@ -207,7 +207,7 @@ Epilogue::Epilogue(const float* y, const float* residual, const float* weight, c
     : y(y), residual(residual), B(shape.B), C(shape.C), P(shape.P),
       repeat(shape.channels_last ? positions_of_a_line(C, P) : 1), channels_last(shape.channels_last),
       activation(activation), rstds(C), centre(C), scale(C), shift(C) {
-  if (!known) statistics(some_means(), mean, var);
+  if (!known) statistics(some_means(), mean, var, true);
   for (int64_t c = 0; c < C; ++c) {
     centre[c] = mean[c];
     rstds[c] = static_cast<float>(1 / std::sqrt(static_cast<double>(var[c]) + eps));
@@ -226,8 +226,9 @@ Buffer<float> Epilogue::some_means() const {
   return means;
 }
 
-// By sums about the pivot [C]: where it is not near a channel's mean, the squares cancel, and all is done once more about the means.
-void Epilogue::statistics(Buffer<float> pivot, float* mean, float* var) const {
+// By sums about the pivot [C]: where it is not near a channel's mean, the squares cancel, and all is done once more about the means. Not more
+// often: floats near 1e-45 are so coarse that even the rounded mean is not near.
+void Epilogue::statistics(Buffer<float> pivot, float* mean, float* var, bool again) const {
   repeat_in_place(pivot, repeat);
   const int64_t groups = std::min<int64_t>(B, 16), width = C * repeat;  // groups: whatever the number of threads
   Buffer<double> partial(groups * 2 * C, 0.0);
@@ -260,7 +261,7 @@ void Epilogue::statistics(Buffer<float> pivot, float* mean, float* var) const {
     var[c] = static_cast<float>(variance < 0 ? 0 : variance);  // NaN stays
     far |= is_far(off, variance, mean[c]);
   }
-  if (far) statistics({mean, mean + C}, mean, var);
+  if (far && again) statistics({mean, mean + C}, mean, var, false);
 }
 
 void Epilogue::forward(int64_t first, int64_t n, float* x) const {

@@ -61,7 +61,7 @@ class Epilogue {
   Activation activation;
   Buffer<float> rstds, centre, scale, shift;
 
-  void statistics(Buffer<float> pivot, float* mean, float* var) const;
+  void statistics(Buffer<float> pivot, float* mean, float* var, bool again) const;
   Buffer<float> some_means() const;
   EpilogueSamples samples(int64_t first, int64_t n) const;
 };
