@@ -46,7 +46,7 @@ void add_layer_norm_gradient(const float* __restrict x, const float* __restrict 
 }
 
 Epilogue made(const Tensor& y, const spec::Epilogue& e, float* mean, float* var, bool known) {
-  return Epilogue(floats(y), floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps),
+  return Epilogue(Floats(y), Floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps),
                   {y.size(0), y.size(1), y.size(2) * y.size(3), is_channels_last(y)}, e.activation, mean, var, known);
 }
 
