@@ -1,4 +1,4 @@
-"""Builds the compiled library from csrc/cpu if torch can be imported. Otherwise it installs fastff without the library and prints the reason.
+"""Builds the compiled libraries from csrc/ if torch can be imported. Otherwise it installs fastff without them and prints the reason.
 
 There is one extension for each instruction set, fastff._C_baseline, _C_avx2 and _C_avx512. fastff/kernels/native loads the one that fits the
 processor, so a wheel does not depend on the processor of the machine that built it.
@@ -7,10 +7,15 @@ The extensions use the stable libtorch ABI and Python's limited API, so one whee
 requirement, because an isolated build would download gigabytes of it. `pip install .` builds with the torch that is installed already, and without
 the library where there is none; so do --no-build-isolation and editable installs.
 With FASTFF_FORCE_BUILD=1 it is an error if they cannot be built; FASTFF_NO_BUILD=1 leaves them out. The build needs no GPU.
+
+Where there is nvcc (in CUDA_HOME, on the PATH, or from the packages of requirements-cuda.txt) one more extension, fastff._C_cuda, is built from
+csrc/cuda for the architectures in CUDA. FASTFF_CUDA names some of them, for a quick build, or none: FASTFF_CUDA=90a, FASTFF_CUDA=.
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,6 +29,24 @@ if platform.machine() in ("x86_64", "AMD64") and sys.platform != "win32":
     LEVELS |= {"avx2": avx2, "avx512": [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"]}
 if os.environ.get("FASTFF_LEVELS"):  # some of them only, for a quick build
     LEVELS = {level: LEVELS[level] for level in os.environ["FASTFF_LEVELS"].split(",")}
+CUDA = os.environ.get("FASTFF_CUDA", "80,86,89,90a,100,120").split(",")
+
+
+def nvcc():
+    """The path of CUDA's compiler, or None."""
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    bins = [os.path.join(folder, "bin") for folder in folders if folder] + os.environ.get("PATH", "").split(os.pathsep)
+    bins.append(os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin"))
+    return shutil.which("nvcc", path=os.pathsep.join(bins)) if CUDA != [""] and sys.platform == "linux" else None
+
+
+def compile_cuda(source, to):
+    """Compile a .cu file, which knows nothing of torch, for all architectures; return the folder of CUDA's libraries."""
+    architectures = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA]
+    options = ["-O3", "-std=c++17", "-prec-div=false", "-prec-sqrt=false", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    subprocess.run([nvcc(), "-c", *options, *architectures, source, "-o", to], check=True)
+    dry = subprocess.run([nvcc(), "--dryrun", source], capture_output=True, text=True, check=True).stderr
+    return next(line.split('"')[1].removeprefix("-L") for line in dry.splitlines() if "LIBRARIES=" in line)
 
 
 def without_extension(why):
