@@ -21,6 +21,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 LEVELS = {"baseline": []}
@@ -40,13 +41,21 @@ def nvcc():
     return shutil.which("nvcc", path=os.pathsep.join(bins)) if CUDA != [""] and sys.platform == "linux" else None
 
 
-def compile_cuda(source, to):
-    """Compile a .cu file, which knows nothing of torch, for all architectures; return the folder of CUDA's libraries."""
+def compile_cuda(source, folder):
+    """Compile a .cu file, which knows nothing of torch, for all architectures; return its object file and the folder of CUDA's libraries."""
+    made = Path(folder) / f"{source.stem}-{'-'.join(CUDA)}.o"
     architectures = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA]
     options = ["-O3", "-std=c++17", "-prec-div=false", "-prec-sqrt=false", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    subprocess.run([nvcc(), "-c", *options, *architectures, source, "-o", to], check=True)
-    dry = subprocess.run([nvcc(), "--dryrun", source], capture_output=True, text=True, check=True).stderr
-    return next(line.split('"')[1].removeprefix("-L") for line in dry.splitlines() if "LIBRARIES=" in line)
+    try:
+        if not made.exists() or made.stat().st_mtime < max(path.stat().st_mtime for path in source.parent.iterdir()):
+            subprocess.run([nvcc(), "-c", *options, *architectures, source, "-o", made], check=True)
+        said = subprocess.run([nvcc(), "--dryrun", source], capture_output=True, text=True, check=True).stderr
+        top = Path(next(line.split("TOP=")[1] for line in said.splitlines() if "TOP=" in line))
+        patterns = ("lib64", "lib", "targets/*/lib")
+        libraries = [found for each in patterns for found in top.glob(f"{each}/libcudart_static.a")]
+        return str(made), str(libraries[0].parent)
+    except Exception as error:
+        raise CompileError(f"{nvcc()} failed ({error}); it has to know the architectures {', '.join(CUDA)}") from error
 
 
 def without_extension(why):
@@ -85,6 +94,10 @@ def with_extension():
             build_temp, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
             os.makedirs(self.build_temp, exist_ok=True)
             try:
+                if extension.name == "fastff._C_cuda":
+                    made, libraries = compile_cuda(ROOT / "csrc" / "cuda" / "goodness.cu", self.build_temp)
+                    extension.extra_objects, extension.library_dirs = [made], [*extension.library_dirs, libraries]
+                    extension.libraries = [*extension.libraries, "cudart_static", "dl", "rt", "pthread"]
                 super().build_extension(extension)
             finally:
                 self.build_temp = build_temp
@@ -107,24 +120,23 @@ def with_extension():
         "-ffp-contract=fast",
     ]
 
-    def extension(make, name, folder, compiled, arguments):
-        """The extension fastff.NAME of the sources in csrc/FOLDER; arguments: of each compiler, as torch.utils.cpp_extension takes them."""
+    def extension(name, sources, *more, **how):
+        """The extension fastff.NAME of these sources, compiled with some flags more."""
         define = [f"-DFASTFF_MODULE={name}", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-        return make(
+        return CppExtension(
             f"fastff.{name}",
-            sorted(
-                str(path.relative_to(ROOT)) for ending in compiled for path in ROOT.glob(f"csrc/{folder}/*.{ending}")
-            ),
-            depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
+            sorted(str(path.relative_to(ROOT)) for path in sources),
+            depends=sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cu"))),
             py_limited_api=True,
-            extra_compile_args={compiler: [*given, *define] for compiler, given in arguments.items()},
+            extra_compile_args={"cxx": [*flags, *more, *define]},
+            **how,
         )
 
-    # An extension of csrc/cuda/*.cu would be one more, made by CUDAExtension where CUDA_HOME is set, with {"cxx": flags, "nvcc": [...]}.
-    extensions = [
-        extension(CppExtension, f"_C_{level}", "cpu", ["cpp"], {"cxx": [*flags, *vectors, *instructions]})
-        for level, instructions in LEVELS.items()
-    ]
+    cpu = list(ROOT.glob("csrc/cpu/*.cpp"))
+    extensions = [extension(f"_C_{level}", cpu, *vectors, *instructions) for level, instructions in LEVELS.items()]
+    if nvcc():
+        sources = [*ROOT.glob("csrc/cuda/*.cpp"), ROOT / "csrc" / "cpu" / "module.cpp"]
+        extensions.append(extension("_C_cuda", sources, optional=os.environ.get("FASTFF_FORCE_BUILD") != "1"))
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildOrDoWithout},

@@ -34,7 +34,8 @@ struct alignas(16) uint4 {
 
 namespace host {
 
-constexpr int LANES = 32, STACK = 64 << 10;
+constexpr int LANES = 32, STACK = 64 << 10, BEYOND = 64;  // 16-byte units behind shared memory, which nothing may write
+constexpr uint32_t NOTHING = ~0u;                           // NaN
 
 struct Barrier {
   int members, arrived = 0, turn = 0;
@@ -107,7 +108,7 @@ inline void run(int grid, int cluster, int threads, int bytes, unsigned seed, co
     std::vector<Block> blocks;
     for (int i = 0; i < cluster; ++i)
       blocks.push_back({first + i, grid, &of_cluster, &blocks, {threads}, std::vector<Warp>(threads / LANES),
-                        std::vector<uint4>(bytes / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u})});
+                        std::vector<uint4>(bytes / 16 + BEYOND, uint4{NOTHING, NOTHING, NOTHING, NOTHING})});
     std::vector<Fibre> fibres(cluster * threads);
     for (int i = 0; i < cluster * threads; ++i) {
       Fibre& fibre = fibres[i];
@@ -128,6 +129,11 @@ inline void run(int grid, int cluster, int threads, int bytes, unsigned seed, co
       }
       STD_TORCH_CHECK(progress, "threads wait for a barrier that others do not reach");
       waiting.erase(std::remove_if(waiting.begin(), waiting.end(), [](Fibre* f) { return f->done; }), waiting.end());
+    }
+    for (const Block& block : blocks) {
+      const uint32_t* const words = reinterpret_cast<const uint32_t*>(block.memory.data());
+      const bool kept = std::all_of(words + bytes / 4, words + block.memory.size() * 4, [](uint32_t w) { return w == NOTHING; });
+      STD_TORCH_CHECK(kept, "a thread wrote behind the shared memory of its block");
     }
   }
 }
