@@ -45,7 +45,14 @@ def compile_cuda(source, folder):
     """Compile a .cu file, which knows nothing of torch, for all architectures; return its object file and the folder of CUDA's libraries."""
     made = Path(folder) / f"{source.stem}-{'-'.join(CUDA)}.o"
     architectures = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA]
-    options = ["-O3", "-std=c++17", "-prec-div=false", "-prec-sqrt=false", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    options = [
+        "-O3",
+        "-std=c++17",
+        "-prec-div=false",
+        "-prec-sqrt=false",
+        "--threads=0",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+    ]
     try:
         if not made.exists() or made.stat().st_mtime < max(path.stat().st_mtime for path in source.parent.iterdir()):
             subprocess.run([nvcc(), "-c", *options, *architectures, source, "-o", made], check=True)
@@ -126,7 +133,9 @@ def with_extension():
         return CppExtension(
             f"fastff.{name}",
             sorted(str(path.relative_to(ROOT)) for path in sources),
-            depends=sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cu"))),
+            depends=sorted(
+                str(path.relative_to(ROOT)) for path in (*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cu"))
+            ),
             py_limited_api=True,
             extra_compile_args={"cxx": [*flags, *more, *define]},
             **how,

@@ -36,7 +36,7 @@ def host(tmp_path_factory):
         pytest.skip("needs the compiled library, Linux and g++")
     torch_folder, built = Path(torch.__file__).parent, tmp_path_factory.mktemp("cuda") / "host.so"
     subprocess.run(
-        ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        ["g++", "-include", ROOT / "tests/cuda_host/warp.h", "-O1", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         + [f"-I{torch_folder}/include", "-o", built, ROOT / "tests/cuda_host/library.cpp", f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"],
         check=True,
     )  # fmt: skip
@@ -48,7 +48,9 @@ def host(tmp_path_factory):
 
 def channels_last(*shape, dtype=torch.bfloat16, generator=None, offset=0.0):
     """Random numbers between samples of NaN."""
-    big = torch.full((shape[0] + 2, *shape[1:]), float("nan"), dtype=dtype).contiguous(memory_format=torch.channels_last)
+    big = torch.full((shape[0] + 2, *shape[1:]), float("nan"), dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
     part = big[1:-1]
     part.copy_(torch.randn(shape, generator=generator) + offset)
     return part
@@ -101,6 +103,7 @@ def expected(step, dtype):
     factor = scale * tau * 2 / P
     e = a * (d / (scale * tau))[:, :, None]
     rounded = e if dtype == torch.float64 else e.to(narrow).to(dtype)
+    top = (tau * g).logsumexp(1).abs() + abs(tau) * g.amax(1) + loss.margin
     return {
         "loss": reference.margin_cross_entropy(g, loss.target, tau, **options),
         "goodness": g,
@@ -110,6 +113,8 @@ def expected(step, dtype):
         "grad_tau": grad_tau * loss.tau,
         "normalized": reference.layer_norm(x, step.normalization.eps).view(step.x.shape),
     }, {
+        "loss": top,
+        "grad_tau": 2 * scale * loss.tau * g.amax(1).sum(),
         "grad_x": (factor * (weight.abs().T @ e.abs())).view(step.x.shape),
         "grad_weight": (factor * (e.abs() @ x.abs().mT).sum(0)).view_as(head.weight),
         "grad_bias": factor * e.abs().sum((0, 2)),
@@ -117,17 +122,17 @@ def expected(step, dtype):
 
 
 def pretended(host, step, multiprocessors, blocks):
-    """Pretend a device on which this step's samples take so many blocks, or as many as they can; return how many."""
+    """Pretend a device on which this step's samples take so many blocks, or as many as they can; return its bytes of shared memory."""
     (B, C, H, W), K, bias = step.x.shape, len(step.goodness.weight), step.goodness.bias is not None
-    found = (ctypes.c_int * 5)()
+    found, kept = (ctypes.c_int * 5)(), 227 << 10
     for shared in range(227 << 10, 8 << 10, -1024):
         host.pretend(multiprocessors, shared, blocks > 1, 0)
         host.division(B, H * W, C, K, bias, found)
+        kept = shared if found[0] else kept
         if found[0] >= blocks:
             break
-        kept = shared if found[0] else kept
-    host.pretend(multiprocessors, shared if found[0] >= blocks else kept, blocks > 1, 0)
-    return shared if found[0] >= blocks else kept
+    host.pretend(multiprocessors, kept, blocks > 1, 0)
+    return kept
 
 
 @settings(deadline=None, max_examples=int(os.environ.get("FASTFF_EXAMPLES", 40)), derandomize=True)
@@ -169,12 +174,13 @@ def test_not_a_number_stays_with_its_sample(host):
         assert t.flatten(1 if t.dim() > 1 else 0).isnan().view(4, -1).any(1).tolist() == [False, True, False, False]
 
 
-# How samples are divided: (C, H, K): blocks of a sample, samples at a time, and blocks a multiprocessor holds
+# How samples are divided: (C, H, K): blocks of a sample, samples at a time, and blocks a multiprocessor holds, 1 or at least 2
 DIVISIONS = {
-    H100: {(64, 32, 10): (2, 1, 2), (128, 16, 10): (1, 1, 2), (128, 16, 100): (1, 1, 2), (256, 8, 10): (1, 2, 2), (512, 4, 10): (1, 2, 2),
-           (64, 56, 10): (8, 1, 2), (128, 28, 10): (4, 1, 2), (256, 14, 10): (2, 1, 2), (512, 7, 10): (1, 1, 2), (24, 56, 10): (2, 1, 2)},
-    A100: {(64, 32, 10): (1, 1, 1), (128, 16, 10): (1, 1, 2), (256, 8, 10): (1, 2, 2), (512, 4, 10): (1, 2, 2), (64, 56, 10): (0, 0, 0)},
-    RTX3090: {(64, 32, 10): (0, 0, 0), (128, 16, 10): (1, 1, 1), (256, 8, 10): (1, 1, 2), (512, 4, 10): (1, 1, 2)},
+    H100: {(64, 32, 10): (2, 1, 2), (64, 32, 100): (4, 1, 2), (128, 16, 10): (1, 1, 2), (128, 16, 100): (2, 1, 2), (256, 8, 10): (1, 2, 2),
+           (512, 4, 10): (1, 2, 2), (64, 56, 10): (8, 1, 2), (128, 28, 10): (4, 1, 2), (256, 14, 10): (2, 1, 2), (256, 56, 10): (8, 1, 1),
+           (512, 7, 10): (1, 1, 2), (1024, 14, 10): (8, 1, 2), (24, 56, 100): (4, 1, 2)},
+    A100: {(64, 32, 10): (1, 1, 1), (128, 16, 10): (1, 1, 2), (256, 8, 10): (1, 2, 2), (512, 4, 10): (1, 3, 2), (64, 56, 10): (0, 0, 0)},
+    RTX3090: {(64, 32, 10): (0, 0, 0), (128, 16, 10): (1, 1, 1), (256, 8, 10): (1, 1, 2), (512, 7, 10): (1, 1, 1)},
 }  # fmt: skip
 
 
@@ -194,7 +200,9 @@ def test_samples_are_divided(host, device, shape):
     assert host.fastff_goodness_blocks(0, B, H * H, C, K, 0) == blocks
 
 
-@pytest.mark.parametrize("C, K", [(1024, 16), (1040, 16), (512, 32), (256, 64), (128, 128), (128, 129), (136, 100), (4, 2)])
+@pytest.mark.parametrize(
+    "C, K", [(1024, 16), (1040, 16), (512, 32), (256, 64), (128, 128), (128, 129), (136, 100), (4, 2)]
+)
 def test_what_registers_and_classes_allow(host, C, K):
     host.pretend(*H100, 0)
     fits = C % 8 == 0 and K <= 128 and C * max(16, 1 << (K - 1).bit_length()) <= 16384
@@ -206,7 +214,10 @@ def test_what_registers_and_classes_allow(host, C, K):
 
 def test_on_a_cpu_it_says_why():
     x, weight = channels_last(2, 8, 3, 3), torch.randn(4, 8)
-    with pytest.raises(RuntimeError, match="impl='cuda': .*goodness_step can run here .cuda: the CUDA kernel runs on CUDA devices, x is on cpu"):
+    with pytest.raises(
+        RuntimeError,
+        match="impl='cuda': .*goodness_step can run here .cuda: the CUDA kernel runs on CUDA devices, x is on cpu",
+    ):
         ff.goodness_step(x, weight, None, torch.tensor([0, 1]), impl="cuda")
     with pytest.raises(RuntimeError, match="there is no such implementation of goodness yet"):
         ff.goodness(x, weight, impl="cuda")
@@ -246,7 +257,7 @@ REFUSED = {
     "float64": ({"dtype": torch.float64}, "computes in float32, an argument is float64"),
     "normalization": ({"normalize": "rms"}, "for the normalizations none and layer_norm, the step has rms"),
     "algorithm": ({"algorithm": "second_moment"}, "has the direct algorithm only"),
-    "size": ({"x": channels_last(2, 1024, 24, 24)}, r"a sample \[1024, 24, 24\] and 4 classes do not fit"),
+    "size": ({"x": channels_last(2, 1024, 40, 40)}, r"a sample \[1024, 40, 40\] and 4 classes do not fit"),
 }
 
 
@@ -263,7 +274,13 @@ def test_what_it_refuses(anywhere, name):
 
 
 def test_it_refuses_an_epilogue_and_other_losses():
-    step = Step(channels_last(2, 8, 3, 3), Epilogue(), Projection(torch.randn(4, 8, 1, 1)), Loss(target=torch.tensor([0, 1])), WHOLE_STEP)
+    step = Step(
+        channels_last(2, 8, 3, 3),
+        Epilogue(),
+        Projection(torch.randn(4, 8, 1, 1)),
+        Loss(target=torch.tensor([0, 1])),
+        WHOLE_STEP,
+    )
     assert "the step has an epilogue" in kernel.takes(step)
     assert "the step has symba" in kernel.takes(step._replace(epilogue=None, loss=Loss("symba")))
 
@@ -271,7 +288,9 @@ def test_it_refuses_an_epilogue_and_other_losses():
 # The library as nvcc built it
 
 LIBRARY = importlib.util.find_spec("fastff._C_cuda")
-TOOLS = glob.glob(str(Path(getattr(importlib.util.find_spec("triton"), "origin", "/")).parent / "backends/nvidia/bin/cuobjdump"))
+TOOLS = glob.glob(
+    str(Path(getattr(importlib.util.find_spec("triton"), "origin", "/")).parent / "backends/nvidia/bin/cuobjdump")
+)
 built = pytest.mark.skipif(
     not (LIBRARY and TOOLS),
     reason="needs fastff._C_cuda, which setup.py builds where nvcc is (requirements-cuda.txt), and cuobjdump of Triton's wheel",
@@ -290,7 +309,7 @@ def test_registers_without_spills():
     steps = re.findall(r"Function (\S*goodness_step\S*):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert architectures and len(steps) == 8 * len(architectures), "two types and four numbers of classes"
     for name, registers, stack, shared, local in steps:
-        assert int(registers) <= 128 and stack == shared == local == "0", name
+        assert int(registers) <= 128 and stack == local == "0" and shared in ("0", "1024"), name  # the system has 1024
 
 
 @built
@@ -310,7 +329,10 @@ def test_instructions(clusters):
     for code in re.split(r"Function : ", cuobjdump("-sass", "-arch", *chosen))[1:]:
         if "goodness_step" not in code.split("\n", 1)[0]:
             continue
-        count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HMMA.16816.F32.BF16", "HMMA.16816.F32", "LDSM", "LDGSTS", "STG", "STL")}
+        count = {
+            name: len(re.findall(rf"\b{name}\b", code))
+            for name in ("HMMA.16816.F32.BF16", "HMMA.16816.F32", "LDSM", "LDGSTS", "STG", "STL")
+        }
         assert count["HMMA.16816.F32"] >= 24 and count["LDSM"] >= 12 and count["LDGSTS"] >= 1 and count["STL"] == 0
         assert len(re.findall(r"LDGSTS\.E\.BYPASS\S*\.128", code)) == count["LDGSTS"], "copies of 16 bytes"
         assert len(re.findall(r"STG\.E\.128", code)) >= 2, "both results by 16 bytes a thread"

@@ -3,8 +3,6 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
-#include "warp.h"
-
 #include "goodness.h"
 
 namespace {
@@ -14,7 +12,9 @@ __global__ void __launch_bounds__(THREADS, 2) goodness_step(const __grid_constan
   GoodnessStep<T, KT>(s).run();
 }
 
-__global__ void __launch_bounds__(THREADS) gradients_of_parameters(const __grid_constant__ StepArguments s) { add_partial(s); }
+__global__ void __launch_bounds__(THREADS) gradients_of_parameters(const __grid_constant__ StepArguments s) {
+  add_partial(s);
+}
 
 using Kernel = void (*)(StepArguments);
 
@@ -40,12 +40,14 @@ cudaStream_t current_stream(int device) {
 
 cudaError_t launch_here(const StepArguments& s, cudaStream_t stream) {
   const Kernel kernel = s.half ? kernel_for<Float16>(s.at.classes) : kernel_for<BFloat16>(s.at.classes);
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.at.bytes)) return error;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.at.bytes))
+    return error;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = s.division.blocks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = s.division.grid, config.blockDim = THREADS, config.dynamicSmemBytes = s.at.bytes, config.stream = stream;
+  config.gridDim = s.division.grid, config.blockDim = THREADS, config.dynamicSmemBytes = s.at.bytes,
+  config.stream = stream;
   config.attrs = &cluster, config.numAttrs = s.division.blocks > 1;
   if (const cudaError_t error = cudaLaunchKernelEx(&config, kernel, s)) return error;
   gradients_of_parameters<<<s.K * s.width / WARP + 1, THREADS, THREADS * sizeof(float), stream>>>(s);

@@ -3,18 +3,21 @@
 //   load          x of a sample into shared memory, where it stays until its gradient takes its place
 //   first sweep   a = x W^T by tiles of 16 positions; sums of a^2 for g, mean and squares for layer norm
 //   loss          g of all blocks of the sample (a cluster), cross-entropy, d = softmax(u) - q; all else in dL/dg is one factor for the batch
-//   second sweep  by slabs of 128 positions: a again, e = d a; dL/dW += e^T x, kept in registers over all samples of the block; normalized x;
+//   second sweep  by slabs of 8 tiles: a again, e = d a; dL/dW += e^T x, kept in registers over all samples of the block; normalized x;
 //                 dL/dx = factor e W over x in shared memory, from where it is written
 //
 // A bias is the weight of one more channel, which is 1 everywhere. Products are of 16-bit numbers (x's type; weight and e are rounded to it) and
 // added in float32. There are no atomics: the same input gives the same bits on the same device, whose size decides in how many parts dL/dW is added.
 //
-// Before this file comes csrc/cuda/warp.h or, for tests on a CPU, tests/cuda_host/warp.h.
+// On a CPU tests/cuda_host/warp.h comes before this file, in place of csrc/cuda/warp.h.
 #pragma once
 
 #include <cmath>
 
 #include "step.h"
+#ifdef __CUDACC__
+#include "warp.h"
+#endif
 
 DEVICE float warp_sum(float value) {
   UNROLL for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
@@ -47,8 +50,8 @@ class GoodnessStep {
   char* const memory = shared_memory();
   const int thread = thread_index(), warp = thread / WARP, lane = thread % WARP;
   const int tiles = s.division.tiles, samples = s.division.samples, blocks = s.division.blocks;
-  const int rank = block_index() % blocks, units = s.C / 8;                       // 16-byte units of a position
-  const int start = rank * tiles * TILE, count = share(rank, tiles * TILE, s.P);  // positions of a sample here
+  const int rank = block_index() % blocks, units = s.C / 8;                      // 16-byte units of a position
+  const int start = rank * tiles * TILE, count = share(rank, tiles* TILE, s.P);  // positions of a sample here
   const float factor = factor_of_gradients(s);
   float grad_weight[PIECES][KT][2][4] = {};  // of channels 16 (warp + 8 i) .. + 15
 
@@ -193,7 +196,7 @@ class GoodnessStep {
     warp_barrier();  // every lane has read d[hit] before it becomes the gradient
     ONE_BY_ONE for (int k = lane; k < s.K; k += WARP) {
       const float g = d[k];
-      d[k] = expf(logit(k) - top) / total - (k == hit ? 1.0f - s.label_smoothing : 0.0f) - smooth;
+      d[k] = expf(logit(k) - top) / total - ((k == hit ? 1.0f - s.label_smoothing : 0.0f) + smooth);
       product += d[k] * g;
     }
     product = warp_sum(product);
@@ -205,8 +208,10 @@ class GoodnessStep {
 
   // Losses and statistics of the samples from `first` on, between the barriers.
   DEVICE void losses(int first) {
-    if (blocks > 1) cluster_arrive(), cluster_wait();
-    else block_barrier();
+    if (blocks > 1)
+      cluster_arrive(), cluster_wait();
+    else
+      block_barrier();
     ONE_BY_ONE for (int i = warp; i < samples; i += WARPS) {
       float* const d = numbers(at.gradient) + i * CLASSES;
       ONE_BY_ONE for (int k = lane; k < CLASSES; k += WARP) d[k] = 0;
@@ -244,7 +249,8 @@ class GoodnessStep {
     ONE_BY_ONE for (int tile = slab; tile < min(slab + WARPS, samples * tiles); ++tile) {
       UNROLL for (int k = 0; k < KT; ++k) {
         uint32_t left[4], right[4];
-        load_matrices<true>(left, e_row((tile - slab) * TILE + lane % 8 + lane / 16 * 8) + (k * TILE + lane / 8 % 2 * 8) * 2);
+        load_matrices<true>(left,
+                            e_row((tile - slab) * TILE + lane % 8 + lane / 16 * 8) + (k * TILE + lane / 8 % 2 * 8) * 2);
         UNROLL for (int i = 0; i < PIECES; ++i) {
           const int c = (warp + WARPS * i) * TILE;
           if (c >= at.channels) break;
@@ -260,8 +266,8 @@ class GoodnessStep {
   template <typename F>
   DEVICE void write(void* result, int sample, int tile, const F& unit) const {
     uint4* const to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(result) + element(sample, tile % tiles * TILE));
-    ONE_BY_ONE for (int i = lane; i < positions(tile) * units; i += WARP)
-      to[i] = unit(*reinterpret_cast<const uint4*>(row(tile * TILE + i / units) + i % units * 16));
+    ONE_BY_ONE for (int i = lane; i < positions(tile) * units; i += WARP) to[i] =
+        unit(*reinterpret_cast<const uint4*>(row(tile * TILE + i / units) + i % units * 16));
   }
 
   DEVICE void write_normalized(int sample, int tile) const {
@@ -270,7 +276,8 @@ class GoodnessStep {
       const float2 x = T::unpack(pair);
       return T::pack((x.x - m.mean) * m.squares, (x.y - m.mean) * m.squares);  // squares: here 1 / standard deviation
     };
-    write(s.normalized, sample, tile, [&](uint4 x) { return uint4{normal(x.x), normal(x.y), normal(x.z), normal(x.w)}; });
+    write(s.normalized, sample, tile,
+          [&](uint4 x) { return uint4{normal(x.x), normal(x.y), normal(x.z), normal(x.w)}; });
   }
 
   // dL/dx of a tile, over x.
@@ -291,9 +298,9 @@ class GoodnessStep {
       UNROLL for (int j = 0; j < 2 * CHUNK; ++j) {
         const int c = c0 + j * 8;
         if (c >= at.channels) break;
-        UNROLL for (int i = 0; i < 2; ++i)
-          *reinterpret_cast<uint32_t*>(row(tile * TILE + lane / 4 + 8 * i) + (c + lane % 4 * 2) * 2) =
-              T::pack(grad[j][2 * i] * factor, grad[j][2 * i + 1] * factor);
+        UNROLL for (int i = 0; i < 2; ++i) *
+            reinterpret_cast<uint32_t*>(row(tile * TILE + lane / 4 + 8 * i) + (c + lane % 4 * 2) * 2) =
+            T::pack(grad[j][2 * i] * factor, grad[j][2 * i + 1] * factor);
       }
     }
     warp_barrier();
@@ -357,7 +364,8 @@ DEVICE void add_partial(const StepArguments& s) {
   float* const sums = reinterpret_cast<float*>(shared_memory());
   float sum = 0;
   if (column < columns) {
-    UNROLL_4 for (int part = warp; part < s.division.grid; part += WARPS) sum += s.partial[static_cast<int64_t>(part) * columns + column];
+    UNROLL_4 for (int part = warp; part < s.division.grid; part += WARPS) sum +=
+        s.partial[static_cast<int64_t>(part) * columns + column];
   }
   sums[warp * WARP + lane] = sum;
   block_barrier();

@@ -7,16 +7,17 @@
 std::vector<Tensor> goodness_step(const spec::Step& given) {
   const spec::Projection& head = given.projection;
   const bool layer_norm = given.normalization.name == spec::NormalizationName::layer_norm;
-  STD_TORCH_CHECK(given.has_projection && head.weight && !head.grid_weight && !given.has_epilogue && !given.has_groups &&
-                      given.loss.name == spec::LossName::cross_entropy && given.loss.target &&
+  STD_TORCH_CHECK(given.has_projection && head.weight && !head.grid_weight && !given.has_epilogue &&
+                      !given.has_groups && given.loss.name == spec::LossName::cross_entropy && given.loss.target &&
                       (layer_norm || given.normalization.name == spec::NormalizationName::none),
                   "step_native: on CUDA only the goodness of a projection without a grid has a kernel");
   const Tensor &x = given.x, &weight = *head.weight, none = absent(x);
   const MaybeTensor &bias = head.bias, &learned_tau = given.loss.learned_tau;
   const int64_t B = x.size(0), C = x.size(1), P = x.size(2) * x.size(3), K = weight.size(0);
-  STD_TORCH_CHECK(is_channels_last(x) && x.numel() > 0 && weight.numel() == K * C && given.loss.target->numel() == B &&
-                      (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half),
-                  "step_native: on CUDA x must be [B, C, H, W] in bfloat16 or float16, channels_last, and weight [K, C, 1, 1]");
+  STD_TORCH_CHECK(
+      is_channels_last(x) && x.numel() > 0 && weight.numel() == K * C && given.loss.target->numel() == B &&
+          (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half),
+      "step_native: on CUDA x must be [B, C, H, W] in bfloat16 or float16, channels_last, and weight [K, C, 1, 1]");
   const int device = x.get_device_index();
   const Division division = division_of(B, P, C, K, bias.has_value(), device_of(device));
   STD_TORCH_CHECK(division.blocks > 0, "step_native: the samples of x do not fit the shared memory of the device");
@@ -33,16 +34,33 @@ std::vector<Tensor> goodness_step(const spec::Step& given) {
   const Tensor partial = empty(x, {division.grid, K * width + 1}, single);
 
   const auto to = [](const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
-  const StepArguments step{
-      x.const_data_ptr(), floats(weight), floats(bias), static_cast<const int64_t*>(given.loss.target->const_data_ptr()),
-      floats(learned_tau), floats(given.loss.grad_scale), to(r.grad_x), to(r.normalized), writable(r.loss),
-      writable(r.goodness), writable(partial), writable(r.grad_weight), writable(r.grad_bias), writable(r.grad_tau),
-      static_cast<int>(B), static_cast<int>(P), static_cast<int>(C), static_cast<int>(K), width,
-      static_cast<float>(given.loss.tau), static_cast<float>(given.loss.margin),
-      static_cast<float>(given.loss.label_smoothing),
-      given.loss.reduction == spec::Reduction::mean ? 1.0f / static_cast<float>(B) : 1.0f,
-      static_cast<float>(given.normalization.eps), x.scalar_type() == ScalarType::Half, division,
-      layout_of(division.samples, division.tiles, C, K, bias.has_value())};
+  const StepArguments step{x.const_data_ptr(),
+                           floats(weight),
+                           floats(bias),
+                           static_cast<const int64_t*>(given.loss.target->const_data_ptr()),
+                           floats(learned_tau),
+                           floats(given.loss.grad_scale),
+                           to(r.grad_x),
+                           to(r.normalized),
+                           writable(r.loss),
+                           writable(r.goodness),
+                           writable(partial),
+                           writable(r.grad_weight),
+                           writable(r.grad_bias),
+                           writable(r.grad_tau),
+                           static_cast<int>(B),
+                           static_cast<int>(P),
+                           static_cast<int>(C),
+                           static_cast<int>(K),
+                           width,
+                           static_cast<float>(given.loss.tau),
+                           static_cast<float>(given.loss.margin),
+                           static_cast<float>(given.loss.label_smoothing),
+                           given.loss.reduction == spec::Reduction::mean ? 1.0f / static_cast<float>(B) : 1.0f,
+                           static_cast<float>(given.normalization.eps),
+                           x.scalar_type() == ScalarType::Half,
+                           division,
+                           layout_of(division.samples, division.tiles, C, K, bias.has_value())};
   const char* const problem = launch(step, device);
   STD_TORCH_CHECK(!problem, "step_native: ", problem);
   // clang-format off
@@ -53,7 +71,8 @@ std::vector<Tensor> goodness_step(const spec::Step& given) {
 }
 
 // For fastff/kernels/cuda/goodness.py: the blocks that each sample would have on a device, or 0 if it does not fit.
-extern "C" __attribute__((visibility("default"))) int fastff_goodness_blocks(int device, int B, int P, int C, int K, int bias) {
+extern "C" __attribute__((visibility("default"))) int fastff_goodness_blocks(int device, int B, int P, int C, int K,
+                                                                             int bias) {
   return division_of(B, P, C, K, bias != 0, device_of(device)).blocks;
 }
 

@@ -4,9 +4,9 @@
 #include <cstdint>
 
 constexpr int THREADS = 256, WARP = 32, WARPS = THREADS / WARP;
-constexpr int TILE = 16;                // positions of a warp's products, and the step in channels and classes: mma's m16n8k16, twice n
-constexpr int SLAB = WARPS * TILE;      // positions of one turn of all warps
-constexpr int MOST_TILES = 64;          // of a block: their sums of squares then fit where the products of a slab come later
+constexpr int TILE =
+    16;  // positions of a warp's products, and the step in channels and classes: mma's m16n8k16, twice n
+constexpr int MOST_TILES = 64;  // of a block: their sums of squares then fit where the products of a slab come later
 constexpr int MOST_CLASSES = 8 * TILE;  // dL/dx of a tile is one chain of products over all classes
 constexpr int GROUPS = 8;               // 16 x 16 pieces of dL/dW that a warp keeps, 8 registers of a thread each
 
@@ -31,7 +31,7 @@ constexpr Layout layout_of(int samples, int tiles, int C, int K, bool bias) {
   at.pitch = pitch_of(at.channels), at.class_pitch = pitch_of(at.classes);
   at.weight = samples * tiles * TILE * at.pitch;
   at.e = at.weight + at.classes * at.pitch;
-  at.goodness = at.e + SLAB * at.class_pitch;
+  at.goodness = at.e + (samples * tiles < WARPS ? samples * tiles : WARPS) * TILE * at.class_pitch;
   at.gradient = at.goodness + samples * at.classes * 4;
   at.tiles = at.gradient + samples * at.classes * 4;
   at.statistics = at.tiles + samples * tiles * 8;
@@ -61,9 +61,10 @@ constexpr Division division_of(int B, int P, int C, int K, bool bias, Device dev
     for (int blocks = 1; blocks <= (device.clusters ? 8 : 1); blocks *= 2) {
       const int tiles = ((P + TILE - 1) / TILE + blocks - 1) / blocks;
       if (tiles > MOST_TILES || layout_of(1, tiles, C, K, bias).bytes > most) continue;
-      const int places = resident * device.multiprocessors / blocks > 0 ? resident * device.multiprocessors / blocks : 1;
-      int samples = 1;  // several where one has fewer tiles than there are warps, as long as there is work for every block
-      while (blocks == 1 && (samples + 1) * tiles <= WARPS && (B + samples) / (samples + 1) >= places &&
+      const int places =
+          resident * device.multiprocessors / blocks > 0 ? resident * device.multiprocessors / blocks : 1;
+      int samples = 1;  // several where one has fewer tiles than there are warps, unless other places then have none
+      while (blocks == 1 && (samples + 1) * tiles <= WARPS && samples * places < B &&
              layout_of(samples + 1, tiles, C, K, bias).bytes <= most)
         ++samples;
       const int groups = (B + samples - 1) / samples;
@@ -74,18 +75,18 @@ constexpr Division division_of(int B, int P, int C, int K, bool bias, Device dev
 }
 
 struct StepArguments {
-  const void* x;            // [B, P, C] in bfloat16 or float16, as grad_x and normalized
-  const float* weight;      // [K, C]
-  const float* bias;        // [K] or null
-  const int64_t* target;    // [B]
-  const float* learned_tau;  // one number, or null
-  const float* grad_scale;   // one number, or null
+  const void* x;              // [B, P, C] in bfloat16 or float16, as grad_x and normalized
+  const float* weight;        // [K, C]
+  const float* bias;          // [K] or null
+  const int64_t* target;      // [B]
+  const float* learned_tau;   // one number, or null
+  const float* grad_scale;    // one number, or null
   void *grad_x, *normalized;  // or null
   float *loss, *goodness;     // [B], [B, K]
   float* partial;             // [grid, K width + 1]: sums over the samples of each block, from which these are made:
   float *grad_weight, *grad_bias, *grad_tau;  // [K, C], [K] or null, one number or null
   int B, P, C, K;
-  int width;  // C, and one more where there is a bias
+  int width;                                       // C, and one more where there is a bias
   float tau, margin, label_smoothing, scale, eps;  // scale: of the gradients, 1 / B for the mean
   bool half;                                       // float16
   Division division;

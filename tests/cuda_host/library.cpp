@@ -1,6 +1,5 @@
-// The CUDA step on a CPU: csrc/cuda/step.cpp with its kernels in fibres in place of csrc/cuda/goodness.cu, as the operator fastff_cuda_host::step.
-
-#include "warp.h"
+// The CUDA step on a CPU: csrc/cuda/step.cpp with its kernels in fibres in place of csrc/cuda/goodness.cu, as the operator fastff_cuda_host::step. Compiled with
+// -include warp.h, which has to come first.
 
 #include "../../csrc/cuda/goodness.h"
 #include "../../csrc/cuda/step.cpp"
@@ -35,7 +34,8 @@ const char* launch(const StepArguments& step, int) {
   return nullptr;
 }
 
-extern "C" __attribute__((visibility("default"))) void pretend(int multiprocessors, int shared, int clusters, unsigned order) {
+extern "C" __attribute__((visibility("default"))) void pretend(int multiprocessors, int shared, int clusters,
+                                                               unsigned order) {
   device = {multiprocessors, shared, clusters != 0}, seed = order;
 }
 

@@ -35,7 +35,7 @@ struct alignas(16) uint4 {
 namespace host {
 
 constexpr int LANES = 32, STACK = 64 << 10, BEYOND = 64;  // 16-byte units behind shared memory, which nothing may write
-constexpr uint32_t NOTHING = ~0u;                           // NaN
+constexpr uint32_t NOTHING = ~0u;                         // NaN
 
 struct Barrier {
   int members, arrived = 0, turn = 0;
@@ -107,7 +107,12 @@ inline void run(int grid, int cluster, int threads, int bytes, unsigned seed, co
     Barrier of_cluster{cluster * threads};
     std::vector<Block> blocks;
     for (int i = 0; i < cluster; ++i)
-      blocks.push_back({first + i, grid, &of_cluster, &blocks, {threads}, std::vector<Warp>(threads / LANES),
+      blocks.push_back({first + i,
+                        grid,
+                        &of_cluster,
+                        &blocks,
+                        {threads},
+                        std::vector<Warp>(threads / LANES),
                         std::vector<uint4>(bytes / 16 + BEYOND, uint4{NOTHING, NOTHING, NOTHING, NOTHING})});
     std::vector<Fibre> fibres(cluster * threads);
     for (int i = 0; i < cluster * threads; ++i) {
@@ -132,7 +137,8 @@ inline void run(int grid, int cluster, int threads, int bytes, unsigned seed, co
     }
     for (const Block& block : blocks) {
       const uint32_t* const words = reinterpret_cast<const uint32_t*>(block.memory.data());
-      const bool kept = std::all_of(words + bytes / 4, words + block.memory.size() * 4, [](uint32_t w) { return w == NOTHING; });
+      const bool kept =
+          std::all_of(words + bytes / 4, words + block.memory.size() * 4, [](uint32_t w) { return w == NOTHING; });
       STD_TORCH_CHECK(kept, "a thread wrote behind the shared memory of its block");
     }
   }
@@ -177,7 +183,8 @@ inline void load_matrices(uint32_t (&m)[4], const void* row) {
   const int outer = host::lane() / 4, inner = host::lane() % 4 * 2;
   const auto at = [&](int matrix, int r, int c) { return given[8 * matrix + r][c / 2] >> (c % 2 * 16) & 0xffffu; };
   for (int i = 0; i < 4; ++i)
-    m[i] = transposed ? at(i, inner, outer) | at(i, inner + 1, outer) << 16 : at(i, outer, inner) | at(i, outer, inner + 1) << 16;
+    m[i] = transposed ? at(i, inner, outer) | at(i, inner + 1, outer) << 16
+                      : at(i, outer, inner) | at(i, outer, inner + 1) << 16;
 }
 
 template <typename Bits>

@@ -1,6 +1,6 @@
 """The CUDA library, fastff._C_cuda: loaded once, on first use, where there is a CUDA device, with the reason kept where it cannot be.
 
-setup.py builds it from csrc/cuda where it finds nvcc. Loading it gives torch.ops.fastff.step_native (csrc/cpu/step.cpp) its kernels on CUDA devices."""
+setup.py builds it from csrc/cuda where it finds nvcc. Loading it gives torch.ops.fastff.step_native (csrc/cpu/step.cpp) kernels on CUDA devices."""
 
 import ctypes
 import functools

@@ -38,10 +38,10 @@ def takes(step):
         return f"the CUDA kernel is for the normalizations none and layer_norm, the step has {norm}"
     if step.algorithm == "second_moment":
         return "the CUDA kernel has the direct algorithm only"
-    if not is_channels_last(x) or x.data_ptr() % 16:
-        return "the CUDA kernel reads x in channels_last memory that begins at a multiple of 16 bytes"
     if C % 8 or len(weight) > MOST_CLASSES:
         return f"the CUDA kernel is for channels in eights and at most {MOST_CLASSES} classes, here are {C} and {len(weight)}"
+    if not is_channels_last(x) or x.data_ptr() % 16:
+        return "the CUDA kernel reads x in channels_last memory that begins at a multiple of 16 bytes"
     if not blocks(x.device.index or 0, B, H * W, C, len(weight), head.bias is not None):
         return f"a sample [{C}, {H}, {W}] and {len(weight)} classes do not fit the shared memory and registers of this device"
     return None
