@@ -127,25 +127,25 @@ def with_extension():
         "-ffp-contract=fast",
     ]
 
-    def extension(name, sources, *more, **how):
-        """The extension fastff.NAME of these sources, compiled with some flags more."""
+    def extension(name, folder, sources, *more, **how):
+        """The extension fastff.NAME of these sources, compiled with some flags more, again when a file in csrc/FOLDER changes."""
         define = [f"-DFASTFF_MODULE={name}", "-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         return CppExtension(
             f"fastff.{name}",
             sorted(str(path.relative_to(ROOT)) for path in sources),
-            depends=sorted(
-                str(path.relative_to(ROOT)) for path in (*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cu"))
-            ),
+            depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{folder}/*")),
             py_limited_api=True,
             extra_compile_args={"cxx": [*flags, *more, *define]},
             **how,
         )
 
     cpu = list(ROOT.glob("csrc/cpu/*.cpp"))
-    extensions = [extension(f"_C_{level}", cpu, *vectors, *instructions) for level, instructions in LEVELS.items()]
+    extensions = [
+        extension(f"_C_{level}", "cpu", cpu, *vectors, *instructions) for level, instructions in LEVELS.items()
+    ]
     if nvcc():
         sources = [*ROOT.glob("csrc/cuda/*.cpp"), ROOT / "csrc" / "cpu" / "module.cpp"]
-        extensions.append(extension("_C_cuda", sources, optional=os.environ.get("FASTFF_FORCE_BUILD") != "1"))
+        extensions.append(extension("_C_cuda", "*", sources, optional=os.environ.get("FASTFF_FORCE_BUILD") != "1"))
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildOrDoWithout},

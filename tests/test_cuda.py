@@ -35,11 +35,17 @@ def host(tmp_path_factory):
     if native.reason() or shutil.which("g++") is None or sys.platform != "linux":
         pytest.skip("needs the compiled library, Linux and g++")
     torch_folder, built = Path(torch.__file__).parent, tmp_path_factory.mktemp("cuda") / "host.so"
-    subprocess.run(
-        ["g++", "-include", ROOT / "tests/cuda_host/warp.h", "-O1", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-        + [f"-I{torch_folder}/include", "-o", built, ROOT / "tests/cuda_host/library.cpp", f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"],
-        check=True,
-    )  # fmt: skip
+    options = [
+        "-O1",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
+    sources = ["-include", ROOT / "tests/cuda_host/warp.h", ROOT / "tests/cuda_host/library.cpp"]
+    with_torch = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", *options, *sources, *with_torch, "-o", built], check=True)
     torch.ops.load_library(built)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.fastff, "step_native", torch.ops.fastff_cuda_host.step)

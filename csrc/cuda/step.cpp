@@ -34,33 +34,20 @@ std::vector<Tensor> goodness_step(const spec::Step& given) {
   const Tensor partial = empty(x, {division.grid, K * width + 1}, single);
 
   const auto to = [](const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
-  const StepArguments step{x.const_data_ptr(),
-                           floats(weight),
-                           floats(bias),
-                           static_cast<const int64_t*>(given.loss.target->const_data_ptr()),
-                           floats(learned_tau),
-                           floats(given.loss.grad_scale),
-                           to(r.grad_x),
-                           to(r.normalized),
-                           writable(r.loss),
-                           writable(r.goodness),
-                           writable(partial),
-                           writable(r.grad_weight),
-                           writable(r.grad_bias),
-                           writable(r.grad_tau),
-                           static_cast<int>(B),
-                           static_cast<int>(P),
-                           static_cast<int>(C),
-                           static_cast<int>(K),
-                           width,
-                           static_cast<float>(given.loss.tau),
-                           static_cast<float>(given.loss.margin),
-                           static_cast<float>(given.loss.label_smoothing),
-                           given.loss.reduction == spec::Reduction::mean ? 1.0f / static_cast<float>(B) : 1.0f,
-                           static_cast<float>(given.normalization.eps),
-                           x.scalar_type() == ScalarType::Half,
-                           division,
-                           layout_of(division.samples, division.tiles, C, K, bias.has_value())};
+  const spec::Loss& loss = given.loss;
+  StepArguments step{};
+  step.x = x.const_data_ptr(), step.half = x.scalar_type() == ScalarType::Half;
+  step.weight = floats(weight), step.bias = floats(bias), step.width = width;
+  step.target = static_cast<const int64_t*>(loss.target->const_data_ptr());
+  step.learned_tau = floats(learned_tau), step.grad_scale = floats(loss.grad_scale);
+  step.grad_x = to(r.grad_x), step.normalized = to(r.normalized);
+  step.loss = writable(r.loss), step.goodness = writable(r.goodness), step.partial = writable(partial);
+  step.grad_weight = writable(r.grad_weight), step.grad_bias = writable(r.grad_bias),
+  step.grad_tau = writable(r.grad_tau);
+  step.B = B, step.P = P, step.C = C, step.K = K;
+  step.tau = loss.tau, step.margin = loss.margin, step.label_smoothing = loss.label_smoothing;
+  step.scale = loss.reduction == spec::Reduction::mean ? 1.0f / B : 1.0f, step.eps = given.normalization.eps;
+  step.division = division, step.at = layout_of(division.samples, division.tiles, C, K, bias.has_value());
   const char* const problem = launch(step, device);
   STD_TORCH_CHECK(!problem, "step_native: ", problem);
   // clang-format off

@@ -1,5 +1,5 @@
-// The CUDA step on a CPU: csrc/cuda/step.cpp with its kernels in fibres in place of csrc/cuda/goodness.cu, as the operator fastff_cuda_host::step. Compiled with
-// -include warp.h, which has to come first.
+// The CUDA step on a CPU: csrc/cuda/step.cpp with its kernels in fibres in place of csrc/cuda/goodness.cu, as the operator
+// fastff_cuda_host::step. To be compiled with -include warp.h.
 
 #include "../../csrc/cuda/goodness.h"
 #include "../../csrc/cuda/step.cpp"
