@@ -4,9 +4,8 @@
 #include <cstdint>
 
 constexpr int THREADS = 256, WARP = 32, WARPS = THREADS / WARP;
-constexpr int TILE =
-    16;  // positions of a warp's products, and the step in channels and classes: mma's m16n8k16, twice n
-constexpr int MOST_TILES = 64;  // of a block: their sums of squares then fit where the products of a slab come later
+constexpr int TILE = 16;                // positions, channels or classes of a warp's products: mma's m16n8k16, twice n
+constexpr int MOST_TILES = 64;          // of a block: their sums of squares then fit where e of 8 tiles comes later
 constexpr int MOST_CLASSES = 8 * TILE;  // dL/dx of a tile is one chain of products over all classes
 constexpr int GROUPS = 8;               // 16 x 16 pieces of dL/dW that a warp keeps, 8 registers of a thread each
 

@@ -34,12 +34,12 @@ DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__
 // Barrier of a cluster in two halves: what threads wrote before they arrive is there for those that have waited.
 DEVICE void cluster_arrive() {
 #if FASTFF_CLUSTERS
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 DEVICE void cluster_wait() {
 #if FASTFF_CLUSTERS
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
