@@ -166,9 +166,9 @@ def test_against_float64(host, problem):
 
 def test_labels_out_of_range_make_the_loss_nan(host):
     host.pretend(*H100, 0)
-    x, weight = channels_last(3, 8, 2, 2), torch.randn(4, 8, 1, 1)
-    found = kernel.step(Step(x, None, Projection(weight), Loss(target=torch.tensor([1, 4, -1])), Normalization()), None)
-    assert found.loss.isnan().tolist() == [False, True, True]
+    x, weight, target = channels_last(4, 8, 2, 2), torch.randn(4, 8, 1, 1), torch.tensor([1, 4, -1, 2**32 + 1])
+    found = kernel.step(Step(x, None, Projection(weight), Loss(target=target), Normalization()), None)
+    assert found.loss.isnan().tolist() == [False, True, True, True]
 
 
 def test_not_a_number_stays_with_its_sample(host):

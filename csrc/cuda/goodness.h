@@ -177,7 +177,7 @@ class GoodnessStep {
   DEVICE void loss(int i, int sample) {
     const float* const sums = numbers(at.goodness) + i * CLASSES;
     float* const d = numbers(at.gradient) + i * CLASSES;
-    const int hit = static_cast<int>(s.target[sample]);
+    const int64_t hit = s.target[sample];
     const float tau = tau_of(s);
     const auto logit = [&](int k) { return tau * d[k] - (k == hit ? s.margin : 0.0f); };
     float top = -INFINITY, total = 0, sum = 0, product = 0;
