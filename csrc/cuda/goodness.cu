@@ -28,14 +28,12 @@ Kernel kernel_for(int classes) {
   }
 }
 
-// PyTorch's stream. The function is in a library that only a PyTorch with CUDA has, so that it is looked up and not linked.
-cudaStream_t current_stream(int device) {
+// Finds PyTorch's stream. The function is in a library that only a PyTorch with CUDA has, so that it is looked up and not linked.
+bool current_stream(int device, cudaStream_t* stream) {
   using Function = int32_t (*)(int32_t, void**);
   static const auto function = reinterpret_cast<Function>(
       dlsym(dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD), "aoti_torch_get_current_cuda_stream"));
-  void* stream = nullptr;
-  if (function) function(device, &stream);
-  return static_cast<cudaStream_t>(stream);
+  return function && function(device, reinterpret_cast<void**>(stream)) == 0;
 }
 
 cudaError_t launch_here(const StepArguments& s, cudaStream_t stream) {
@@ -67,10 +65,12 @@ Device device_of(int index) {
 }
 
 const char* launch(const StepArguments& step, int device) {
+  cudaStream_t stream;
+  if (!current_stream(device, &stream)) return "libtorch_cuda.so does not tell the current stream";
   int before = device;
   cudaGetDevice(&before);
   cudaError_t error = before == device ? cudaSuccess : cudaSetDevice(device);
-  if (error == cudaSuccess) error = launch_here(step, current_stream(device));
+  if (error == cudaSuccess) error = launch_here(step, stream);
   if (before != device) cudaSetDevice(before);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
