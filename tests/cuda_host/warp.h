@@ -122,19 +122,22 @@ inline void run(int grid, int cluster, int threads, int bytes, unsigned seed, co
       fibre.context.uc_stack.ss_sp = fibre.stack.get(), fibre.context.uc_stack.ss_size = STACK;
       makecontext(&fibre.context, enter, 0);
     }
-    std::vector<Fibre*> waiting;
-    for (Fibre& fibre : fibres) waiting.push_back(&fibre);
-    std::shuffle(waiting.begin(), waiting.end(), random);
-    while (!waiting.empty()) {
-      bool progress = false;
-      for (Fibre* fibre : waiting) {
-        if (fibre->awaited && fibre->awaited->turn == fibre->turn) continue;
-        progress = true, running = fibre, fibre->awaited = nullptr;
-        swapcontext(&scheduler, &fibre->context);
-      }
-      STD_TORCH_CHECK(progress, "threads wait for a barrier that others do not reach");
-      waiting.erase(std::remove_if(waiting.begin(), waiting.end(), [](Fibre* f) { return f->done; }), waiting.end());
+    std::vector<std::vector<Fibre*>> warps(fibres.size() / LANES);
+    for (size_t i = 0; i < fibres.size(); ++i) warps[i / LANES].push_back(&fibres[i]);
+    for (auto& lanes : warps) std::shuffle(lanes.begin(), lanes.end(), random);
+    std::shuffle(warps.begin(), warps.end(), random);
+    // The first warp that can go on does, and so gets as far ahead of the others as barriers let it.
+    for (bool progress = true; progress;) {
+      progress = false;
+      for (size_t i = 0; i < warps.size() && !progress; ++i)
+        for (Fibre* fibre : warps[i]) {
+          if (fibre->done || (fibre->awaited && fibre->awaited->turn == fibre->turn)) continue;
+          progress = true, running = fibre, fibre->awaited = nullptr;
+          swapcontext(&scheduler, &fibre->context);
+        }
     }
+    const bool ended = std::all_of(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.done; });
+    STD_TORCH_CHECK(ended, "threads wait for a barrier that others do not reach");
     for (const Block& block : blocks) {
       const uint32_t* const words = reinterpret_cast<const uint32_t*>(block.memory.data());
       const bool kept =
