@@ -12,8 +12,9 @@ import math
 import torch
 
 from fastff import reference
-from fastff.kernels import native, triton
+from fastff.kernels import cuda, native, triton
 from fastff.kernels import reference as reference_kernels
+from fastff.kernels.cuda import goodness as cuda_goodness
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.kernels.native import goodness as native_goodness
 from fastff.kernels.torch import goodness as torch_goodness
@@ -43,6 +44,18 @@ ROWS = [
     ),
     Implementation("torch", always, torch_goodness),
     Implementation("reference", always, reference_kernels),
+]
+# Of whole steps: an explicit choice, until it was measured on a GPU.
+STEP_ROWS = [
+    Implementation(
+        "cuda",
+        cuda.reason,
+        cuda_goodness,
+        "16-bit channels_last x, kernel size 1, no grid, no epilogue, cross_entropy",
+        lambda x: "it was never measured on a GPU",
+        cuda_goodness.takes,
+    ),
+    *ROWS,
 ]
 
 _lib = torch.library.Library("fastff", "FRAGMENT")
