@@ -20,8 +20,10 @@ $(PY):
 	done; \
 	echo "no Python >= 3.10 with the modules venv and ensurepip on the PATH: install one, or name it with make PYTHON=..." >&2; exit 1
 
-$(VENV)/.requirements: requirements-dev.txt requirements-nodeps.txt | $(PY)
+# CUDA's compiler is left out where it cannot be had, or where there is one already.
+$(VENV)/.requirements: requirements-dev.txt requirements-nodeps.txt requirements-cuda.txt | $(PY)
 	$(PIP) -r requirements-dev.txt
+	@command -v nvcc >/dev/null || $(PIP) -r requirements-cuda.txt || echo "installed without CUDA's compiler: csrc/cuda is not built" >&2
 	$(PIP) --no-deps -r requirements-nodeps.txt
 	@touch $@
 
@@ -49,16 +51,17 @@ bench: install
 	run budget budget
 	$(PY) -m benchmarks.report
 
-# With the python of an environment whose torch sees a GPU: make gpu PYTHON=python3. Nothing is installed.
-gpu:
-	PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks.gpu
+# With the python of an environment whose torch sees a GPU: make gpu PYTHON=python3. Nothing is installed. GPU_DRY=1 goes through the same on a CPU,
+# in .venv. GPU_ARGS="--only kernels --out FOLDER" for a part; docs/benchmarks.md has the options.
+gpu: $(if $(GPU_DRY),install)
+	$(if $(GPU_DRY),TRITON_INTERPRET=1 )PYTHONPATH=. $(or $(PYTHON),$(if $(GPU_DRY),$(PY),python3)) -m benchmarks.gpu $(GPU_ARGS)
 
 # The compiled operators under AddressSanitizer and UndefinedBehaviorSanitizer (GCC), in a copy of the tree.
 SANITIZE := -fsanitize=address,undefined
 sanitize: install
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r fastff csrc tests setup.py pyproject.toml README.md LICENSE build/sanitize && rm -f build/sanitize/fastff/_C*.so
-	cd build/sanitize && CFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" FASTFF_FORCE_BUILD=1 \
+	cd build/sanitize && FASTFF_CUDA= CFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" FASTFF_FORCE_BUILD=1 \
 	  $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} FASTFF_DRAWS=$${FASTFF_DRAWS:-1000} $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
@@ -75,7 +78,7 @@ fuzz: install
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cuda_host/*
 	$(PY) -m mypy fastff
 
 # The site, into build/docs: a link that leads nowhere is an error. The versions in requirements-docs.txt need Python 3.11 or later.
@@ -96,6 +99,8 @@ $(RELEASE)/.tools: pyproject.toml | $(PY)
 	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['release'])")
 	@touch $@
 
+# The CUDA library is built from source alone: what it takes of CUDA needs the building machine's GLIBC.
+wheel: export FASTFF_CUDA :=
 wheel: install $(RELEASE)/.tools
 	rm -rf dist build/wheel build/lib build/bdist*
 	$(PY) setup.py -q sdist
@@ -106,7 +111,7 @@ wheel: install $(RELEASE)/.tools
 	$(RELEASE)/bin/abi3audit --strict dist/*manylinux*.whl
 	$(RELEASE)/bin/twine check --strict dist/*
 	@ls -l dist
-	@for f in fastff/_C*.so; do unzip -p dist/*manylinux*.whl $$f > build/wheel/library.so; \
+	@for f in $$(ls fastff/_C*.so | grep -v _C_cuda); do unzip -p dist/*manylinux*.whl $$f > build/wheel/library.so; \
 	  echo "$$f needs $$(objdump -T build/wheel/library.so | grep -oE '\bGLIBC_[0-9.]+' | sort -Vu | tail -1)" \
 	    "and $$(objdump -T build/wheel/library.so | grep -oE 'GLIBCXX_[0-9.]+' | sort -Vu | tail -1)"; done
 

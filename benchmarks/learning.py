@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import fastff
-from benchmarks.timing import environment
+from benchmarks.timing import append_csv
 from fastff.training import Backprop, Trainer, data, optim
 
 RESULTS = Path(__file__).parent / "results" / "learning.csv"
@@ -166,16 +166,6 @@ def run(name, options, root):
         }  # fmt: skip
 
 
-def append(rows):
-    info = environment()
-    exists = RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *info])
-        if not exists:
-            writer.writeheader()
-        writer.writerows(row | info for row in rows)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="folder with the data sets' official files")
@@ -197,7 +187,7 @@ def main():
                 flush=True,
             )
         print(f"{'':20} {rows[-1]['other votes']}  blocks {rows[-1]['blocks']}", flush=True)
-        append(rows)
+        append_csv(RESULTS, rows)
 
 
 if __name__ == "__main__":

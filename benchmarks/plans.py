@@ -2,16 +2,18 @@
 
     python -m benchmarks.plans --root FOLDER                    every experiment that has no row in results/plans.csv yet
     python -m benchmarks.plans --root FOLDER --only NAME...     these experiments
-    python -m benchmarks.plans --table                          the table of the rows that there are
+    python -m benchmarks.plans --table                          the tables of the rows that there are
 
 An experiment is what `fastff train` does with the same settings: random crops and flips, cosine schedule, the whole test set. One thread; seconds are
-processor time of training, without evaluation; memory is that of a step above parameters and optimizer state. One row an experiment and seed.
+processor time of training, without evaluation; memory is that of a step above parameters and optimizer state. One row an experiment and seed. A
+network that another experiment starts from (transfer) is kept in FOLDER/runs.
 """
 
 import argparse
 import csv
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -21,7 +23,7 @@ from fastff.app import compare, experiment
 
 RESULTS = tables.RESULTS / "plans.csv"
 PART = {"data": "cifar10", "subset": 20000, "epochs": 4}
-ALL = {"data": "cifar10", "epochs": 6}
+FEW = PART | {"subset": 5000, "epochs": 16}
 BACKPROP = {"mode": "backprop"}
 PAPER = {"granularity": "block", "window": 1, "grid": 0, "hidden": 0, "scale": 1.0, "vote": "goodness"}
 OLD = {"granularity": "block", "window": 2, "hidden": 0, "vote": "softmax", "optimizer": "adamw"}  # the defaults of 0.1
@@ -40,30 +42,50 @@ EXPERIMENTS = {
     "drawn cuts": PART | {"plan": "drawn"},
     "three segments, finish 0.5": PART | {"finish": 0.5},
     "one segment": PART | {"plan": "8"},
-    "all images: backpropagation, Muon": ALL | BACKPROP,
-    "all images: three segments (the defaults)": ALL,
-    "5,000 images: backpropagation, Muon": PART | BACKPROP | {"subset": 5000, "epochs": 16},
-    "5,000 images: three segments (the defaults)": PART | {"subset": 5000, "epochs": 16},
-    "1,000 images: backpropagation, Muon": PART | BACKPROP | {"subset": 1000, "epochs": 40},
-    "1,000 images: three segments (the defaults)": PART | {"subset": 1000, "epochs": 40},
-    "MobileNetV3-small: backpropagation, Muon": PART | BACKPROP | {"model": "mobilenet_v3_small", "subset": 5000, "epochs": 16},
-    "MobileNetV3-small: the defaults": PART | {"model": "mobilenet_v3_small", "subset": 5000, "epochs": 16},
 }  # fmt: skip
+# Both kinds of training with their defaults: {task: (settings, seeds)}.
+TASKS = {
+    "CIFAR-10, 50,000 images": (PART | {"subset": None, "epochs": 12}, 3),
+    "CIFAR-100, 50,000 images": (PART | {"data": "cifar100", "subset": None, "epochs": 12}, 1),
+    "CIFAR-10, 5,000 images": (FEW, 3),
+    "CIFAR-10, 1,000 images": (FEW | {"subset": 1000, "epochs": 40}, 3),
+    "CIFAR-10, 500 images": (FEW | {"subset": 500, "epochs": 40}, 3),
+    "CIFAR-100, 5,000 images": (FEW | {"data": "cifar100"}, 1),
+    "Fashion-MNIST, 60,000 images": (PART | {"data": "fashion-mnist", "subset": None, "epochs": 3}, 1),
+    "CIFAR-10, 5,000 images, width 32": (FEW | {"width": 32}, 1),
+    "CIFAR-10, 5,000 images, MobileNetV3-small": (FEW | {"model": "mobilenet_v3_small"}, 3),
+    "CIFAR-10, 1,000 images, from CIFAR-100": (FEW | {"subset": 1000, "epochs": 40, "start": "CIFAR-100, 50,000 images"}, 1),
+}  # fmt: skip
+BOTH = {"backpropagation": BACKPROP, "the defaults": {}}
+EXPERIMENTS |= {
+    f"{task}: {kind}": options | mode for task, (options, _) in TASKS.items() for kind, mode in BOTH.items()
+}
 COLUMNS = ("experiment", "seed", "vote", "last", "seconds", "memory_mib", "blocks", "plan", "settings")
+
+
+def network_folder(task, options, root):
+    """Where the network of a task is kept that other experiments start from."""
+    return Path(root) / "runs" / f"{task}, {options.get('mode', 'local')}"
 
 
 def run(name, options, root, seed):
     """Train one experiment. Returns its row."""
+    given = {key: value for key, value in options.items() if value != experiment.DEFAULTS.get(key)}
+    options, task = dict(options), name.rpartition(":")[0]
+    source = options.pop("start", None)
     s = experiment.settings(**options, root=root, seed=seed)
     device = torch.device("cpu")
-    made = experiment.start(s, device)
+    made = experiment.start(s, device, source and network_folder(source, options, root))
     memory = compare.step_memory(s, made.dataset, device)
     start = time.process_time()
-    made.trainer.fit(made.train, s["epochs"], progress=False)
+    made.trainer.fit(made.train, s["epochs"], progress=False, meta=experiment.describe(s, made.dataset))
     seconds = time.process_time() - start
+    if any(task == other.get("start") for other in EXPERIMENTS.values()) and seed == 0:
+        folder = network_folder(task, options, root)
+        folder.mkdir(parents=True, exist_ok=True)
+        made.trainer.save(folder / "checkpoint.pt")
     accuracy = made.trainer.evaluate(made.test)
     blocks = [value for key, value in accuracy.items() if key.startswith("block ")]
-    given = {key: value for key, value in options.items() if value != experiment.DEFAULTS[key]}
     return {
         "experiment": name, "seed": seed, "vote": f"{accuracy['vote']:.4f}", "last": f"{(blocks or [accuracy['vote']])[-1]:.4f}",
         "seconds": round(seconds), "memory_mib": f"{memory:.1f}", "blocks": " ".join(f"{value:.4f}" for value in blocks),
@@ -72,40 +94,72 @@ def run(name, options, root, seed):
     }  # fmt: skip
 
 
+def seeds(name):
+    """The seeds that an experiment is run with."""
+    return range(TASKS.get(name.rpartition(":")[0], (None, 1))[1])
+
+
 def table():
-    """The rows as a table in Markdown."""
-    rows, body = tables.read("plans"), []
+    """The rows that compare plans, heads and updates, as a table in Markdown."""
+    rows, body = [row for row in tables.read("plans") if ":" not in row["experiment"]], []
     if not rows:
         return tables.missing("python -m benchmarks.plans --root FOLDER")
     for row in rows:
         seed = "" if row["seed"] == "0" else f", seed {row['seed']}"
-        vote, last = f"{float(row['vote']):.1%}", f"{float(row['last']):.1%}"
-        last = "" if "backpropagation" in row["experiment"] else last
-        body.append((row["experiment"] + seed, vote, last, row["seconds"], f"{row['memory_mib']} MiB"))
-    return tables.table(("what", "vote", "last block", "seconds", "memory of a step"), body) + tables.measured_on(
-        rows[0]
-    )
+        last = "" if "backpropagation" in row["experiment"] else f"{float(row['last']):.1%}"
+        accuracy = (f"{float(row['vote']):.1%}", last)
+        body.append((row["experiment"] + seed, *accuracy, row["seconds"], f"{row['memory_mib']} MiB"))
+    head = ("what", "vote", "last block", "seconds", "memory of a step")
+    return tables.table(head, body) + tables.measured_on(rows[0])
+
+
+def tasks():
+    """The rows of TASKS as a table in Markdown: backpropagation beside the defaults, means of the seeds that both have."""
+    rows, body = {(row["experiment"], row["seed"]): row for row in tables.read("plans")}, []
+    for task in TASKS:
+        pairs = [[rows.get((f"{task}: {kind}", seed)) for kind in BOTH] for seed in "012"]
+        pairs = [pair for pair in pairs if None not in pair]
+        if not pairs:
+            continue
+        backprop, local = zip(*pairs, strict=True)
+        gain = [100 * (float(b["vote"]) - float(a["vote"])) for a, b in pairs]
+        mean = lambda column, some: sum(float(row[column]) for row in some) / len(some)  # noqa: E731
+        body.append((
+            task, len(pairs), f"{mean('vote', backprop):.1%}", f"{mean('vote', local):.1%}", f"{mean('last', local):.1%}",
+            _range(gain), f"{mean('seconds', local) / mean('seconds', backprop):.2f}",
+            f"{mean('memory_mib', local) / mean('memory_mib', backprop):.2f}",
+        ))  # fmt: skip
+    if not body:
+        return tables.missing("python -m benchmarks.plans --root FOLDER")
+    head = ("task", "seeds", "backpropagation", "local, vote", "last block", "points gained", "time", "memory")
+    return tables.table(head, body) + tables.measured_on(local[0])
+
+
+def _range(gains):
+    low, high = (f"{gain:+.1f}" for gain in (min(gains), max(gains)))
+    return low if len(gains) == 1 else f"{low} to {high}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="folder with the data sets' official files")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help="names of experiments")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0, and for some tasks 1 and 2")
     parser.add_argument("--table", action="store_true", help="print the table and train nothing")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table())
+        print(tasks(), table(), sep="\n\n")
         return
     torch.set_num_threads(1)
-    done = {row["experiment"] for row in tables.read("plans") if row["seed"] == str(arguments.seed)}
+    done = {(row["experiment"], int(row["seed"])) for row in tables.read("plans")}
     info = environment()
-    for name in arguments.only or [name for name in EXPERIMENTS if name not in done]:
-        row = run(name, EXPERIMENTS[name], arguments.root, arguments.seed)
-        print(
-            f"{name:45} vote {float(row['vote']):.1%}  last {float(row['last']):.1%}  {row['seconds']} s  {row['memory_mib']} MiB",
-            flush=True,
-        )
+    asked = [(name, seed) for name in arguments.only or EXPERIMENTS for seed in arguments.seeds or seeds(name)]
+    for name, seed in asked:
+        if (name, seed) in done:
+            continue
+        row = run(name, EXPERIMENTS[name], arguments.root, seed)
+        accuracy = f"vote {float(row['vote']):.1%}  last {float(row['last']):.1%}"
+        print(f"{name:60} seed {seed}  {accuracy}  {row['seconds']} s  {row['memory_mib']} MiB", flush=True)
         exists = RESULTS.exists()
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, "a", newline="") as file:

@@ -12,12 +12,11 @@ import argparse
 
 from benchmarks import tables
 from benchmarks.timing import print_environment, write_csv
-from fastff.ops.plan import plan
+from fastff.ops.plan import Gpu, plan
 from fastff.spec import Plan
 
 BYTES, L2_BYTES, BF16, TF32, LAUNCH = 3.35e12, 5.5e12, 989e12, 495e12, 4e-6
 MULTIPROCESSORS, L2 = 132, 30e6  # of 50 MB, what stays while results pass through
-SECOND_MOMENT_CHANNELS = 128  # fastff/kernels/triton/goodness
 CIFAR = [(512, 64, 32), (512, 128, 16), (512, 256, 8), (512, 512, 4)]
 IMAGENET = [(256, 64, 56), (256, 128, 28), (256, 256, 14), (256, 512, 7), (256, 24, 56), (256, 112, 14), (256, 960, 7)]
 SHAPES = [(*shape, K) for shape in CIFAR for K in (10, 100, 1000)] + [(*shape, 1000) for shape in IMAGENET]
@@ -63,13 +62,13 @@ def seconds(moved, through, bf16, tf32):
 def rows():
     for B, C, H, K in SHAPES:
         P = H * H
-        how = plan(B, C, P, K, device_type="cuda", most=SECOND_MOMENT_CHANNELS)
+        how = plan(B, C, P, K, device_type="cuda", gpu=Gpu(2, 90))
         launches = sweep(B, C, P, K, how)
         times = [seconds(*each) for each in launches]
         total = sum(time for time, _ in times) + LAUNCH * len(launches)
         floor = 3 * 2 * B * C * P / BYTES
         yield {
-            "B": B, "C": C, "H": H, "K": K, "algorithm": how.algorithm if len(launches) > 1 else "products",
+            "B": B, "C": C, "H": H, "K": K, "algorithm": how.algorithm,
             "mbytes": sum(each[0] for each in launches) / 1e6, "l2_mbytes": sum(each[1] for each in launches) / 1e6,
             "gflop": sum(each[2] + each[3] for each in launches) / 1e9, "bound": max(times)[1], "launches": len(launches),
             "total_us": total * 1e6, "floor_us": floor * 1e6, "times_floor": total / floor,

@@ -7,9 +7,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def read(name):
-    """Return the rows of results/NAME.csv as dicts, or an empty list if there is no such file."""
-    path = RESULTS / f"{name}.csv"
+def read(name, folder=None):
+    """Return the rows of results/NAME.csv, or of this file in another folder, as dicts, or an empty list if there is no such file."""
+    path = (folder or RESULTS) / f"{name}.csv"
     if not path.exists():
         return []
     with open(path) as file:

@@ -15,6 +15,11 @@ def plain(value):
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
+def kind_of(value):
+    """Return what an error says that came: the dtype of a tensor, the class of anything else."""
+    return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def whole_number(name: str, value: int, least: int = 1, error: type[Exception] = ValueError) -> int:
     """Return `value` as an int. Raises `error` unless it is an integer of at least `least`; a bool is none."""
     value = plain(value)

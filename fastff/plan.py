@@ -9,6 +9,7 @@ A plan says which segments the t-th step has, counted from 0:
 
     plan.at(t, start=0, phase=0)   the segments of step t if the blocks before `start` are trained no more (frozen, or finished)
     plan.voters                    the blocks that some step has a loss for: their heads learn, and vote
+    plan.chains(start=0)           successive ranges of blocks, between which no step has a gradient: ranks may share them
     plan.phases                    how many times fit goes through its epochs; one, but for Greedy
 """
 
@@ -37,6 +38,13 @@ def starting_at(start, segments):
     return tuple(Segment(max(first, start), last) for first, last in segments if last >= start)
 
 
+def chains_of(turns):
+    """Successive ranges of blocks that are as short as they can be without dividing a segment of any of these tuples of segments."""
+    crossed = {i for segments in turns for first, last in segments for i in range(first, last)}
+    blocks = 1 + max(last for segments in turns for _, last in segments)
+    return [range(first, last + 1) for first, last in ending_at([i for i in range(blocks) if i not in crossed])]
+
+
 @dataclass(frozen=True)
 class Turns:
     """Segments that are the same in every step, or several sets of them that take turns.
@@ -55,6 +63,9 @@ class Turns:
 
     def at(self, t, start=0, phase=0):
         return starting_at(start, self.turns[t % len(self.turns)])
+
+    def chains(self, start=0):
+        return chains_of([starting_at(start, segments) for segments in self.turns])
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,9 @@ class Drawn:
         draw = random.Random(f"{self.seed} {t}").random
         return starting_at(start, ending_at([i for i in range(self.blocks) if i + 1 == self.blocks or draw() < 0.5]))
 
+    def chains(self, start=0):
+        return [*(range(i, i + 1) for i in range(start)), range(start, self.blocks)]
+
 
 @dataclass(frozen=True)
 class Greedy:
@@ -95,6 +109,9 @@ class Greedy:
 
     def at(self, t, start=0, phase=0):
         return (Segment(self.frozen + phase, self.frozen + phase),)
+
+    def chains(self, start=0):
+        return [range(self.blocks)]  # one block trains at a time, and the others' ranks would wait
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,9 @@ class Budget:
         if start == 0:
             return whole
         return _fewest(self.memory, self.budget, start, tuple(last for _, last in whole if last >= start))
+
+    def chains(self, start=0):
+        return chains_of([self.at(0, start)])
 
 
 def least(memory):

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastff import plan as plans
 from fastff import spec
-from fastff.arguments import number_between, plain, whole_number
+from fastff.arguments import kind_of, number_between, plain, whole_number
 from fastff.graph.cut import cut
 from fastff.nn.block import LocalBlock, make_head
 from fastff.nn.head import GoodnessHead
@@ -162,11 +162,17 @@ class SFF(nn.Module):
             if index + 1 < len(self.blocks):
                 alive = (block.next_input(main), *others)
 
-    def check_images(self, images):
-        """Returns images. Raises ValueError unless they are [B, *input_shape]; other heights and widths pass where the model takes them."""
-        if not isinstance(images, torch.Tensor) or images.dim() != len(self.input_shape) + 1:
-            got = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-            raise ValueError(f"images: expected [B, {', '.join(map(str, self.input_shape))}], got {got}")
+    def check_images(self, images, amp=False):
+        """Returns images. Raises TypeError or ValueError unless they are [B, *input_shape] in the dtype of the model's parameters.
+
+        Other heights and widths pass where the model takes them. amp: whether autocast, which converts all but float64, is on in any case."""
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+            raise TypeError(f"images: expected a floating-point tensor, got {kind_of(images)}")
+        dtype, autocast = next(self.parameters()).dtype, amp or torch.is_autocast_enabled(images.device.type)
+        if images.dtype != dtype and not (autocast and torch.float64 not in (images.dtype, dtype)):
+            raise TypeError(f"images: expected {dtype} as the model's parameters are, got {images.dtype}")
+        if images.dim() != len(self.input_shape) + 1:
+            raise ValueError(f"images: expected [B, {', '.join(map(str, self.input_shape))}], got {list(images.shape)}")
         if images.shape[1] != self.input_shape[0] and len(self.input_shape) == 3:
             raise ValueError(f"images: expected {self.input_shape[0]} channels, got {images.shape[1]}")
         if self.blocks[0].one_size and images.shape[1:] != self.input_shape:
@@ -240,14 +246,15 @@ class SFF(nn.Module):
         return Prediction(label, confidence, block_of)
 
     def __repr__(self):
-        rows = [("block", "modules", "parameters", "output", "goodness", "epilogue")]
+        rows, total = [("block", "modules", "parameters", "output", "goodness", "epilogue")], 0
         for i, block in enumerate(self.local_blocks):
             name, called = block.module.name, block.module.modules_called
             modules = name if called == [name] or len(called) < 2 else f"{name} ({len(called)} modules)"
-            count = sum(p.numel() for p in self.block_parameters(i))
-            shape = " x ".join(map(str, block.module.output_shape))
-            rows.append((str(i), modules, f"{count:,}", shape, _algorithm(block), str(block.epilogue or "none")))
-        total = sum(p.numel() for i in range(len(self.blocks)) for p in self.block_parameters(i))
+            votes = i in self.plan.voters  # otherwise a later block's loss trains it, and its head is not used
+            count = sum(p.numel() for p in (self.block_parameters(i) if votes else self.blocks[i].parameters()))
+            shape, goodness = " x ".join(map(str, block.module.output_shape)), _algorithm(block) if votes else "none"
+            total += count
+            rows.append((str(i), modules, f"{count:,}", shape, goodness, str(block.epilogue or "none")))
         name, blocks = type(self.model).__name__, f"{len(self.blocks)} blocks ({self.granularity})"
         head = f"SFF: {name} in {blocks}, {self.num_classes} classes, {total:,} parameters"
         options = [

@@ -131,12 +131,26 @@ def bytes_sent(distributed):
         trainer.step(*given)
     ranks.gather(None)
     counted = (tcp_bytes_sent() - before) / steps
-    blocks = [4 * (sum(p.numel() for p in trainer.engine.parameters[index]) + 1) for index in trainer.engine.place.own]
+    blocks = [4 * sum(p.numel() for p in trainer.engine.parameters[index]) for index in trainer.engine.place.own]
     predicted = sum(blocks) * 2 * (ranks.data_size - 1) / ranks.data_size
     if not trainer.engine.place.has_last:
         main = trainer.sff.blocks[trainer.engine.place.own[-1]].output_shape
         predicted += HEADER + sum(-(-n // ALIGN) * ALIGN for n in (8 * 8, 8 * 4 * torch.Size(main).numel()))
     return ranks.gather((counted, predicted))
+
+
+def messages(steps=2):
+    """Sums over ranks in a step of a network whose gradients are 0.8 MiB in 9 blocks."""
+    trainer = Trainer(network("resnet18-8"), SGD, distributed="data")
+    called, original = [], dist.all_reduce
+    dist.all_reduce = lambda *args, **options: called.append(args) or original(*args, **options)
+    try:
+        for images, target in minibatches(steps, torch.float32):
+            trainer.step(images, target)
+    finally:
+        dist.all_reduce = original
+    trainer.synchronize()
+    return len(called) / steps
 
 
 def state_bytes(trainer):
@@ -157,6 +171,9 @@ def main(folder):
         "mobilenet_v3_small": compared(blocks, "mobilenet_v3_small", 20, None),
         "micro-batches": compared(blocks, "resnet18-8", 4, trainer={"micro_batches": 3}, readout=True),
         "placed": compared(Distributed(size, [1] * (size - 1) + [10 - size]), "resnet18-8", 4),
+        "segments that take turns": compared(
+            blocks, "resnet18-8", 4, window=None, plan=[[0, 2, 3, 4, 8], [1, 2, 3, 4, 8]]
+        ),
         "adamw, fit": fitted(blocks, folder / "blocks")["difference"]
         if rank == 0
         else fitted(blocks, folder / "blocks"),
@@ -171,6 +188,8 @@ def main(folder):
         "micro-batches": compared(data, "resnet18-8", 4, readout=True, normalize=None, **wide),
         "sharded": compared(sharded, "resnet18-8", 6, None, readout=True, **wide),
     }
+    if size == 2:
+        found["blocks"]["budget"] = compared(blocks, "resnet18-8", 4, window=None, memory=0.75)
     if size == 4:
         both = Distributed(block_ranks=2, batch_norm="synchronized", shard_optimizer=True)
         found["data"]["blocks too"] = compared(both, "resnet18-8", 6, readout=True, **wide)
@@ -180,6 +199,7 @@ def main(folder):
     found["bytes"] = {"data": bytes_sent(Distributed()), "blocks": bytes_sent(blocks)}
     if size == 4:
         found["bytes"]["both"] = bytes_sent(Distributed(block_ranks=2))
+    found["messages"] = messages()
     # the optimiser's state is split over the ranks
     held = []
     for kind in (data, sharded):
@@ -211,6 +231,12 @@ def main(folder):
         "divisor": refused(lambda: Trainer(network("resnet18-8"), distributed=Distributed(size + 1))),
         "placement": refused(lambda: Trainer(network("resnet18-8"), distributed=Distributed(size, [9] * size))),
         "window": refused(lambda: Trainer(network("resnet18-8", window=2), distributed="block")),
+        "pairs": refused(lambda: Trainer(network("resnet18-8", window=None, plan="pairs"), distributed="block")),
+        "finish": refused(
+            lambda: Trainer(
+                network("resnet18-8", window=None, memory=0.75), finish=0.5, distributed=Distributed(min(size, 2))
+            )
+        ),
         "greedy": refused(lambda: Trainer(network("resnet18-8"), schedule="greedy", distributed="block")),
         "clip": refused(lambda: Trainer(network("resnet18-8"), distributed=sharded, clip_grad_norm=1.0)),
         "network": refused(lambda: Trainer(other, distributed="data")),

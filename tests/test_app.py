@@ -331,3 +331,15 @@ def test_a_notebook_gets_lines_that_do_not_look_like_failures(monkeypatch, capsy
     monkeypatch.setattr(sys, "stderr", stream)
     report.Report(None, True)._print("epoch 1")
     assert capsys.readouterr().out == "epoch 1\n" and not stream.getvalue()
+
+
+def test_a_gpu_trains_in_bf16_unless_told_otherwise(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert experiment.amp_on(gpu, None) == ("bf16" if has else None)
+        assert experiment.amp_on(gpu, "fp32") == "fp32"
+        assert experiment.amp_on(gpu, "fp16") == "fp16"
+        assert experiment.amp_on(cpu, None) is None
+    sff = fastff.SFF(fastff.models.resnet18(10, stem="cifar", width=4), 10, input_shape=(3, 8, 8))
+    assert experiment.build_trainer(experiment.settings(amp="fp32"), sff).options.amp is None

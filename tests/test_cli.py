@@ -443,7 +443,7 @@ WRONG_TRAIN = {
     "granularity": (["--granularity", "blok"], "granularity: expected one of layer, block, stage, model or a list"),
     "module path": (["--granularity", "layer1.0,layer2.9"], "close to it: layer2"),
     "mode": (["--mode", "hebbian"], "mode: expected one of sff, backprop"),
-    "amp": (["--amp", "fp8"], "amp: expected one of bf16, fp16, got 'fp8'"),
+    "amp": (["--amp", "fp8"], "amp: expected one of bf16, fp16, fp32, got 'fp8'"),
     "narrow in channels_last": (["--channels-last"], "channels_last: expected a ResNet of width 16 or more"),
     "schedule": (["--schedule", "random"], "schedule: expected one of all, greedy"),
     "greedy with a window": (["--schedule", "greedy", "--window", "2"], "window: expected 1 with schedule='greedy'"),

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import os
 import random
 import subprocess
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from test_checkpoint import batches, small
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, WeightedRandomSampler
 
 from fastff import Backprop, Trainer
 from fastff.training import checkpoint, optim, report
 from fastff.training.checkpoint import CheckpointError
 from fastff.training.fit import Interrupted
-from fastff.training.randomness import random_state
+from fastff.training.randomness import generators_of, random_state
 
 
 def trained(optimizer=None, **options):
@@ -344,9 +345,65 @@ def test_resumed_draws_are_the_same(make, source, stop, tmp_path):
 
 
 class Drawing(Draws):
-    def __init__(self):
+    def __init__(self, drawn):
         super().__init__("none")
-        self.drawn = np.random.default_rng(0)
+        self.drawn = drawn
+
+
+OF_THIS_FILE, BY_A_METHOD = np.random.default_rng(0), random.Random(0)
+
+
+class DrawsByMethod(Draws):
+    def __getitem__(self, index):
+        return BY_A_METHOD.random()
+
+
+class Batches(list):
+    """A loader of its own kind."""
+
+    drawn: np.random.Generator
+
+
+def of_functions():
+    """Transforms that draw from a generator: of a closure, of the file, of a partial's arguments."""
+    inside = np.random.RandomState(0)
+    yield lambda x: x + inside.rand()
+    yield lambda x: x + OF_THIS_FILE.random()
+    yield functools.partial(torch.add, alpha=random.Random(0))
+
+
+def drawing_loaders():
+    """(how a loader draws from a generator that no checkpoint holds, the loader, what is said of it)"""
+    generator = np.random.default_rng(0)
+    yield "data set", DataLoader(Drawing(generator), batch_size=4), "Drawing has a Generator"
+    yield "list of transforms", DataLoader(Drawing([generator])), "Drawing has a Generator"
+    yield "transform of a subset", DataLoader(Subset(Drawing(Drawing(generator)), range(4))), "Drawing has a Generator"
+    yield (
+        "sampler in a sampler",
+        DataLoader(Draws(""), sampler=Drawing(Drawing(random.Random(0)))),
+        "Drawing has a Random",
+    )
+    yield "method", DataLoader(DrawsByMethod("")), "DrawsByMethod has a Random"
+    owners = "Drawing has a RandomState", "Drawing has a Generator", "partial has a Random"
+    for function, said in zip(of_functions(), owners, strict=True):
+        yield f"function: {said}", DataLoader(Drawing(function)), said
+    loader = Batches()
+    loader.drawn = generator
+    yield "loader", loader, "Batches has a Generator"
+
+
+@pytest.mark.parametrize(("loader", "said"), [pytest.param(*rest, id=name) for name, *rest in drawing_loaders()])
+def test_generators_are_found_wherever_a_loader_has_them(loader, said):
+    assert generators_of(loader) == ([], f"its {said} of its own, whose state is not saved")
+
+
+def test_generators_that_checkpoints_hold_are_found_in_their_order():
+    own, other = torch.Generator(), torch.Generator()
+    loader = DataLoader(Drawing({"a": own}), sampler=WeightedRandomSampler([1.0] * 12, 12, generator=other))
+    loader.dataset.globals = random.random.__self__, np.random.mtrand._rand
+    found, reason = generators_of(loader)
+    assert reason is None and {id(generator) for generator in found} == {id(own), id(other)}
+    assert all(a is b for a, b in zip(found, generators_of(loader)[0], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +413,7 @@ class Drawing(Draws):
             lambda: DataLoader(Draws(""), batch_size=4, num_workers=1, persistent_workers=True),
             "its workers are persistent",
         ),
-        (lambda: DataLoader(Drawing(), batch_size=4), "its Drawing has a Generator of its own"),
+        (lambda: DataLoader(Drawing(np.random.default_rng(0)), batch_size=4), "its Drawing has a Generator of its own"),
         (lambda: loader_of("generator"), "it has 1 generators of its own, the checkpoint has the states of 0"),
     ],
 )

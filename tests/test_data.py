@@ -495,3 +495,8 @@ def test_dataset_loaders():
 def test_a_constant_channel_does_not_divide_by_zero(tmp_path):
     write_idx(tmp_path, train_images=idx_bytes(torch.full((20, 5, 4), 7, dtype=torch.uint8)))
     assert all(x.isfinite().all() for x, _ in load("mnist", root=tmp_path).train_loader(5))
+
+
+def test_a_data_set_prints_as_one_line():
+    text = repr(load("digits", subset=100))
+    assert text == "Dataset(digits: 100 training and 362 test images of [1, 8, 8], 10 classes)"

@@ -56,9 +56,10 @@ def test_equal_to_one_process(ranks, tmp_path):
     whole, parts = zip(*found["state"], strict=True)
     assert len(set(whole)) == 1 and sum(parts) == whole[0] and max(parts) < 1.05 * whole[0] / ranks
     assert found["local"] and found["sampler"]
+    assert found["messages"] == 1
     named = {
-        "divisor": "block_ranks", "placement": "placement", "window": "distributed", "greedy": "distributed", "clip": "shard_optimizer",
-        "network": "sff", "loader": "loader", "share": "loader",
+        "divisor": "block_ranks", "placement": "placement", "window": "distributed", "greedy": "distributed", "pairs": "distributed",
+        "finish": "finish", "clip": "shard_optimizer", "network": "sff", "loader": "loader", "share": "loader",
     }  # fmt: skip
     for case, argument in named.items():
         assert found["refused"][case].startswith(f"{argument}: expected "), case

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_plain import NormAct
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_oracle import CLASSES, Plain, assert_same_training, batches, naive_training, sgd, train, vector
 
 from fastff import SFF, Trainer
@@ -142,12 +143,28 @@ def seeded(function, *args):
     return function(*args)
 
 
+class Kinks(TorchDispatchMode):
+    """Whether a value lies so near to where an activation's derivative jumps that the rounding of float32 may carry it across."""
+
+    places = {
+        "relu": (0,), "leaky_relu": (0,), "_prelu_kernel": (0,), "hardtanh": (0, 6), "hardswish": (-3, 3), "clamp_min": (0,),
+    }  # fmt: skip
+    near = False
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        for place in self.places.get(op._schema.name.removeprefix("aten::").rstrip("_"), ()):
+            off = (args[0] - place).abs()  # zeros of an activation before this one are zeros in every dtype
+            self.near |= bool((off[off > 0] < 1e-6 * args[0].abs().max()).any())
+        return op(*args, **(kwargs or {}))
+
+
 # PyTorch's batch norm loses some digits in channels_last where means are large: 200 times as many in one of these networks.
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def check(seed):
-    """In float64; every second network in float32, too, about as far from float64 as naive training in float32 is."""
+    """In float64; every second network in float32, too, about as far from float64 as naive training in float32 is,
+    unless a value is so near to a kink that rounding chooses its derivative (one network in twenty)."""
     model, options, channels_last = network(seed)
     sff = SFF(model, CLASSES, **options)
     copies = [copy.deepcopy(sff) for _ in range(3)]
@@ -170,7 +187,8 @@ def check(seed):
     narrow = [(x.float(), y) for x, y in data[:1]]
     exact = copy.deepcopy(SFF(network(seed)[0], CLASSES, **options))
     exact.load_state_dict(single.state_dict())
-    seeded(naive_training, exact, data[:1], sgd, window)
+    with Kinks() as kinks:
+        seeded(naive_training, exact, data[:1], sgd, window)
     seeded(train, Trainer(single.float(), sgd), narrow)
     naively = [copy.deepcopy(naive_single).float() for _ in LAYOUTS]
     for other, layout in zip(naively, LAYOUTS, strict=True):
@@ -180,7 +198,7 @@ def check(seed):
         seeded(naive_training, other, narrow, sgd, window)
     error, *allowed = ((vector(s) - vector(exact)).norm() for s in (single, *naively))
     allowed = max(allowed)
-    assert error <= 8 * allowed + 1e-6 * vector(exact).norm(), (
+    assert kinks.near or error <= 8 * allowed + 1e-6 * vector(exact).norm(), (
         f"{error:.3g} from the float64 weights, naive training is {allowed:.3g}"
     )
 

@@ -73,7 +73,7 @@ def test_forward_and_gradients(impl, activation, layout, dtype):
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", ["layer_norm", "layer_norm_channels", "rms"])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "triton"])
 def test_backward_through_normalization_with_another_loss_s_gradients(impl, name, channels_last, overwrite):
     """One pass for two losses: that of x, and a later one of the normalized x, against autograd of their sum in float64."""
     shape = (5, 16, 6, 6)

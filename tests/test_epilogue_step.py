@@ -1,6 +1,7 @@
 """tail_step against autograd of the eager sequence (batch norm, addition, activation, head, loss, layer norm) in float64."""
 
 import copy
+import functools
 import os
 
 import pytest
@@ -16,6 +17,7 @@ from oracle import (
     eager_layer_norm,
     eager_loss,
     op_arguments,
+    peak_memory,
     planned_for,
     same_bits,
 )
@@ -157,6 +159,25 @@ def call(p, impl):
     named = {n: p[n] for n in ("bn_weight", "bn_bias", "residual", "activation", "grid_weight", "tau")}
     with planned_for(p["budget"]):
         return ff.tail_step(p["y"], p["weight"], p["bias"], p["target"], impl=impl, **named, **p["options"])
+
+
+@pytest.mark.skipif("native" not in IMPLEMENTATIONS, reason="of the C++ kernel")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head", ["projection", "groups"])
+def test_memory_is_that_of_the_results(head, dtype, layout):
+    """dL/dy, the residual's gradient and the next input have y's size; samples are widened to float32 one at a time."""
+    y, residual = (torch.randn(64, 16, 16, 16).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    target, size = torch.zeros(64, dtype=torch.int64), y.numel() * y.element_size()
+    for added in (None, residual):
+        options = {"residual": added, "impl": "native"}
+        if head == "projection":
+            run = functools.partial(ff.tail_step, y, torch.randn(10, 16), None, target, **options)
+        else:
+            run = functools.partial(ff.group_tail_step, y, target, groups=4, **options)
+        run()
+        results = 2 if added is None else 3
+        assert peak_memory(run) <= results * size + 2**15
 
 
 @pytest.mark.parametrize(("dtype", "impl"), RUNS)

@@ -1,5 +1,6 @@
 """Recorded steps without a GPU: a recorder that keeps the function and calls it again, as a graph launches its kernels again."""
 
+import contextlib
 import copy
 
 import pytest
@@ -59,16 +60,140 @@ def test_a_recorded_step_is_the_step(kind):
         assert torch.equal(a, b), name
 
 
-def test_what_cannot_be_recorded_is_said():
-    sff = SFF(fastff.models.resnet18(5, stem="cifar", width=4), 5, readout=True)
+def an_sff(**options):
+    return SFF(fastff.models.resnet18(5, stem="cifar", width=4), 5, input_shape=(3, 16, 16), readout=True, **options)
+
+
+def as_on_cuda(monkeypatch, trainer, amp=None):
+    """What recorded() says of a trainer, as if its network were on a GPU, with a Recorder in place of CUDA's."""
+    with monkeypatch.context() as pretended:
+        pretended.setattr(graph, "Cuda", lambda device: Recorder())
+        pretended.setattr(graph, "prepare", lambda engine: None)
+        pretended.setattr(trainer.engine, "device", torch.device("cuda"))
+        return graph.recorded(trainer.engine, trainer.options, amp)
+
+
+def test_what_cannot_be_recorded_is_said(monkeypatch):
     for kind in (Trainer, Backprop):
         with pytest.raises(ValueError, match="cuda_graph: expected a network on a CUDA device, got it on cpu"):
-            kind(sff, adam, cuda_graph=True)
-    device, parameters = torch.device("cuda"), [torch.nn.Parameter(torch.zeros(2))]
-    with pytest.raises(ValueError, match="capturable=True.* got SGD"):
-        graph.prepare([torch.optim.SGD(parameters, lr=0.1)], device, None)
-    with pytest.raises(ValueError, match="cuda_graph: expected amp None or 'bf16'.* got 'fp16'"):
-        graph.prepare([adam(parameters)], device, torch.float16)
+            kind(an_sff(), adam, cuda_graph=True)
+    with pytest.raises(ValueError, match="cuda_graph: expected True, False or 'auto', got 'always'"):
+        Trainer(an_sff(), adam, cuda_graph="always")
+    sgd, half = Trainer(an_sff(), lambda groups: torch.optim.SGD(groups, lr=0.1)), Trainer(an_sff(), adam)
+    assert "capturable=True" in as_on_cuda(monkeypatch, sgd)
+    assert "got SGD" in as_on_cuda(monkeypatch, sgd)
+    assert "expected amp None or 'bf16'" in as_on_cuda(monkeypatch, half, torch.float16)
+    assert "operator by operator: expected a network on a CUDA device, got it on cpu" in repr(Trainer(an_sff(), adam))
+    assert "operator by operator: cuda_graph=False" in repr(Trainer(an_sff(), adam, cuda_graph=False))
+
+
+@pytest.mark.parametrize("kind", [Trainer, Backprop])
+def test_steps_are_recorded_without_being_asked(kind, monkeypatch):
+    trainer = kind(an_sff(), adam)
+    trainer.recorded = trainer.run_step = as_on_cuda(monkeypatch, trainer)
+    assert isinstance(trainer.recorded, graph.StepGraph)
+    batch = torch.randn(4, 3, 16, 16), torch.arange(4)
+    trainer.train_mode()
+    for _ in range(graph.WARM_UP + 2):
+        trainer.run_step(*batch, 0)
+    assert trainer.recorded.recorder.recorded == 1
+    assert "recorded as CUDA graphs after 3 of a shape (1 so far)" in repr(trainer)
+    trainer.sff.blocks[0].eval()  # what Python looks at in a step
+    for _ in range(graph.WARM_UP + 1):
+        trainer.run_step(*batch, 0)
+    assert trainer.recorded.recorder.recorded == 2
+
+
+def test_python_that_may_change_is_not_recorded_unasked(monkeypatch):
+    class Whim(torch.nn.Module):
+        def forward(self, x):
+            return x if torch.rand(()) < 0.5 else -x
+
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), Whim(), torch.nn.Conv2d(8, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 5)
+    )  # fmt: skip
+    trainer = Trainer(SFF(net, 5, "layer", (3, 16, 16)), adam)
+    found = as_on_cuda(monkeypatch, trainer)
+    assert isinstance(found, str)
+    assert "may do something else in each step" in found
+
+
+def test_a_step_that_fails_to_be_recorded_runs_as_it_is(monkeypatch):
+    torch.manual_seed(0)
+    sff = an_sff()
+    plain, trainer = (Trainer(copy.deepcopy(sff), adam) for _ in range(2))
+
+    class Broken(Recorder):
+        def record(self, function):
+            trainer.engine.step.blocks[0].visit((images,), target).backward()
+            raise RuntimeError("cuda_graph: a step of this network cannot be recorded")
+
+    trainer.recorded = trainer.run_step = graph.StepGraph(trainer.engine, Broken(), gives_up=True)
+    images, target = torch.randn(4, 3, 16, 16), torch.arange(4)
+    for _ in range(graph.WARM_UP):
+        assert torch.equal(plain.step(images, target), trainer.step(images, target))
+    before = [
+        p.detach().clone()
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    with pytest.warns(UserWarning, match="not recorded as CUDA graphs"):
+        trainer.step(images, target)
+    assert "cannot be recorded" in repr(trainer)
+    learned = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert all(p.grad is None for p in learned)
+    assert not all(torch.equal(a, b) for a, b in zip(before, learned, strict=True))  # the step was made
+
+
+def test_recordings_share_memory_and_let_other_threads_be(monkeypatch):
+    """Each torch.cuda.graph gets the same pool, and errors of its own thread alone end it."""
+    seen = []
+
+    class Graph:
+        def replay(self):
+            pass
+
+    @contextlib.contextmanager
+    def capture(graph, **options):
+        seen.append(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    recorder = graph.Cuda(torch.device("cuda"))
+    for _ in range(2):
+        recorder.record(lambda: None)
+    first, second = seen
+    assert first["pool"] is second["pool"]
+    assert first["capture_error_mode"] == second["capture_error_mode"] == "thread_local"
+
+
+def test_plans_that_move_are_not_recorded_for_ever():
+    trainer = Trainer(an_sff(), adam)
+    step = graph.StepGraph(trainer.engine, Recorder(), gives_up=True)
+    step.graphs = dict.fromkeys(range(graph.MOST))
+    trainer.train_mode()
+    for _ in range(graph.WARM_UP + 1):
+        step(torch.randn(4, 3, 16, 16), torch.arange(4), 0)
+    assert step.recorder.recorded == 0
+
+
+def test_a_rate_that_is_set_by_hand_reaches_the_recorded_step():
+    trainer = Trainer(an_sff(), adam)
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"])
+    step = graph.StepGraph(trainer.engine, Recorder())
+    group, rate = step.rates[0]
+    group["lr"] = 0.25
+    trainer.train_mode()
+    for _ in range(graph.WARM_UP + 1):
+        step(torch.randn(4, 3, 16, 16), torch.arange(4), 0)
+    assert group["lr"] is rate
+    assert float(rate) == 0.25
 
 
 def test_learning_rates_of_recorded_steps_are_tensors():

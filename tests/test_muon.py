@@ -99,6 +99,33 @@ def test_wide_weights_are_taken_in_parts_whatever_their_layout(layout):
     torch.testing.assert_close(p.detach().flatten(1), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_recorded_step_reads_the_rate_from_a_tensor():
+    """A CUDA graph's learning rate is a tensor, which its replays read (training/graph.py)."""
+    torch.manual_seed(0)
+    weights, grads = (torch.randn(70, 4, 3, 3), torch.randn(6)), (torch.randn(70, 4, 3, 3), torch.randn(6))
+    found = []
+    for lr in (0.1, torch.tensor(0.1)):
+        params = [nn.Parameter(w.clone()) for w in weights]
+        groups = [{"params": params[:1], "orthogonal": True}, {"params": params[1:]}]
+        optimizer = Muon(groups, lr=lr)
+        for _ in range(2):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone()
+            optimizer.step()
+        found.append(params)
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_of_two_dtypes():
+    params = [nn.Parameter(torch.ones(8, 8, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    for p in params:
+        p.grad = torch.eye(8, dtype=p.dtype)
+    Muon([{"params": params, "orthogonal": True}], lr=0.1).step()
+    Muon([{"params": params}], lr=0.1).step()
+    torch.testing.assert_close(params[0].double(), params[1], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["sff", "backprop"])
 def test_training_goes_on_from_a_checkpoint_with_the_same_bits(kind, tmp_path):
     def trainer():

@@ -114,11 +114,34 @@ def test_a_failing_compiler(checkout, force):
         assert wheels[0].name.endswith("-py3-none-any.whl"), "a wheel without machine code runs everywhere"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="setup.py looks for nvcc on Linux")
+@pytest.mark.parametrize("force", [False, True])
+def test_an_nvcc_that_fails(checkout, force):
+    """The CUDA library alone is left out, or the build fails where one is asked for."""
+    for source in (checkout / "csrc" / "cpu").glob("*.cpp"):
+        source.name == "module.cpp" or source.unlink()  # the libraries are empty: no time lost on compiling them
+    compiler = checkout / "cuda" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    wanted = {"CUDA_HOME": str(checkout / "cuda"), "FASTFF_LEVELS": "baseline"} | (
+        {"FASTFF_FORCE_BUILD": "1"} if force else {}
+    )
+    run, said, wheels = build_wheel(checkout, torch=True, **wanted)
+    assert (run.returncode != 0) == force, run.stderr
+    assert f"{compiler} failed" in run.stderr
+    if not force:
+        names = [name for name in zipfile.ZipFile(wheels[0]).namelist() if name.endswith(".so")]
+        assert names == ["fastff/_C_baseline.abi3.so"]
+
+
 def test_the_compiled_library_runs_with_glibc_2_28():
     """Whatever compiled it: no symbol is newer than those of the tag manylinux_2_28."""
     if sys.platform != "linux" or shutil.which("objdump") is None:
         pytest.skip("needs Linux and objdump")
-    libraries = list((ROOT / "fastff").glob("_C*.so"))
+    libraries = set((ROOT / "fastff").glob("_C*.so")) - set(
+        (ROOT / "fastff").glob("_C_cuda.*")
+    )  # wheels have no CUDA library
     for library in libraries:
         if not is_fresh(library):
             continue

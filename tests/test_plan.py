@@ -258,3 +258,11 @@ def test_the_default_plan_is_a_few_segments():
     sff = small()
     assert sff.window is None and [tuple(s) for s in sff.plan.at(0)] == [(0, 1), (2, 3), (4, 8)]
     assert sff.plan.voters == (1, 3, 8)
+
+
+def test_chains_are_not_divided_by_a_segment_of_any_step():
+    assert plans.window(1, 3).chains() == [range(1), range(1, 2), range(2, 3)]
+    assert plans.window(2, 3).chains() == plans.pairs(3).chains() == plans.Drawn(3).chains() == [range(3)]
+    assert plans.of([[0, 2, 4], [1, 2, 4]], 5).chains() == [range(3), range(3, 5)]
+    assert plans.of([1, 3], 4).chains(1) == [range(1), range(1, 2), range(2, 4)]  # a frozen block is one of its own
+    assert plans.Drawn(3).chains(1) == [range(1), range(1, 3)]

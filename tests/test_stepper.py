@@ -11,6 +11,7 @@ from fastff.training.optim import Stepper
 MAKERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, fused=True),
     "adam": lambda groups: torch.optim.Adam(groups, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9), fused=True),
+    "recorded": lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(1e-2), fused=True, capturable=True),
     "amsgrad": lambda groups: torch.optim.AdamW(groups, lr=1e-2, fused=True, amsgrad=True),
     "maximize": lambda groups: torch.optim.AdamW(groups, lr=1e-2, fused=True, maximize=True),
     "plain adam": lambda groups: torch.optim.Adam(groups, lr=1e-2),
@@ -53,7 +54,7 @@ def test_same_bits(name):
         plain.step()
         plain.zero_grad()
         same(ours, theirs)
-    assert bool(step.groups) == (name in ("adamw", "adam")), "the quick way is taken where it is meant"
+    assert bool(step.groups) == (name in ("adamw", "adam", "recorded")), "the quick way is taken where it is meant"
     for a, b in zip(optimizer.state_dict()["state"].values(), plain.state_dict()["state"].values(), strict=True):
         assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 

@@ -114,6 +114,25 @@ def test_native_variances_where_the_first_values_are_unlike_the_others(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [1e-45, 1e-42, 1e-40, 1e-38, 1e-20])
+def test_native_variances_of_tiny_values(scale, layout):
+    """Squares of these are no floats, and between the smallest ones and their mean lies no float either."""
+    y = (torch.rand(4, 3, 6, 6) * scale).contiguous(memory_format=LAYOUTS[layout])
+    normalization, results = spec.Normalization("layer_norm"), []
+    for dtype, impl in ((torch.float32, "native"), (torch.float64, "torch")):
+        row, given = next(row.run for row in TABLES["epilogue"] if row.name == impl), y.to(dtype)
+        x, normalized, mean, var = row.forward(given, spec.Epilogue(), normalization)
+        plain = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)  # so that layer norm sees the tiny values
+        found = row.backward(
+            given, spec.Epilogue(), *plain, grad_normalized=torch.ones_like(given), normalization=normalization
+        )
+        results.append((x, normalized, mean, var, found.y))
+    rounding = 2.0**-149 / 1e-5  # of a mean, divided by both square roots of eps
+    for got, exact in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=rounding)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "size", [(1, 3, 1 << 16, 16), (1, 16, 512, 512), (1, 16, 1, 1 << 18), (30_000, 3, 1, 1)], ids=str
 )

@@ -52,6 +52,21 @@ def test_a_name_runs_or_raises_with_the_reason():
         choose("op", ROWS, "triton", SINGLE)
 
 
+def test_a_row_that_does_not_take_a_call_is_passed_over():
+    fast = Implementation(
+        "cuda", always, "fastest", takes=lambda call: None if call == "small" else f"{call} is no call for it"
+    )
+    for impl in ("auto", "cuda,native"):
+        assert (
+            choose("op", [fast, *ROWS], impl, SINGLE, "small").run
+            == choose("op", [fast, *ROWS], impl, SINGLE).run
+            == "fastest"
+        )
+        assert choose("op", [fast, *ROWS], impl, SINGLE, "large").run == "fast"
+    with pytest.raises(RuntimeError, match="cuda: large is no call for it"):
+        choose("op", [fast, *ROWS], "cuda", SINGLE, "large")
+
+
 def test_names_in_order_of_preference():
     assert choose("op", ROWS, "triton, native,reference", SINGLE).run == "fast"
     assert choose("op", ROWS, "triton,native,reference", HALF).run == "slow"
@@ -89,8 +104,14 @@ def test_public_functions_follow_both(monkeypatch):
         functions = {name: spy(calls, (op, row.name, name), getattr(row.run, name)) for name in ("goodness", "step")}
         return row._replace(run=types.SimpleNamespace(**functions))
 
-    for op, module in (("goodness", ops.goodness), ("layer_norm", ops.layer_norm)):
-        monkeypatch.setattr(module, "ROWS", [spied(op, row) for row in module.ROWS if row.name != "triton"])
+    tables = {
+        "goodness": (ops.goodness, "ROWS"),
+        "goodness_step": (ops.goodness, "STEP_ROWS"),
+        "layer_norm": (ops.layer_norm, "ROWS"),
+    }
+    for op, (module, name) in tables.items():
+        rows = [spied(op, row) for row in getattr(module, name) if row.name not in ("cuda", "triton")]
+        monkeypatch.setattr(module, name, rows)
     ff.goodness(x, weight, impl="reference")
     ff.layer_norm(x, impl="reference")
     assert calls == [("goodness", "reference", "goodness"), ("layer_norm", "reference")]
@@ -99,7 +120,7 @@ def test_public_functions_follow_both(monkeypatch):
         monkeypatch.setenv("FASTFF_IMPL", name)
         ff.goodness_step(x, weight, None, target)
         ff.layer_norm(x)
-        assert calls == [("goodness", "torch", "step"), ("layer_norm", "torch")]
+        assert calls == [("goodness_step", "torch", "step"), ("layer_norm", "torch")]
     with pytest.raises(RuntimeError, match="there is no such implementation of goodness yet"):
         ff.goodness(x, weight, impl="cuda")
 

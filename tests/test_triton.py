@@ -3,16 +3,18 @@
 Interpreted runs are processes of their own, since Triton decides at its import. With a GPU the same files run on it through `make gpu`."""
 
 import glob
-import inspect
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from launches import as_on_a_gpu, compiled
 
 from fastff import spec
 
@@ -24,6 +26,7 @@ INTERPRETED = {
     "goodness_step": ("test_goodness.py", "test_goodness_step_and_loss or empty_batch or not_a_number or labels"),
     "layer_norm": ("test_layer_norm.py", "triton"),
     "epilogue": ("test_epilogue_step.py", "test_tail_step"),
+    "epilogue of two losses": ("test_epilogue.py", "another_loss and triton"),
     "depthwise": ("test_depthwise.py", "values or empty"),
     "group_goodness": ("test_group_goodness.py", "step or alone"),
     "group_epilogue": ("test_group_epilogue_step.py", "test_step and triton and (none or l2 or rms)"),
@@ -59,42 +62,6 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
 # --- ahead of time
 
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
-INTEGERS = {"target": "*i64", "starts": "*i32", "group_of": "*i32"}
-NUMBERS = {"tau", "margin", "label_smoothing", "scale", "eps", "theta", "theta_gap", "alpha"}
-ACTIVATIONS = {"x", "residual", "grad_x", "normalized", "y", "grad_h", "grad_y"}
-POINTERS = ACTIVATIONS | set(INTEGERS) | {
-    "affine", "weight", "bias", "g", "d", "second", "mu", "sums", "means", "cells", "losses", "grad_tau", "learned_tau", "grad_scale", "largest",
-    "grad_weight", "grad_bias", "partial", "channel_sums", "factors", "grid_weight", "term", "weights", "grad_grid", "out",
-}  # fmt: skip
-DIVISIBLE = {"C", "P", "sample_stride", "channel_stride", "position_stride", "n", "share", "positions", "xb"}
-
-
-def compiled(kernel, dtype, arch, warps, options=None, **fixed):
-    """The kernel for x of `dtype`. Arguments, and fields of its bundles of them, that are fixed to None are absent, to a number constant."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants, attributes, unknown = {}, {}, set(fixed)
-
-    def declared(name, path, bundle):
-        """The type of an argument, or of all fields of a bundle."""
-        unknown.discard(name)
-        if hasattr(bundle, "_fields") and name not in fixed:
-            return bundle(*(declared(field, (*path, i), None) for i, field in enumerate(bundle._fields)))
-        if name in fixed:
-            constants[path] = fixed[name]
-            return "constexpr"
-        if name in POINTERS or name in DIVISIBLE:
-            attributes[path] = [["tt.divisibility", 16]]
-        if name in POINTERS:
-            return INTEGERS.get(name, f"*{dtype if name in ACTIVATIONS else 'fp32'}")
-        return "fp32" if name in NUMBERS else "i32"
-
-    parameters = inspect.signature(kernel.fn).parameters.values()
-    signature = {p.name: declared(p.name, (i,), p.annotation) for i, p in enumerate(parameters)}
-    assert not unknown, unknown
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options or {"num_warps": warps})
 
 
 def spilled(binary, arch):
@@ -118,64 +85,46 @@ def assembled(binary, arch):
     raise AssertionError(said.stderr)
 
 
-def sweeps(dtype, arch, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False):
-    """[(kernel, options, programs of a multiprocessor, fixed)]: launches that a step (with an epilogue, where there is an activation) makes for
-    this shape; with cells and an epilogue, which is not one sweep, the second part of it."""
-    from fastff.kernels.triton import blocks
-    from fastff.kernels.triton.goodness import direct, head_second_moment, second_moment
+def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False, B=8):
+    """[(kernel, arguments, keywords)]: the launches of the goodness that a step (with an epilogue, where there is an activation) makes."""
+    from fastff.kernels.triton import blocks, goodness
 
-    size = 4 if dtype == "fp32" else 2
-    b = blocks.table(algorithm, 512, C, P, K, cells, size, activation is not None, arch)
-    second, precision = algorithm == "second_moment", "ieee" if dtype == "fp32" else "tf32"
-    inside = cells and not second and activation is None
-    H = int(P**0.5)
-    config = {
-        "C": C, "P": P, "H": H, "W": P // H, "K": K, "GH": int(cells**0.5) or 1, "GW": int(cells**0.5) or 1, "CHANNELS_LAST": channels_last,
-        "NS": b.NS, "BP": b.BP, "BC": b.BC, "BK": b.BK, "BG": b.BG, "LK": triton.next_power_of_2(K), "ACTIVATION": activation,
-        "PRECISION": precision, "HEAD_PRECISION": precision, "CELL_PRECISION": "tf32x3" if dtype == "fp32" else "tf32", "NORM": 1,
-        "WHOLE": True, "FIRST": inside or not cells, "HEAD": second and not cells, "LOSS": None if cells and not inside else 0, "SECOND": True,
-    }  # fmt: skip
-    absent = {"learned_tau", "grad_scale", "grad_tau"} | ({"bias"} if not bias else set())
-    absent |= {"residual", "affine"} if activation is None else set()
-    absent |= set() if inside else {"term", "grid_weight", "means"}
-    absent |= {"cells"} if not cells else set()
-    absent |= {"second", "mu"} if not second else {"mu"} if not bias else set()
-    fixed = config | dict.fromkeys(absent) | {"parts": 1}
-    found = [(second_moment if second else direct, blocks.options(b), blocks.resident(b), fixed)]
-    if second and activation is None:
-        kept = {name: fixed[name] for name in ("bias", "mu") if name in fixed} | {"BK": b.HK}
-        unused = dict.fromkeys({"grid_weight", "means", "cells", "term", "g", "sums"})
-        found.append((head_second_moment, {"num_warps": b.head_warps}, 1, config | kept | unused))
-    return found
+    H, G = math.isqrt(P), math.isqrt(cells)
+    x = torch.zeros(B, C, H, H, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    around = activation and spec.Epilogue(
+        torch.ones(C), torch.ones(C), residual=torch.zeros_like(x), activation=activation
+    )
+    head = spec.Projection(
+        torch.ones(K, C, 1, 1), torch.ones(K) if bias else None, torch.ones(K, C, G, G) if G else None
+    )
+    loss = spec.Loss(target=torch.zeros(B, dtype=torch.int64))
+    step = spec.Step(x, around, head, loss, spec.Normalization("layer_norm"))
+    with mock.patch.object(blocks, "architecture", lambda device: arch), as_on_a_gpu(1) as launches, launches:
+        goodness.step(step, spec.Plan(algorithm, B, K))
+    kernels = (goodness.direct, goodness.second_moment, goodness.head_second_moment)
+    return [launch for launch in launches.recorded if launch[0] in kernels]
 
 
-# (compute capability, dtype, algorithm, C, P, K, cells, activation, channels_last, bias); activation 4 is SiLU, the costliest but GELU
-CASES = [(90, "bf16", "direct", *shape) for shape in [(64, 1024, 10), (128, 256, 100), (512, 16, 10), (24, 3136, 10)]]
-CASES += [(90, "bf16", "direct", 64, 1024, 10, 16), (90, "bf16", "direct", 64, 1024, 10, 0, 4)]
-CASES += [(90, "bf16", "direct", 64, 1024, 10, 0, None, False, True), (90, "fp32", "direct", 64, 1024, 10)]
-CASES += [
-    (80, "bf16", "direct", 128, 256, 10),
-    (86, "bf16", "direct", 64, 1024, 10),
-    (100, "bf16", "direct", 128, 256, 10),
-]
-CASES += [
-    (90, "bf16", "second_moment", *shape) for shape in [(64, 1024, 1000), (128, 784, 1000), (64, 1024, 100, 0, 4)]
-]
-CASES += [(80, "bf16", "second_moment", 64, 1024, 100)]
-MORE = [(90, "bf16", "direct", *shape) for shape in [(64, 1024, 100), (128, 256, 10), (256, 64, 10), (256, 64, 100)]]
-MORE += [(90, "bf16", "direct", *shape) for shape in [(256, 196, 100), (960, 49, 10), (512, 16, 10, 16), (40, 784, 10)]]
-MORE += [(90, "bf16", "direct", *shape) for shape in [(256, 64, 10, 0, 4), (64, 1024, 10, 16, 4), (128, 256, 10, 0, 4)]]
-MORE += [
-    (90, "fp16", "direct", 128, 256, 100),
-    (90, "fp32", "direct", 256, 64, 10),
-    (90, "fp32", "direct", 64, 1024, 10, 0, 4),
-]
-MORE += [
-    (arch, "bf16", "direct", C, P, K) for arch in (80, 86, 100, 120) for C, P, K in [(64, 1024, 32), (256, 64, 10)]
-]
-MORE += [(100, "bf16", "direct", 128, 256, 100), (90, "fp32", "second_moment", 64, 1024, 1000)]
-MORE += [(90, "bf16", "second_moment", *shape) for shape in [(24, 3136, 1000), (112, 196, 1000), (64, 1024, 100, 16)]]
-MORE += [(arch, "bf16", "second_moment", 64, 1024, 1000) for arch in (86, 100, 120)]
+# (compute capability, dtype, algorithm, C, P, K, cells, activation, channels_last, bias); SiLU is the costliest activation but GELU
+CASES = [
+    *((90, "bf16", "direct", *shape) for shape in [(64, 1024, 10), (128, 256, 100), (512, 16, 10), (24, 3136, 10)]),
+    (90, "bf16", "direct", 64, 1024, 10, 16), (90, "bf16", "direct", 64, 1024, 10, 0, "silu"),
+    (90, "bf16", "direct", 64, 1024, 10, 0, None, False, True), (90, "fp32", "direct", 64, 1024, 10),
+    (80, "bf16", "direct", 128, 256, 10), (86, "bf16", "direct", 64, 1024, 10), (100, "bf16", "direct", 128, 256, 10),
+    *((90, "bf16", "second_moment", *shape) for shape in [(64, 1024, 1000), (128, 784, 1000), (64, 1024, 100, 0, "silu")]),
+    (80, "bf16", "second_moment", 64, 1024, 100),
+]  # fmt: skip
+MORE = [
+    *((90, "bf16", "direct", *shape) for shape in [(64, 1024, 100), (128, 256, 10), (256, 64, 10), (256, 64, 100)]),
+    *((90, "bf16", "direct", *shape) for shape in [(256, 196, 100), (960, 49, 10), (512, 16, 10, 16), (40, 784, 10)]),
+    *((90, "bf16", "direct", *shape, "silu") for shape in [(256, 64, 10, 0), (64, 1024, 10, 16), (128, 256, 10, 0)]),
+    (90, "fp16", "direct", 128, 256, 100), (90, "fp32", "direct", 256, 64, 10), (90, "fp32", "direct", 64, 1024, 10, 0, "silu"),
+    *((arch, "bf16", "direct", C, P, K) for arch in (80, 86, 100, 120) for C, P, K in [(64, 1024, 32), (256, 64, 10)]),
+    (100, "bf16", "direct", 128, 256, 100), (90, "fp32", "second_moment", 64, 1024, 1000),
+    *((90, "bf16", "second_moment", *shape) for shape in [(24, 3136, 1000), (112, 196, 1000), (64, 1024, 100, 16)]),
+    *((arch, "bf16", "second_moment", 64, 1024, 1000) for arch in (86, 100, 120)),
+]  # fmt: skip
 if os.environ.get("FASTFF_SHAPES") == "all":  # each takes about 3 s of a CPU
     CASES += MORE
 
@@ -184,94 +133,26 @@ if os.environ.get("FASTFF_SHAPES") == "all":  # each takes about 3 s of a CPU
 def test_fits_the_chip(case):
     """No spills; registers and shared memory for the programs that a multiprocessor is given; tensor cores, on sm_90 warpgroups of them with
     positions as their rows; asynchronous copies, and accesses of 16 bytes, where C % 8 == 0."""
-    arch, dtype, _, C, *_ = case
-    for kernel, options, programs, fixed in sweeps(dtype, *(case[0], *case[2:])):
-        name = kernel.fn.__name__
-        binary = compiled(kernel, dtype, arch, None, options, **fixed)
+    from fastff.kernels.triton import blocks
+
+    arch, dtype, algorithm, C, *_ = case
+    launches = sweeps(*case)
+    assert launches, "PyTorch's operators run"
+    for kernel, args, kwargs in launches:
+        name, config = kernel.fn.__name__, args[-1]
+        sweep = name != "head_second_moment"
+        programs = blocks.resident(blocks.Blocks(*[0] * 5, kwargs["num_warps"])) if sweep else 1
+        binary = compiled(kernel, args, kwargs, arch)
         assembly, shared = binary.asm["ptx"], binary.metadata.shared
         spills, registers = assembled(binary, arch)
         assert spills == 0, f"{name}: {spills} bytes spilled"
-        assert registers * 32 * options["num_warps"] * programs <= 2**16, f"{name}: {registers} registers"
+        assert registers * 32 * kwargs["num_warps"] * programs <= 2**16, f"{name}: {registers} registers"
         assert shared * programs <= SHARED[arch], f"{name}: {shared} bytes of shared memory, {programs} programs"
         assert "cp.async" in assembly, f"{name}: loads are not asynchronous"
-        if name == "head_second_moment":
+        if not sweep:
             continue
         assert not re.search(r"(ld|st)\.global\.b16", assembly), f"{name}: accesses of 2 bytes"
-        if dtype != "fp32" and C >= 64:
+        if dtype != "fp32" and C >= 64 and config.SECOND.value:
             products = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(arch, "mma.sync")
             assert assembly.count(products) >= 3, f"{name}: {products} {assembly.count(products)} times"
-            assert arch != 90 or fixed["GH"] > 1 or case[2] != "direct" or "mma.sync" not in assembly, name
-
-
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_batch_norm_sums_fit_the_chip(arch, dtype):
-    from fastff.kernels.triton import epilogue as module
-
-    config = {"ACTIVATION": spec.ACTIVATIONS.index("silu"), "R": module.POSITIONS, "BC": 64, "channel_stride": 1}
-    kernels = (
-        (module.channel_sums, 8, {"residual": None, "affine": None}),
-        (module.derive, 8, {}),
-        (module.apply, 4, {}),
-        (module.finish, 4, {}),
-    )
-    for kernel, warps, fixed in kernels:
-        binary = compiled(kernel, dtype, arch, warps, **config, **fixed)
-        assert spilled(binary, arch) == 0, kernel.fn.__name__
-
-
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_layer_norm_fits_the_chip(arch, dtype):
-    from fastff.kernels.triton.layer_norm import BLOCK, kernel
-
-    for stages in ({"SUMS": True, "WRITE": True}, {"SUMS": False, "WRITE": True}):
-        binary = compiled(kernel, dtype, arch, 8, BLOCK=BLOCK, **stages)
-        assert binary.metadata.shared <= SHARED[arch]
-        assert spilled(binary, arch) == 0
-
-
-@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_depthwise_fits_the_chip(channels_last, arch, dtype):
-    from fastff.kernels.triton import depthwise as module
-
-    R, BC, warps = module.tiles(channels_last, 240)
-    inner = {"channel_stride": 1} if channels_last else {"column_stride": 1}
-    for kernel, stride in ((3, 2), (5, 1)):
-        sizes = {"STRIDE": stride, "PADDING": kernel // 2, "KERNEL": kernel, "R": R, "BC": BC} | inner
-        sizes["TAPS"] = triton.next_power_of_2(kernel**2)
-        for launch, fixed in (
-            (module.convolve, {"ADJOINT": False}),
-            (module.convolve, {"ADJOINT": True}),
-            (module.weight_gradient, {"ADJOINT": False}),
-        ):
-            binary = compiled(launch, dtype, arch, warps, **sizes, **fixed)
-            assert binary.metadata.shared <= SHARED[arch]
-            assert spilled(binary, arch) == 0, f"{launch.fn.__name__} {kernel} x {kernel}"
-
-
-@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "fp16")])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_group_goodness_fits_the_chip(channels_last, arch, dtype):
-    from fastff.kernels.triton import group_goodness as module
-
-    norms, lengths = ("group_norm", "layer_norm_channels"), ("l2", "l2_channels")
-    for C, P, K, loss, names in [
-        (64, 1024, 10, 0, norms), (960, 49, 100, 0, norms), (128, 256, 1, 1, norms), (500, 1, 1, 4, lengths)
-    ]:  # fmt: skip
-        BC, R = module.tiles(channels_last, C, P)
-        fixed = dict.fromkeys(["learned_tau", "grad_tau"]) | {
-            "POWER": 2, "MEAN": True, "GOODNESS": True, "LOSS": loss, "MEMBERS": 1 + (loss == 4), "BC": BC, "R": R,
-            "KP": triton.next_power_of_2(K), "GP": triton.next_power_of_2(-(-C // K)), "channel_stride" if channels_last else "position_stride": 1,
-        }  # fmt: skip
-        of_samples, of_positions = (spec.NORMALIZATIONS.index(name) for name in names)
-        absent = {"d": None, "sums": None, "factors": None, "target": None}
-        absent |= {} if loss else {"LOSS": None, "losses": None, "grad_x": None, "grad_scale": None}
-        for kernel, more in (
-            (module.samples, {"NORM": of_samples} | ({"target": None} if loss else {})),
-            (module.positions, {"NORM": of_positions} | absent),
-        ):
-            binary = compiled(kernel, dtype, arch, module.WARPS, **fixed | more)
-            assert binary.metadata.shared <= SHARED[arch]
-            assert spilled(binary, arch) == 0, kernel.fn.__name__
+            assert arch != 90 or config.GH.value > 1 or algorithm != "direct" or "mma.sync" not in assembly, name

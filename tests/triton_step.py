@@ -4,8 +4,6 @@ interpreted, with TRITON_INTERPRET=1."""
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime.interpreter import GridExecutor
 
 from fastff import spec
 from fastff.kernels.torch import goodness as plain
@@ -100,77 +98,14 @@ def test_many_classes_are_left_to_products():
     torch.testing.assert_close(got, plain.goodness(x, spec.Projection(weight), spec.Plan("direct", 3, 140)))
 
 
-class Launches(TorchDispatchMode):
-    """Counts what would start a kernel on a GPU: PyTorch's operators but those that make memory or views, and Triton's launches."""
-
-    FREE = (
-        "empty",
-        "view",
-        "split",
-        "unbind",
-        "select",
-        "slice",
-        "as_strided",
-        "alias",
-        "detach",
-        "permute",
-        "transpose",
-        "reshape",
-        "expand",
-        "squeeze",
-    )
-
-    def __enter__(self):
-        self.found, self.run = [], GridExecutor.__call__
-        GridExecutor.__call__ = lambda kernel, *args, **kwargs: self.launch(kernel, args, kwargs)
-        return super().__enter__()
-
-    def launch(self, kernel, args, kwargs):
-        self.found.append(kernel.fn.__name__)
-        with _disable_current_modes():  # the interpreter's own
-            self.run(kernel, *args, **kwargs)
-
-    def __exit__(self, *args):
-        GridExecutor.__call__ = self.run
-        return super().__exit__(*args)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not any(name in str(func) for name in self.FREE):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "grid", "kernels"),
-    [
-        ("direct", 0, ["direct", "reduce"]),
-        ("direct", 2, ["direct", "reduce"]),
-        ("second_moment", 0, ["second_moment", "head_second_moment", "reduce"]),
-    ],
-)
-def test_launches_of_a_goodness_step(algorithm, grid, kernels):
-    x, weight, bias = torch.randn(6, 16, 4, 4), torch.randn(5, 16, 1, 1), torch.randn(5)
-    head = spec.Projection(weight, bias, torch.randn(5, 16, grid, grid) if grid else None)
-    loss = spec.Loss("cross_entropy", torch.arange(6) % 5, learned_tau=torch.tensor(1.0))
-    with Launches() as counted:
-        goodness.step(spec.Step(x, None, head, loss, spec.Normalization("layer_norm")), spec.Plan(algorithm, 6, 5))
-    assert counted.found == kernels
-
-
-def test_launches_of_a_step_with_a_hidden_layer():
-    """Two sweeps, the loss, the reduction, and 15 operators of PyTorch between them."""
-    head = spec.Projection(
-        torch.randn(5, 16, 1, 1),
-        None,
-        torch.randn(5, 8, 2, 2),
-        (0, 0),
-        torch.randn(8, 16),
-        torch.ones(8),
-        torch.zeros(8),
-    )
-    step = spec.Step(
-        torch.randn(6, 16, 4, 4), None, head, spec.Loss(target=torch.arange(6) % 5), spec.Normalization("layer_norm")
-    )
-    with Launches() as counted:
-        goodness.step(step, spec.Plan("direct", 6, 5))
-    assert len(counted.found) == 19, counted.found
+@pytest.mark.parametrize("C", [5, 300])
+def test_running_statistics_are_those_of_batch_norm(C):
+    torch.manual_seed(0)
+    x, (mean, var) = torch.randn(4, C, 3, 3), (torch.randn(C), torch.rand(C))
+    tracked, own_mean, own_var = torch.tensor(6), mean.clone(), var.clone()
+    F.batch_norm(x, mean, var, training=True, momentum=0.3)
+    of_batch = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    epilogue.update_running_statistics(own_mean, own_var, tracked, *of_batch, 0.3, 36)
+    assert int(tracked) == 7
+    torch.testing.assert_close(own_mean, mean)
+    torch.testing.assert_close(own_var, var)

@@ -66,3 +66,28 @@ def test_a_failing_candidate_is_left_out_but_the_table_must_run():
     calls.clear()
     with pytest.raises(RuntimeError, match="out of resource"):
         tuning.tune(torch.device("cpu"), lambda step: clock(step, 1), **shape)
+
+
+def test_candidates_are_compiled_by_a_pool_of_processes(tmp_path, monkeypatch):
+    """Each process makes a step, and one that fails does not end the others."""
+    sizes = blocks.table("direct", 4, 16, 16, 5, 0, 4)
+    case, said = tuning.Case("direct", 4, 16, 4, 5, torch.float32), []
+    jobs = [(case, sizes, torch.device("cpu")), (case, sizes._replace(BP=3), torch.device("cpu"))]
+    tuning.compile_ahead(jobs, 2, said.append)
+    assert said == ["compiling 2 candidates in 2 processes"]
+    pools = []
+
+    def compile_ahead(jobs, processes, report):
+        pools.append((len(jobs), processes))
+
+    monkeypatch.setattr(tuning, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(tuning.Case, "step", lambda self, device: lambda sizes: None)
+    monkeypatch.setattr(blocks, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(blocks, "architecture", lambda device: 90)
+    for processes in (3, 0):
+        tuning.tune(torch.device("cuda"), lambda step: 1.0, shapes=[(16, 4, 5)], B=4, processes=processes)
+    of_both = sum(
+        len(list(tuning.candidates(case._replace(algorithm=a, dtype=torch.bfloat16).table(torch.device("cpu")))))
+        for a in ("direct", "second_moment")
+    )
+    assert pools == [(of_both, 3)]

@@ -202,12 +202,12 @@ void repeat_in_place(Buffer<float>& v, int64_t times) {
 
 }  // namespace
 
-Epilogue::Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps,
-                   EpilogueShape shape, Activation activation, float* mean, float* var, bool known)
+Epilogue::Epilogue(Floats y, Floats residual, const float* weight, const float* bias, float eps, EpilogueShape shape,
+                   Activation activation, float* mean, float* var, bool known)
     : y(y), residual(residual), B(shape.B), C(shape.C), P(shape.P),
       repeat(shape.channels_last ? positions_of_a_line(C, P) : 1), channels_last(shape.channels_last),
       activation(activation), rstds(C), centre(C), scale(C), shift(C) {
-  if (!known) statistics(some_means(), mean, var);
+  if (!known) statistics(some_means(), mean, var, true);
   for (int64_t c = 0; c < C; ++c) {
     centre[c] = mean[c];
     rstds[c] = static_cast<float>(1 / std::sqrt(static_cast<double>(var[c]) + eps));
@@ -221,27 +221,31 @@ Epilogue::Epilogue(const float* y, const float* residual, const float* weight, c
 Buffer<float> Epilogue::some_means() const {
   Buffer<float> means(C, 0.0f);
   const int64_t seen = std::min<int64_t>(P, 32), step = P / seen;
+  Buffer<float> scratch;
+  const float* const sample = y.at(0, C * P, scratch);
   for (int64_t i = 0; i < seen; ++i)
-    for (int64_t c = 0; c < C; ++c) means[c] += y[channels_last ? i * step * C + c : c * P + i * step] / seen;
+    for (int64_t c = 0; c < C; ++c) means[c] += sample[channels_last ? i * step * C + c : c * P + i * step] / seen;
   return means;
 }
 
-// By sums about the pivot [C]: where it is not near a channel's mean, the squares cancel, and all is done once more about the means.
-void Epilogue::statistics(Buffer<float> pivot, float* mean, float* var) const {
+// By sums about the pivot [C]: where it is not near a channel's mean, the squares cancel, and all is done once more about the means. Not more
+// often: floats near 1e-45 are so coarse that even the rounded mean is not near.
+void Epilogue::statistics(Buffer<float> pivot, float* mean, float* var, bool again) const {
   repeat_in_place(pivot, repeat);
   const int64_t groups = std::min<int64_t>(B, 16), width = C * repeat;  // groups: whatever the number of threads
   Buffer<double> partial(groups * 2 * C, 0.0);
   parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    Buffer<float> sums(2 * width);
+    Buffer<float> sums(2 * width), scratch;
     for (int64_t group = begin; group < end; ++group) {
       double* own = partial.data() + group * 2 * C;
       for (int64_t b = group * B / groups; b < (group + 1) * B / groups; ++b) {
+        const float* const sample = y.at(b * C * P, C * P, scratch);
         for (int64_t start = 0; start < P; start += kChunk) {
           const int64_t n = std::min(kChunk, P - start);  // whole lines: `repeat` is a power of two that divides P
           for (int64_t q = 0; channels_last && q < n; q += repeat)
-            add_line<true>(y + (b * P + start + q) * C, pivot.data(), sums.data(), sums.data() + width, width);
+            add_line<true>(sample + (start + q) * C, pivot.data(), sums.data(), sums.data() + width, width);
           for (int64_t c = 0; !channels_last && c < C; ++c)
-            add_line<false>(y + (b * C + c) * P + start, &pivot[c], &sums[c], &sums[C + c], n);
+            add_line<false>(sample + c * P + start, &pivot[c], &sums[c], &sums[C + c], n);
           fold(sums.data(), width, C, own);
           fold(sums.data() + width, width, C, own + C);
         }
@@ -260,23 +264,25 @@ void Epilogue::statistics(Buffer<float> pivot, float* mean, float* var) const {
     var[c] = static_cast<float>(variance < 0 ? 0 : variance);  // NaN stays
     far |= is_far(off, variance, mean[c]);
   }
-  if (far) statistics({mean, mean + C}, mean, var);
+  if (far && again) statistics({mean, mean + C}, mean, var, false);
 }
 
 void Epilogue::forward(int64_t first, int64_t n, float* x) const {
-  const EpilogueSamples s = samples(first, n);
-  with_activation(activation, residual, [&]<Activation A, bool Residual>() { forward_samples<A, Residual>(s, x); });
+  Scratch scratch;
+  const EpilogueSamples s = samples(first, n, scratch);
+  with_activation(activation, s.residual, [&]<Activation A, bool Residual>() { forward_samples<A, Residual>(s, x); });
 }
 
 void Epilogue::backward(int64_t first, int64_t n, float* grad, double* sums) const {
   Buffer<float> line(2 * C * repeat, 0.0f);
-  with_activation(activation, residual, [&]<Activation A, bool Residual>() {
+  Scratch scratch;
+  with_activation(activation, static_cast<bool>(residual), [&]<Activation A, bool Residual>() {
     for (int64_t i = 0; i < n; ++i)
-      backward_sample<A, Residual>(samples(first + i, 1), grad + i * C * P, sums, line.data());
+      backward_sample<A, Residual>(samples(first + i, 1, scratch), grad + i * C * P, sums, line.data());
   });
 }
 
-void Epilogue::finish(const float* grad_h, const double* sums, float* grad_y) const {
+void Epilogue::finish(const Floats& grad_h, const double* sums, const Results<>& grad_y) const {
   Buffer<float> first(C), second(C);
   for (int64_t c = 0; c < C; ++c) {
     first[c] = static_cast<float>(sums[c] / (B * P));
@@ -285,8 +291,15 @@ void Epilogue::finish(const float* grad_h, const double* sums, float* grad_y) co
   repeat_in_place(first, repeat);
   repeat_in_place(second, repeat);
   parallel_for(0, B, std::max<int64_t>(1, 32768 / (C * P)), [&](int64_t begin, int64_t end) {
-    const int64_t at = begin * C * P;
-    finish_samples(samples(begin, end - begin), first.data(), second.data(), grad_h + at, grad_y + at);
+    Scratch scratch;
+    Buffer<float> widened, result;
+    const int64_t together = y.are_narrow() ? 1 : end - begin, n = together * C * P;
+    for (int64_t b = begin; b < end; b += together) {
+      const int64_t at = b * C * P;
+      float* const to = grad_y.at(at, n, result);
+      finish_samples(samples(b, together, scratch), first.data(), second.data(), grad_h.at(at, n, widened), to);
+      grad_y.keep(at, n, to);
+    }
   });
 }
 
@@ -304,14 +317,14 @@ void Epilogue::add_parameter_gradients(const float* grad_weight, const float* gr
   }
 }
 
-EpilogueSamples Epilogue::samples(int64_t first, int64_t n) const {
-  const int64_t at = first * C * P;
+EpilogueSamples Epilogue::samples(int64_t first, int64_t n, Scratch& scratch) const {
+  const int64_t at = first * C * P, size = n * C * P;
   return {channels_last ? n * P / repeat : n * C,
           channels_last ? C * repeat : P,
           C,
           channels_last,
-          y + at,
-          residual ? residual + at : nullptr,
+          y.at(at, size, scratch.y),
+          residual ? residual.at(at, size, scratch.residual) : nullptr,
           centre.data(),
           scale.data(),
           shift.data()};

@@ -1,4 +1,4 @@
-// The end of a block: batch norm, residual and activation of float32 samples on the CPU, forward and backward, for operators that own whole samples.
+// The end of a block: batch norm, residual and activation in float32 on the CPU, forward and backward, for operators that own whole samples.
 //
 //   h = (y - mean) scale + shift + residual,  x = activation(h);   scale = weight / sqrt(var + eps), shift = bias
 //
@@ -35,8 +35,8 @@ inline bool is_far(double off, double variance, double mean) { return off * off 
 class Epilogue {
  public:
   // weight, bias: [C] or null. mean, var [C]: the batch's biased statistics, results (the same for any number of threads) unless `known`.
-  Epilogue(const float* y, const float* residual, const float* weight, const float* bias, float eps,
-           EpilogueShape shape, Activation activation, float* mean, float* var, bool known = false);
+  Epilogue(Floats y, Floats residual, const float* weight, const float* bias, float eps, EpilogueShape shape,
+           Activation activation, float* mean, float* var, bool known = false);
 
   // x of samples first .. first + n - 1.
   void forward(int64_t first, int64_t n, float* x) const;
@@ -45,7 +45,7 @@ class Epilogue {
   void backward(int64_t first, int64_t n, float* grad, double* sums) const;
 
   // dL/dy of all samples from dL/dh; may be the same memory. sums: the batch's.
-  void finish(const float* grad_h, const double* sums, float* grad_y) const;
+  void finish(const Floats& grad_h, const double* sums, const Results<>& grad_y) const;
 
   // dL/dweight and dL/dbias [C] from the batch's sums.
   void parameter_gradients(const double* sums, float* grad_weight, float* grad_bias) const;
@@ -54,14 +54,18 @@ class Epilogue {
   void add_parameter_gradients(const float* grad_weight, const float* grad_bias, double* sums) const;
 
  private:
-  const float *y, *residual;
+  struct Scratch {
+    Buffer<float> y, residual;
+  };
+
+  Floats y, residual;
   int64_t B, C, P;
   int64_t repeat;  // channels_last: times that the vectors below are repeated, for as many positions in one inner loop
   bool channels_last;
   Activation activation;
   Buffer<float> rstds, centre, scale, shift;
 
-  void statistics(Buffer<float> pivot, float* mean, float* var) const;
+  void statistics(Buffer<float> pivot, float* mean, float* var, bool again) const;
   Buffer<float> some_means() const;
-  EpilogueSamples samples(int64_t first, int64_t n) const;
+  EpilogueSamples samples(int64_t first, int64_t n, Scratch& scratch) const;
 };

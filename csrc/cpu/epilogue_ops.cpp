@@ -21,7 +21,7 @@ namespace {
 
 // grad_x += the gradient of (x - mean) / sqrt(var + eps) over the n elements of a sample, from that of the result. Sums are about the pivot.
 void add_layer_norm_gradient(const float* __restrict x, const float* __restrict grad, float* __restrict grad_x,
-                             int64_t n, double eps, float pivot) {
+                             int64_t n, double eps, float pivot, bool again = true) {
   double sum = 0, square = 0, sum_grad = 0, product = 0;
   for (int64_t start = 0; start < n; start += vec::kLongChunk) {
     const int64_t end = std::min(start + vec::kLongChunk, n);
@@ -39,14 +39,14 @@ void add_layer_norm_gradient(const float* __restrict x, const float* __restrict 
   const double off = sum / n, variance = std::max(square / n - off * off, 0.0), rstd = 1 / std::sqrt(variance + eps);
   const float mean = static_cast<float>(pivot + off), a = static_cast<float>(rstd),
               b = static_cast<float>(sum_grad / n);
-  if (is_far(off, variance, mean)) return add_layer_norm_gradient(x, grad, grad_x, n, eps, mean);
+  if (again && is_far(off, variance, mean)) return add_layer_norm_gradient(x, grad, grad_x, n, eps, mean, false);
   const float c = static_cast<float>((product - off * sum_grad) / n * rstd * rstd);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) grad_x[i] += a * (grad[i] - b - (x[i] - mean) * c);
 }
 
 Epilogue made(const Tensor& y, const spec::Epilogue& e, float* mean, float* var, bool known) {
-  return Epilogue(floats(y), floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps),
+  return Epilogue(Floats(y), Floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps),
                   {y.size(0), y.size(1), y.size(2) * y.size(3), is_channels_last(y)}, e.activation, mean, var, known);
 }
 

@@ -25,10 +25,9 @@ class Task {
                                  : direct(p, most);
     if (p.cells) grid.emplace(p, most, p.channels_last || transposed);
     if (p.normalization) normalize.emplace(*p.normalization, p.C, p.P, p.channels_last);
-    if (p.epilogue || members > 1 || p.narrow_x) x_copy.resize(most * size);
+    if (p.epilogue || members > 1) x_copy.resize(most * size);
     if (transposed) x_transposed.resize(most * size);
-    if (p.grad_x && (transposed || members > 1 || p.narrow_x)) grad_copy.resize(most * size);
-    if (p.narrow_x) result.resize(size);
+    if (p.grad_x && (transposed || members > 1 || p.x.are_narrow())) grad_copy.resize(most * size);
   }
 
   // Samples first .. first + n - 1, or the pair of samples that is unit `first`, through everything.
@@ -39,7 +38,9 @@ class Task {
         gemm::transpose(p.C, p.P, input + i * size, p.P, x_transposed.data() + i * size, p.C);
       x = x_transposed.data();
     }
-    float* const grad_x = !grad_copy.empty() ? grad_copy.data() : p.grad_x ? p.grad_x + first * size : nullptr;
+    float* const grad_x = !grad_copy.empty() ? grad_copy.data()
+                          : p.grad_x         ? p.grad_x.at(first * size, n * size, result)
+                                             : nullptr;
     if (!squares) std::fill(g.begin(), g.end(), 0.0f);
     if (squares && (!p.d || squares->keeps())) squares->goodness(n, x, g.data());
     const int64_t apart = members > 1 ? sample(first, 1) - first : 1;  // of neighbouring samples of the task
@@ -55,23 +56,22 @@ class Task {
     if (grid && grad_x) grid->input_gradient(first, n, d.data(), grad_x);
     if (squares) squares->gradients(n, x, d.data(), grad_x, p.cells > 0, sums);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = sample(first, i) * size;
+      const int64_t b = sample(first, i), at = b * size;
       if (normalize) {
-        float* const to = p.narrow_x ? result.data() : p.normalized + at;
+        float* const to = p.normalized.at(at, size, result);
         (*normalize)(input + i * size, to);
-        if (p.narrow_x) narrow(to, size, *p.narrow_normalized, at);
+        p.normalized.keep(at, size, to);
       }
       if (grad_copy.empty()) continue;
-      float* const to = p.narrow_x ? result.data() : p.grad_x + at;
+      float* const to = p.grad_x.at(at, size, result);
       if (transposed)
         gemm::transpose(p.P, p.C, grad_x + i * size, p.C, to, p.P);
       else
         std::copy_n(grad_x + i * size, size, to);
-      if (p.narrow_x) narrow(to, size, *p.narrow_grad_x, at);
+      if (p.epilogue) p.epilogue->backward(b, 1, to, sums.epilogue);
+      p.grad_x.keep(at, size, to);
     }
-    for_runs(first, n, [&](int64_t b, int64_t length, int64_t) {
-      if (p.epilogue) p.epilogue->backward(b, length, p.grad_x + b * size, sums.epilogue);
-    });
+    if (p.epilogue && grad_copy.empty()) p.epilogue->backward(first, n, grad_x, sums.epilogue);
   }
 
  private:
@@ -93,14 +93,12 @@ class Task {
   }
 
   const float* input_of(int64_t first, int64_t n) {
-    if (x_copy.empty()) return p.x + first * size;
+    if (!p.epilogue && members == 1) return p.x.at(first * size, n * size, x_copy);
     for_runs(first, n, [&](int64_t b, int64_t length, int64_t i) {
       if (p.epilogue)
         p.epilogue->forward(b, length, x_copy.data() + i * size);
-      else if (p.narrow_x)
-        widen(*p.narrow_x, b * size, length * size, x_copy.data() + i * size);
       else
-        std::copy_n(p.x + b * size, length * size, x_copy.data() + i * size);
+        std::copy_n(p.x.at(b * size, length * size, result), length * size, x_copy.data() + i * size);
     });
     return x_copy.data();
   }
@@ -173,10 +171,8 @@ Problem::Problem(const Tensor& x, const spec::Projection& given, bool second_mom
       K((given.weight ? *given.weight : *given.grid_weight).size(0)), KP((K + kPadding - 1) / kPadding * kPadding),
       GH(given.grid_weight ? given.grid_weight->size(2) : 0), GW(given.grid_weight ? given.grid_weight->size(3) : 0),
       cells(C * GH * GW), M(given.hidden_weight ? given.hidden_weight->size(0) : 0), channels_last(is_channels_last(x)),
-      second_moment(second_moment), x(x.scalar_type() == ScalarType::Float ? floats(x) : nullptr),
-      weight(floats(given.weight)), bias(floats(given.bias)), grid_weight(floats(given.grid_weight)) {
-  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "x must be float32, bfloat16 or float16");
-  if (!this->x) narrow_x = x;
+      second_moment(second_moment), x(x), weight(floats(given.weight)), bias(floats(given.bias)),
+      grid_weight(floats(given.grid_weight)) {
   STD_TORCH_CHECK(!weight || given.weight->numel() == K * C, "the compiled library takes 1 x 1 heads only");
   STD_TORCH_CHECK(!M || (given.hidden_weight->numel() == M * C && cells && given.grid_weight->size(1) == M),
                   "hidden_weight must be [M, C], and grid_weight [K, M, GH, GW]");
@@ -198,11 +194,10 @@ void step(const StepCall& call) {
   result.grad_weight = gradients.weight, result.grad_bias = gradients.bias,
   result.grad_grid_weight = gradients.grid_weight;
   p.epilogue = call.epilogue, p.loss = &call.loss, p.grad_tau = call.grad_tau;
-  p.losses = writable(result.loss), p.g = writable(result.goodness), p.grad_x = writable(result.grad_x),
-  p.normalized = writable(result.normalized);
-  p.narrow_grad_x = result.grad_x, p.narrow_normalized = result.normalized;
+  p.losses = writable(result.loss), p.g = writable(result.goodness);
+  p.grad_x = result.grad_x, p.normalized = result.normalized;
   if (p.normalized) p.normalization = &call.given.normalization;
-  p.lay_out_weights(p.grad_x);
+  p.lay_out_weights(static_cast<bool>(p.grad_x));
   const Sums sums = gradients.sums(call.epilogue_sums);
   p.M ? step_with_hidden_layer(p, call.given.projection, sums, result) : run(p, sums, writable(gradients.grid_weight));
 }
@@ -233,9 +228,8 @@ std::vector<Tensor> backward(const Backward& given) {
   Problem p(given.x, given.projection, given.second_moment);
   const Tensor grad_x = given.need_grad_x ? empty_like(given.x, p.channels_last) : absent(given.x);
   const ParameterGradients gradients(*given.d, given.projection);
-  p.narrow_grad_x = grad_x;
-  p.d = floats(given.d), p.grad_x = writable(grad_x);
-  p.lay_out_weights(p.grad_x);
+  p.d = floats(given.d), p.grad_x = grad_x;
+  p.lay_out_weights(static_cast<bool>(p.grad_x));
   run(p, gradients.sums(nullptr), writable(gradients.grid_weight));
   return {grad_x, gradients.weight, gradients.bias, gradients.grid_weight};
 }

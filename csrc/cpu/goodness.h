@@ -28,14 +28,14 @@ struct Problem {
   int64_t B, C, H, W, P, K, KP, GH, GW, cells;  // KP: K padded; cells: C * GH * GW
   int64_t M;                                    // channels of the hidden layer, or 0
   bool channels_last, second_moment;
-  const float *x, *weight, *bias, *grid_weight;  // [K, C], [K], [K, C, GH, GW] ([K, M, GH, GW] with a hidden layer)
-  MaybeTensor narrow_x, narrow_grad_x,
-      narrow_normalized;               // in place of x and the like: 16 bits, widened and rounded sample by sample
-  const Epilogue* epilogue = nullptr;  // what makes the head's input of x
-  const Loss* loss = nullptr;          // gradients are of the loss,
-  const float* d = nullptr;            // or of sum(d * g); without either only goodness is computed
+  Floats x;
+  const float *weight, *bias, *grid_weight;  // [K, C], [K], [K, C, GH, GW] ([K, M, GH, GW] with a hidden layer)
+  const Epilogue* epilogue = nullptr;        // what makes the head's input of x
+  const Loss* loss = nullptr;                // gradients are of the loss,
+  const float* d = nullptr;                  // or of sum(d * g); without either only goodness is computed
   const spec::Normalization* normalization = nullptr;
-  float *g = nullptr, *losses = nullptr, *grad_x = nullptr, *normalized = nullptr;
+  float *g = nullptr, *losses = nullptr;
+  Results<> grad_x, normalized;
   double* grad_tau = nullptr;                     // a summand for each loss
   float *cell_means = nullptr, *all_d = nullptr;  // [B, cells], and [B, K] where dL/dV is wanted
   const float* cell_grads = nullptr;              // dL/dmeans [B, cells], of a hidden layer
@@ -79,8 +79,8 @@ class Grid {
   const Problem& p;
   int64_t lines, length, next_c, next_w;  // lines of a row of x, their length, distances in a row
   int64_t next_channel, next_cell;        // distances in the means
-  std::vector<float> spread, scores, row, cell;
-  std::vector<double> totals;
+  Buffer<float> spread, scores, row, cell;
+  Buffer<double> totals;
 
   void means_of(const float* x, float* means);
   void spread_over(const float* values, float* grad_x);

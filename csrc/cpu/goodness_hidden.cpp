@@ -42,7 +42,7 @@ void step_with_hidden_layer(Problem& p, const spec::Projection& given, const Sum
   if (known) std::copy_n(known, M, mean), std::copy_n(floats(given.hidden_var), M, var);
 
   const Loss& loss = *std::exchange(p.loss, nullptr);
-  float* const grad_x = std::exchange(p.grad_x, nullptr);
+  const Results<> grad_x = std::exchange(p.grad_x, {});
   Buffer<float> means(rows * C), z(rows * M), a(rows * M), d(p.B * K), V(K * size), grad_V(K * size);
   p.cell_means = means.data();
   sweep(p, {});

@@ -78,8 +78,8 @@ class Task {
  public:
   explicit Task(const StepCall& call)
       : call(call), size(call.given.x.numel() / call.given.x.size(0)),
-        x(static_cast<const T*>(call.given.x.const_data_ptr())), grad_x(writable<T>(call.result.grad_x)),
-        normalized(writable<T>(call.result.normalized)), g_out(writable<A>(call.result.goodness)),
+        x(static_cast<const T*>(call.given.x.const_data_ptr())), grad_x(call.result.grad_x),
+        normalized(call.result.normalized), g_out(writable<A>(call.result.goodness)),
         loss_out(writable<A>(call.result.loss)), goodness(call.given.x, call.given.groups),
         normalize(call.given.normalization, call.given.x.size(1), call.given.x.size(2) * call.given.x.size(3),
                   is_channels_last(call.given.x)),
@@ -100,10 +100,18 @@ class Task {
     loss_out[unit] = static_cast<A>(call.loss(unit, J, g.data(), d.data(), call.grad_tau + unit));
     for (int64_t m = 0; m < members; ++m) {
       const int64_t b = call.loss.sample(unit, m);
-      if (grad_x) goodness.backward(input[m], d.data() + m * J, grad_x + b * size);
-      if (normalized) normalize(input[m], normalized + b * size);
-      if constexpr (std::is_same_v<T, float>) {
-        if (call.epilogue) call.epilogue->backward(b, 1, grad_x + b * size, epilogue_sums);
+      if (grad_x) {
+        T* const to = grad_x.at(b * size, size, result);
+        goodness.backward(input[m], d.data() + m * J, to);
+        if constexpr (std::is_same_v<T, float>) {
+          if (call.epilogue) call.epilogue->backward(b, 1, to, epilogue_sums);
+        }
+        grad_x.keep(b * size, size, to);
+      }
+      if (normalized) {
+        T* const to = normalized.at(b * size, size, result);
+        normalize(input[m], to);
+        normalized.keep(b * size, size, to);
       }
     }
   }
@@ -113,12 +121,12 @@ class Task {
   const StepCall& call;
   int64_t size;
   const T* x;
-  T *grad_x, *normalized;
+  Results<T> grad_x, normalized;
   A *g_out, *loss_out;
   Goodness<T> goodness;
   Normalizer<T> normalize;
   Buffer<double> g, d;
-  Buffer<T> made;  // the epilogue's output
+  Buffer<T> made, result;  // the epilogue's output; what is to be rounded
 };
 
 template <typename T>
@@ -183,6 +191,7 @@ int64_t count_of_groups(const Tensor& x, const spec::Groups& groups) {
 }
 
 void groups_step(const StepCall& call) {
+  if (call.epilogue) return group_goodness::step<float>(call);
   with_type("step_native", call.given.x, [&]<typename T>(T*) { group_goodness::step<T>(call); });
 }
 

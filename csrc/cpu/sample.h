@@ -14,7 +14,7 @@
 struct Partition {
   bool channels;
   int64_t each;
-  std::vector<int64_t> bounds;
+  Buffer<int64_t> bounds;
 
   int64_t count() const { return bounds.size() - 1; }
   int64_t elements(int64_t j) const { return (bounds[j + 1] - bounds[j]) * each; }

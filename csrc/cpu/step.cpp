@@ -5,8 +5,8 @@
 //   kernel       x = epilogue(y), g, loss, dL/dx, dL/dh with its two sums, next input   reads y and residual, writes dL/dh and next input
 //   dL/dy        from the sums over the whole batch                               reads y and dL/dh, writes dL/dy over dL/dh
 //
-// x, its gradient and all that lies between stay in the cache. A projection and an epilogue need float32; groups without an epilogue
-// take all four types.
+// x, its gradient and all that lies between stay in the cache. Images of 16 bits are widened, and results rounded, a sample at a time; groups
+// without an epilogue take float64 too.
 
 #include "step.h"
 
@@ -61,8 +61,8 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   Buffer<double> sums(2 * C);
   if (given.has_epilogue) {
     const spec::Epilogue& e = given.epilogue;
-    r.mean = empty(x, {C}), r.var = empty(x, {C}), r.grad_bn_weight = empty(x, {C}), r.grad_bn_bias = empty(x, {C});
-    epilogue.emplace(floats(x), floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps),
+    for (Tensor* t : {&r.mean, &r.var, &r.grad_bn_weight, &r.grad_bn_bias}) *t = empty(x, {C}, dtype);
+    epilogue.emplace(Floats(x), Floats(e.residual), floats(e.weight), floats(e.bias), static_cast<float>(e.eps),
                      EpilogueShape{B, C, P, channels_last}, e.activation, writable(r.mean), writable(r.var));
   }
   const StepCall call{given, loss, epilogue ? &*epilogue : nullptr, sums.data(), grad_tau.data(), r};
@@ -70,7 +70,7 @@ std::vector<Tensor> step_native(const spec::Step& given) {
   if (epilogue) {
     const Tensor grad_h = r.grad_x;
     if (residual) r.grad_residual = grad_h, r.grad_x = grad_y;
-    epilogue->finish(writable(grad_h), sums.data(), writable(r.grad_x));
+    epilogue->finish(Floats(grad_h), sums.data(), r.grad_x);
     epilogue->parameter_gradients(sums.data(), writable(r.grad_bn_weight), writable(r.grad_bn_bias));
     if (!given.need_grad_x) r.grad_x = none;
   }

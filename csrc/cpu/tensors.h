@@ -56,6 +56,52 @@ inline void narrow(const float* __restrict from, int64_t n, const Tensor& y, int
   });
 }
 
+// Elements of a tensor, read as floats: `at` gives n of them from the first on, where they are of 16 bits widened into `scratch`.
+class Floats {
+ public:
+  Floats(const float* data) : data(data) {}
+  Floats(const MaybeTensor& t) : data(t && t->scalar_type() == ScalarType::Float ? floats(*t) : nullptr) {
+    STD_TORCH_CHECK(!t || t->scalar_type() != ScalarType::Double, "x must be float32, bfloat16 or float16");
+    if (!data) tensor = t;
+  }
+  explicit operator bool() const { return data || tensor; }
+  bool are_narrow() const { return tensor.has_value(); }
+  const float* at(int64_t first, int64_t n, Buffer<float>& scratch) const {
+    if (!tensor) return data + first;
+    scratch.resize(n);
+    widen(*tensor, first, n, scratch.data());
+    return scratch.data();
+  }
+
+ private:
+  const float* data;
+  MaybeTensor tensor;
+};
+
+// The same for results of T: n elements are written to `at`, and `keep` rounds those that are of 16 bits. Empty tensors are absent ones.
+template <typename T = float>
+class Results {
+ public:
+  Results(T* data = nullptr) : data(data) {}
+  Results(const Tensor& t) : data(writable<T>(t)) {
+    if (std::is_same_v<T, float> && t.scalar_type() != ScalarType::Float) tensor = t;
+  }
+  explicit operator bool() const { return data; }
+  T* at(int64_t first, int64_t n, Buffer<T>& scratch) const {
+    if (!tensor) return data + first;
+    scratch.resize(n);
+    return scratch.data();
+  }
+  void keep(int64_t first, int64_t n, const T* from) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (tensor) narrow(from, n, *tensor, first);
+  }
+
+ private:
+  T* data;
+  MaybeTensor tensor;
+};
+
 // torch::stable::parallel_for, out of which the first exception of a thread comes as it is.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {

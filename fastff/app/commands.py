@@ -210,7 +210,7 @@ def train(
     finish: Annotated[float | None, option("How early the first block finishes, in 0..1; the others in proportion. Default: 0.")] = None,
     micro_batches: Annotated[int | None, option("Parts a minibatch is cut into. Default: 1.")] = None,
     clip: Annotated[float | None, option("Largest norm of a block's gradients.")] = None,
-    amp: Annotated[str | None, option("bf16 or fp16.")] = None,
+    amp: Annotated[str | None, option("bf16, fp16 or fp32. Default: bf16 on a GPU that has it, else fp32.")] = None,
     compile: Annotated[bool | None, option("Run blocks through torch.compile.", "--compile/--no-compile")] = None,
     channels_last: Layout = None, device: Device = None,
     out: Annotated[Path | None, option("New folder for everything about the run. Default: runs/train.")] = None,
@@ -407,6 +407,7 @@ def info():
     if source == "default":
         source = f"default; bench --tune measures it here and keeps it in {cache.file(plan.FILE)}"
     lines = {"second moment": f"counted cost times {factor:.2f} ({source})", "Triton sizes": here.tuned_sizes()}
+    lines |= {"goodness on GPUs": here.gpu_algorithms(), "CUDA graphs": here.graphs()}
     for name, value in (here.versions() | lines).items():
         say(f"{name:17} {value}")
     shown = table("op", "implementation", "on", "here", title="Implementations, in the order they are tried")

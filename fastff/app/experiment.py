@@ -33,7 +33,7 @@ DEFAULTS = {
 # What runs did that were saved before there was such a setting, where it is not today's default.
 BEFORE = {"optimizer": "adamw", "hidden": 0, "vote": "softmax", "granularity": "block"}
 CHOICES = {
-    "model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": tuple(AMP), "batch_norm": BATCH_NORMS,
+    "model": MODELS, "mode": ("sff", "backprop"), "schedule": ("all", "greedy"), "amp": (*AMP, "fp32"), "batch_norm": BATCH_NORMS,
     "optimizer": ("adamw", "muon"),
 }  # fmt: skip
 # Smallest allowed value of each whole number. Batch norm needs two values of each channel, and a channel may have one position.
@@ -189,7 +189,8 @@ def build_trainer(s, sff, distributed=None):
 
     Raises ValueError: several processes with "backprop", or all blocks frozen."""
     lr = s["lr"] or (optim.BACKPROP_LR if s["mode"] == "backprop" else optim.LOCAL_LR)
-    options = {key: s[key] for key in ("micro_batches", "amp", "compile")} | {"clip_grad_norm": s["clip"]}
+    options = {key: s[key] for key in ("micro_batches", "compile")} | {"clip_grad_norm": s["clip"]}
+    options["amp"] = None if s["amp"] == "fp32" else s["amp"]
     make = getattr(optim, s["optimizer"])(lr, s["weight_decay"])
     if s["mode"] == "backprop":
         if distributed is not None:
@@ -236,6 +237,13 @@ class Run(NamedTuple):
         return self.trainer.position["epoch"] >= self.settings["epochs"] * self.trainer.engine.phases
 
 
+def amp_on(device, amp):
+    """Return the setting `amp` of a new run on `device`: bf16 on a GPU that has it, unless another is asked for."""
+    if amp is None and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return amp
+
+
 def start(s, device, start_from=None, distributed=None):
     """Return a new Run.
 
@@ -252,6 +260,7 @@ def start(s, device, start_from=None, distributed=None):
         raise ValueError(f"freeze: expected 0 without --from, which would bring trained blocks, got {s['freeze']}")
     if start_from is not None:
         read_run(start_from)  # fails early if there is no such run, before data is downloaded
+    s = s | {"amp": amp_on(device, s["amp"])}
     dataset = load_data(s)
     sff = build_network(s, dataset.num_classes, dataset.input_shape, device)
     if start_from is not None:

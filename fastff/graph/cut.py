@@ -26,6 +26,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from fastff.graph import values
 from fastff.graph.ends import Parts
@@ -102,10 +103,13 @@ def cut(model, granularity, input_shape, num_classes=None):
         input_shape: of one sample, (C, H, W) for images.
         num_classes: of the model's output [B, num_classes], where it is known: then the layer that makes it is the classifier.
 
-    Raises CutError, or ValueError for wrong arguments.
+    Raises CutError, or TypeError, ValueError and RuntimeError for wrong arguments and under torch.inference_mode().
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "model: expected to be cut outside of torch.inference_mode(), under which nothing can be trained"
+        )
+    _check_model(model)
     paths = None
     if not isinstance(granularity, str):
         paths = _checked_paths(model, granularity)
@@ -154,6 +158,29 @@ def cut(model, granularity, input_shape, num_classes=None):
         block.watch, block.whole = watch, traces[False].whole | traces[max(traces)].whole
         block.one_size = any(traced.sizes for traced in traces.values())
     return blocks, classifier
+
+
+WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+
+
+def _check_model(model):
+    """Raise TypeError or ValueError for what is no model, or one whose tensors cannot be computed with or trained."""
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {kind}")
+    if kind in WRAPPERS:
+        raise TypeError(f"model: expected the model itself, got a {kind} around it: give its .{WRAPPERS[kind]}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: expected one of Python code, which can be traced, got a ScriptModule")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"model: expected initialized tensors, got {name} of a lazy module: run the model once")
+        if tensor.is_meta:
+            raise ValueError(f"model: expected tensors with values, got {name} on the meta device")
+        if tensor.is_inference():
+            raise ValueError(
+                f"model: expected tensors that can be trained, got {name}, made under torch.inference_mode()"
+            )
 
 
 def _run_once(model, blocks, example, want):

@@ -40,11 +40,12 @@ def uses_batch_statistics(norm):
 
 def update_statistics(norm, mean, var, count):
     """Update the running statistics of a batch norm module from the batch's mean and biased variance [C] of `count` values."""
-    if norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    tracked = norm.num_batches_tracked
     if norm.track_running_stats and norm.running_mean is not None:
-        rate = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
-        epilogue_op.update_running_statistics(norm.running_mean, norm.running_var, mean, var, rate, count)
+        rate = norm.momentum if norm.momentum is not None else 1 / (float(tracked) + 1)
+        epilogue_op.update_running_statistics(norm.running_mean, norm.running_var, tracked, mean, var, rate, count)
+    elif norm.track_running_stats and tracked is not None:
+        tracked.add_(1)
 
 
 def description(norm, activation, residual=None, need_grad_residual=False):

@@ -67,10 +67,10 @@ class AutogradTape:
             seed = Seed.apply(found, *outputs)
             del outputs, found
             if only is None:
-                seed.backward()
+                seed.backward(seed.detach())
             else:
                 with contextlib.nullcontext() if inputs else parameters_only():
-                    seed.backward(inputs=only)
+                    seed.backward(seed.detach(), inputs=only)
         return [_taken(t) if _wanted(t) else None for t in leaves] if inputs else None
 
 

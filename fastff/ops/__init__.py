@@ -6,6 +6,7 @@ __all__ = ["TABLES", "step"]
 
 TABLES = {
     "goodness": goodness.ROWS,
+    "goodness_step": goodness.STEP_ROWS,
     "group_goodness": group_goodness.ROWS,
     "epilogue": epilogue.ROWS,
     "layer_norm": layer_norm.ROWS,

@@ -28,25 +28,37 @@ ROWS = [
 ]  # fmt: skip
 
 
+# At the end of a block without a loss PyTorch takes some 15 operators each way with the normalization, and Triton 4 to 6: there "auto" skips none.
+AT_THE_END = [row._replace(skip_reason=always) for row in ROWS]
+
+
 def implementation(y):
-    """Return the implementation that "auto" chooses for y."""
-    return choose("epilogue", ROWS, "auto", y).run
+    """Return the implementation that "auto" chooses for y at the end of a block."""
+    return choose("epilogue", AT_THE_END, "auto", y).run
 
 
 def kernel(y):
     """Return the implementation that "auto" chooses for y if it is a kernel of fastff, else None: PyTorch's operators are as fast then."""
-    found = implementation(y) if concerns(ROWS) else torch_epilogue
+    found = choose("epilogue", ROWS, "auto", y).run if concerns(ROWS) else torch_epilogue
     return None if found is torch_epilogue else found
 
 
 @torch.no_grad()
-def update_running_statistics(running_mean, running_var, mean, var, momentum, count):
-    """Move running statistics [C] by `momentum` towards the batch's mean and variance, of which `var` is the biased one of `count` values."""
+def update_running_statistics(running_mean, running_var, tracked, mean, var, momentum, count):
+    """Move running statistics [C] by `momentum` towards the batch's mean and variance, of which `var` is the biased one of `count` values, and
+    count the batch in `tracked`, a tensor of one int64, or None."""
     # Like PyTorch's batch norm, unseen by autograd: a former call of the same module in this graph keeps its buffers for its backward pass.
     running_mean, running_var = running_mean.data, running_var.data
     tensors = (running_mean, running_var, mean, var)
-    plain = not torch.compiler.is_compiling() and native.reason() == ""
-    if plain and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors):
+    plain = not torch.compiler.is_compiling() and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    if plain and triton.reason(mean) is None:
+        Lazy("fastff.kernels.triton.epilogue").update_running_statistics(
+            running_mean, running_var, tracked, mean, var, momentum, count
+        )
+        return
+    if tracked is not None:
+        tracked.add_(1)
+    if plain and mean.is_cpu and native.reason() == "":
         native_epilogue.update_running_statistics(*tensors, momentum, count)
     else:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)

@@ -4,37 +4,35 @@ Canonical arguments (fastff/spec.py makes and checks them): x [B, C, H, W], weig
 None, grid_weight [K, C, G, G] or None. Absent results are empty tensors. Formulas: fastff/reference.py.
 
 An implementation has goodness(x, projection, plan), goodness_backward(d, x, projection, plan, need_grad_x) and step(step, plan)
-for fastff/ops/step.py; its SECOND_MOMENT_CHANNELS and SECOND_MOMENT_COST, if any, go into the plan.
+for fastff/ops/step.py; its SECOND_MOMENT_COST, if any, goes into the plan.
 """
-
-import math
 
 import torch
 
 from fastff import reference
-from fastff.kernels import native, triton
+from fastff.kernels import cuda, native, triton
 from fastff.kernels import reference as reference_kernels
+from fastff.kernels.cuda import goodness as cuda_goodness
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.kernels.native import goodness as native_goodness
 from fastff.kernels.torch import goodness as torch_goodness
-from fastff.ops.plan import plan
+from fastff.kernels.triton import blocks
+from fastff.ops.plan import Gpu, plan
 from fastff.ops.table import Implementation, Lazy, always, check_impl, choose, implement, without_autocast
 from fastff.spec import Projection
 
+TRITON = Lazy("fastff.kernels.triton.goodness")
 
-def _triton_can_run(x):
-    if x.shape[1] > 1024:
-        return f"the Triton programs read x again for each piece of its channels, of at most 1024, x has {x.shape[1]}"
-    return triton.reason(x)
+
+def gpu_of(x, run):
+    """Return what the plan has to know of a GPU and the kernels `run`, or None for x on a CPU, unless it stands in for one."""
+    if run is TRITON:
+        return Gpu(x.element_size(), blocks.architecture(x.device))
+    return Gpu(x.element_size(), None) if x.is_cuda else None
 
 
 ROWS = [
-    Implementation(
-        "triton",
-        _triton_can_run,
-        Lazy("fastff.kernels.triton.goodness"),
-        "3 x 3 and 5 x 5 heads by cuDNN, many classes by cuBLAS",
-    ),
+    Implementation("triton", triton.reason, TRITON, "3 x 3 and 5 x 5 heads by cuDNN, large products by cuBLAS"),
     Implementation(
         "native",
         native.takes(torch.float32, torch.bfloat16, torch.float16),
@@ -44,6 +42,18 @@ ROWS = [
     ),
     Implementation("torch", always, torch_goodness),
     Implementation("reference", always, reference_kernels),
+]
+# Of whole steps: an explicit choice, until it was measured on a GPU.
+STEP_ROWS = [
+    Implementation(
+        "cuda",
+        cuda.reason,
+        cuda_goodness,
+        "16-bit channels_last x, kernel size 1, no grid, no epilogue, cross_entropy",
+        lambda x: "it was never measured on a GPU",
+        cuda_goodness.takes,
+    ),
+    *ROWS,
 ]
 
 _lib = torch.library.Library("fastff", "FRAGMENT")
@@ -66,8 +76,8 @@ def planned(run, x, projection, algorithm):
         return plan(B, C, H * W, 0, algorithm="direct", device_type=x.device.type)
     kernel = tuple(weight.shape[2:])
     P = (H + 2 * padding[0] - kernel[0] + 1) * (W + 2 * padding[1] - kernel[1] + 1)
-    most, cost = getattr(run, "SECOND_MOMENT_CHANNELS", math.inf), getattr(run, "SECOND_MOMENT_COST", 1.0)
-    return plan(B, C, P, weight.shape[0], kernel, algorithm, x.device.type, most, cost)
+    cost = getattr(run, "SECOND_MOMENT_COST", 1.0)
+    return plan(B, C, P, weight.shape[0], kernel, algorithm, x.device.type, cost, gpu_of(x, run))
 
 
 def differentiable(x, projection, impl, algorithm):

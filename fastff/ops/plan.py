@@ -8,16 +8,21 @@ Counted per sample, in multiply-adds of matrix products plus bytes that elementw
 An elementwise byte costs about as much as BYTE multiply-adds in cache. How well the small products of either algorithm use a machine is not
 counted but measured: `calibrate` times both and keeps the median ratio of measured to counted cost in the user's cache folder. The
 choice is the same for the same shape until calibrated again, so that resumed runs repeat their bits.
+
+On a GPU the times of three ways are modelled instead: Triton's kernels for direct and second moment, and "products", the direct algorithm as matrix
+products of cuBLAS in the dtype of x, with elementwise passes between them. The model is of an H100 and was not measured (docs/kernels.md).
 """
 
 import math
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fastff import cache
+from fastff.kernels.triton import blocks
 from fastff.spec import Plan, Projection
 
 BYTE = 3.0
@@ -33,6 +38,58 @@ def direct_cost(C, P, K, recompute=False):
 
 def second_moment_cost(C, P, K):
     return 2 * P * C * C + 2 * K * C * C + BYTE * 7 * 4 * K * C
+
+
+# Of an H100, in a microsecond: bytes of device memory and of the L2 cache, operations of products by the size of an element. LAUNCH: microseconds.
+MEMORY, CACHE, PRODUCTS, LAUNCH = 3.0e6, 5.5e6, {2: 400e6, 4: 50e6, 8: 50e6}, 3.0
+TF32 = 200e6  # operations a microsecond of the products of the second moment
+CLASSES = 128  # of a tile of the second moment's head
+
+
+class Gpu(NamedTuple):
+    """What the choice on a GPU depends on beside the shape: bytes of an element, and the compute capability whose limits Triton's kernels have
+    (fastff/kernels/triton/blocks.py), None where there are none."""
+
+    itemsize: int
+    arch: int | None
+
+    def refusal(self, algorithm, C, K):
+        """Return why an algorithm is not to be chosen for C channels and K classes, or None."""
+        if self.arch is not None:
+            return blocks.refusal(algorithm, C, K, *self.kernels)
+        wide = algorithm == "second_moment" and self.itemsize > 2
+        return None if wide else "PyTorch's operators compute it as products, or in float32"
+
+    @property
+    def kernels(self):
+        """The last arguments of `blocks.refusal` and `blocks.table`."""
+        return self.itemsize, False, self.arch
+
+
+def gpu_microseconds(algorithm, B, C, P, K, gpu):
+    """Return the modelled time of a goodness step on a GPU: bytes, products and launches, one after another."""
+    x, products = B * C * P * gpu.itemsize, 2 * B * P * C / PRODUCTS[gpu.itemsize]
+    if algorithm == "direct":
+        # each piece of channels makes the products of all of them, from x and, with several pieces, W in the cache; twice for several tiles
+        sizes = blocks.table(algorithm, B, C, P, K, 0, *gpu.kernels)
+        pieces, tiles = -(-C // sizes.BC), -(-P // sizes.BP)
+        times = pieces * min(tiles, 2)
+        weight = 4 * sizes.BK * C * times * tiles * -(-B // sizes.NS) if pieces > 1 else 0
+        return 2 * LAUNCH + 3.5 * x / MEMORY + (times * x + weight) / CACHE + (times + 2) * products * sizes.BK
+    if algorithm == "second_moment":  # S is read again for each tile of classes, W for each sample
+        cached = B * (4 * C * C * -(-K // CLASSES) + 2 * 4 * K * C)
+        return 3 * LAUNCH + 3.5 * x / MEMORY + cached / CACHE + (4 * P + 6 * K) * B * C * C / min(TF32, PRODUCTS[gpu.itemsize])
+    if algorithm == "products":  # a [P, K] is written, squared, scaled and read by two products
+        return 10 * LAUNCH + (6 * x + 6 * B * P * K * gpu.itemsize) / MEMORY + 3 * products * K
+    raise ValueError(f"algorithm: expected 'direct', 'second_moment' or 'products', got {algorithm!r}")
+
+
+@lru_cache(maxsize=4096)
+def on_gpu(B, C, P, K, gpu):
+    """Return {algorithm: modelled microseconds} of those that can run, the quickest first."""
+    names = [name for name in ("direct", "second_moment") if gpu.refusal(name, C, K) is None] + ["products"]
+    times = {name: gpu_microseconds(name, B, C, P, K, gpu) for name in names}
+    return dict(sorted(times.items(), key=lambda pair: pair[1]))
 
 
 FILE = "plan.json"
@@ -64,22 +121,27 @@ def budget(device_type):
 
 
 @lru_cache(maxsize=4096)
-def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", most=math.inf, cost=1.0):
+def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", cost=1.0, gpu=None):
     """Return the Plan for x of B samples, C channels and P positions, and K classes (K = 0: no squares).
 
-    most: the channels that the second moment takes in this implementation; cost: its time relative to that of the torch implementation."""
+    cost: the time of the second moment in this implementation, relative to that of the torch implementation. gpu: a Gpu, in its place."""
     room = budget(device_type) // 4
     if kernel != (1, 1):
         if algorithm == "second_moment":
             raise ValueError(f"algorithm: second_moment needs kernel size 1, got {kernel[0]} x {kernel[1]}")
         return Plan("convolution", min(max(1, room // max(1, K * P + 2 * C * P)), max(B, 1)), K)
     recompute = room < K * P
-    if algorithm == "auto":
+    if gpu is not None:
+        if algorithm == "auto":
+            algorithm = next(iter(on_gpu(B, C, P, K, gpu)))
+        elif gpu.arch is not None and (why := gpu.refusal(algorithm, C, K)):
+            if algorithm != "direct":
+                raise ValueError(f"algorithm: expected one that can run on this GPU, got {algorithm}: {why}")
+            algorithm = "products"
+    elif algorithm == "auto":
         second = cost * second_moment_factor()[0] * second_moment_cost(C, P, K)
-        algorithm = "second_moment" if most >= C and second < direct_cost(C, P, K, recompute) else "direct"
-    elif algorithm == "second_moment" and most < C:
-        raise ValueError(f"algorithm: second_moment takes at most {most} channels in this implementation, x has {C}")
-    per_sample = C * P + (K * P if algorithm == "direct" else 2 * C * K + 2 * C * C)
+        algorithm = "second_moment" if second < direct_cost(C, P, K, recompute) else "direct"
+    per_sample = C * P + (2 * C * K + 2 * C * C if algorithm == "second_moment" else K * P)
     samples = min(max(1, room // max(1, per_sample)), max(B, 1))
     return Plan(algorithm, samples, max(1, min(K, room // P)))
 

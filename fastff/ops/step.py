@@ -57,7 +57,7 @@ def _run(step, impl):
     step = Step(x, epilogue, head, loss, *step[4:])
     with without_autocast(x):
         if projected:
-            row = choose("goodness", goodness.ROWS, impl, x).run
+            row = choose("goodness_step", goodness.STEP_ROWS, impl, x, step).run
             result = row.step(step, goodness.planned(row, x, head, step.algorithm))
         else:
             result = choose("group_goodness", group_goodness.ROWS, impl, x).run.step(step)

@@ -21,13 +21,20 @@ class Implementation(NamedTuple):
     """An implementation of an op.
 
     can_run(x) returns None or the reason why it cannot; run is a function, or a module of functions; note says what it leaves to others;
-    skip_reason(x) returns why "auto" should not choose it although it can run, or None."""
+    skip_reason(x) returns why "auto" should not choose it although it can run, or None. takes(call) returns None or the reason why it cannot
+    compute this call of the op, for an implementation that leaves nothing to others."""
 
     name: str
     can_run: Callable
     run: object
     note: str = ""
     skip_reason: Callable = always
+    takes: Callable = always
+
+    def refuses(self, x, call=None):
+        """Return why it cannot compute a call of the op on x, or None. Without a call: why it can compute none."""
+        why = self.can_run(x)
+        return self.takes(call) if why is None and call is not None else why
 
 
 class Lazy:
@@ -47,14 +54,14 @@ def check_impl(impl):
         raise TypeError(f"impl: expected 'auto' or names out of {', '.join(NAMES)}, got {impl!r}")
 
 
-def choose(op, rows, impl, x):
+def choose(op, rows, impl, x, call=None):
     """Return the first row that can run for `impl`: "auto", a name, or names in order of preference, separated by commas.
 
-    "auto" follows the environment variable FASTFF_IMPL, which is written likewise. Raises RuntimeError with every row's reason if none
-    can run, and ValueError for an unknown name."""
+    "auto" follows the environment variable FASTFF_IMPL, which is written likewise. `call` is a description of the op's other arguments, for rows that
+    look at them. Raises RuntimeError with every row's reason if none can run, and ValueError for an unknown name."""
     if impl == "auto" and "FASTFF_IMPL" not in os.environ:  # at every call of an op
         for row in rows:
-            if row.can_run(x) is None and row.skip_reason(x) is None:
+            if row.skip_reason(x) is None and row.refuses(x, call) is None:
                 return row
     source = "impl"
     if impl == "auto" and os.environ.get("FASTFF_IMPL", "auto") != "auto":
@@ -66,7 +73,7 @@ def choose(op, rows, impl, x):
     by_name = {row.name: row for row in rows}
     refused = []
     for name in wanted:
-        why = by_name[name].can_run(x) if name in by_name else f"there is no such implementation of {op} yet"
+        why = by_name[name].refuses(x, call) if name in by_name else f"there is no such implementation of {op} yet"
         if why is None:
             return by_name[name]
         refused.append(f"{name}: {why}")

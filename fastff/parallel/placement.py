@@ -32,22 +32,23 @@ def balanced(seconds, parts):
     return best[parts, count][1]
 
 
-def chain_seconds(engine, images, target, rounds=3):
-    """Seconds that each chain of blocks takes in a step of `engine` on this minibatch (forward, goodness step, backward, update), the fastest
+def chain_seconds(engine, chains, images, target, rounds=3):
+    """Seconds that each of these chains takes in a step of `engine` on this minibatch (forward, goodness step, backward, update), the fastest
     of `rounds`.
 
-    The steps change the parameters, so the engine should be a copy."""
+    Args: chains, ranges of blocks between which no gradient passes. The steps change the parameters, so the engine should be a copy."""
     synchronize = torch.cuda.synchronize if engine.device.type == "cuda" else lambda: None
     engine.train_mode()
     route, measured = engine.step.route(engine.segments(0)), []
     for number in range(rounds + 1):  # the first round creates the optimizers' state and is not counted
-        parts, seconds = engine.step.split(images, target), []
-        for chain in route.chains:
+        parts, seconds = engine.step.split(images, target), [0.0] * len(chains)
+        for part in route.chains:  # in this step a chain may consist of several
             synchronize()
             start = time.perf_counter()
-            engine.step.train(route, chain, parts)
+            engine.step.train(route, part, parts)
             synchronize()
-            seconds.append(time.perf_counter() - start)
+            index = next(i for i, chain in enumerate(chains) if part.start in chain)
+            seconds[index] += time.perf_counter() - start
         if number:
             measured.append(seconds)
     return [min(times) for times in zip(*measured, strict=True)]

@@ -1,4 +1,4 @@
-"""Sums the gradients of data-parallel ranks: one bucket for each block, reduced while the next blocks compute.
+"""Sums the gradients of data-parallel ranks: a bucket for each large block, one for several small ones, reduced while the next blocks compute.
 
 The update of a block needs the gradients of that block only, so it may happen at any time before the block's next forward pass: the large last
 blocks of a network are reduced while the first blocks compute on the next minibatch. (Backpropagation has the largest gradients first, and must
@@ -15,18 +15,20 @@ import torch.distributed as dist
 
 from fastff.parallel.ranks import flattened, views_like
 
+# Bytes: blocks with fewer are reduced together with those that are trained after them in the same step.
+MESSAGE = 1 << 20
+
 
 class _Bucket:
-    """The gradients of one block while they are reduced.
+    """The gradients of some blocks while they are reduced.
 
     Args:
-        index: of the block.
-        parameters: those of the block; the ones without a gradient are left out.
-        share: this rank's number of samples, in units common to all ranks. The gradients are averaged with this weight.
-        rates: learning rates of the block's parameter groups when the reduction starts."""
+        rates: {index of a block: learning rates of its parameter groups when its gradients were complete}.
+        parameters: those of the blocks; the ones without a gradient are left out.
+        share: this rank's number of samples, in units common to all ranks. The gradients are averaged with this weight."""
 
-    def __init__(self, index, parameters, share, rates):
-        self.index, self.rates = index, rates
+    def __init__(self, rates, parameters, share):
+        self.rates = rates
         self.parameters = [p for p in parameters if p.grad is not None]
         self.flats = []
         # The layout is that of the parameters, which is the same on all ranks; the gradients' strides may differ between ranks.
@@ -53,22 +55,35 @@ class Reduction:
     def __init__(self, ranks, optimizers, update):
         self.ranks, self.optimizers, self.update = ranks, optimizers, update
         self.group, self.queue = ranks.data_group, []
+        self.small = []  # [(index, parameters, share, rates)] of blocks of this step that wait for others to share a bucket with
 
     def start(self, index, parameters, share):
         """Start to reduce the gradients of block `index`, without waiting for the result."""
-        bucket = _Bucket(index, parameters, share, [group["lr"] for group in self.optimizers[index].param_groups])
-        with self.ranks.watch.guard():
-            self._launch(bucket)
-        self.queue.append(bucket)
+        self.small.append((index, parameters, share, self._rates(index)))
+        elements = [p for _, some, *_ in self.small for p in some if p.grad is not None]
+        if sum(p.numel() * p.element_size() for p in elements) >= MESSAGE:
+            self.send()
         self._progress()
+
+    def send(self):
+        """Start to reduce the gradients of the blocks that still wait for others. To be called when a step ends, too."""
+        if self.small:
+            indices, parameters, (share, *_), rates = zip(*self.small, strict=True)
+            bucket = _Bucket(dict(zip(indices, rates, strict=True)), [p for some in parameters for p in some], share)
+            self.small = []
+            with self.ranks.watch.guard():
+                bucket.works = [dist.all_reduce(flat, group=self.group, async_op=True) for flat, _ in bucket.flats]
+            self.queue.append(bucket)
 
     def settle(self, index=None):
         """Wait for the update of block `index` and those started before it, or for all updates if `index` is None."""
-        while self.queue and (index is None or any(bucket.index == index for bucket in self.queue)):
+        if index is None or any(index == waiting for waiting, *_ in self.small):
+            self.send()
+        while self.queue and (index is None or any(index in bucket.rates for bucket in self.queue)):
             self._finish(self.queue.pop(0))
 
-    def _launch(self, bucket):
-        bucket.works = [dist.all_reduce(flat, group=self.group, async_op=True) for flat, _ in bucket.flats]
+    def _rates(self, index):
+        return [group["lr"] for group in self.optimizers[index].param_groups]
 
     def _progress(self):
         """Apply the updates whose gradients have arrived, which frees these gradients."""
@@ -86,13 +101,13 @@ class Reduction:
         self._apply(bucket)
 
     def _apply(self, bucket):
-        groups = self.optimizers[bucket.index].param_groups
-        now = [group["lr"] for group in groups]
-        for group, rate in zip(groups, bucket.rates, strict=True):
-            group["lr"] = rate
-        self.update(bucket.index)
-        for group, rate in zip(groups, now, strict=True):
-            group["lr"] = rate
+        for index, rates in bucket.rates.items():
+            groups, now = self.optimizers[index].param_groups, self._rates(index)
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            self.update(index)
+            for group, rate in zip(groups, now, strict=True):
+                group["lr"] = rate
 
 
 class ShardedReduction(Reduction):
@@ -112,8 +127,7 @@ class ShardedReduction(Reduction):
 
     def start(self, index, parameters, share):
         by_owner = [[p for p in parameters if self.owner[p] == rank] for rank in range(self.ranks.data_size)]
-        rates = [group["lr"] for group in self.optimizers[index].param_groups]
-        parts = [_Bucket(index, owned, share, rates) for owned in by_owner]
+        parts = [_Bucket({index: self._rates(index)}, owned, share) for owned in by_owner]
         bucket = parts[self.ranks.data_rank]
         bucket.parts = parts
         with self.ranks.watch.guard():
@@ -147,7 +161,7 @@ class ShardedReduction(Reduction):
                 with self.ranks.watch.guard():
                     source = self.ranks.global_rank(self.group, rank)
                     works.append(dist.broadcast(flat, source, group=self.group, async_op=True))
-        self.sending.append((bucket.index, bucket.parts, works))
+        self.sending.append((*bucket.rates, bucket.parts, works))
 
     @torch.no_grad()
     def _receive(self, index, parts, works):

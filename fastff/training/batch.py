@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
+from fastff.arguments import kind_of
+
 IMAGES = ("image", "images", "pixel_values", "x", "input", "inputs", "img", "data")
 LABELS = ("label", "labels", "target", "targets", "y")
 
@@ -30,26 +32,16 @@ def unpack(batch, labelled=True):
 def check_batch(sff, images, target, labelled=True, amp=False):
     """Raise TypeError or ValueError unless images [B, *sff.input_shape] and target [B] make a minibatch.
 
-    labelled: False where the first half of the images is positive and the second negative, and the target None. amp: whether autocast, which
-    converts all but float64, is on in any case."""
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-        raise TypeError(f"images: expected a floating-point tensor, got {_kind(images)}")
-    dtype, autocast = next(sff.parameters()).dtype, amp or torch.is_autocast_enabled(images.device.type)
-    if images.dtype != dtype and not (autocast and torch.float64 not in (images.dtype, dtype)):
-        raise TypeError(f"images: expected {dtype} as the model's parameters are, got {images.dtype}")
-    sff.check_images(images)
+    labelled: False where the first half of the images is positive and the second negative, and the target None. amp: as of sff.check_images."""
+    sff.check_images(images, amp)
     if not labelled:
         if target is not None:
             text = f"expected None for goodness {sff.goodness_name!r} with its loss of positive and negative images"
-            raise TypeError(f"target: {text}, got {_kind(target)}")
+            raise TypeError(f"target: {text}, got {kind_of(target)}")
         if len(images) % 2:
             raise ValueError(f"images: expected positive ones and as many negative ones after them, got {len(images)}")
         return
     if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
-        raise TypeError(f"target: expected int64 labels, got {_kind(target)}")
+        raise TypeError(f"target: expected int64 labels, got {kind_of(target)}")
     if target.shape != (len(images),):
         raise ValueError(f"target: expected one label for each of {len(images)} images, got {list(target.shape)}")
-
-
-def _kind(value):
-    return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__

@@ -19,7 +19,7 @@ from fastff.training.readers import DataError, held_out, optional, read_cifar, r
 __all__ = ["NAMES", "Augment", "DataError", "Dataset", "Loader", "balanced", "load", "read_image"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """A data set in memory.
 
@@ -40,6 +40,10 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: Augment | None
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.train_images):,} training and {len(self.test_images):,} test images"
+        return f"Dataset({self.name}: {counts} of {list(self.input_shape)}, {self.num_classes} classes)"
 
     @property
     def num_classes(self) -> int:

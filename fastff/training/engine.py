@@ -49,7 +49,8 @@ class Options:
         amp: None, "bf16" or "fp16" (with loss scaling): autocast of the forward passes.
         clip_grad_norm: largest norm of the gradients of an optimiser, or None.
         compile: whether to run forward passes through torch.compile.
-        cuda_graph: record the whole step as a CUDA graph (graph.py) and replay it; CUDA only, with an optimiser that can be captured.
+        cuda_graph: whether to record the whole step as a CUDA graph (graph.py) after a few steps of a shape, and replay it; CUDA only, with an
+            optimizer that can be captured. "auto": where that is possible; print(trainer) says whether, or why not.
 
     Raises ValueError."""
 
@@ -57,13 +58,15 @@ class Options:
     amp: str | None = None
     clip_grad_norm: float | None = None
     compile: bool = False
-    cuda_graph: bool = False
+    cuda_graph: bool | str = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "micro_batches", whole_number("micro_batches", self.micro_batches))
         object.__setattr__(self, "clip_grad_norm", plain(self.clip_grad_norm))
         if self.amp not in AMP:
             raise ValueError(f"amp: expected None, 'bf16' or 'fp16', got {self.amp!r}")
+        if self.cuda_graph not in (True, False, "auto"):
+            raise ValueError(f"cuda_graph: expected True, False or 'auto', got {self.cuda_graph!r}")
         clip = self.clip_grad_norm
         if clip is not None and not (isinstance(clip, Real) and clip > 0):
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {self.clip_grad_norm!r}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastff.arguments import whole_number
+from fastff.arguments import kind_of, whole_number
 from fastff.parallel.watch import RankFailed
 from fastff.spec import check_labels
 from fastff.training.batch import check_batch, unpack
@@ -257,6 +257,8 @@ def _caught_interrupt(ranks):
 def evaluate(engine, loader):
     """Return {name: accuracy} of everything `engine.scores` gives, over `loader`, in evaluation mode."""
     _check_classes(engine, "loader")
+    if not hasattr(loader, "__iter__"):
+        raise TypeError(f"loader: expected an iterable of minibatches (images, target, ...), got {kind_of(loader)}")
     ranks = engine.place.ranks
     if ranks.size > 1 and hasattr(loader, "shared"):
         loader = loader.shared(ranks.rank, ranks.size)

@@ -144,9 +144,7 @@ class Stepper:
         plain = type(o) in (torch.optim.Adam, torch.optim.AdamW) and "step" not in vars(o)
         for group in o.param_groups if plain else ():
             state = [o.state.get(p, {}) for p in group["params"]]
-            if not group.get("fused") or any(
-                group.get(k) for k in ("amsgrad", "capturable", "differentiable", "maximize")
-            ):
+            if not group.get("fused") or any(group.get(k) for k in ("amsgrad", "differentiable", "maximize")):
                 break
             if any("exp_avg" not in s for s in state) or len({(p.device, p.dtype) for p in group["params"]}) != 1:
                 break
@@ -177,13 +175,11 @@ class Stepper:
     @torch.no_grad()
     def _fast(self):
         grads = [[p.grad for p in params] for _, params, *_ in self.groups]
-        if any(g is None for gs in grads for g in gs) or any(
-            isinstance(group["lr"], torch.Tensor) for group, *_ in self.groups
-        ):
+        if any(g is None for gs in grads for g in gs):
             return False
+        torch._foreach_add_([step for *_, steps in self.groups for step in steps], 1)
         for (group, params, kernel, _, averages, squares, steps), gs in zip(self.groups, grads, strict=True):
             beta1, beta2 = group["betas"]
-            torch._foreach_add_(steps, 1)
             kernel(
                 params, gs, averages, squares, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
                 eps=group["eps"], amsgrad=False, maximize=False,

@@ -98,6 +98,11 @@ class Place:
         else:
             self.reduction.start(index, self.parameters[index], weight)
 
+    def end_step(self):
+        """Send other ranks what they still have to get of this step."""
+        if self.reduction is not None:
+            self.reduction.send()
+
     def settle(self, index=None):
         """Finish the update of a block that waits for other ranks, or of all blocks if index is None."""
         if self.reduction is not None:

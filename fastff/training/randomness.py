@@ -1,9 +1,14 @@
 """The states of random generators: what a checkpoint needs so that a resumed run draws the same numbers."""
 
+import collections
+import functools
 import random
+import types
 
 import numpy as np
 import torch
+
+from fastff.graph.snapshot import LARGEST, global_generators
 
 OTHER = (np.random.Generator, np.random.RandomState, random.Random)
 
@@ -34,13 +39,40 @@ def set_random_state(state, generators=()):
 
 
 def generators_of(loader):
-    """Return (the torch.Generators that a DataLoader, its samplers and its data set keep, why a resumed run would draw other numbers or None)."""
-    batches = getattr(loader, "batch_sampler", None)
-    parts = [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
-    parts.append(getattr(loader, "dataset", None))
-    kept = [(part, value) for part in parts for value in getattr(part, "__dict__", {}).values()]
-    found = list({id(value): value for _, value in kept if isinstance(value, torch.Generator)}.values())
+    """Return (the torch.Generators that a loader holds, or anything that it holds, why a resumed run would draw other numbers or None)."""
+    found, others, rest = [], [], collections.deque([(loader, loader)])
+    seen = {id(generator) for generator in global_generators()}  # of these the states are saved
+    while rest and len(seen) < 10_000:
+        holder, value = rest.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Generator):
+            found.append(value)
+        elif isinstance(value, OTHER):
+            others.append(f"{type(holder).__name__} has a {type(value).__name__}")
+        else:
+            named = hasattr(value, "__dict__") and not isinstance(value, types.FunctionType)
+            rest += [(value if named else holder, inside) for inside in _held(value)]
     if getattr(loader, "persistent_workers", False):
         return found, "its workers are persistent, and their random states end with them"
-    others = [f"{type(part).__name__} has a {type(value).__name__}" for part, value in kept if isinstance(value, OTHER)]
     return found, f"its {others[0]} of its own, whose state is not saved" if others else None
+
+
+def _held(value):
+    """What an object holds: entries, attributes, what a function finds outside of itself, and what the methods of its class find there."""
+    attributes = () if isinstance(value, (type, types.ModuleType)) else getattr(value, "__dict__", {}).values()
+    if isinstance(value, (dict, list, tuple)) and len(value) <= LARGEST:
+        return *attributes, *(value.values() if isinstance(value, dict) else value)
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    is_function = isinstance(value, types.FunctionType)
+    if ((value if is_function else type(value)).__module__ or "").partition(".")[0] in ("torch", "numpy", "builtins"):
+        return tuple(attributes)
+    if is_function:
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        return *cells, *(value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__)
+    methods = [f for cls in type(value).__mro__ for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    return *attributes, *methods

@@ -13,7 +13,7 @@ class Session:
     """An engine (engine.py), and how far training with it has come (state.py).
 
     Attributes: engine, state, sff, names (of the losses), optimizers, device, ranks (fastff.parallel.ranks.Ranks), result (StepResult of
-    the last step, or None)."""
+    the last step, or None), recorded (the graph.StepGraph that replays steps as CUDA graphs, or a sentence that says why none does)."""
 
     def __init__(self, engine, options, lr_schedule):
         if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:
@@ -31,13 +31,19 @@ class Session:
             if id(parameter) in trained
         ]
         self.fitting = False  # updates may wait for other ranks over the end of a step
-        self.run_step = engine.run_step
-        if options.cuda_graph:
-            self._record_steps()
+        self._prepare_steps()
 
-    def _record_steps(self):
-        graph.prepare(self.optimizers, self.device, AMP[self.options.amp])
-        self.run_step = graph.StepGraph(self.engine, graph.Cuda(self.device))
+    def _prepare_steps(self):
+        self.recorded = graph.recorded(self.engine, self.options, AMP[self.options.amp])
+        self.run_step = self.engine.run_step if isinstance(self.recorded, str) else self.recorded
+
+    def __repr__(self):
+        """Describe what is trained, where and how."""
+        losses = "loss" if len(self.names) == 1 else "losses"
+        amp = f", amp {self.options.amp}" if self.options.amp else ""
+        how = "steps run operator by operator: " if isinstance(self.recorded, str) else ""
+        name = f"{type(self).__name__} on {self.device}"
+        return f"{name}: {len(self.names)} {losses}, {self.steps} steps done{amp}\n{how}{self.recorded}"
 
     @property
     def steps(self):
@@ -144,5 +150,4 @@ class Session:
     def load(self, path):
         """Go on from what `save` wrote, bit for bit. Raises CheckpointError for a damaged file or another network."""
         state.load(path, self)
-        if self.options.cuda_graph:  # the optimisers' tensors are new ones
-            self._record_steps()
+        self._prepare_steps()  # the optimizers' tensors are new ones

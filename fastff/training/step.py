@@ -21,6 +21,7 @@ import torch
 from fastff.nn.visit import detached
 from fastff.ops.gradients import GroupNormGuard
 from fastff.parallel.link import Part
+from fastff.training.engine import loss_dtype
 
 UNIT = 64  # samples: gradients of ranks with different numbers of samples are weighted in this unit, so that usual numbers scale exactly
 
@@ -70,7 +71,8 @@ class LocalStep:
             parts = self.train(route, chain, parts)
         if self.place.has_last:
             self._train_classifier(parts)
-        return self.losses, self.correct, self.samples
+        self.place.end_step()
+        return *self._statistics(), self.samples
 
     def route(self, segments):
         """The Route of these segments through this rank's blocks."""
@@ -95,10 +97,9 @@ class LocalStep:
             yield part
 
     def begin(self, like, samples, parts):
-        """Set losses and right answers to zero, for a minibatch of so many samples in so many parts."""
+        """Forget the results of the step before, for a minibatch of so many samples in so many parts."""
         self.samples, self.parts = samples, parts
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.losses, self.correct = torch.zeros(2, len(self.blocks), device=like.device, dtype=dtype)
+        self.zero, self.seen = like.new_zeros((), dtype=loss_dtype(like)), {}
         self.weight = 1 if self.place.reduction is None else samples / UNIT
 
     def train(self, route, chain, parts):
@@ -140,15 +141,31 @@ class LocalStep:
                 return None, (block.next_input(main), *others)
         if index in route.losses:
             visit = block.visit(part.alive, part.target, self._grad_scale(index, part), self.autocast)
-            self.losses[index] += visit.step.loss * part.share
-            if part.target is None:
-                self.correct[index] = math.nan
-            else:
-                self.correct[index] += (visit.step.goodness.argmax(1) == part.target).sum()
+            self.seen.setdefault(index, []).append((visit.step.loss, visit.step.goodness, part.share, part.target))
         else:
             visit = block.visit(part.alive, None, autocast=self.autocast, has_loss=False)
         following, visit.following = visit.following, None
         return visit, following
+
+    def _statistics(self):
+        """(losses [L], right answers [L]): of all blocks at once at the end of a step, since on a GPU each operator is a launch."""
+        losses, correct = ([self.zero] * len(self.blocks) for _ in range(2))
+        for results in zip(*self.seen.values(), strict=True):  # of one micro-batch, by block
+            own = [loss.to(self.zero.dtype).reshape(()) for loss, *_ in results]
+            *_, share, target = results[0]
+            if share != 1:
+                own = torch._foreach_mul(own, share)
+            if target is None:
+                right = [self.zero.new_full((), math.nan)] * len(own)
+            else:
+                goodness = torch.stack([g for _, g, *_ in results])
+                right = (goodness.argmax(2) == target).sum(1).to(self.zero.dtype).unbind()
+            first = losses[next(iter(self.seen))] is self.zero
+            for index, loss, count in zip(self.seen, own, right, strict=True):
+                losses[index] = loss if first else losses[index] + loss
+                correct[index] = count if first else correct[index] + count
+        self.seen = {}
+        return torch.stack(losses + correct).view(2, -1).unbind()
 
     def _context(self):
         return contextlib.nullcontext() if self.autocast is None else self.autocast()
@@ -158,7 +175,7 @@ class LocalStep:
         scaler, weight = self.scalers[index], part.share * self.weight
         if weight == 1 and scaler is None:
             return None
-        scale = torch.full((), weight, device=self.losses.device, dtype=self.losses.dtype)
+        scale = torch.full((), weight, device=self.zero.device, dtype=self.zero.dtype)
         return scale if scaler is None else scaler.scale(scale)
 
     def _back(self, route, segment, waiting, update):
@@ -193,7 +210,7 @@ class LocalStep:
     def _scale_ratio(self, to, source):
         if self.scalers[to] is None:
             return None
-        one = torch.ones((), device=self.losses.device)
+        one = torch.ones((), device=self.zero.device)
         return self.scalers[to].scale(one) / self.scalers[source].scale(one)
 
     def _train_classifier(self, parts):
@@ -204,7 +221,7 @@ class LocalStep:
         for part in parts:
             with torch.enable_grad(), self._context(), GroupNormGuard():
                 logits = self.classifier(*detached(part.alive))[0]
-            loss = torch.nn.functional.cross_entropy(logits.to(self.losses.dtype), part.target)
+            loss = torch.nn.functional.cross_entropy(logits.to(self.zero.dtype), part.target)
             (loss * part.share * self.weight).backward()
         self.place.updated(index, self.weight)
 

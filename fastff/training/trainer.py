@@ -17,7 +17,7 @@ from fastff.training import optim
 from fastff.training.engine import Options, StepResult, train_mode
 from fastff.training.place import Place
 from fastff.training.session import Session
-from fastff.training.step import LocalStep, route_of
+from fastff.training.step import LocalStep
 
 
 class Trainer(Session):
@@ -35,8 +35,8 @@ class Trainer(Session):
         finish: in 0..1, how early the first block finishes: its learning rate reaches zero after 1 - finish of fit, and it is trained no more;
             the last block's at the end, those between in proportion. 0 trains all to the end.
         distributed: None; "data" (ranks share every minibatch), "block" (ranks share the blocks) or a fastff.Distributed, with one process
-            for each device (torchrun). Ranks that share blocks need a plan whose segments are the same in every step and lie in one rank
-            each, such as window=1. A minibatch given to step or by a loader is this rank's share, except that a fastff Loader is shared
+            for each device (torchrun). Ranks that share blocks need a plan whose segments lie in one rank each in every step, such as
+            window=1 or a budget of memory. A minibatch given to step or by a loader is this rank's share, except that a fastff Loader is shared
             out; of the ranks that share a replica's blocks all but the first may give None.
         lr_schedule: "cosine" (with warm-up over the first 5 % of fit), "constant", or a function of progress in 0..1.
         options: of fastff.training.engine.Options: micro_batches, amp, clip_grad_norm, compile, cuda_graph.
@@ -79,7 +79,7 @@ class Trainer(Session):
             sff.set_plan(plan, window)
         plan = plans.Greedy(count, frozen) if schedule == "greedy" else sff.plan
         options = Options(**options)
-        ranks = _ranks(Distributed.of(distributed), sff, plan, frozen, options)
+        ranks = _ranks(Distributed.of(distributed), sff, plan, frozen, finish, options)
         for index in range(frozen):
             still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
             for parameter in still:
@@ -93,11 +93,11 @@ def _labelled(sff):
     return sff.heads[0].loss_name == "cross_entropy"
 
 
-def _ranks(distributed, sff, plan, frozen, options):
+def _ranks(distributed, sff, plan, frozen, finish, options):
     """Return the Ranks that train together. Raises ValueError for what they cannot do."""
     if distributed is None:
         return Ranks()
-    if options.cuda_graph:
+    if options.cuda_graph is True:
         raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
     if distributed.shard_optimizer and (options.clip_grad_norm or options.amp == "fp16"):
         text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
@@ -107,13 +107,13 @@ def _ranks(distributed, sff, plan, frozen, options):
         text = f"expected a goodness with labels where ranks share the blocks, got {sff.goodness_name!r}"
         raise ValueError(f"distributed: {text}")
     if ranks.block_size > 1:
-        if not isinstance(plan, plans.Turns) or len(plan.turns) > 1:
-            text = "a plan whose segments are the same in every step where ranks share the blocks"
-            raise ValueError(f"distributed: expected {text}, got {plan.name!r}; distributed='data' takes any")
-        most = len(route_of(plan.at(0, frozen), range(len(sff.blocks))).chains)
+        most = len(plan.chains(frozen))
         if ranks.block_size > most:
-            text = f"at most {most} ranks to share the blocks, since no gradient may pass between them ({plan.name})"
-            raise ValueError(f"distributed: expected {text}, got {ranks.block_size}")
+            text = f"at most {most} to share the blocks, since no gradient may pass between ranks (plan {plan.name})"
+            raise ValueError(f"distributed: expected {text}, got {ranks.block_size}; distributed='data' takes any plan")
+        if finish and isinstance(plan, plans.Budget):
+            text = "0 where ranks share the blocks under a budget of memory, whose segments change when blocks finish"
+            raise ValueError(f"finish: expected {text}, got {finish}")
     return ranks
 
 
@@ -148,8 +148,7 @@ class LocalEngine:
         if options.compile:
             for block in sff.local_blocks:
                 block.compile_forward()
-        chains = route_of(self.segments(0), range(len(sff.blocks))).chains
-        self.place = Place(ranks, sff, self.parameters, every, self._update, chains, self._measure)
+        self.place = Place(ranks, sff, self.parameters, every, self._update, plan.chains(frozen), self._measure)
         autocast = None if options.amp is None else self._autocast
         taught = classifier if self.classifier_optimizer is not None and self.phases == 1 else None
         self.step = LocalStep(sff.local_blocks, options.micro_batches, autocast, self.scalers, self.place, taught)
@@ -166,7 +165,7 @@ class LocalEngine:
             images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
             target = torch.arange(16, device=self.device) % sff.num_classes
             engine = LocalEngine(sff, optim.adamw(), Options(), Ranks(), self.plan, self.frozen, 0.0)
-            return placement.chain_seconds(engine, images, target)
+            return placement.chain_seconds(engine, self.plan.chains(self.frozen), images, target)
 
     def _autocast(self):
         return self.options.autocast(self.device)

@@ -1,7 +1,6 @@
 """A whole local step by the compiled library, torch.ops.fastff.step_native (csrc/cpu/step.cpp): its call from a Step of fastff/spec.py.
 
-A Projection and an Epilogue are computed in float32: parameters, and the images of an Epilogue, are widened whole; the kernels take other images as
-they are."""
+A Projection and an Epilogue are computed in float32: parameters are widened here, images and residuals a sample at a time by the kernels."""
 
 import torch
 
@@ -14,7 +13,9 @@ CHOICES = {
 }  # fmt: skip
 _ARGUMENTS = [argument.split() for argument in spec.schema().split(", ")]
 _CHOICES = {place: CHOICES[name] for place, (_, name) in enumerate(_ARGUMENTS) if name in CHOICES}
-_TENSORS = [place for place, (kind, _) in enumerate(_ARGUMENTS) if kind == "Tensor?"]
+_PARAMETERS = [
+    place for place, (kind, name) in enumerate(_ARGUMENTS) if kind == "Tensor?" and name != "epilogue_residual"
+]
 
 
 def run(local, second_moment=False):
@@ -23,10 +24,9 @@ def run(local, second_moment=False):
     values = spec.flatten(local)
     for place, names in _CHOICES.items():
         values[place] = names.index(values[place])
-    for place in _TENSORS if wide else ():
+    for place in _PARAMETERS if wide else ():
         t = values[place]
         if t is not None and t.dtype != torch.float32 and t.is_floating_point():
             values[place] = t.float()
-    x = local.x if local.epilogue is None else local.x.float()
-    results = torch.ops.fastff.step_native(x, *values, local.need_grad_x, second_moment)
+    results = torch.ops.fastff.step_native(local.x, *values, local.need_grad_x, second_moment)
     return StepResult(*(t if t.numel() else None for t in results))

@@ -7,7 +7,8 @@ Direct         a = W X for a tile of classes at a time; kept for the gradient wh
 Second moment  S = X X^T / P [C, C]; t = W S [K, C]; g = w . t; M = W^T diag(d) W [C, C]; dL/dx = (2/P)(M X + c). K never meets P.
 Convolution    kernel sizes 3 and 5: a from PyTorch's convolution, its gradients from convolution_backward.
 
-Arithmetic is in float32 (float64 for float64): chunks of 16-bit tensors are widened as they are read.
+Arithmetic is in float32 (float64 for float64): chunks of 16-bit tensors are widened as they are read. On a GPU the products of 16-bit tensors are in
+their own dtype, as its tensor cores take them (sums in float32), and nothing of x's size is widened; the second moment alone is as on a CPU.
 """
 
 import torch
@@ -29,6 +30,8 @@ class Direct:
         self.tiles = [slice(k, min(k + plan.classes, len(weight))) for k in range(0, len(weight), plan.classes)]
 
     def _flat(self, X):
+        if X.element_size() == 2:  # one product, whose result is dL/dweight and not a summand of it for each sample
+            return True
         positions, classes = X.shape[2], len(self.weight)
         return positions <= 4 or (positions <= 16 and classes >= 32) or (positions <= 64 and classes >= 512)
 
@@ -48,22 +51,25 @@ class Direct:
         for tile in self.tiles:
             a = self._outputs(tile)
             per_sample = a.view(self.samples, self.positions, -1) if self.flat else a
-            g.append(torch.linalg.vecdot(per_sample, per_sample, dim=1 if self.flat else 2))
+            g.append(squared_length(per_sample, 1 if self.flat else 2))
         self.kept = a if len(self.tiles) == 1 else None
         return (g[0] if len(g) == 1 else torch.cat(g, 1)).div_(self.positions)
 
     def gradients(self, d, x, grad_x, grad_weight, grad_bias, add):
         """Adds to grad_weight and grad_bias; writes grad_x (as x) where it is not None, or adds to it where `add`."""
-        d = d * (2 / self.positions)
+        d = (d * (2 / self.positions)).to(self.X.dtype)
         grad_weight = grad_weight.flatten(1)
         for tile in self.tiles:
             a = self._outputs(tile) if self.kept is None else self.kept
             W = self.weight[tile]
             if self.flat:
                 e = a.view(self.samples, self.positions, -1).mul_(d[:, None, tile]).flatten(0, 1)
-                grad_weight[tile].addmm_(e.T, self.X)
+                if e.dtype == grad_weight.dtype:
+                    grad_weight[tile].addmm_(e.T, self.X)
+                else:
+                    grad_weight[tile].add_(e.T @ self.X)
                 if grad_bias is not None:
-                    grad_bias[tile].add_(e.sum(0))
+                    grad_bias[tile].add_(e.sum(0, dtype=grad_bias.dtype))
                 if grad_x is not None:
                     _write_rows(grad_x, e, W, add)
             else:
@@ -75,6 +81,13 @@ class Direct:
                     _write_product(grad_x, W.T.expand(self.samples, -1, -1), e, add)
             add = True
         self.kept = None
+
+
+def squared_length(a, dim):
+    """Sums of squares along a dimension, in float32 for 16-bit a."""
+    if a.element_size() > 2:
+        return torch.linalg.vecdot(a, a, dim=dim)
+    return torch.linalg.vector_norm(a, dim=dim, dtype=torch.float32).square_()
 
 
 def _write_product(x, a, b, add):
@@ -136,10 +149,10 @@ class Convolution:
 
     def goodness(self, x):
         self.a = F.conv2d(x, self.weight, self.bias, padding=self.padding)
-        return torch.linalg.vecdot(self.a.flatten(2), self.a.flatten(2), dim=2).div_(self.a[0, 0].numel())
+        return squared_length(self.a.flatten(2), 2).div_(self.a[0, 0].numel())
 
     def gradients(self, d, x, grad_x, grad_weight, grad_bias, add):
-        e = self.a.mul_((d * (2 / self.a[0, 0].numel()))[:, :, None, None])
+        e = self.a.mul_((d * (2 / self.a[0, 0].numel())).to(self.a.dtype)[:, :, None, None])
         sizes = None if self.bias is None else [len(self.bias)]
         dx, dw, db = torch.ops.aten.convolution_backward(
             e, x, self.weight, sizes, [1, 1], self.padding, [1, 1], False, [0, 0], 1,
@@ -166,19 +179,20 @@ class Grid:
         """[b, C, rows, columns] of cells."""
         b, c, h, w = x.shape
         if is_channels_last(x):
-            means = self.right.T @ x.permute(0, 2, 3, 1).view(b * h, w, c)
-            means = self.down.T @ means.view(b, h, -1)
+            means = self.right.T.to(x.dtype) @ x.permute(0, 2, 3, 1).view(b * h, w, c)
+            means = self.down.T @ means.view(b, h, -1).to(self.down.dtype)
             return means.view(b, self.down.shape[1], -1, c).permute(0, 3, 1, 2)
-        return self.down.T @ (x @ self.right)
+        return self.down.T @ (x @ self.right.to(x.dtype)).to(self.down.dtype)
 
     def spread(self, cells, grad_x):
         """Write grad_x from the gradient of the means."""
         b, c, h, w = cells.shape
+        right = self.right.to(grad_x.dtype)
         if is_channels_last(grad_x):
-            rows = (self.down @ cells.permute(0, 2, 3, 1).reshape(b, h, -1)).view(-1, w, c)
-            torch.bmm(self.right.expand(len(rows), -1, -1), rows, out=grad_x.permute(0, 2, 3, 1).view(len(rows), -1, c))
+            rows = (self.down @ cells.permute(0, 2, 3, 1).reshape(b, h, -1)).view(-1, w, c).to(grad_x.dtype)
+            torch.bmm(right.expand(len(rows), -1, -1), rows, out=grad_x.permute(0, 2, 3, 1).view(len(rows), -1, c))
         else:
-            torch.matmul(self.down @ cells, self.right.T, out=grad_x)
+            torch.matmul((self.down @ cells).to(grad_x.dtype), right.T, out=grad_x)
 
 
 def _pooling_matrix(size, cells, like):
@@ -189,7 +203,13 @@ def _pooling_matrix(size, cells, like):
     return ((position >= start) & (position < end)).to(like.dtype) / (end - start)
 
 
-ALGORITHMS = {"direct": Direct, "second_moment": SecondMoment, "convolution": Convolution}
+ALGORITHMS = {"direct": Direct, "products": Direct, "second_moment": SecondMoment, "convolution": Convolution}
+
+
+def product_dtype(x, dtype, algorithm):
+    """Return the dtype in which products of x are computed, where the arithmetic is in `dtype`."""
+    own = x.device.type == "cuda" and x.element_size() == 2 and dtype == torch.float32 and algorithm != "second_moment"
+    return x.dtype if own else dtype
 
 
 class _Head:
@@ -201,7 +221,9 @@ class _Head:
         weight, bias, self.grid_weight, *_ = parameters = projection[:3]
         self.hidden, self.means = projection.hidden, None
         extra = {"padding": projection.padding} if plan.algorithm == "convolution" else {}
-        self.squares = None if weight is None else ALGORITHMS[plan.algorithm](weight, bias, plan, **extra)
+        self.kind = product_dtype(x, self.dtype, plan.algorithm)
+        of_kind = (None if p is None else p.to(self.kind) for p in (weight, bias))
+        self.squares = None if weight is None else ALGORITHMS[plan.algorithm](*of_kind, plan, **extra)
         self.grid = None if self.grid_weight is None else Grid(self.grid_weight, x)
         self.grads = [
             None if p is None else torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters
@@ -211,7 +233,7 @@ class _Head:
         samples = samples or self.plan.samples
         for start in range(0, len(self.x), samples):
             chunk = slice(start, start + samples)
-            yield chunk, dense(self.x[chunk].to(self.dtype))
+            yield chunk, dense(self.x[chunk].to(self.kind))
 
     def goodness(self, x):
         """g of a chunk, and its `means`. A hidden layer's part is left out: its batch norm needs the means of all chunks."""
@@ -219,14 +241,14 @@ class _Head:
         if self.grid is not None:
             self.means = self.grid.means(x)
         if self.grid is None or self.hidden is not None:
-            return x.new_zeros(len(x), len(self.grid_weight)) if g is None else g
+            return self.grid_weight.new_zeros(len(x), len(self.grid_weight)) if g is None else g
         linear, *_ = reference.spatial(self.means, self.grid_weight)
         return linear if g is None else g.add_(linear)
 
     def gradients(self, d, x, grad_x, cells=None):
         """Add to the parameters' gradients; overwrite grad_x, of x's shape and any dtype, unless it is None. cells: dL/dmeans of a hidden layer."""
         grad_weight, grad_bias, grad_grid = self.grads
-        wide = grad_x if grad_x is None or grad_x.dtype == self.dtype else empty_like(grad_x, self.dtype)
+        wide = grad_x if grad_x is None or grad_x.dtype == self.kind else empty_like(grad_x, self.kind)
         if self.grid is not None:
             if self.hidden is None:
                 cells, of_chunk = reference.spatial_gradients(d, self.means, self.grid_weight)

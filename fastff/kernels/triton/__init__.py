@@ -1,5 +1,6 @@
 """Kernels in Triton, one file per op; imported when they first run, so that fastff does without Triton where there is none."""
 
+import functools
 import importlib.util
 import os
 
@@ -18,6 +19,14 @@ def reason(x):
         return f"Triton {wanted}, x is on {x.device.type}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels are for float32, bfloat16 and float16, x is {x.dtype}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+    return device_reason(x.device) if x.is_cuda else None
+
+
+@functools.cache
+def device_reason(device):
+    """Why no Triton kernel of ours runs on a GPU, or None."""
+    if torch.version.hip:
+        return "the Triton kernels are for NVIDIA's GPUs: those of AMD have less shared memory and no TF32, and nothing was checked for them"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the Triton kernels are for compute capability 8.0 and later"
     return None

@@ -7,7 +7,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
 from fastff import cache
 
@@ -33,23 +32,30 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a pro
 WGMMA = (90, 100)  # whose products read W from shared memory, not from registers
 
 
-def most_classes(C, itemsize, arch, epilogue):
-    """The classes that direct takes: g, d, a row of a and a column of dL/dW for each of them are in registers; where C is large, W, which does not
-    stay on chip then, would be read too often."""
-    return 16 if itemsize > 2 else 128 if arch in WGMMA and C <= 256 and not epilogue else 32
+def power_of_2(n):
+    """The smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def refusal(algorithm, C, K, itemsize, epilogue=False, arch=90):
-    """Why `table` has no sizes, or None."""
+    """Why the kernels do not take a step by this algorithm, or None: the plan (ops/plan.py), `table` and `goodness.reason` all ask here.
+
+    Direct: g, d, a row of a and a column of dL/dW for each class are in registers; where C is large, W, which does not stay on chip then, would be
+    read too often, and x again for each piece of channels. Second moment: S [C, C] is in registers."""
     if algorithm == "second_moment":
-        small = C > 64 and SHARED[arch] < 128
+        most, why = (128 if SHARED[arch] >= 128 else 64), f"with {SHARED[arch]} KiB of shared memory"
+    elif algorithm == "direct":
+        most, why = 1024, "which it reads again in pieces"
+    else:
+        return f"{algorithm} runs on PyTorch's operators"
+    if most < C:
+        return f"{algorithm} takes at most {most} channels, {why}, x has {C}"
+    classes = 16 if itemsize > 2 else 128 if arch in WGMMA and C <= 256 and not epilogue else 32
+    if algorithm == "direct" and classes < K:
         return (
-            f"second moment of {C} channels needs 128 KiB of shared memory, here are {SHARED[arch]}" if small else None
+            f"direct holds the classes of a sample in registers, with {C} channels at most {classes}, the head has {K}"
         )
-    most = most_classes(C, itemsize, arch, epilogue)
-    if most >= K:
-        return None
-    return f"direct holds the classes of a sample in registers, with {C} channels at most {most}, the head has {K}"
+    return None
 
 
 def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
@@ -60,17 +66,17 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     2048 elements, with an epilogue 1024); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is
     in registers."""
     narrow = itemsize == 2
-    BC = max(16, triton.next_power_of_2(C))
-    most = triton.next_power_of_2(P)
-    BG = max(16, triton.next_power_of_2(cells)) if cells else 16
+    BC = max(16, power_of_2(C))
+    most = power_of_2(P)
+    BG = max(16, power_of_2(cells)) if cells else 16
     if refusal(algorithm, C, K, itemsize, epilogue, arch):
         return None
     if algorithm == "second_moment":
         warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
         positions = (64 if narrow and not cells else 32) // (2 if epilogue else 1)
-        HK = min(128 if BC <= 64 else 64, max(16, triton.next_power_of_2(K)))
+        HK = min(128 if BC <= 64 else 64, max(16, power_of_2(K)))
         return Blocks(1, min(max(16, most), positions), BC, 16 if BC > 64 else 32, BG, warps, 3, HK, 8)
-    BK = max(16, triton.next_power_of_2(K))
+    BK = max(16, power_of_2(K))
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
     R = 64 if narrow else max(16, min(64, (1024 if epilogue else 2048) // BC))
@@ -83,6 +89,7 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     return Blocks(NS, BP, BC, BK, BG, 4 if few and BC <= 64 else 8, 3 if arch in WGMMA else 2)
 
 
+@functools.cache
 def architecture(device):
     """The latest compute capability that `table` knows and the device has, as 10 major + minor (90 for the interpreter)."""
     if device.type != "cuda":

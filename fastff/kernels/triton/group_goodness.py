@@ -22,7 +22,7 @@ from fastff.kernels.layout import dense, empty_like, is_channels_last
 from fastff.kernels.triton import loss as losses
 from fastff.kernels.triton import normalization
 from fastff.kernels.triton.epilogue import step_in_parts
-from fastff.kernels.triton.launch import constants, on_device, strides
+from fastff.kernels.triton.launch import constants, on_device
 from fastff.kernels.triton.layer_norm import layer_norm
 from fastff.kernels.triton.loss import LossArguments, gradient_scale, losses_of, of_pairs, of_samples
 from fastff.kernels.triton.normalization import GROUP_NORM, NONE, between, factors, joined, moments
@@ -46,30 +46,27 @@ def derivative(x, POWER: tl.constexpr):
     return 2 * x
 
 
-Input = namedtuple("Input", "x sample_stride channel_stride position_stride")
-"""x; its gradient and the next input have the same strides."""
-
-
 Scratch = namedtuple("Scratch", "g d sums factors starts group_of")
 """g and d [B, K or P]; sums [B, 3, C] by channel: of x, of squares about the mean, of terms; factors [B, 2, K]: mean and
 factor of the normalisation by group; first channel of each group [K + 1]; group of each channel [C]."""
 
 
-Shape = namedtuple("Shape", "B C P K")
-"""Samples, channels, positions, groups."""
-
-
-Config = namedtuple("Config", "POWER MEAN GOODNESS LOSS MEMBERS NORM BC R KP GP")
+Config = namedtuple("Config", "POWER MEAN GOODNESS LOSS MEMBERS NORM LAST C P K BC R KP GP")
 """Constants: the goodness (POWER, MEAN), whether it is wanted, the number of the loss (or None), samples of a program, the number of the
-normalisation, channels and positions of a tile, padded number and size of groups."""
+normalisation, whether memory is channels_last, channels, positions (whose sizes say how many bytes an access may take) and groups, channels and
+positions of a tile, padded number and size of groups."""
 
 
 @triton.jit
-def load(source: Input, b, c, p, shape: Shape):
-    """A tile [BC, R] of sample b in float32, with its offsets and mask."""
-    mask = (c[:, None] < shape.C) & (p[None, :] < shape.P)
-    at = b * source.sample_stride + c[:, None] * source.channel_stride + p[None, :] * source.position_stride
-    return tl.load(source.x + at, mask=mask, other=0.0).to(tl.float32), at, mask
+def load(x, b, c, p, config: Config):
+    """A tile [BC, R] of sample b in float32, with its offsets and mask, which are also those of its gradient and of the next input."""
+    mask = (c[:, None] < config.C) & (p[None, :] < config.P)
+    at = b * (config.C * config.P)
+    if config.LAST:
+        at += c[:, None] + p[None, :] * config.C
+    else:
+        at += c[:, None] * config.P + p[None, :]
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32), at, mask
 
 
 @triton.jit
@@ -99,77 +96,77 @@ def add(total, lost, term):
 
 
 @triton.jit
-def sum_channels(source: Input, scratch: Scratch, b, shape: Shape, config: Config):
+def sum_channels(x, scratch: Scratch, b, config: Config):
     """Write the sums by channel of sample b."""
-    for c0 in range(0, shape.C, config.BC):
+    for c0 in range(0, config.C, config.BC):
         c = c0 + tl.arange(0, config.BC)
         total = tl.zeros([config.BC], tl.float32)
         square = tl.zeros([config.BC], tl.float32)
         terms = tl.zeros([config.BC], tl.float32)
         lost, lost_square, lost_terms = terms, terms, terms
-        for p0 in range(0, shape.P, config.R):
-            v, _, mask = load(source, b, c, p0 + tl.arange(0, config.R), shape)
+        for p0 in range(0, config.P, config.R):
+            v, _, mask = load(x, b, c, p0 + tl.arange(0, config.R), config)
             if config.NORM != NONE:
-                n = tl.minimum(shape.P - p0, config.R) * 1.0
+                n = tl.minimum(config.P - p0, config.R) * 1.0
                 more, squares = moments(v, mask, n, 1)
                 square, lost_square = add(square, lost_square, squares + between(total, p0 * 1.0, more, n))
                 total, lost = add(total, lost, more)
             if config.GOODNESS:
                 terms, lost_terms = add(terms, lost_terms, tl.sum(term(v, config.POWER), 1))
-        sums = scratch.sums + b * 3 * shape.C + c
+        sums = scratch.sums + b * 3 * config.C + c
         if config.NORM != NONE:
-            tl.store(sums, total, mask=c < shape.C)
-            tl.store(sums + shape.C, square, mask=c < shape.C)
+            tl.store(sums, total, mask=c < config.C)
+            tl.store(sums + config.C, square, mask=c < config.C)
         if config.GOODNESS:
-            tl.store(sums + 2 * shape.C, terms, mask=c < shape.C)
+            tl.store(sums + 2 * config.C, terms, mask=c < config.C)
 
 
 @triton.jit
-def store_goodness(scratch: Scratch, b, shape: Shape, config: Config):
+def store_goodness(scratch: Scratch, b, config: Config):
     """g of sample b from its sums."""
     k = tl.arange(0, config.KP)
-    terms, _ = by_group(scratch.sums + (b * 3 + 2) * shape.C, scratch, shape.K, config.KP, config.GP)
+    terms, _ = by_group(scratch.sums + (b * 3 + 2) * config.C, scratch, config.K, config.KP, config.GP)
     good = tl.sum(terms, 1)
     if config.MEAN:
-        good /= elements(k, k < shape.K, scratch, shape.P)
-    tl.store(scratch.g + b * shape.K + k, good, mask=k < shape.K)
+        good /= elements(k, k < config.K, scratch, config.P)
+    tl.store(scratch.g + b * config.K + k, good, mask=k < config.K)
 
 
 @triton.jit
-def store_factors(scratch: Scratch, b, shape: Shape, eps, config: Config):
+def store_factors(scratch: Scratch, b, eps, config: Config):
     """Mean and factor of the normalisation of sample b, by group (the same for all of them unless it is "group_norm")."""
     k = tl.arange(0, config.KP)
-    sums = scratch.sums + b * 3 * shape.C
-    total, mask = by_group(sums, scratch, shape.K, config.KP, config.GP)
-    square, _ = by_group(sums + shape.C, scratch, shape.K, config.KP, config.GP)
-    n = elements(k, k < shape.K, scratch, shape.P)
-    total, square = joined(total, square, tl.where(mask, shape.P * 1.0, 0.0), n)
+    sums = scratch.sums + b * 3 * config.C
+    total, mask = by_group(sums, scratch, config.K, config.KP, config.GP)
+    square, _ = by_group(sums + config.C, scratch, config.K, config.KP, config.GP)
+    n = elements(k, k < config.K, scratch, config.P)
+    total, square = joined(total, square, tl.where(mask, config.P * 1.0, 0.0), n)
     if config.NORM != GROUP_NORM:
-        count = tl.where(k < shape.K, n, 0.0)
-        n = tl.zeros([config.KP], tl.float32) + shape.C * shape.P
-        whole, squares = joined(total[None, :], square[None, :], count[None, :], shape.C * shape.P * 1.0)
+        count = tl.where(k < config.K, n, 0.0)
+        n = tl.zeros([config.KP], tl.float32) + config.C * config.P
+        whole, squares = joined(total[None, :], square[None, :], count[None, :], config.C * config.P * 1.0)
         total, square = whole + tl.zeros([config.KP], tl.float32), squares + tl.zeros([config.KP], tl.float32)
     mean, factor = factors(total, square, n, eps, config.NORM)
-    own = scratch.factors + b * 2 * shape.K + k
-    tl.store(own, mean, mask=k < shape.K)
-    tl.store(own + shape.K, factor, mask=k < shape.K)
+    own = scratch.factors + b * 2 * config.K + k
+    tl.store(own, mean, mask=k < config.K)
+    tl.store(own + config.K, factor, mask=k < config.K)
 
 
 @triton.jit
-def store_channels(source: Input, grad_x, normalized, scratch: Scratch, b, shape: Shape, config: Config):
+def store_channels(x, grad_x, normalized, scratch: Scratch, b, config: Config):
     """The second sweep over sample b."""
-    for c0 in range(0, shape.C, config.BC):
+    for c0 in range(0, config.C, config.BC):
         c = c0 + tl.arange(0, config.BC)
-        group = tl.load(scratch.group_of + c, mask=c < shape.C, other=0)
+        group = tl.load(scratch.group_of + c, mask=c < config.C, other=0)
         if grad_x is not None:
-            slope = tl.load(scratch.d + b * shape.K + group)
+            slope = tl.load(scratch.d + b * config.K + group)
             if config.MEAN:
-                slope /= elements(group, c < shape.C, scratch, shape.P)
+                slope /= elements(group, c < config.C, scratch, config.P)
         if config.NORM != NONE:
-            mean = tl.load(scratch.factors + b * 2 * shape.K + group)
-            factor = tl.load(scratch.factors + (b * 2 + 1) * shape.K + group)
-        for p0 in range(0, shape.P, config.R):
-            v, at, mask = load(source, b, c, p0 + tl.arange(0, config.R), shape)
+            mean = tl.load(scratch.factors + b * 2 * config.K + group)
+            factor = tl.load(scratch.factors + (b * 2 + 1) * config.K + group)
+        for p0 in range(0, config.P, config.R):
+            v, at, mask = load(x, b, c, p0 + tl.arange(0, config.R), config)
             if grad_x is not None:
                 out = slope[:, None] * derivative(v, config.POWER)
                 tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=mask)
@@ -178,65 +175,65 @@ def store_channels(source: Input, grad_x, normalized, scratch: Scratch, b, shape
                 tl.store(normalized + at, out.to(normalized.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "eps"])
 def samples(
-    source: Input, grad_x, normalized, scratch: Scratch, loss: LossArguments, shape: Shape, eps, config: Config
+    x, grad_x, normalized, scratch: Scratch, loss: LossArguments, B, eps, config: Config
 ):  # fmt: skip
     """Program b: sample b, or the pair b and b + B / 2."""
     unit = tl.program_id(0).to(tl.int64)
-    half = shape.B // 2
+    half = B // 2
     if config.GOODNESS or (config.NORM != NONE):
         for m in tl.static_range(config.MEMBERS):
-            sum_channels(source, scratch, unit + m * half, shape, config)
+            sum_channels(x, scratch, unit + m * half, config)
         tl.debug_barrier()
     if config.GOODNESS:
         for m in tl.static_range(config.MEMBERS):
-            store_goodness(scratch, unit + m * half, shape, config)
+            store_goodness(scratch, unit + m * half, config)
     if config.LOSS is not None:
         tl.debug_barrier()
         n = unit + tl.arange(0, 1)
-        losses_of(scratch.g, scratch.d, loss, n, shape.B, shape.K, config.LOSS, 1, config.KP)
+        losses_of(scratch.g, scratch.d, loss, n, B, config.K, config.LOSS, 1, config.KP)
     if config.NORM != NONE:
         for m in tl.static_range(config.MEMBERS):
-            store_factors(scratch, unit + m * half, shape, eps, config)
+            store_factors(scratch, unit + m * half, eps, config)
     if (grad_x is not None) or (config.NORM != NONE):
         tl.debug_barrier()
         for m in tl.static_range(config.MEMBERS):
-            store_channels(source, grad_x, normalized, scratch, unit + m * half, shape, config)
+            store_channels(x, grad_x, normalized, scratch, unit + m * half, config)
 
 
 @triton.jit
-def sum_positions(source: Input, b, p, shape: Shape, config: Config):
+def sum_positions(x, b, p, config: Config):
     """Sums over the channels of positions p [R] of sample b: of x, of squares about the mean, and goodness."""
     total = tl.zeros([config.R], tl.float32)
     square = tl.zeros([config.R], tl.float32)
     terms = tl.zeros([config.R], tl.float32)
     if config.GOODNESS or (config.NORM != NONE):
-        for c0 in range(0, shape.C, config.BC):
-            v, _, mask = load(source, b, c0 + tl.arange(0, config.BC), p, shape)
+        for c0 in range(0, config.C, config.BC):
+            v, _, mask = load(x, b, c0 + tl.arange(0, config.BC), p, config)
             if config.NORM != NONE:
-                n = tl.minimum(shape.C - c0, config.BC) * 1.0
+                n = tl.minimum(config.C - c0, config.BC) * 1.0
                 more, squares = moments(v, mask, n, 0)
                 square += squares + between(total, c0 * 1.0, more, n)
                 total += more
             if config.GOODNESS:
                 terms += tl.sum(term(v, config.POWER), 0)
     if config.MEAN:
-        terms /= shape.C
+        terms /= config.C
     return total, square, terms
 
 
 @triton.jit
 def store_positions(
-    source: Input, grad_x, normalized, total, square, dp, b, p, shape: Shape, eps, config: Config
+    x, grad_x, normalized, total, square, dp, b, p, eps, config: Config
 ):  # fmt: skip
     """The second sweep over positions p of sample b, whose goodness has the gradient dp."""
     if config.MEAN:
-        dp /= shape.C
+        dp /= config.C
     if config.NORM != NONE:
-        mean, factor = factors(total, square, shape.C * 1.0, eps, config.NORM)
-    for c0 in range(0, shape.C, config.BC):
-        v, at, mask = load(source, b, c0 + tl.arange(0, config.BC), p, shape)
+        mean, factor = factors(total, square, config.C * 1.0, eps, config.NORM)
+    for c0 in range(0, config.C, config.BC):
+        v, at, mask = load(x, b, c0 + tl.arange(0, config.BC), p, config)
         if grad_x is not None:
             out = dp[None, :] * derivative(v, config.POWER)
             tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=mask)
@@ -245,41 +242,41 @@ def store_positions(
             tl.store(normalized + at, out.to(normalized.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "eps"])
 def positions(
-    source: Input, grad_x, normalized, scratch: Scratch, loss: LossArguments, shape: Shape, eps, config: Config
+    x, grad_x, normalized, scratch: Scratch, loss: LossArguments, B, eps, config: Config
 ):  # fmt: skip
     """Program (b, j): positions j R .. of sample b, or of the pair b and b + B / 2. losses [units, parts] gets sums over the program's positions."""
     unit = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    partner = unit + shape.B // 2
+    partner = unit + B // 2
     p = part * config.R + tl.arange(0, config.R)
-    inside = p < shape.P
-    total, square, good = sum_positions(source, unit, p, shape, config)
+    inside = p < config.P
+    total, square, good = sum_positions(x, unit, p, config)
     if config.MEMBERS == 2:
-        total_2, square_2, good_2 = sum_positions(source, partner, p, shape, config)
+        total_2, square_2, good_2 = sum_positions(x, partner, p, config)
     if config.GOODNESS:
-        tl.store(scratch.g + unit * shape.P + p, good, mask=inside)
+        tl.store(scratch.g + unit * config.P + p, good, mask=inside)
         if config.MEMBERS == 2:
-            tl.store(scratch.g + partner * shape.P + p, good_2, mask=inside)
+            tl.store(scratch.g + partner * config.P + p, good_2, mask=inside)
     if config.LOSS is not None:
         if config.MEMBERS == 2:
             value, dp_2 = of_pairs(good, good_2, loss.alpha, config.LOSS)
-            dp_2 *= gradient_scale(loss) / shape.P
+            dp_2 *= gradient_scale(loss) / config.P
             dp = -dp_2
         else:
-            value, dp = of_samples(good, unit < shape.B // 2, loss, config.LOSS)
-            dp *= gradient_scale(loss) / shape.P
+            value, dp = of_samples(good, unit < B // 2, loss, config.LOSS)
+            dp *= gradient_scale(loss) / config.P
         own = loss.losses + unit * tl.num_programs(1) + part
-        tl.store(own, tl.sum(tl.where(inside, value, 0.0), 0) / shape.P)
+        tl.store(own, tl.sum(tl.where(inside, value, 0.0), 0) / config.P)
     elif grad_x is not None:
-        dp = tl.load(scratch.d + unit * shape.P + p, mask=inside, other=0.0)
+        dp = tl.load(scratch.d + unit * config.P + p, mask=inside, other=0.0)
     else:
         dp = good
     if (grad_x is not None) or (config.NORM != NONE):
-        store_positions(source, grad_x, normalized, total, square, dp, unit, p, shape, eps, config)
+        store_positions(x, grad_x, normalized, total, square, dp, unit, p, eps, config)
         if config.MEMBERS == 2:
-            store_positions(source, grad_x, normalized, total_2, square_2, dp_2, partner, p, shape, eps, config)
+            store_positions(x, grad_x, normalized, total_2, square_2, dp_2, partner, p, eps, config)
 
 
 def tiles(channels_last, C, P):
@@ -291,7 +288,7 @@ def tiles(channels_last, C, P):
     return min(2048 // R, triton.next_power_of_2(C)), R
 
 
-@functools.lru_cache(64)
+@functools.cache  # for good: a recorded step (fastff/training/graph.py) reads them
 def groups_of(channels, groups, device):
     """(starts [K + 1], group of each channel [C], channels of the largest): copied to a GPU once, so that no step waits for it."""
     sizes = reference.group_sizes(channels, groups)
@@ -304,25 +301,24 @@ class _Launch:
     """Launches of `samples` or `positions` on x: the same sizes and buffers for each."""
 
     def __init__(self, x, groups):
-        self.x = dense(x)
-        B, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-        self.groups, self.shape = groups, Shape(B, C, P, groups.count)
-        self.source = Input(self.x, *strides(self.x))
+        self.x, self.groups = dense(x), groups
+        self.sizes = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups.count
 
     def _new(self, *shape):
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
 
     def run(self, by_position, *, wanted=None, loss=None, d=None, grad_x=None, normalize=None, normalized=None):
         """(g, losses), None where not asked for. wanted: whether g is."""
-        B, C, P, K = self.shape
+        B, C, P, K = self.sizes
+        last, (BC, R) = is_channels_last(self.x), self._tile()
         normalize = normalize or spec.Normalization()
         norm = normalization.constant(normalize)
         paired = loss is not None and loss.name in spec.PAIRED_LOSSES
-        units, parts = B // 2 if paired else B, -(-P // self._tile()[1]) if by_position else 1
+        units, parts = B // 2 if paired else B, -(-P // R) if by_position else 1
         starts, group_of, largest = groups_of(C, K, self.x.device)
         config = Config(
             self.groups.power, self.groups.mean, bool(wanted), None if loss is None else losses.constant(loss),
-            1 + paired, norm, *self._tile(), triton.next_power_of_2(K), triton.next_power_of_2(largest),
+            1 + paired, norm, last, C, P, K, BC, R, triton.next_power_of_2(K), triton.next_power_of_2(largest),
         )  # fmt: skip
         columns = P if self.groups.positions else K
         g = self._new(B, columns) if wanted else None
@@ -334,20 +330,12 @@ class _Launch:
         arguments = losses.NO_LOSS if loss is None else losses.arguments(loss, B, out)
         kernel = positions if by_position else samples
         kernel[units, parts](
-            self.source,
-            grad_x,
-            normalized,
-            scratch,
-            arguments,
-            self.shape,
-            normalize.eps,
-            constants(config),
-            num_warps=WARPS,
+            self.x, grad_x, normalized, scratch, arguments, B, normalize.eps, constants(config), num_warps=WARPS
         )
         return g, None if out is None else out.sum(1) if by_position else out[:, 0]
 
     def _tile(self):
-        return tiles(is_channels_last(self.x), self.shape.C, self.shape.P)
+        return tiles(is_channels_last(self.x), *self.sizes[1:3])
 
 
 def goodness(x, groups):

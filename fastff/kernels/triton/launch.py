@@ -19,6 +19,13 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def float32_precision():
+    """Input precision of products of float32 matrices: TF32 where PyTorch's own on a GPU are in it, however that was asked for.
+
+    (`allow_tf32` cannot be read any more once TF32 was set by `fp32_precision`.)"""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def shares(count, programs, times=1):
     """(share, programs): `count` things divided among programs, each of which takes `share` of them, at most MOST times `times`."""
     share = min(-(-count // max(1, min(programs, count))), times * MOST)

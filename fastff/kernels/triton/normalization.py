@@ -50,6 +50,26 @@ def lane_counts(n, lane, SIZE: tl.constexpr):
     return tl.maximum((n - lane + SIZE - 1) // SIZE, 0).to(tl.float32)
 
 
+@triton.jit
+def joined_programs(sums, at, STRIDE, STEP, parts, n, share, PARTS: tl.constexpr, SIZE: tl.constexpr):
+    """Sum and squares of n numbers by row, [SIZE], from those of programs that had `share` of them each (the last the rest): sums + at and
+    sums + at + STRIDE of the first program, STEP further for each of the others."""
+    lane = tl.arange(0, PARTS)
+    total = tl.zeros([SIZE, PARTS], tl.float32)
+    for i in range(0, parts, PARTS):
+        mask = ((i + lane) < parts)[None, :] & (at < STRIDE)[:, None]
+        total += tl.load(sums + at[:, None] + (i + lane)[None, :] * STEP, mask=mask, other=0.0)
+    whole = tl.sum(total, 1)
+    square = tl.zeros([SIZE, PARTS], tl.float32)
+    for i in range(0, parts, PARTS):
+        mask = ((i + lane) < parts)[None, :] & (at < STRIDE)[:, None]
+        first = sums + at[:, None] + (i + lane)[None, :] * STEP
+        count = tl.minimum(tl.maximum(n - (i + lane).to(tl.int64) * share, 0), share).to(tl.float32)[None, :]
+        off = tl.load(first, mask=mask, other=0.0) / tl.maximum(count, 1.0) - (whole / n)[:, None]
+        square += tl.load(first + STRIDE, mask=mask, other=0.0) + tl.where(mask, count * off * off, 0.0)
+    return whole, tl.sum(square, 1)
+
+
 def joined_parts(sums, n, share):
     """Sum and squares [2, ..] of n numbers, from those of programs that had `share` of them each (the last the rest), [programs, 2, ..]."""
     if len(sums) == 1:

@@ -15,8 +15,8 @@ share (partial sums again added in a fixed order). No floating-point atomics: th
 
 Bytes: x read twice (the second time mostly from L2), dL/dx and the next input written once; the floor is three times x. Direct: in pieces of BC
 channels, x is read from L2 2 C / BC + 1 times. Products: direct 4 P C K multiply-adds a sample (a twice; 3 where a sample is one tile), second moment
-2 P C^2 + 3 K C^2. float32 accumulation; float32 products in TF32 only where torch.backends.cuda.matmul.allow_tf32 says so, S and M of 16-bit inputs
-in TF32. What `reason` refuses runs on PyTorch's operators: kernel sizes 3 and 5 (cuDNN), the spatial term without squares, many classes under direct.
+2 P C^2 + 3 K C^2. float32 accumulation; float32 products in TF32 only where PyTorch's own are, S and M of 16-bit inputs in TF32. What `reason`
+refuses runs on PyTorch's operators: kernel sizes 3 and 5 (cuDNN), the spatial term without squares, many classes under direct.
 
 Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
@@ -32,9 +32,8 @@ from fastff.kernels.triton.goodness import grid, reduce
 from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scratch
 from fastff.kernels.triton.goodness.direct import direct
 from fastff.kernels.triton.goodness.second_moment import head_second_moment, second_moment
-from fastff.kernels.triton.launch import constants, multiprocessors, on_device, shares, strides
+from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares, strides
 
-SECOND_MOMENT_CHANNELS = 128  # S [C, C] lives in registers
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
 GRID_BYTES = (
     2**28
@@ -53,6 +52,7 @@ class Launch:
         many = 0 if grid_weight is None else cells[0] * cells[1]
         self.second_moment = plan.algorithm == "second_moment"
         self.source = epilogue.Source(self.x, None, None, *strides(self.x)) if around is None else around.source
+        self.statistics = None if around is None else around.statistics
         self.blocks = b = sizes or blocks.sizes(
             x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None
         )
@@ -62,7 +62,7 @@ class Launch:
         few = 2 * self.groups * self.chunks <= self.processors
         each, self.parts = shares(self.tiles, self.processors // (self.groups * self.chunks) if few else 1)
         self.positions = each * b.BP
-        exact = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        exact = float32_precision()
         narrow = x.dtype != torch.float32
         self.config = Config(
             C, H * W, H, W, K, *cells, is_channels_last(self.x), b.NS, b.BP, b.BC, b.BK, b.BG, triton.next_power_of_2(K),
@@ -139,8 +139,8 @@ class Launch:
             self.scratch = self.scratch._replace(cells=self.grid.backward(self.scratch.d))
 
     def reduced(self, inside=False):
-        """(dL/dW [K, C, 1, 1], dL/dbeta, dL/dV, sums of dL/dh and dL/dh (y - mean) [2, C], the reduced loss, dL/dtau), after the second sweep, the
-        last two of a fused one; gradients are None where there is no such parameter. `inside`: whether dL/dV is computed here."""
+        """(dL/dW [K, C, 1, 1], dL/dbeta, dL/dV, sums [4, C] of an epilogue (epilogue.store_norm_sums), the reduced loss, dL/dtau), after the second
+        sweep, the last two of a fused one; gradients are None where there is no such parameter. `inside`: whether dL/dV is computed here."""
         C, K, b = self.config.C, self.config.K, self.blocks
         if self.second_moment:
             tiles = -(-K // b.HK)
@@ -149,21 +149,21 @@ class Launch:
             head_second_moment[tiles, parts](
                 self.head, self.scratch, self.weights, self.B, share, constants(self.config._replace(BK=b.HK)), num_warps=b.head_warps
             )  # fmt: skip
-        out = self._new(K * C + K + 2 * C + 2)
+        out = self._new(K * C + K + 4 * C + 2)
         grad_grid = self._new(K, C, self.config.GH, self.config.GW) if inside else None
         programs = sum(-(-n // 128) for n in (K * C + K, 2 * C + 2)) + (-(-grad_grid[0].numel() // 64) if inside else 0)
         reduce.reduce[programs,](
-            self.weights, len(self.weights), self.sums, len(self.sums), out, self.scratch, grad_grid, self.B,
+            self.weights, len(self.weights), self.sums, len(self.sums), out, self.statistics, self.scratch, grad_grid, self.B,
             constants(self.config), num_warps=4,
         )  # fmt: skip
-        weight, bias, sums, (value, grad_tau) = out.split([K * C, K, 2 * C, 2])
+        weight, bias, sums, (value, grad_tau) = out.split([K * C, K, 4 * C, 2])
         if self.grid is not None:
             grad_grid = self.grid.padded(grad_grid) if inside else self.grid.grads[0]
         bias = None if self.head.bias is None else bias
-        return weight.view(K, C, 1, 1), bias, grad_grid, sums.view(2, C), value, grad_tau
+        return weight.view(K, C, 1, 1), bias, grad_grid, sums.view(4, C), value, grad_tau
 
     def step(self, wanted, normalize, grad_x):
-        """(StepResult of a spec.Loss and a spec.Normalization, sums of dL/dh and dL/dh (y - mean)); grad_x, where there is one, is written."""
+        """(StepResult of a spec.Loss and a spec.Normalization, sums of an epilogue); grad_x, where there is one, is written."""
         losses, of_tau = loss.buffers(wanted, self.scratch.g[0])
         arguments = loss.arguments(wanted, self.B, losses, of_tau)
         normalized = None if normalize.name == "none" else empty_like(self.x)

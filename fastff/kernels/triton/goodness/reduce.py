@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fastff.kernels.triton.epilogue import store_norm_sums
 from fastff.kernels.triton.goodness.arguments import Config, Scratch, dot
 
 COLUMNS = tl.constexpr(128)  # that a program adds up
@@ -10,9 +11,8 @@ CELLS = tl.constexpr(64)  # columns of dL/dV of a program
 
 
 @triton.jit
-def add_up(partial, count, out, columns: tl.constexpr, i):
-    """out[e] = sum of partial[:count, e] of the columns e of the i-th program."""
-    e = i * COLUMNS + tl.arange(0, COLUMNS)
+def added_up(partial, count, columns: tl.constexpr, e):
+    """Sums of partial[:count, e] of the columns e."""
     row = tl.arange(0, 16)
     total = tl.zeros([16, COLUMNS], tl.float32)
     for r0 in range(0, count, 16):
@@ -20,22 +20,28 @@ def add_up(partial, count, out, columns: tl.constexpr, i):
         total += tl.load(
             partial + r[:, None] * columns + e[None, :], mask=(r < count)[:, None] & (e < columns)[None, :], other=0.0
         )
-    tl.store(out + e, tl.sum(total, 0), mask=e < columns)
+    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["weight_count", "sum_count", "B"])
-def reduce(weights, weight_count, sums, sum_count, out, scratch: Scratch, grad_grid, B, config: Config):
-    """out [K C + K + 2 C + 2]: the sums over programs of `weights` and `sums` (arguments.Result); grad_grid [K, C GH GW] or None."""
+def reduce(weights, weight_count, sums, sum_count, out, statistics, scratch: Scratch, grad_grid, B, config: Config):
+    """out [K C + K + 4 C + 2]: the sums over programs of `weights` (arguments.Result), what `epilogue.finish` reads [4, C], with an epilogue, whose
+    `statistics` say how far y deviates, and the sums of losses and of dL/dtau; grad_grid [K, C GH GW] or None."""
     first: tl.constexpr = config.K * config.C + config.K
-    second: tl.constexpr = 2 * config.C + 2
+    pairs: tl.constexpr = 2 * config.C
     i = tl.program_id(0)
     if i < tl.cdiv(first, COLUMNS):
-        add_up(weights, weight_count, out, first, i)
-    elif i < tl.cdiv(first, COLUMNS) + tl.cdiv(second, COLUMNS):
-        add_up(sums, sum_count, out + first, second, i - tl.cdiv(first, COLUMNS))
+        e = i * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(out + e, added_up(weights, weight_count, first, e), mask=e < first)
+    elif i < tl.cdiv(first, COLUMNS) + tl.cdiv(pairs + 2, COLUMNS):
+        e = (i - tl.cdiv(first, COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
+        total = added_up(sums, sum_count, pairs + 2, e)
+        tl.store(out + first + pairs + e, total, mask=(e >= pairs) & (e < pairs + 2))
+        if statistics is not None:
+            store_norm_sums(out + first, statistics, total, B.to(tl.float32) * config.P, e, config.C)
     elif grad_grid is not None:
         columns: tl.constexpr = config.C * config.GH * config.GW
-        e = (i - tl.cdiv(first, COLUMNS) - tl.cdiv(second, COLUMNS)) * CELLS + tl.arange(0, CELLS)
+        e = (i - tl.cdiv(first, COLUMNS) - tl.cdiv(pairs + 2, COLUMNS)) * CELLS + tl.arange(0, CELLS)
         k, row = tl.arange(0, config.BK), tl.arange(0, 32)
         grad = tl.zeros([config.BK, CELLS], tl.float32)
         for b0 in range(0, B, 32):

@@ -187,7 +187,7 @@ def second_moment(
         store_sums(result, first_sum, second_sum, tl.sum(losses, 0) * loss.scale, tl.sum(grad_tau, 0), c, config)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "share"])
 def head_second_moment(head: Head, scratch: Scratch, weights, B, share, config: Config):
     """Program (i, j): dL/dW = 2 sum_b d[b, k] (S_b w_k + beta_k mu_b) and dL/dbeta of BK classes over samples j share .. (j + 1) share - 1;
     weights [parts, K C + K]."""

@@ -1,0 +1,221 @@
+"""Launches of a step on a GPU, counted on a CPU (tests/launches.py), and how launches are specialised and compiled as they are made."""
+
+import itertools
+
+import pytest
+import torch
+from launches import as_on_a_gpu
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastff
+from fastff import SFF, Trainer, spec
+from fastff.kernels.triton import blocks
+from fastff.ops import step as ops_step
+from fastff.ops.plan import Gpu, gpu_microseconds, on_gpu
+from fastff.training import Backprop, optim
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+# A GPU of few multiprocessors, which a small batch fills as a large one fills a large GPU: each program takes whole samples.
+FEW = 4
+
+
+def step_of(kind, granularity, **options):
+    """The Launches of a step of ResNet18."""
+    sff = SFF(fastff.models.resnet18(10, stem="cifar", width=16), 10, granularity, readout=True, **options)
+    trainer = kind(sff, optim.adamw())
+    batch = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    with as_on_a_gpu(FEW) as launches:
+        trainer.step(*batch)  # makes the state of the optimizers
+        with launches:
+            trainer.step(*batch)
+    return launches
+
+
+PAPER = {"grid": 0, "window": 1}
+# Today's numbers, by granularity, of the settings of the paper and ("auto") of the defaults. Lower them with every launch that goes.
+MOST = {"block": 193, "layer": 225, "auto": 292}
+
+
+@pytest.mark.parametrize("granularity", MOST)
+def test_launches_of_a_resnet18_step(granularity):
+    launches = step_of(Trainer, granularity, **({} if granularity == "auto" else PAPER))
+    assert launches.kernels > 50  # the kernels of fastff are what runs
+    assert launches.total <= MOST[granularity], launches.count.most_common()
+
+
+def test_backpropagation_is_counted_likewise():
+    launches = step_of(Backprop, "block", **PAPER)
+    assert launches.kernels == 0
+    assert launches.count["convolution"] == launches.count["convolution_backward"] == 20
+    assert 150 < launches.total < 190
+
+
+def head_step(epilogue=False, algorithm="auto", grid=0, hidden=0, B=8, C=16, H=8, K=10):
+    """The Launches of one step of a head, behind an epilogue or not."""
+    x, weight = torch.randn(B, C, H, H), torch.randn(K, C, 1, 1)
+    around = spec.Epilogue(torch.rand(C), torch.randn(C), residual=torch.randn_like(x)) if epilogue else None
+    loss = spec.Loss(target=torch.randint(K, (B,)), learned_tau=torch.tensor(1.0))
+    cells = torch.randn(K, hidden or C, grid, grid) if grid else None
+    layer = (torch.randn(hidden, C), torch.ones(hidden), torch.zeros(hidden)) if hidden else ()
+    head = spec.Projection(weight, torch.randn(K), cells, (0, 0), *layer)
+    with as_on_a_gpu(FEW) as launches, launches:
+        ops_step.run(spec.Step(x, around, head, loss, spec.Normalization("layer_norm"), algorithm=algorithm))
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, ["direct", "reduce"]),
+        ({"grid": 2}, ["direct", "reduce"]),
+        ({"algorithm": "second_moment"}, ["second_moment", "head_second_moment", "reduce"]),
+        ({"epilogue": True}, ["channel_sums", "finalize", "direct", "reduce", "finish"]),
+    ],
+)
+def test_launches_of_a_head(how, expected):
+    launches = head_step(**how)
+    assert [kernel.fn.__name__ for kernel, *_ in launches.recorded] == expected
+    assert launches.total == len(expected), launches.count
+
+
+def test_launches_of_a_head_with_a_hidden_layer():
+    """Two sweeps, the loss, the reduction, the sum of dL/dtau, and 15 operators of PyTorch between them."""
+    launches = head_step(grid=2, hidden=8)
+    assert launches.kernels == 4
+    assert launches.total <= 21, launches.count
+
+
+def test_statistics_of_a_step_are_one_launch_for_all_blocks():
+    launches = step_of(Trainer, "block", **PAPER)
+    assert launches.count["argmax"] == launches.count["eq"] == 1
+    assert launches.count["copy_"] + launches.count["zeros"] == 0
+
+
+# --- the plan of a GPU
+
+H100, CONSUMER = Gpu(2, 90), Gpu(2, 86)
+
+
+@pytest.mark.parametrize(
+    ("B", "C", "H", "K", "gpu", "chosen"),
+    [
+        (128, 128, 16, 10, H100, "direct"), (512, 256, 8, 10, H100, "direct"), (512, 256, 8, 100, H100, "products"),
+        (512, 512, 4, 10, H100, "direct"), (512, 512, 4, 100, H100, "products"), (512, 64, 32, 100, H100, "second_moment"),
+        (512, 64, 32, 1000, H100, "second_moment"), (256, 64, 56, 1000, H100, "second_moment"), (256, 24, 56, 1000, H100, "second_moment"),
+        (256, 256, 14, 1000, H100, "products"), (256, 512, 7, 1000, H100, "products"), (256, 1024, 14, 1000, H100, "products"),
+        (256, 960, 7, 1000, H100, "products"), (256, 2048, 7, 10, H100, "products"), (512, 128, 16, 1000, CONSUMER, "products"),
+        (512, 64, 32, 10, CONSUMER, "direct"), (256, 64, 32, 10, Gpu(2, None), "products"), (512, 64, 32, 10, Gpu(4, 90), "direct"),
+    ],
+)  # fmt: skip
+def test_algorithm_on_a_gpu(B, C, H, K, gpu, chosen):
+    from fastff.ops.plan import plan
+
+    assert plan(B, C, H * H, K, device_type="cuda", gpu=gpu).algorithm == chosen
+    times = on_gpu(B, C, H * H, K, gpu)
+    assert next(iter(times)) == chosen
+    assert times == {name: gpu_microseconds(name, B, C, H * H, K, gpu) for name in times}
+
+
+@pytest.mark.parametrize("arch", blocks.SHARED)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_plan_knows_what_the_kernels_take(arch, itemsize):
+    """What it chooses of Triton's has sizes, and a refusal has none."""
+    for C, K in itertools.product((16, 64, 65, 128, 129, 256, 257, 1024, 1025), (10, 16, 17, 32, 33, 128, 129, 1000)):
+        times = on_gpu(128, C, 64, K, Gpu(itemsize, arch))
+        for algorithm in ("direct", "second_moment"):
+            assert (algorithm in times) == (blocks.table(algorithm, 128, C, 64, K, 0, itemsize, arch=arch) is not None)
+
+
+def test_no_algorithm_is_taken_silently():
+    """The products are the direct algorithm too; nothing stands for the second moment."""
+    from fastff.ops.plan import plan
+
+    assert plan(8, 256, 49, 100, algorithm="direct", device_type="cuda", gpu=H100).algorithm == "direct"
+    assert plan(8, 256, 49, 100, algorithm="direct", device_type="cuda", gpu=CONSUMER).algorithm == "products"
+    with pytest.raises(ValueError, match="algorithm: .* got second_moment: .* at most 64 channels.* x has 128"):
+        plan(8, 128, 49, 10, algorithm="second_moment", device_type="cuda", gpu=CONSUMER)
+
+
+@pytest.mark.parametrize(("arch", "K", "products"), [(86, 10, False), (86, 100, True), (90, 100, False)])
+def test_products_of_many_classes(arch, K, products, monkeypatch):
+    """Where registers do not hold the classes, products of cuBLAS run, still behind Triton's epilogue."""
+    monkeypatch.setattr(blocks, "architecture", lambda device: arch)
+    x, weight, bn = torch.randn(8, 256, 2, 2).bfloat16(), torch.randn(K, 256, 1, 1), torch.rand(256)
+    loss = spec.Loss(target=torch.arange(8))
+    step = spec.Step(
+        x, spec.Epilogue(bn, bn), spec.Projection(weight), loss, spec.Normalization("layer_norm"), algorithm="direct"
+    )
+    with as_on_a_gpu(FEW) as launches, launches:
+        ops_step.run(step)
+    assert (launches.count["triton direct"] == 0) == products
+    assert launches.count["triton finalize"] == 1
+
+
+def test_gpus_of_amd_are_refused_with_the_reason(monkeypatch):
+    from fastff.kernels import triton
+
+    triton.device_reason.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "NVIDIA" in triton.device_reason(torch.device("cuda"))
+    triton.device_reason.cache_clear()
+
+
+def test_tf32_is_read_however_it_was_set():
+    from fastff.kernels.triton.launch import float32_precision
+
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        for value, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+            settings.fp32_precision = value
+            assert float32_precision() == expected
+            head_step(epilogue=True)
+    finally:
+        settings.fp32_precision = before
+
+
+# --- products in the dtype of x
+
+
+class Widest(TorchDispatchMode):
+    """Within it, `most` is the number of elements of the largest float32 tensor that an operator made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for t in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(t, torch.Tensor) and t.dtype == torch.float32:
+                self.most = max(self.most, t.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("kernel", "grid"), [(1, False), (1, True), (3, False)])
+def test_products_are_in_the_dtype_of_x_and_widen_nothing(kernel, grid, channels_last, dtype, monkeypatch):
+    from fastff.kernels.torch import goodness
+
+    device_of = goodness.product_dtype
+    assert device_of(torch.empty(1, dtype=dtype), torch.float32, "products") == torch.float32  # on a CPU
+    monkeypatch.setattr(goodness, "product_dtype", lambda x, wide, algorithm: dtype if x.dtype == dtype else wide)
+    torch.manual_seed(0)
+    x = torch.randn(6, 24, 8, 6).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    weight, bias = torch.randn(5, 24, kernel, kernel) / 5, torch.randn(5)
+    head = spec.Projection(weight, bias, torch.randn(5, 24, 2, 2) / 5 if grid else None, (kernel // 2,) * 2)
+    loss, how = spec.Loss(target=torch.arange(6) % 5), spec.Plan("convolution" if kernel > 1 else "products", 6, 5)
+    with Widest() as widest:
+        got = goodness.step(spec.Step(x, None, head, loss, spec.Normalization()), how)
+    assert widest.most < x.numel()
+    wide, exact_head = head.in_dtype(x.double())
+    exact = goodness.step(spec.Step(wide, None, exact_head, loss, spec.Normalization()), how)
+    rounding = torch.finfo(dtype).eps
+    for name in ("loss", "goodness", "grad_x", "grad_weight", "grad_bias", "grad_grid_weight"):
+        a, b = getattr(got, name), getattr(exact, name)
+        assert (a is None) == (b is None), name
+        # a, the gradient of a, d and the result are each rounded once; of the spatial term the sums of rows, and both terms' sum
+        assert a is None or float((a.double() - b).norm() / b.norm()) < 4 * rounding, name
+    assert got.goodness.dtype == got.grad_weight.dtype == torch.float32
+    assert got.grad_x.dtype == dtype
