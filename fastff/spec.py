@@ -114,8 +114,8 @@ def check_labels(target, num_classes):
 
 
 class Plan(NamedTuple):
-    """How the goodness of a Projection is computed (fastff/ops/plan.py): algorithm "direct", "second_moment" or "convolution", samples
-    of a chunk, classes of a tile."""
+    """How the goodness of a Projection is computed (fastff/ops/plan.py): algorithm "direct", "second_moment",
+    "convolution" or "products" (direct by cuBLAS); samples of a chunk, classes of a tile."""
 
     algorithm: str
     samples: int

@@ -42,7 +42,7 @@ def second_moment_cost(C, P, K):
 
 # Of an H100, in a microsecond: bytes of device memory and of the L2 cache, operations of products by the size of an element. LAUNCH: microseconds.
 MEMORY, CACHE, PRODUCTS, LAUNCH = 3.0e6, 5.5e6, {2: 400e6, 4: 50e6, 8: 50e6}, 3.0
-TF32 = 200e6  # operations a microsecond of the products of the second moment
+TF32 = 200e6  # operations a microsecond of the second moment's products of 16-bit x
 CLASSES = 128  # of a tile of the second moment's head
 
 
@@ -78,7 +78,8 @@ def gpu_microseconds(algorithm, B, C, P, K, gpu):
         return 2 * LAUNCH + 3.5 * x / MEMORY + (times * x + weight) / CACHE + (times + 2) * products * sizes.BK
     if algorithm == "second_moment":  # S is read again for each tile of classes, W for each sample
         cached = B * (4 * C * C * -(-K // CLASSES) + 2 * 4 * K * C)
-        return 3 * LAUNCH + 3.5 * x / MEMORY + cached / CACHE + (4 * P + 6 * K) * B * C * C / min(TF32, PRODUCTS[gpu.itemsize])
+        rate = min(TF32, PRODUCTS[gpu.itemsize])
+        return 3 * LAUNCH + 3.5 * x / MEMORY + cached / CACHE + (4 * P + 6 * K) * B * C * C / rate
     if algorithm == "products":  # a [P, K] is written, squared, scaled and read by two products
         return 10 * LAUNCH + (6 * x + 6 * B * P * K * gpu.itemsize) / MEMORY + 3 * products * K
     raise ValueError(f"algorithm: expected 'direct', 'second_moment' or 'products', got {algorithm!r}")
