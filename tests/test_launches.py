@@ -121,7 +121,9 @@ def test_algorithm_on_a_gpu(B, C, H, K, gpu, chosen):
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_the_plan_knows_what_the_kernels_take(arch, itemsize):
     """What it chooses of Triton's has sizes, and a refusal has none."""
-    for C, K in itertools.product((16, 64, 65, 128, 129, 256, 257, 1024, 1025), (10, 16, 17, 32, 33, 128, 129, 1000)):
+    for C, K in itertools.product(
+        (16, 64, 65, 128, 129, 256, 257, 1024, 1025), (10, 16, 17, 32, 33, 64, 65, 128, 129, 1000)
+    ):
         times = on_gpu(128, C, 64, K, Gpu(itemsize, arch))
         for algorithm in ("direct", "second_moment"):
             assert (algorithm in times) == (blocks.table(algorithm, 128, C, 64, K, 0, itemsize, arch=arch) is not None)

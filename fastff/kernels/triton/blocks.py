@@ -29,7 +29,10 @@ class Blocks(NamedTuple):
 
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have, by compute capability
-WGMMA = (90, 100)  # whose products read W from shared memory, not from registers
+CLASSES = {
+    90: 128,
+    100: 64,
+}  # that registers hold where products read W from shared memory: with more of them these devices spill
 
 
 def power_of_2(n):
@@ -50,7 +53,7 @@ def refusal(algorithm, C, K, itemsize, epilogue=False, arch=90):
         return f"{algorithm} runs on PyTorch's operators"
     if most < C:
         return f"{algorithm} takes at most {most} channels, {why}, x has {C}"
-    classes = 16 if itemsize > 2 else 128 if arch in WGMMA and C <= 256 and not epilogue else 32
+    classes = 16 if itemsize > 2 else CLASSES.get(arch, 32) if C <= 256 and not epilogue else 32
     if algorithm == "direct" and classes < K:
         return (
             f"direct holds the classes of a sample in registers, with {C} channels at most {classes}, the head has {K}"
@@ -86,7 +89,7 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
         NS //= 2
     if cells:  # the grid's products have NS BG columns
         NS = min(NS, max(1, 16 // BP, 64 // BG))
-    return Blocks(NS, BP, BC, BK, BG, 4 if few and BC <= 64 else 8, 3 if arch in WGMMA else 2)
+    return Blocks(NS, BP, BC, BK, BG, 4 if few and BC <= 64 else 8, 3 if arch in CLASSES else 2)
 
 
 @functools.cache

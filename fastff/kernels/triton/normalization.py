@@ -94,14 +94,6 @@ def factors(total, square, n, eps, NORM: tl.constexpr):
 
 
 @triton.jit
-def statistics(sums, n, B, n_elements, shift, eps):
-    """Mean and 1 / deviation of the samples n, from the sums of x - shift and its squares about the mean, sums [2, B]."""
-    total = tl.load(sums + n, mask=n < B, other=0.0)
-    square = tl.load(sums + B + n, mask=n < B, other=0.0)
-    return total / n_elements + shift, 1 / tl.sqrt(square / n_elements + eps)
-
-
-@triton.jit
 def store_normalized(X, normalized, at, mask, mean, rstd, C, eps, NORM: tl.constexpr):
     """Write a normalised tile [channels, rows]: over the sample, whose mean and rstd are given by row, or over the channels of each position."""
     wide = X.to(tl.float32)
