@@ -24,6 +24,7 @@ from fastff.app import compare, experiment
 RESULTS = tables.RESULTS / "plans.csv"
 PART = {"data": "cifar10", "subset": 20000, "epochs": 4}
 FEW = PART | {"subset": 5000, "epochs": 16}
+ALL = PART | {"subset": None, "epochs": 6}
 BACKPROP = {"mode": "backprop"}
 PAPER = {"granularity": "block", "window": 1, "grid": 0, "hidden": 0, "scale": 1.0, "vote": "goodness"}
 OLD = {"granularity": "block", "window": 2, "hidden": 0, "vote": "softmax", "optimizer": "adamw"}  # the defaults of 0.1
@@ -42,11 +43,16 @@ EXPERIMENTS = {
     "drawn cuts": PART | {"plan": "drawn"},
     "three segments, finish 0.5": PART | {"finish": 0.5},
     "one segment": PART | {"plan": "8"},
+    "50,000 images, 6 epochs, the defaults": ALL,
+    "50,000 images, 6 epochs, learning rate 2e-3": ALL | {"lr": 2e-3},
+    "50,000 images, 6 epochs, learning rate 8e-3": ALL | {"lr": 8e-3},
+    "50,000 images, 6 epochs, 8 x 8 cells": ALL | {"grid": 8},
+    "50,000 images, 6 epochs, cuts that take turns": ALL | {"plan": "1,3,8|0,2,8"},
 }  # fmt: skip
 # Both kinds of training with their defaults: {task: (settings, seeds)}.
 TASKS = {
-    "CIFAR-10, 50,000 images": (PART | {"subset": None, "epochs": 12}, 3),
-    "CIFAR-100, 50,000 images": (PART | {"data": "cifar100", "subset": None, "epochs": 12}, 1),
+    "CIFAR-10, 50,000 images, 12 epochs": (PART | {"subset": None, "epochs": 12}, 3),
+    "CIFAR-100, 50,000 images, 4 epochs": (PART | {"data": "cifar100", "subset": None}, 1),
     "CIFAR-10, 5,000 images": (FEW, 3),
     "CIFAR-10, 1,000 images": (FEW | {"subset": 1000, "epochs": 40}, 3),
     "CIFAR-10, 500 images": (FEW | {"subset": 500, "epochs": 40}, 3),
@@ -54,7 +60,7 @@ TASKS = {
     "Fashion-MNIST, 60,000 images": (PART | {"data": "fashion-mnist", "subset": None, "epochs": 3}, 1),
     "CIFAR-10, 5,000 images, width 32": (FEW | {"width": 32}, 1),
     "CIFAR-10, 5,000 images, MobileNetV3-small": (FEW | {"model": "mobilenet_v3_small"}, 3),
-    "CIFAR-10, 1,000 images, from CIFAR-100": (FEW | {"subset": 1000, "epochs": 40, "start": "CIFAR-100, 50,000 images"}, 1),
+    "CIFAR-10, 1,000 images, from CIFAR-100": (FEW | {"subset": 1000, "epochs": 40, "start": "CIFAR-100, 50,000 images, 4 epochs"}, 1),
 }  # fmt: skip
 BOTH = {"backpropagation": BACKPROP, "the defaults": {}}
 EXPERIMENTS |= {
