@@ -80,7 +80,7 @@ def test_launches_of_a_head(how, expected):
 
 
 def test_launches_of_a_head_with_a_hidden_layer():
-    """Two sweeps, the loss, the reduction, the sum of dL/dtau, and 15 operators of PyTorch between them."""
+    """Two sweeps, the loss, the reduction, sums of the losses and of dL/dtau, and 15 operators of PyTorch between them."""
     launches = head_step(grid=2, hidden=8)
     assert launches.kernels == 4
     assert launches.total <= 21, launches.count
