@@ -2,8 +2,8 @@
 
 A convolution's weight [D, C, k, k] is a matrix [D, C k k]. Its update is the momentum with all singular values pushed towards one, so that
 directions with small gradients are learned as fast as those with large ones. Matrices of many rows are taken in parts of up to ROWS rows, each for
-itself: the work grows with the square of the rows, and for the last convolutions of a ResNet18 of width 64 it would be as much as theirs. (With parts of 32 rows backpropagation learned two points less
-in a run of benchmarks/plans.py, local training half a point.) Sources:
+itself: the work grows with the square of the rows, and for the last convolutions of a ResNet18 of width 64 it would be as much as theirs. (With parts
+of 32 rows, in a run of benchmarks/plans.py, backpropagation learned two points less and local training half a point.) Sources:
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon), and Liu et al. 2025 (arXiv 2502.16982) for the scale, by which an update is about as large
 as AdamW's.
 """
