@@ -51,8 +51,10 @@ def test_equal_to_one_process(ranks, tmp_path):
     for case, fit in found["fit"].items():
         assert fit["difference"] < 1e-10 and fit["history"] < 1e-10 and fit["epochs"] == 3, case
     for case, sent in found["bytes"].items():
+        total, least = map(sum, zip(*sent, strict=True))  # a ring's parts are of unequal sizes, not so their sum
+        assert least - len(sent) <= total, (case, sent)
         for counted, predicted in sent:  # beside them what ranks tell each other: beats, agreements
-            assert predicted - 1 <= counted <= 1.02 * predicted + 3000, (case, sent)
+            assert counted <= 1.02 * predicted + 3000, (case, sent)
     whole, parts = zip(*found["state"], strict=True)
     assert len(set(whole)) == 1 and sum(parts) == whole[0] and max(parts) < 1.05 * whole[0] / ranks
     assert found["local"] and found["sampler"]
