@@ -8,6 +8,7 @@ Each case trains a network over all ranks and, on rank 0, the same in one proces
 import copy
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -127,11 +128,13 @@ def bytes_sent(distributed):
     trainer.step(*given)  # a first message says how large they are
     trainer.engine.place.settle()  # the last sums of a step are on their way when it returns
     ranks.gather(None)
+    time.sleep(0.5)  # until the receivers have acknowledged the last packets, which is when they count
     before = tcp_bytes_sent()
     for _ in range(steps):
         trainer.step(*given)
     trainer.engine.place.settle()
     ranks.gather(None)
+    time.sleep(0.5)
     counted = (tcp_bytes_sent() - before) / steps
     blocks = [4 * sum(p.numel() for p in trainer.engine.parameters[index]) for index in trainer.engine.place.own]
     predicted = sum(blocks) * 2 * (ranks.data_size - 1) / ranks.data_size
