@@ -9,7 +9,7 @@ A plan says which segments the t-th step has, counted from 0:
 
     plan.at(t, start=0, phase=0)   the segments of step t if the blocks before `start` are trained no more (frozen, or finished)
     plan.voters                    the blocks that some step has a loss for: their heads learn, and vote
-    plan.chains(start=0)           successive ranges of blocks, between which no step has a gradient: ranks may share them
+    plan.chains(start=0)           successive ranges of blocks, between which no step has a gradient: asked for where ranks share the blocks
     plan.phases                    how many times fit goes through its epochs; one, but for Greedy
 """
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastff
 from fastff.training import Backprop, Trainer, optim
-from fastff.training.muon import COEFFICIENTS, STEPS, Muon, orthogonalized, splits
+from fastff.training.muon import COEFFICIENTS, STEPS, Muon, orthogonalizers, splits
 
 
 def plainly(matrix):
@@ -20,6 +20,13 @@ def plainly(matrix):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
+def orthogonalized(matrix):
+    """By the library's iteration on the smaller Gram matrix."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalized(matrix.mT).mT
+    return orthogonalizers((matrix @ matrix.mT)[None])[0] @ matrix
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (64, 32), (8, 8), (128, 1152)])

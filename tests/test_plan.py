@@ -266,3 +266,13 @@ def test_chains_are_not_divided_by_a_segment_of_any_step():
     assert plans.of([[0, 2, 4], [1, 2, 4]], 5).chains() == [range(3), range(3, 5)]
     assert plans.of([1, 3], 4).chains(1) == [range(1), range(1, 2), range(2, 4)]  # a frozen block is one of its own
     assert plans.Drawn(3).chains(1) == [range(1), range(1, 3)]
+
+
+def test_a_plan_of_the_user_needs_no_chains_in_one_process():
+    class Last:
+        name, phases, voters = "last", 1, (8,)
+
+        def at(self, t, start=0, phase=0):
+            return (Segment(max(start, 7), 8),)
+
+    assert Trainer(small(plan=Last()), adamw).engine.segments(3) == (Segment(7, 8),)

@@ -36,13 +36,6 @@ def orthogonalizers(grams):
     return product.div_(squares.sqrt())
 
 
-def orthogonalized(matrix):
-    """Push the singular values of a matrix [M, N] towards one (they end up between about 0.7 and 1.2). Returns [M, N]."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalized(matrix.mT).mT
-    return orthogonalizers((matrix @ matrix.mT)[None])[0] @ matrix
-
-
 def splits(parameters, heads):
     """Return parameter groups: convolution weights, other weights, and norms, biases and temperatures without weight decay.
 
@@ -114,6 +107,7 @@ class Muon(torch.optim.Optimizer):
                 weight.addmm_(product, update, beta=decay, alpha=update.shape[1] ** 0.5)
 
     def _adamw(self, group, params):
+        # torch's kernel itself, for the reason that optim.Stepper gives
         averages, squares = self._state("exp_avg", params), self._state("exp_avg_sq", params)
         steps = self._state("step", params)
         beta1, beta2 = group["betas"]

@@ -32,7 +32,7 @@ class Place:
         sff: fastff.SFF; takes over rank 0's weights.
         parameters, optimizers: lists by block, then the classifier's; an optimiser is None if nothing of it is trained.
         update: function of a block's index, called when its gradients are those of all ranks.
-        chains: ranges of blocks between which gradients pass.
+        chains: function that returns ranges of blocks between which no gradient passes, called if ranks share the blocks.
         measure: function that returns the seconds of each chain, called on rank 0 if ranks share the blocks and the user has not placed them.
 
     Attributes: own (range of this rank's blocks), own_optimizers (their places among the optimisers that are not None), placed (the
@@ -45,7 +45,7 @@ class Place:
         if ranks.size > 1:
             self._agree()
         if ranks.block_size > 1:
-            self.placed = self._placed(chains, measure)
+            self.placed = self._placed(chains(), measure)
             self.link = Link(ranks, next(sff.parameters()).device)
         self.own = self.placed[ranks.block_rank]
         made = [index for index, optimizer in enumerate(optimizers) if optimizer is not None]

@@ -148,7 +148,7 @@ class LocalEngine:
         if options.compile:
             for block in sff.local_blocks:
                 block.compile_forward()
-        self.place = Place(ranks, sff, self.parameters, every, self._update, plan.chains(frozen), self._measure)
+        self.place = Place(ranks, sff, self.parameters, every, self._update, self._chains, self._measure)
         autocast = None if options.amp is None else self._autocast
         taught = classifier if self.classifier_optimizer is not None and self.phases == 1 else None
         self.step = LocalStep(sff.local_blocks, options.micro_batches, autocast, self.scalers, self.place, taught)
@@ -165,7 +165,10 @@ class LocalEngine:
             images = torch.randn(16, *sff.input_shape, device=self.device, dtype=next(sff.parameters()).dtype)
             target = torch.arange(16, device=self.device) % sff.num_classes
             engine = LocalEngine(sff, optim.adamw(), Options(), Ranks(), self.plan, self.frozen, 0.0)
-            return placement.chain_seconds(engine, self.plan.chains(self.frozen), images, target)
+            return placement.chain_seconds(engine, self._chains(), images, target)
+
+    def _chains(self):
+        return self.plan.chains(self.frozen)
 
     def _autocast(self):
         return self.options.autocast(self.device)
