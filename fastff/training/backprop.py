@@ -92,7 +92,7 @@ class BackpropEngine:
             losses += loss.detach() * weight
             correct += (logits.detach().argmax(1) == y).sum()
             del logits, local, loss, total  # free the graph before the next micro-batch starts
-        self.update(self.optimizer, scaler, self.parameters)
+        self.update((self.optimizer, scaler, self.parameters))
         return StepResult(losses, correct, len(target))
 
     @torch.no_grad()

@@ -52,10 +52,10 @@ def splits(parameters, heads):
     return [group for group in made if group["params"]]
 
 
-def _matrices(p, *others):
-    """A parameter [D, ...] and tensors of its shape as [D, N], in the order in which the parameter lies in memory: of it itself a view."""
+def _matrices(p, other):
+    """A parameter [D, ...] and a tensor of its shape as [D, N], in the order in which the parameter lies in memory: of it itself a view."""
     order = sorted(range(1, p.dim()), key=p.stride, reverse=True)
-    return [p.permute(0, *order).view(len(p), -1), *(t.permute(0, *order).flatten(1) for t in others)]
+    return p.permute(0, *order).view(len(p), -1), other.permute(0, *order).flatten(1)
 
 
 class Muon(torch.optim.Optimizer):
@@ -73,53 +73,70 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"orthogonal": False, "capturable": False})
 
-    @torch.no_grad()
     def step(self, closure=None):
         """Update the parameters that have gradients. closure: None."""
         if closure is not None:
             raise ValueError("closure: expected None, since a step computes no loss of its own")
-        for group in self.param_groups:
-            alike = {}
+        step_together([self])
+
+
+@torch.no_grad()
+def step_together(optimizers):
+    """Take a step of each of these Muon optimisers. Matrices with as many rows are orthogonalised at once, whichever optimiser they belong to."""
+    alike = {}  # {settings of a group, device and dtype: ([parameter], [its state])}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            settings = tuple(group[name] for name in ("orthogonal", "lr", "momentum", "weight_decay", "betas", "eps"))
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault((p.device, p.dtype), []).append(p)
-            for params in alike.values():
-                (self._orthogonal if group["orthogonal"] else self._adamw)(group, params)
-
-    def _orthogonal(self, group, params):
-        lr, momentum = group["lr"], group["momentum"]
-        decay = 1 - lr * group["weight_decay"]
-        if isinstance(decay, torch.Tensor):  # no factor that addmm_ takes
-            torch._foreach_mul_(params, decay)
-            decay = 1.0
-        by_rows = {}  # {rows or columns, whichever are fewer: [(part of a weight, its momentum as a matrix of so many rows)]}
-        for p, average in zip(params, self._state("momentum", params), strict=True):
-            average.lerp_(p.grad, 1 - momentum)
-            count = -(-len(p) // ROWS)
-            parts = (t.tensor_split(count) for t in _matrices(p, p.grad.lerp(average, momentum)))
-            for weight, update in zip(*parts, strict=True):
+                    params, states = alike.setdefault((*settings, p.device, p.dtype), ([], []))
+                    params.append(p)
+                    states.append(optimizer.state[p])
+    by_rows = {}  # {(rows or columns, whichever are fewer, device, dtype): [(matrix, its momentum, factors of the two, learning rate)]}
+    for (orthogonal, lr, momentum, weight_decay, betas, eps, *kind), (params, states) in alike.items():
+        if orthogonal:
+            for weight, update, decay in _parts(params, states, lr, momentum, weight_decay):
                 if len(update) > update.shape[1]:
                     weight, update = weight.mT, update.mT
-                by_rows.setdefault(len(update), []).append((weight, update))
-        for parts in by_rows.values():
-            products = orthogonalizers(torch.stack([update @ update.mT for _, update in parts])).mul_(-0.2 * lr)
-            for (weight, update), product in zip(parts, products, strict=True):
-                weight.addmm_(product, update, beta=decay, alpha=update.shape[1] ** 0.5)
+                by_rows.setdefault((len(update), *kind), []).append((weight, update, decay, lr))
+        else:
+            _adamw(params, states, lr, weight_decay, betas, eps)
+    for parts in by_rows.values():
+        products = orthogonalizers(torch.stack([update @ update.mT for _, update, *_ in parts]))
+        for (weight, update, decay, lr), product in zip(parts, products, strict=True):
+            if isinstance(lr, torch.Tensor):  # no factor that addmm_ takes
+                product, lr = product.mul_(lr), 1.0
+            weight.addmm_(product, update, beta=decay, alpha=-0.2 * lr * update.shape[1] ** 0.5)
 
-    def _adamw(self, group, params):
-        # torch's kernel itself, for the reason that optim.Stepper gives
-        averages, squares = self._state("exp_avg", params), self._state("exp_avg_sq", params)
-        steps = self._state("step", params)
-        beta1, beta2 = group["betas"]
-        torch._foreach_add_(steps, 1)
-        torch._fused_adamw_(
-            params, [p.grad for p in params], averages, squares, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
-            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
-        )  # fmt: skip
 
-    def _state(self, name, params):
-        """What is kept of each parameter under this name: zeros of its shape, or of one number for "step"."""
-        for p in params:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros((), device=p.device) if name == "step" else torch.zeros_like(p)
-        return [self.state[p][name] for p in params]
+def _parts(params, states, lr, momentum, weight_decay):
+    """(part of a weight of up to ROWS rows, its momentum with Nesterov's look ahead, what the weight is multiplied by) of convolutions' weights."""
+    decay = 1 - lr * weight_decay
+    if isinstance(decay, torch.Tensor):
+        torch._foreach_mul_(params, decay)
+        decay = 1.0
+    averages, grads = _kept("momentum", params, states), [p.grad for p in params]
+    torch._foreach_lerp_(averages, grads, 1 - momentum)
+    for p, update in zip(params, torch._foreach_lerp(grads, averages, momentum), strict=True):
+        count = -(-len(p) // ROWS)
+        for part in zip(*(t.tensor_split(count) for t in _matrices(p, update)), strict=True):
+            yield *part, decay
+
+
+def _adamw(params, states, lr, weight_decay, betas, eps):
+    # torch's kernel itself, for the reason that optim.Stepper gives
+    averages, squares = _kept("exp_avg", params, states), _kept("exp_avg_sq", params, states)
+    steps = _kept("step", params, states)
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(
+        params, [p.grad for p in params], averages, squares, [], steps, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+def _kept(name, params, states):
+    """What is kept of each parameter under this name: zeros of its shape, or of one number for "step"."""
+    for p, state in zip(params, states, strict=True):
+        if name not in state:
+            state[name] = torch.zeros((), device=p.device) if name == "step" else torch.zeros_like(p)
+    return [state[name] for state in states]

@@ -2,11 +2,12 @@
 
 import functools
 import inspect
+import itertools
 import math
 
 import torch
 
-from fastff.training.muon import Muon, splits
+from fastff.training.muon import Muon, splits, step_together
 
 # The better learning rate of 2e-3 and 4e-3 for each kind of training (docs/learning.md).
 LOCAL_LR, BACKPROP_LR = 4e-3, 2e-3
@@ -92,6 +93,11 @@ def set_progress(optimizers, schedule, t):
                 group["lr"] = lr
 
 
+def unusual(optimizer):
+    """Whether somebody waits for this optimiser's steps, or replaced its method."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer))
+
+
 class Updates:
     """Updates by several optimisers: gradients unscaled and clipped, optimizer.step(), gradients freed."""
 
@@ -101,20 +107,28 @@ class Updates:
     def __getstate__(self):
         return {"clip_grad_norm": self.clip_grad_norm, "steppers": {}}  # a copy collects its own lists
 
-    def __call__(self, optimizer, scaler, parameters):
-        """Update `parameters`, which are those of `optimizer`. scaler: a GradScaler or None."""
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        if self.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
-        if scaler is None:
-            if optimizer not in self.steppers:
-                self.steppers[optimizer] = Stepper(optimizer)
-            self.steppers[optimizer]()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+    def __call__(self, *updates):
+        """Take a step of each (optimizer, scaler, parameters). scaler: a GradScaler or None; parameters: those of the optimizer."""
+        together = []
+        for optimizer, scaler, parameters in updates:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            if self.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+            elif type(optimizer) is Muon and not unusual(optimizer):
+                together.append((optimizer, parameters))
+            else:
+                if optimizer not in self.steppers:
+                    self.steppers[optimizer] = Stepper(optimizer)
+                self.steppers[optimizer]()
+        if together:
+            step_together([optimizer for optimizer, _ in together])
+            for p in itertools.chain.from_iterable(parameters for _, parameters in together):
+                p.grad = None
 
 
 class Stepper:
@@ -161,10 +175,9 @@ class Stepper:
 
     def _kept(self):
         o = self.optimizer
-        hooks = o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks or "step" in vars(o)
         return (
             bool(self.groups)
-            and not hooks
+            and not unusual(o)
             and len(self.groups) == len(o.param_groups)
             and all(
                 group is kept[0] and o.state[kept[1][0]] is kept[3][0]

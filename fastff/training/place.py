@@ -5,7 +5,7 @@ import itertools
 from fastff.parallel import batch_norm, placement
 from fastff.parallel.link import Link
 from fastff.parallel.ranks import Ranks
-from fastff.parallel.reduce import Reduction, ShardedReduction
+from fastff.parallel.reduce import MESSAGE, Reduction, ShardedReduction
 
 
 class Alone:
@@ -31,7 +31,7 @@ class Place:
         ranks: fastff.parallel.ranks.Ranks.
         sff: fastff.SFF; takes over rank 0's weights.
         parameters, optimizers: lists by block, then the classifier's; an optimiser is None if nothing of it is trained.
-        update: function of a block's index, called when its gradients are those of all ranks.
+        update: function of blocks' indices, called when their gradients are those of all ranks.
         chains: function that returns ranges of blocks between which no gradient passes, called if ranks share the blocks.
         measure: function that returns the seconds of each chain, called on rank 0 if ranks share the blocks and the user has not placed them.
 
@@ -41,6 +41,8 @@ class Place:
     def __init__(self, ranks, sff, parameters, optimizers, update, chains, measure):
         self.ranks, self.sff, self.parameters, self.update = ranks, sff, parameters, update
         self.link, self.reduction = None, None
+        self.waiting = []  # indices of blocks with complete gradients, few bytes together, that are not updated yet
+        self.bytes = [sum(p.numel() * p.element_size() for p in block) for block in parameters]
         self.placed = [range(len(sff.blocks))]
         if ranks.size > 1:
             self._agree()
@@ -92,14 +94,22 @@ class Place:
             self.link.send(part, count)
 
     def updated(self, index, weight):
-        """Update a block whose gradients are complete on this rank: now, or when those of all ranks have come."""
-        if self.reduction is None:
-            self.update(index)
-        else:
+        """Update a block whose gradients are complete on this rank, small blocks together with others; or when the gradients of all ranks have come."""
+        if self.reduction is not None:
             self.reduction.start(index, self.parameters[index], weight)
+            return
+        self.waiting.append(index)
+        if sum(self.bytes[i] for i in self.waiting) >= MESSAGE:
+            self._update_waiting()
+
+    def _update_waiting(self):
+        if self.waiting:
+            self.update(*self.waiting)
+            self.waiting = []
 
     def end_step(self):
-        """Send other ranks what they still have to get of this step."""
+        """Update the blocks that still wait, or send other ranks what they still have to get of this step."""
+        self._update_waiting()
         if self.reduction is not None:
             self.reduction.send()
 

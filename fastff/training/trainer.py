@@ -173,12 +173,10 @@ class LocalEngine:
     def _autocast(self):
         return self.options.autocast(self.device)
 
-    def _update(self, index):
-        """Update block `index`, or the classifier for the index after the last, whose gradients are complete."""
-        if index == len(self.sff.blocks):
-            self.update(self.classifier_optimizer, None, self.parameters[index])
-        else:
-            self.update(self.block_optimizers[index], self.scalers[index], self.parameters[index])
+    def _update(self, *indices):
+        """Update these blocks, whose gradients are complete; the index after the last block is the classifier's."""
+        optimizers, scalers = [*self.block_optimizers, self.classifier_optimizer], [*self.scalers, None]
+        self.update(*((optimizers[i], scalers[i], self.parameters[i]) for i in indices))
 
     def train_mode(self):
         """Put the network into training mode, the blocks that are not trained any more into evaluation mode.
