@@ -22,27 +22,30 @@ from fastff.arguments import plain, whole_number
 
 
 class Segment(NamedTuple):
-    """The blocks first to last (counted from 0, both included), trained by the loss at the output of the last."""
+    """The blocks first to last (counted from 0, both included), trained by the loss at the output of the last.
+
+    The minibatch goes through them in `parts`, one after the other, which need that much less memory; the gradients of all parts add up."""
 
     first: int
     last: int
+    parts: int = 1
 
 
-def ending_at(ends):
-    """Segments side by side that end at these blocks, in order."""
-    return tuple(Segment(before + 1, end) for before, end in zip((-1, *ends), ends, strict=False))
+def ending_at(ends, parts=()):
+    """Segments side by side that end at these blocks, in order, in so many parts each (1 where none are given)."""
+    return tuple(map(Segment, (0, *(end + 1 for end in ends[:-1])), ends, parts or [1] * len(ends)))
 
 
 def starting_at(start, segments):
     """What is left of segments where the blocks before `start` are trained no more."""
-    return tuple(Segment(max(first, start), last) for first, last in segments if last >= start)
+    return tuple(s._replace(first=max(s.first, start)) for s in segments if s.last >= start)
 
 
 def chains_of(turns):
     """Successive ranges of blocks that are as short as they can be without dividing a segment of any of these tuples of segments."""
-    crossed = {i for segments in turns for first, last in segments for i in range(first, last)}
-    blocks = 1 + max(last for segments in turns for _, last in segments)
-    return [range(first, last + 1) for first, last in ending_at([i for i in range(blocks) if i not in crossed])]
+    crossed = {i for segments in turns for s in segments for i in range(s.first, s.last)}
+    blocks = 1 + max(s.last for segments in turns for s in segments)
+    return [range(s.first, s.last + 1) for s in ending_at([i for i in range(blocks) if i not in crossed])]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Turns:
 
     @property
     def voters(self):
-        return tuple(sorted({last for segments in self.turns for _, last in segments}))
+        return tuple(sorted({s.last for segments in self.turns for s in segments}))
 
     def at(self, t, start=0, phase=0):
         return starting_at(start, self.turns[t % len(self.turns)])
@@ -116,32 +119,34 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Budget:
-    """The fewest segments of which none needs more memory than a budget; of as few, those whose largest is smallest.
+    """The fewest segments of which none needs more memory than a budget; of as few, those with the fewest parts, and whose largest is smallest.
 
     Where the first blocks have finished, the others have all the memory, and segments become one where it suffices.
 
     Args:
-        memory: function of (first, last) that returns what a step needs at most while it trains a segment, with the number of `blocks`
-            (SegmentMemory, in bytes, or SegmentEstimate, of fastff/segment_memory.py).
-        budget: in the same unit, at least `least(memory)`."""
+        memory: function of (first, last, parts) that returns what a step needs at most while it trains a segment in so many parts, with the
+            number of `blocks` (SegmentMemory, in bytes, or SegmentEstimate, of fastff/segment_memory.py).
+        budget: in the same unit, at least `least(memory)`.
+        parts: the most parts in which a segment may take the minibatch."""
 
     memory: object
     budget: float
+    parts: int = 1
     phases = 1
 
     @property
     def name(self):
-        return f"segments end at {' '.join(map(str, self.voters))}"
+        return _named([self.at(0)])
 
     @property
     def voters(self):
-        return tuple(last for _, last in self.at(0))
+        return tuple(s.last for s in self.at(0))
 
     def at(self, t, start=0, phase=0):
-        whole = _fewest(self.memory, self.budget, 0, tuple(range(self.memory.blocks)))
+        whole = _fewest(self.memory, self.budget, self.parts, 0, tuple(range(self.memory.blocks)))
         if start == 0:
             return whole
-        return _fewest(self.memory, self.budget, start, tuple(last for _, last in whole if last >= start))
+        return _fewest(self.memory, self.budget, self.parts, start, tuple(s.last for s in whole if s.last >= start))
 
     def chains(self, start=0):
         return chains_of([self.at(0, start)])
@@ -153,18 +158,26 @@ def least(memory):
 
 
 @lru_cache(256)
-def _fewest(memory, budget, start, ends):
-    """The fewest segments from block `start` on that end at some of `ends`, the last of them included."""
-    best = {start: (0, 0.0, ())}  # {block: (number of segments, memory of the largest, segments before the block)}
+def _fewest(memory, budget, most, start, ends):
+    """The fewest segments from block `start` on that end at some of `ends`, the last of them included, in up to `most` parts each."""
+    best = {start: (0, 0, 0.0, ())}  # {block: (number of segments, of their parts, memory of the largest, segments before the block)}
     for end in ends:
         options = []
-        for first, (count, largest, segments) in best.items():
-            needed = memory(first, end)
-            if needed <= budget:
-                options.append((count + 1, max(largest, needed), (*segments, Segment(first, end))))
+        for first, (count, in_parts, largest, segments) in best.items():
+            for parts in range(1, most + 1):
+                needed = memory(first, end, parts)
+                if needed <= budget:
+                    options.append((count + 1, in_parts + parts, max(largest, needed), (*segments, Segment(first, end, parts))))
+                    break
         if options:
             best[end + 1] = min(options)
-    return best[ends[-1] + 1][2]
+    return best[ends[-1] + 1][3]
+
+
+def _named(turns):
+    """What print(sff) shows of turns of segments."""
+    one = lambda s: str(s.last) if s.parts == 1 else f"{s.last} in {s.parts} parts"  # noqa: E731
+    return f"segments end at {' | '.join(', '.join(map(one, segments)) for segments in turns)}"
 
 
 def window(size, blocks):
@@ -180,17 +193,31 @@ def pairs(blocks):
     return Turns(tuple(turns), "pairs")
 
 
+def _checked(segments, blocks):
+    """These Segments as a tuple in order. Raises ValueError."""
+    for s in segments:
+        for name, value, low in zip(Segment._fields, s, (0, s.first, 1), strict=True):
+            whole_number(f"plan: {name} of {s}", value, low)
+        if s.last >= blocks:
+            raise ValueError(f"plan: expected blocks below {blocks}, their number, got {s}")
+    if len({s.last for s in segments}) < len(segments) or blocks - 1 not in {s.last for s in segments}:
+        raise ValueError(f"plan: expected segments of which one ends at block {blocks - 1}, and no two at the same, got {list(segments)}")
+    return tuple(sorted(segments, key=lambda s: s.last))
+
+
 def of(given, blocks):
     """The plan that a user names.
 
     Args:
-        given: a plan; "pairs" or "drawn"; the blocks that end segments, such as [1, 3, 8]; or several such lists, which take turns.
+        given: a plan; "pairs" or "drawn"; the blocks that end segments, such as [1, 3, 8]; several such lists, which take turns; or Segments.
         blocks: the number of blocks.
 
     Raises TypeError, ValueError."""
-    expected = "'pairs', 'drawn', a list of the blocks that end segments, a list of such lists, or a plan"
+    expected = "'pairs', 'drawn', a list of the blocks that end segments, a list of such lists, Segments, or a plan"
     if hasattr(given, "at") and hasattr(given, "voters"):
         return given
+    if isinstance(given, (list, tuple)) and given and all(isinstance(s, Segment) for s in given):
+        return Turns((_checked(given, blocks),), _named([given]))
     if isinstance(given, str):
         if given == "pairs":
             return pairs(blocks)
@@ -207,5 +234,5 @@ def of(given, blocks):
         if turn != sorted(set(turn)) or not turn or turn[-1] != blocks - 1:
             text = f"blocks in ascending order, the last of them block {blocks - 1}, the network's last"
             raise ValueError(f"plan: expected {text}, got {turn}")
-    text = " | ".join(" ".join(map(str, turn)) for turn in turns)
-    return Turns(tuple(map(ending_at, turns)), f"segments end at {text}")
+    turns = tuple(map(ending_at, turns))
+    return Turns(turns, _named(turns))

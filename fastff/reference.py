@@ -324,7 +324,7 @@ def train_step(blocks, heads, optimizers, images, target, segments=None, loss=me
         heads: L functions from z [B, C, H, W] to goodness [B, K], such as lambda z: goodness(z, W) with weights W [K, C, 1, 1].
         optimizers: L, the l-th of all parameters of block l and head l.
         images, target: [B, ...], and labels [B] (int64).
-        segments: pairs (first, last) of block numbers from 0, one a loss; None for one a block, as in the paper.
+        segments: (first, last) of block numbers from 0, one a loss; None for one a block, as in the paper. What follows the two is not read.
         loss: function of goodness [B, K] and target that returns a scalar.
         normalize: function of z that returns a tensor of its shape.
 
@@ -334,7 +334,7 @@ def train_step(blocks, heads, optimizers, images, target, segments=None, loss=me
     inputs, losses = (images,), [torch.zeros(()) for _ in blocks]
     for index, (block, head) in enumerate(zip(blocks, heads, strict=True)):
         z, *others = block(*inputs)
-        for first, last in segments:
+        for first, last, *_ in segments:
             if last != index:
                 continue
             losses[index] = loss(head(z), target)
@@ -344,7 +344,7 @@ def train_step(blocks, heads, optimizers, images, target, segments=None, loss=me
                 if grad is not None:  # the heads of earlier blocks get none from this loss
                     p.grad = grad if p.grad is None else p.grad + grad
         inputs = (normalize(z), *others)
-        if not any(first <= index < last for first, last in segments):  # no gradient comes back over this cut
+        if not any(first <= index < last for first, last, *_ in segments):  # no gradient comes back over this cut
             inputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
     for optimizer in optimizers:  # the Trainer updates and frees a block when the last loss that reaches it has come
         optimizer.step()

@@ -29,8 +29,8 @@ class SegmentEstimate:
         self.sizes = [_values_kept(block) for block in blocks]
         self.blocks, self.backprop = len(blocks), sum(self.sizes)
 
-    def __call__(self, first, last):
-        return sum(self.sizes[first : last + 1])
+    def __call__(self, first, last, parts=1):
+        return sum(self.sizes[first : last + 1]) / parts
 
 
 def _values_kept(block):
@@ -63,16 +63,20 @@ class SegmentMemory:
         device = next(sff.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             measured = [_measure(copy.deepcopy(sff).train(), size, device) for size in SIZES]
-        (low, self.backprop), (high, whole) = measured
-        self.table = {key: Block(*map(self._extended, low[key], high[key])) for key in low}
-        self.backprop = self._extended(self.backprop, whole)
+        (self.low, low), (self.high, high) = measured
+        self.backprop = self._extended(low, high, batch_size)
+        self.gradients = [sum(p.numel() * p.element_size() for p in sff.block_parameters(i)) for i in range(self.blocks)]
 
-    def _extended(self, low, high):
-        return high + (high - low) / (SIZES[1] - SIZES[0]) * (self.batch_size - SIZES[1])
+    def _extended(self, low, high, samples):
+        return high + (high - low) / (SIZES[1] - SIZES[0]) * (samples - SIZES[1])
 
-    def __call__(self, first, last):
-        """Bytes at most while a step trains the blocks first to last by the loss of the last."""
-        blocks = [self.table[index, index == last, index > first] for index in range(first, last + 1)]
+    def _block(self, samples, *key):
+        return Block(*(self._extended(low, high, samples) for low, high in zip(self.low[key], self.high[key], strict=True)))
+
+    def __call__(self, first, last, parts=1):
+        """Bytes at most while a step trains the blocks first to last by the loss of the last, on a minibatch that they take in so many parts."""
+        samples = math.ceil(self.batch_size / parts)
+        blocks = [self._block(samples, index, index == last, index > first) for index in range(first, last + 1)]
         held, peak = 0.0, 0.0
         for block in blocks:
             peak = max(peak, held + block.forward)
@@ -80,6 +84,9 @@ class SegmentMemory:
         for block in reversed(blocks):
             peak = max(peak, held - block.kept + block.backward + blocks[-1].output)
             held -= block.kept
+        if parts > 1:  # what the other parts left, or wait with: gradients, outputs and inputs
+            given = self._block(samples, first - 1, False, False).output if first else 0.0
+            peak += sum(self.gradients[first : last + 1]) + (parts - 1) * max(given, blocks[-1].output)
         return peak
 
 

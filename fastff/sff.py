@@ -287,7 +287,7 @@ class SFF(nn.Module):
             return
         counted, segments = self.plan.memory, self.plan.at(0)
         rows, largest = [("segment", "blocks", "memory", "of backpropagation's")], 0.0
-        for number, (first, last) in enumerate(segments):
+        for number, (first, last, parts) in enumerate(segments):
             needed = counted(first, last)
             share, largest = f"{needed / counted.backprop:.0%}", max(largest, needed)
             rows.append((str(number), f"{first} to {last}", f"{needed / 2**20:,.1f} MiB", share))

@@ -12,11 +12,12 @@ from fastff import SFF, Backprop, Trainer, models
 from fastff import plan as plans
 from fastff.memory import peak_memory
 from fastff.plan import Segment
+from fastff.training import step
 
 OVERLAPPING = plans.Turns(((Segment(0, 1), Segment(0, 2), Segment(2, 3)),), "overlapping")
 PLANS = {
     "two segments": [1, 3], "a long one": [0, 3], "end to end": [3], "turns": [[1, 3], [0, 2, 3], [3]], "pairs": "pairs", "drawn": "drawn",
-    "overlapping": OVERLAPPING,
+    "overlapping": OVERLAPPING, "in parts": [Segment(0, 1, 2), Segment(2, 2), Segment(3, 3, 3)],
 }  # fmt: skip
 
 
@@ -24,15 +25,15 @@ def test_segments_and_turns():
     assert plans.of([1, 3, 8], 9).at(5) == (Segment(0, 1), Segment(2, 3), Segment(4, 8))
     assert plans.window(2, 3).at(0) == (Segment(0, 0), Segment(0, 1), Segment(1, 2))
     pairs = plans.pairs(5)
-    assert [tuple(segment) for segment in pairs.at(0)] == [(0, 1), (2, 3), (4, 4)]
-    assert [tuple(segment) for segment in pairs.at(1)] == [(0, 0), (1, 2), (3, 4)]
+    assert pairs.at(0) == (Segment(0, 1), Segment(2, 3), Segment(4, 4))
+    assert pairs.at(1) == (Segment(0, 0), Segment(1, 2), Segment(3, 4))
     assert pairs.at(2) == pairs.at(0) and pairs.voters == (0, 1, 2, 3, 4)
     assert plans.of([1, 3, 8], 9).at(0, start=3) == (Segment(3, 3), Segment(4, 8))
     drawn = plans.Drawn(9, seed=1)
     steps = [drawn.at(t) for t in range(200)]
     assert steps == [drawn.at(t) for t in range(200)] and len(set(steps)) > 100
     for segments in steps:
-        assert [i for first, last in segments for i in range(first, last + 1)] == list(range(9))
+        assert [i for s in segments for i in range(s.first, s.last + 1)] == list(range(9))
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -66,6 +67,33 @@ def test_fused_and_unfused_segments_agree_in_float32(plan):
     torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-4)
     difference = vector(sffs[0]) - vector(sffs[1])
     assert difference.abs().max() < 1e-3
+
+
+def test_a_segment_in_parts_is_one_in_micro_batches():
+    """With batch norm, whose statistics are those of a part: one segment in two parts, and both in two."""
+    sffs = [made("resnet18", plan=[Segment(0, 3, 2), Segment(4, 8, parts)]) for parts in (2, 1)]
+    sffs.append(made("resnet18", plan=[3, 8]))
+    data = batches(sffs[0], steps=2)
+    losses = [train(Trainer(sff, sgd, micro_batches=n), data) for sff, n in zip(sffs, (1, 1, 2), strict=True)]
+    assert losses[0] == losses[2]
+    assert_same_training(sffs[0], sffs[2], 1e-12)
+    first, other = (Trainer(made("resnet18", plan=[Segment(0, 3, 2), *rest]), sgd) for rest in ([Segment(4, 8)], [Segment(4, 8, 3)]))
+    assert train(first, data)[0][3] == train(other, data)[0][3] == losses[1][0][3]
+    assert torch.equal(first.engine.sff.model.bn1.running_var, other.engine.sff.model.bn1.running_var)
+
+
+def test_parts_of_a_minibatch_are_cut_anew():
+    x, y = torch.arange(10.0), torch.arange(10)
+    parts = step.in_parts([step.Part((x, None), y, 1.0, 10)], 4)
+    assert [p.alive[0].tolist() for p in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]] == [p.target.tolist() for p in parts]
+    assert [p.share for p in parts] == [0.3, 0.3, 0.3, 0.1] and all(p.alive[1] is None and p.samples == 10 for p in parts)
+    given = parts
+    parts = step.in_parts(parts, 2)
+    assert parts is given and [p.alive[0].tolist() for p in parts] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    pairs = step.in_parts(step.in_parts([step.Part((x,), None, 1.0, 10)], 3), 2)  # positive images, then negative ones
+    assert [p.alive[0].tolist() for p in pairs] == [[0, 1, 2, 5, 6, 7], [3, 4, 8, 9]]
+    constant = [step.Part((x[:5], torch.ones(3)), y[:5], 0.5, 10), step.Part((x[5:], torch.ones(3)), y[5:], 0.5, 10)]
+    assert step.in_parts(list(constant), 1) == constant  # 3 is no number of samples
 
 
 def test_frozen_blocks_are_in_no_segment():
@@ -223,14 +251,27 @@ def test_a_step_keeps_to_the_memory_that_was_counted(counted):
 
 def test_the_fewest_segments(counted):
     memory, found = counted.segment_memory, counted.plan.at(0)
-    assert [i for first, last in found for i in range(first, last + 1)] == list(range(9))
+    assert [i for s in found for i in range(s.first, s.last + 1)] == list(range(9))
     for first, second in itertools.pairwise(found):
         assert memory(first.first, second.last) > 0.5 * memory.backprop, "the two could be one"
     text = repr(counted)
-    assert all(f"{first} to {last}" in text for first, last in found)
+    assert all(f"{first} to {last}" in text for first, last, _ in found)
     assert f"of the {memory.backprop / 2**20:,.1f} MiB of backpropagation" in text
     late = counted.plan.at(0, start=found[1].first)
-    assert late[0].first == found[1].first and {last for _, last in late} <= {last for _, last in found}
+    assert late[0].first == found[1].first and {s.last for s in late} <= {s.last for s in found}
+
+
+def test_parts_need_less_memory(counted):
+    memory = counted.segment_memory
+    most = 0.5 * memory.backprop
+    fewer = plans.Budget(memory, most, parts=2).at(0)
+    assert len(fewer) < len(counted.plan.at(0)) and fewer[0].parts == 2
+    trainer = Trainer(copy.deepcopy(counted), adamw, plan=plans.Budget(memory, most, parts=2))
+    images, target = torch.randn(32, 3, 16, 16).contiguous(memory_format=torch.channels_last), torch.arange(32) % CLASSES
+    for _ in range(2):
+        trainer.step(images, target)
+    expected = max(memory(*segment) for segment in fewer)
+    assert peak_memory(lambda: trainer.step(images, target)) * 2**20 == pytest.approx(expected, rel=0.1) and expected <= most
 
 
 def test_counting_leaves_the_network_as_it_is():
@@ -256,7 +297,7 @@ def test_too_little_memory_is_refused_with_the_least():
 
 def test_the_default_plan_is_a_few_segments():
     sff = small()
-    assert sff.window is None and [tuple(s) for s in sff.plan.at(0)] == [(0, 1), (2, 3), (4, 8)]
+    assert sff.window is None and sff.plan.at(0) == (Segment(0, 1), Segment(2, 3), Segment(4, 8))
     assert sff.plan.voters == (1, 3, 8)
 
 

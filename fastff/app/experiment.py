@@ -12,6 +12,7 @@ from fastff.app.environment import check_implementations
 from fastff.arguments import whole_number
 from fastff.graph.cut import GRANULARITIES
 from fastff.parallel.ranks import BATCH_NORMS, leader_first
+from fastff.plan import ending_at
 from fastff.sff import SFF
 from fastff.training import data, optim
 from fastff.training.backprop import Backprop
@@ -173,13 +174,18 @@ def build_network(s, num_classes, input_shape, device="cpu"):
 
 
 def _plan(text):
-    """The argument `plan` of SFF that a setting means: "pairs", "drawn", or numbers of blocks with commas, turns of them with |."""
+    """The argument `plan` of SFF that a setting means: "pairs", "drawn", or numbers of blocks with commas, with / and the parts behind a number
+    where a segment takes a minibatch in parts, turns of them with |."""
     if text is None or text in ("pairs", "drawn"):
         return text
     try:
-        turns = [[int(number) for number in turn.split(",")] for turn in text.split("|")]
+        turns = [[tuple(map(int, end.split("/"))) for end in turn.split(",")] for turn in text.split("|")]
+        if len(turns) == 1 and any(len(end) > 1 for end in turns[0]):
+            ends, parts = zip(*((*end, 1)[:2] for end in turns[0]), strict=True)
+            return ending_at(ends, parts)
+        turns = [[end for (end,) in turn] for turn in turns]
     except ValueError:
-        expected = "pairs, drawn, or the blocks that end segments, such as 1,3,8, or turns of them, such as 1,3,8|0,2,8"
+        expected = "pairs, drawn, the blocks that end segments, such as 1,3,8, or 3/2,8 for a first one in 2 parts, or turns, such as 1,3,8|0,2,8"
         raise ValueError(f"plan: expected {expected}, got {text!r}") from None
     return turns if len(turns) > 1 else turns[0]
 

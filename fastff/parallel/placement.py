@@ -45,7 +45,7 @@ def chain_seconds(engine, chains, images, target, rounds=3):
         for part in route.chains:  # in this step a chain may consist of several
             synchronize()
             start = time.perf_counter()
-            engine.step.train(route, part, parts)
+            parts = engine.step.train(route, part, parts)
             synchronize()
             index = next(i for i, chain in enumerate(chains) if part.start in chain)
             seconds[index] += time.perf_counter() - start

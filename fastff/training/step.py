@@ -5,8 +5,8 @@ loss, gradient and next input in one op; the block's own backward pass with that
 a longer segment the blocks before the last run forward without a loss and keep their graphs; then the loss's gradient goes back through them,
 and each is updated and released as soon as it has passed. Nothing waits for the device. Source: Krutsylo 2025, arXiv 2501.03176.
 
-Peak memory is that of the largest segment. With micro-batches a segment sees them one after the other before the next segment starts, so that
-between segments only the tensors at the cut are held for the whole minibatch.
+Peak memory is that of the largest segment. With micro-batches, or where a plan lets a segment take the minibatch in parts, the segment sees them
+one after the other before the next segment starts, so that between segments only the tensors at the cut are held for the whole minibatch.
 
 Where segments overlap (windows), a block gets gradients of several losses. The gradient of each goes back to the inputs of the blocks alone; a
 block's parameters get the sum of all gradients that reach it in one backward pass, when the last has come.
@@ -14,6 +14,7 @@ block's parameters get the sum of all gradients that reach it in one backward pa
 
 import contextlib
 import functools
+import itertools
 import math
 
 import torch
@@ -29,17 +30,19 @@ UNIT = 64  # samples: gradients of ranks with different numbers of samples are w
 class Route:
     """The order in which a step of these segments goes through blocks.
 
-    Attributes: chains (successive ranges of blocks; gradients pass between the blocks of one, and not from one to another), losses ({block:
-    the Segment of its loss}), last_loss ({block: the last block whose loss trains it}). Blocks not in last_loss only run forward."""
+    Attributes: chains (successive ranges of blocks; gradients pass between the blocks of one, and not from one to another), parts ({first
+    block of a chain: parts in which the chain takes a minibatch}), losses ({block: the Segment of its loss}), last_loss ({block: the last block
+    whose loss trains it}). Blocks not in last_loss only run forward."""
 
     def __init__(self, segments, blocks):
         self.losses = {segment.last: segment for segment in segments}
-        self.last_loss = {i: last for first, last in sorted(segments) for i in range(first, last + 1)}
-        inner = {i for first, last in segments for i in range(first + 1, last + 1)}  # joined to the block before
+        self.last_loss = {i: s.last for s in sorted(segments) for i in range(s.first, s.last + 1)}
+        inner = {i for s in segments for i in range(s.first + 1, s.last + 1)}  # joined to the block before
         end = max(self.losses, default=-1) + 1
         starts = [i for i in blocks if i < end and i not in inner]
         ends = [*starts[1:], min(end, blocks.stop)] if starts else []
         self.chains = [range(start, stop) for start, stop in zip(starts, ends, strict=True)]
+        self.parts = {c.start: max((s.parts for s in segments if s.last in c), default=1) for c in self.chains}
 
 
 route_of = functools.lru_cache(256)(Route)
@@ -67,6 +70,7 @@ class LocalStep:
         segments: a tuple of fastff.plan.Segment."""
         route = self.route(segments)
         parts = self.split(images, target) if self.place.ranks.feeds else self._received()
+        del images, target
         for chain in route.chains:
             parts = self.train(route, chain, parts)
         if self.place.has_last:
@@ -80,30 +84,29 @@ class LocalStep:
 
     def split(self, images, target):
         """The minibatch as a list of Parts."""
-        if target is None:  # positive images, then as many negative ones: so is each part
-            halves = [half.split(-(-len(half) // self.micro_batches)) for half in images.chunk(2)]
-            parts = [images] if self.micro_batches == 1 else list(map(torch.cat, zip(*halves, strict=True)))
-            cut = [(part, None) for part in parts]
-        else:
-            size = -(-len(images) // self.micro_batches)
-            cut = list(zip(images.split(size), target.split(size), strict=True))
-        self.begin(images, len(images), len(cut))
-        return [Part((x,), y, len(x) / len(images), len(images)) for x, y in cut]
+        self._begin(images, len(images))
+        parts = in_parts([Part((images,), target, 1.0, len(images))], self.micro_batches)
+        self.parts = len(parts)
+        return parts
 
     def _received(self):
-        for number, (part, parts) in enumerate(self.place.link.minibatch()):
-            if number == 0:
-                self.begin(part.alive[0], part.samples, parts)
-            yield part
+        minibatch = self.place.link.minibatch()
+        part, self.parts = next(minibatch)
+        self._begin(part.alive[0], part.samples)
+        return itertools.chain([part], (part for part, _ in minibatch))
 
-    def begin(self, like, samples, parts):
-        """Forget the results of the step before, for a minibatch of so many samples in so many parts."""
-        self.samples, self.parts = samples, parts
+    def _begin(self, like, samples):
+        """Forget the results of the step before, for a minibatch of so many samples."""
+        self.samples = samples
         self.zero, self.seen = like.new_zeros((), dtype=loss_dtype(like)), {}
         self.weight = 1 if self.place.reduction is None else samples / UNIT
 
     def train(self, route, chain, parts):
         """Train a chain of blocks; parts (a list, overwritten, or an iterator) become those of the block behind it."""
+        count = self.micro_batches * route.parts[chain.start]
+        if count != self.parts:
+            parts = in_parts(parts if isinstance(parts, list) else list(parts), count)
+            self.parts = len(parts)
         done = parts if isinstance(parts, list) else []
         for number, part in enumerate(parts):
             part = self._train_part(route, chain, part, update=number + 1 == self.parts)
@@ -150,20 +153,25 @@ class LocalStep:
     def _statistics(self):
         """(losses [L], right answers [L]): of all blocks at once at the end of a step, since on a GPU each operator is a launch."""
         losses, correct = ([self.zero] * len(self.blocks) for _ in range(2))
-        for results in zip(*self.seen.values(), strict=True):  # of one micro-batch, by block
-            own = [loss.to(self.zero.dtype).reshape(()) for loss, *_ in results]
-            *_, share, target = results[0]
-            if share != 1:
-                own = torch._foreach_mul(own, share)
-            if target is None:
-                right = [self.zero.new_full((), math.nan)] * len(own)
-            else:
-                goodness = torch.stack([g for _, g, *_ in results])
-                right = (goodness.argmax(2) == target).sum(1).to(self.zero.dtype).unbind()
-            first = losses[next(iter(self.seen))] is self.zero
-            for index, loss, count in zip(self.seen, own, right, strict=True):
-                losses[index] = loss if first else losses[index] + loss
-                correct[index] = count if first else correct[index] + count
+        for number in range(max(map(len, self.seen.values()), default=0)):
+            alike = {}  # {samples: blocks that saw a part of so many}
+            for index, seen in self.seen.items():
+                if number < len(seen):
+                    alike.setdefault(seen[number][2], []).append(index)
+            for share, indices in alike.items():
+                results = [self.seen[index][number] for index in indices]
+                own = [loss.to(self.zero.dtype).reshape(()) for loss, *_ in results]
+                if share != 1:
+                    own = torch._foreach_mul(own, share)
+                target = results[0][3]
+                if target is None:
+                    right = [self.zero.new_full((), math.nan)] * len(own)
+                else:
+                    goodness = torch.stack([g for _, g, *_ in results])
+                    right = (goodness.argmax(2) == target).sum(1).to(self.zero.dtype).unbind()
+                for index, loss, count in zip(indices, own, right, strict=True):
+                    losses[index] = loss if number == 0 else losses[index] + loss
+                    correct[index] = count if number == 0 else correct[index] + count
         self.seen = {}
         return torch.stack(losses + correct).view(2, -1).unbind()
 
@@ -224,6 +232,36 @@ class LocalStep:
             loss = torch.nn.functional.cross_entropy(logits.to(self.zero.dtype), part.target)
             (loss * part.share * self.weight).backward()
         self.place.updated(index, self.weight)
+
+
+def in_parts(parts, count):
+    """The list `parts`, overwritten with the same minibatch in so many parts: as it is where the tensors alive have not one row for each sample."""
+    part, sizes = parts[0], [_samples(part) for part in parts]
+    rows = all(len(t) == size for p, size in zip(parts, sizes, strict=True) for t in p.alive if isinstance(t, torch.Tensor))
+    if len(parts) == count or not rows:
+        return parts
+    halves = 1 if part.target is not None else 2  # positive images, then as many negative ones: so is each part
+    size = -(-sum(sizes) // halves // count)
+
+    def cut(values):
+        if not isinstance(values[0], torch.Tensor):
+            return itertools.repeat(values[0])
+        by_half = zip(*(value.chunk(halves) for value in values), strict=True)
+        pieces = [joined(half).split(size) for half in by_half]
+        return map(joined, zip(*pieces, strict=True))
+
+    def joined(tensors):
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    targets = cut([p.target for p in parts])
+    alive = zip(*(cut(values) for values in zip(*(p.alive for p in parts), strict=True)))
+    samples = part.samples
+    parts[:] = [Part(a, y, len(a[0]) / samples, samples) for a, y in zip(alive, targets)]
+    return parts
+
+
+def _samples(part):
+    return round(part.share * part.samples)
 
 
 def _requiring_grad(value):

@@ -218,7 +218,7 @@ class LocalEngine:
         """Return [L], 1 for the blocks with a loss on this rank in step t, else 0."""
         segments = self.segments(t)
         if segments not in self._counts:
-            here = {last for _, last in segments}.intersection(self.place.own)
+            here = {s.last for s in segments}.intersection(self.place.own)
             count = [float(i in here) for i in range(len(self.sff.blocks))]
             self._counts[segments] = torch.tensor(count, device=self.device)
         return self._counts[segments]
