@@ -119,7 +119,8 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Budget:
-    """The fewest segments of which none needs more memory than a budget; of as few, those with the fewest parts, and whose largest is smallest.
+    """The fewest segments of which none needs more memory than a budget; of as few, those whose parts call the fewest blocks,
+    and of these the ones whose largest is smallest.
 
     Where the first blocks have finished, the others have all the memory, and segments become one where it suffices.
 
@@ -131,7 +132,7 @@ class Budget:
 
     memory: object
     budget: float
-    parts: int = 1
+    parts: int = 2
     phases = 1
 
     @property
@@ -152,22 +153,24 @@ class Budget:
         return chains_of([self.at(0, start)])
 
 
-def least(memory):
-    """The smallest budget: what the largest segment of one block needs."""
-    return max(memory(i, i) for i in range(memory.blocks))
+def least(memory, parts=2):
+    """The smallest budget: what the largest segment of one block needs, in so many parts."""
+    return max(memory(i, i, parts) for i in range(memory.blocks))
 
 
 @lru_cache(256)
 def _fewest(memory, budget, most, start, ends):
     """The fewest segments from block `start` on that end at some of `ends`, the last of them included, in up to `most` parts each."""
-    best = {start: (0, 0, 0.0, ())}  # {block: (number of segments, of their parts, memory of the largest, segments before the block)}
+    # {block: (number of segments, calls of their blocks, memory of the largest, segments before the block)}
+    best = {start: (0, 0, 0.0, ())}
     for end in ends:
         options = []
-        for first, (count, in_parts, largest, segments) in best.items():
+        for first, (count, calls, largest, segments) in best.items():
             for parts in range(1, most + 1):
                 needed = memory(first, end, parts)
                 if needed <= budget:
-                    options.append((count + 1, in_parts + parts, max(largest, needed), (*segments, Segment(first, end, parts))))
+                    more = (*segments, Segment(first, end, parts))
+                    options.append((count + 1, calls + parts * (end + 1 - first), max(largest, needed), more))
                     break
         if options:
             best[end + 1] = min(options)

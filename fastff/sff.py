@@ -34,17 +34,17 @@ class SFF(nn.Module):
         num_classes: K.
         granularity: what a block is: "layer", "block", "stage", "model" (one block) or a list of module paths that end blocks
             (fastff/graph/cut.py). "auto" are blocks as "block" makes them, trained in the fewest segments of which none keeps more than 0.45
-            of what all blocks keep, by a rule of thumb, or in segments of `memory`.
+            of what all blocks keep, by a rule of thumb, or in segments of `memory`. A segment may take the minibatch in two halves.
         input_shape: of one sample, (C, H, W) for images.
         goodness: a name that fastff.nn.FFBlock knows: "sff", "projection", or without weights "class_group", "class_group_mean" and, of
             batches whose first half is positive and second half negative, "sum_of_squares", "mean_of_squares", "position".
         window: the loss of block l also trains the window - 1 blocks before it; 1 is the paper's. Default 2, but for "auto".
         plan: instead of a window, which losses the Trainer's steps have and which blocks each trains (fastff/plan.py): the blocks that end
-            segments, such as [1, 3, 8]; several such lists, which take turns; "pairs" or "drawn" for cuts that move; or a plan. Heads of
-            blocks that never end a segment do not learn, and do not vote.
+            segments, such as [1, 3, 8]; several such lists, which take turns; "pairs" or "drawn" for cuts that move; fastff.plan.Segments,
+            which may take the minibatch in parts; or a plan. Heads of blocks that never end a segment do not learn, and do not vote.
         memory: instead of a plan, what a step may take at most: a share of what backpropagation takes (at most 1) or bytes (above 1). The
-            plan has the fewest segments that keep to it, counted here for minibatches of `batch_size` (fastff/segment_memory.py);
-            print(sff) shows them.
+            plan has the fewest segments that keep to it, which may take the minibatch in two halves, counted here for minibatches of
+            `batch_size` (fastff/segment_memory.py); print(sff) shows them.
         batch_size: of the minibatches that `memory` is counted for.
         vote: "weighted" averages the blocks' log softmax(tau * goodness), the n-th voter's with weight n, since later ones know more (and takes
             the softmax of that); "softmax" averages their softmax; "goodness" their goodness; "last" takes the last block's goodness.
@@ -286,11 +286,11 @@ class SFF(nn.Module):
         if not isinstance(getattr(self.plan, "memory", None), SegmentMemory):
             return
         counted, segments = self.plan.memory, self.plan.at(0)
-        rows, largest = [("segment", "blocks", "memory", "of backpropagation's")], 0.0
+        rows, largest = [("segment", "blocks", "parts", "memory", "of backpropagation's")], 0.0
         for number, (first, last, parts) in enumerate(segments):
-            needed = counted(first, last)
+            needed = counted(first, last, parts)
             share, largest = f"{needed / counted.backprop:.0%}", max(largest, needed)
-            rows.append((str(number), f"{first} to {last}", f"{needed / 2**20:,.1f} MiB", share))
+            rows.append((str(number), f"{first} to {last}", str(parts), f"{needed / 2**20:,.1f} MiB", share))
         yield from _aligned(rows)
         share, whole = f"{largest / counted.backprop:.0%}", f"{counted.backprop / 2**20:,.1f} MiB"
         yield f"a step of {counted.batch_size} samples takes at most {share} of the {whole} of backpropagation"

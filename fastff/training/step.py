@@ -104,6 +104,8 @@ class LocalStep:
     def train(self, route, chain, parts):
         """Train a chain of blocks; parts (a list, overwritten, or an iterator) become those of the block behind it."""
         count = self.micro_batches * route.parts[chain.start]
+        if self.samples < 4 * count:  # batch norm learns nothing from a single sample of one position
+            count = self.micro_batches
         if count != self.parts:
             parts = in_parts(parts if isinstance(parts, list) else list(parts), count)
             self.parts = len(parts)
