@@ -154,8 +154,8 @@ class Budget:
 
 
 def least(memory, parts=2):
-    """The smallest budget: what the largest segment of one block needs, in so many parts."""
-    return max(memory(i, i, parts) for i in range(memory.blocks))
+    """The smallest budget: what the largest segment of one block needs, in up to so many parts."""
+    return max(min(memory(i, i, n) for n in range(1, parts + 1)) for i in range(memory.blocks))
 
 
 @lru_cache(256)

@@ -6,6 +6,7 @@ from fastff.parallel import batch_norm, placement
 from fastff.parallel.link import Link
 from fastff.parallel.ranks import Ranks
 from fastff.parallel.reduce import MESSAGE, Reduction, ShardedReduction
+from fastff.training.muon import Muon
 
 
 class Alone:
@@ -39,10 +40,9 @@ class Place:
     blocks of each rank that shares them), link (to the neighbours, or None), reduction (or None)."""
 
     def __init__(self, ranks, sff, parameters, optimizers, update, chains, measure):
-        self.ranks, self.sff, self.parameters, self.update = ranks, sff, parameters, update
+        self.ranks, self.sff, self.parameters, self.optimizers, self.update = ranks, sff, parameters, optimizers, update
         self.link, self.reduction = None, None
-        self.waiting = []  # indices of blocks with complete gradients, few bytes together, that are not updated yet
-        self.bytes = [sum(p.numel() * p.element_size() for p in block) for block in parameters]
+        self.waiting = []  # indices of blocks with complete gradients, less than MESSAGE bytes together, that are not updated yet
         self.placed = [range(len(sff.blocks))]
         if ranks.size > 1:
             self._agree()
@@ -94,13 +94,15 @@ class Place:
             self.link.send(part, count)
 
     def updated(self, index, weight):
-        """Update a block whose gradients are complete on this rank, small blocks together with others; or when the gradients of all ranks have come."""
+        """Update a block whose gradients are complete on this rank: now, small blocks with Muon together, or when those of all ranks have come."""
         if self.reduction is not None:
             self.reduction.start(index, self.parameters[index], weight)
-            return
-        self.waiting.append(index)
-        if sum(self.bytes[i] for i in self.waiting) >= MESSAGE:
-            self._update_waiting()
+        elif not isinstance(self.optimizers[index], Muon):
+            self.update(index)
+        else:
+            self.waiting.append(index)
+            if sum(p.numel() * p.element_size() for i in self.waiting for p in self.parameters[i]) >= MESSAGE:
+                self._update_waiting()
 
     def _update_waiting(self):
         if self.waiting:
