@@ -18,6 +18,7 @@ import fastff
 from benchmarks.scale_processes import tcp_bytes_sent
 from fastff import SFF, Distributed, Trainer
 from fastff.parallel.link import ALIGN, HEADER
+from fastff.plan import Segment
 from fastff.training import optim
 from fastff.training.loader import Augment, Loader
 
@@ -179,6 +180,9 @@ def main(folder):
         "segments that take turns": compared(
             blocks, "resnet18-8", 4, window=None, plan=[[0, 2, 3, 4, 8], [1, 2, 3, 4, 8]]
         ),
+        "parts": compared(
+            blocks, "resnet18-8", 4, window=None, plan=[Segment(0, 1, 2), Segment(2, 3), Segment(4, 5, 2), Segment(6, 8)]
+        ),
         "adamw, fit": fitted(blocks, folder / "blocks")["difference"]
         if rank == 0
         else fitted(blocks, folder / "blocks"),
@@ -194,7 +198,7 @@ def main(folder):
         "sharded": compared(sharded, "resnet18-8", 6, None, readout=True, **wide),
     }
     if size == 2:
-        found["blocks"]["budget"] = compared(blocks, "resnet18-8", 4, window=None, memory=0.75)
+        found["blocks"]["budget"] = compared(blocks, "resnet18-8", 4, window=None, memory=0.5)
     if size == 4:
         both = Distributed(block_ranks=2, batch_norm="synchronized", shard_optimizer=True)
         found["data"]["blocks too"] = compared(both, "resnet18-8", 6, readout=True, **wide)
@@ -239,7 +243,7 @@ def main(folder):
         "pairs": refused(lambda: Trainer(network("resnet18-8", window=None, plan="pairs"), distributed="block")),
         "finish": refused(
             lambda: Trainer(
-                network("resnet18-8", window=None, memory=0.75), finish=0.5, distributed=Distributed(min(size, 2))
+                network("resnet18-8", window=None, memory=0.5), finish=0.5, distributed=Distributed(min(size, 2))
             )
         ),
         "greedy": refused(lambda: Trainer(network("resnet18-8"), schedule="greedy", distributed="block")),
