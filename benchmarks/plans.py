@@ -24,7 +24,8 @@ from fastff.app import compare, experiment
 RESULTS = tables.RESULTS / "plans.csv"
 PART = {"data": "cifar10", "subset": 20000, "epochs": 4}
 FEW = PART | {"subset": 5000, "epochs": 16}
-ALL = PART | {"subset": None, "epochs": 6}
+THREE = {"plan": "1,3,8"}  # the plan by default until a segment could take a minibatch in parts
+ALL = PART | THREE | {"subset": None, "epochs": 6}
 BACKPROP = {"mode": "backprop"}
 PAPER = {"granularity": "block", "window": 1, "grid": 0, "hidden": 0, "scale": 1.0, "vote": "goodness"}
 OLD = {"granularity": "block", "window": 2, "hidden": 0, "vote": "softmax", "optimizer": "adamw"}  # the defaults of 0.1
@@ -34,22 +35,23 @@ EXPERIMENTS = {
     "backpropagation, Muon": PART | BACKPROP,
     "the paper's setting, AdamW": PART | PAPER | {"optimizer": "adamw"},
     "the defaults of 0.1": PART | OLD,
-    "three segments (the defaults)": PART,
-    "three segments, AdamW": PART | {"optimizer": "adamw"},
-    "three segments, linear spatial term": PART | {"hidden": 0},
+    "two segments, the first in two parts (the defaults)": PART,
+    "three segments": PART | THREE,
+    "three segments, AdamW": PART | THREE | {"optimizer": "adamw"},
+    "three segments, linear spatial term": PART | THREE | {"hidden": 0},
     "nine segments": PART | {"granularity": "block", "window": 1},
     "five segments": PART | {"plan": "0,1,2,4,8"},
     "pairs that take turns": PART | {"plan": "pairs"},
     "drawn cuts": PART | {"plan": "drawn"},
-    "three segments, finish 0.5": PART | {"finish": 0.5},
+    "three segments, finish 0.5": PART | THREE | {"finish": 0.5},
     "one segment": PART | {"plan": "8"},
-    "50,000 images, 6 epochs, the defaults": ALL,
+    "50,000 images, 6 epochs, three segments": ALL,
     "50,000 images, 6 epochs, learning rate 2e-3": ALL | {"lr": 2e-3},
     "50,000 images, 6 epochs, learning rate 8e-3": ALL | {"lr": 8e-3},
     "50,000 images, 6 epochs, 8 x 8 cells": ALL | {"grid": 8},
     "50,000 images, 6 epochs, cuts that take turns": ALL | {"plan": "1,3,8|0,2,8"},
 }  # fmt: skip
-# Both kinds of training with their defaults: {task: (settings, seeds)}.
+# Backpropagation and local training with their defaults, and local training in three segments: {task: (settings, seeds)}.
 TASKS = {
     "CIFAR-10, 50,000 images, 12 epochs": (PART | {"subset": None, "epochs": 12}, 3),
     "CIFAR-100, 50,000 images, 4 epochs": (PART | {"data": "cifar100", "subset": None}, 1),
@@ -62,10 +64,18 @@ TASKS = {
     "CIFAR-10, 5,000 images, MobileNetV3-small": (FEW | {"model": "mobilenet_v3_small"}, 3),
     "CIFAR-10, 1,000 images, from CIFAR-100": (FEW | {"subset": 1000, "epochs": 40, "start": "CIFAR-100, 50,000 images, 4 epochs"}, 1),
 }  # fmt: skip
-BOTH = {"backpropagation": BACKPROP, "the defaults": {}}
+
+
+def kinds(options):
+    """{kind: settings} of the experiments of a task with these settings."""
+    three = {"plan": "2,6,12"} if "mobilenet" in options.get("model", "") else THREE
+    return {"backpropagation": BACKPROP, "the defaults": {}, "three segments": three}
+
+
 EXPERIMENTS |= {
-    f"{task}: {kind}": options | mode for task, (options, _) in TASKS.items() for kind, mode in BOTH.items()
+    f"{task}: {kind}": options | own for task, (options, _) in TASKS.items() for kind, own in kinds(options).items()
 }
+SHOWN = ("the defaults", "three segments")
 COLUMNS = ("experiment", "seed", "vote", "last", "seconds", "memory_mib", "blocks", "plan", "settings")
 
 
@@ -119,22 +129,23 @@ def table():
     return tables.table(head, body) + tables.measured_on(rows[0])
 
 
-def tasks():
-    """The rows of TASKS as a table in Markdown: backpropagation beside the defaults, means of the seeds that both have."""
+def tasks(shown=SHOWN[:1]):
+    """Rows of TASKS as a table in Markdown: these kinds of local training beside backpropagation, means of the seeds that both have."""
     rows, body = {(row["experiment"], row["seed"]): row for row in tables.read("plans")}, []
     for task in TASKS:
-        pairs = [[rows.get((f"{task}: {kind}", seed)) for kind in BOTH] for seed in "012"]
-        pairs = [pair for pair in pairs if None not in pair]
-        if not pairs:
-            continue
-        backprop, local = zip(*pairs, strict=True)
-        gain = [100 * (float(b["vote"]) - float(a["vote"])) for a, b in pairs]
-        mean = lambda column, some: sum(float(row[column]) for row in some) / len(some)  # noqa: E731
-        body.append((
-            task, len(pairs), f"{mean('vote', backprop):.1%}", f"{mean('vote', local):.1%}", f"{mean('last', local):.1%}",
-            _range(gain), f"{mean('seconds', local) / mean('seconds', backprop):.2f}",
-            f"{mean('memory_mib', local) / mean('memory_mib', backprop):.2f}",
-        ))  # fmt: skip
+        for kind in shown:
+            pairs = [[rows.get((f"{task}: {one}", seed)) for one in ("backpropagation", kind)] for seed in "012"]
+            pairs = [pair for pair in pairs if None not in pair]
+            if not pairs:
+                continue
+            backprop, local = zip(*pairs, strict=True)
+            gain = [100 * (float(b["vote"]) - float(a["vote"])) for a, b in pairs]
+            mean = lambda column, some: sum(float(row[column]) for row in some) / len(some)  # noqa: E731
+            body.append((
+                task if kind == "the defaults" else f"{task}, {kind}", len(pairs), f"{mean('vote', backprop):.1%}", f"{mean('vote', local):.1%}",
+                f"{mean('last', local):.1%}", _range(gain), f"{mean('seconds', local) / mean('seconds', backprop):.2f}",
+                f"{mean('memory_mib', local) / mean('memory_mib', backprop):.2f}",
+            ))  # fmt: skip
     if not body:
         return tables.missing("python -m benchmarks.plans --root FOLDER")
     head = ("task", "seeds", "backpropagation", "local, vote", "last block", "points gained", "time", "memory")
@@ -154,7 +165,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="print the table and train nothing")
     arguments = parser.parse_args()
     if arguments.table:
-        print(tasks(), table(), sep="\n\n")
+        print(tasks(SHOWN), table(), sep="\n\n")
         return
     torch.set_num_threads(1)
     done = {(row["experiment"], int(row["seed"])) for row in tables.read("plans")}
