@@ -106,7 +106,7 @@ def main(folder, kind, kills, how="SIGKILL"):
         while not early and not (target / "begun").exists():
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
-        victim = draw.randrange(1, ranks)  # rank 0 has the store, which torchrun keeps elsewhere
+        victim = draw.randrange(ranks)  # with rank 0 the store ends, since no torchrun keeps it elsewhere
         os.kill(children[victim], how)
         begun = time.perf_counter()
         others = ended([pid for pid in children if pid != children[victim]])

@@ -8,13 +8,17 @@ import contextlib
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
+import uuid
+from pathlib import Path
 
 import torch.distributed as dist
 
 PERIOD = 0.5  # seconds between two heartbeats
 PATIENCE = 3.0  # seconds without a heartbeat after which a rank counts as dead
+_run: str | None = None  # the name of the run that this process belongs to, the same on all ranks
 NOISE = re.compile(r"^\[[^]]*\] |\. This is typically.*$")  # what gloo adds before and after its messages
 
 
@@ -117,15 +121,23 @@ class Watch:
             signal.signal(signal.SIGTERM, handler)
 
 
+def name_run(store):
+    """Agree with the other ranks on a name of this run that no other has."""
+    global _run
+    _run = store.compare_set("fastff/run", "", uuid.uuid4().hex).decode()
+
+
 def prints_failure():
-    """Return True in one process of all ranks, the first that calls this; that process prints why the run ended."""
-    if not dist.is_initialized():
+    """Return True in one process of each machine, the first that calls this; that process prints why the run ended.
+
+    An empty file decides it, and not the store, which may have ended with rank 0."""
+    if _run is None or not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
-    rank, store = str(dist.get_rank()), dist.distributed_c10d._get_default_store()
-    answer = _ask_store(lambda: _connection(store).compare_set("fastff/printer", "", rank).decode())
-    if rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        time.sleep(PATIENCE)  # the store ends with this process, and other ranks still use it
-    return answer in (rank, None)
+    try:
+        (Path(tempfile.gettempdir()) / f"fastff-{_run}").touch(exist_ok=False)
+    except OSError as error:  # where no file can be made, every process prints
+        return not isinstance(error, FileExistsError)
+    return True
 
 
 def _ask_store(question):
