@@ -30,7 +30,7 @@ from fastff.parallel.ranks import Ranks
 from fastff.parallel.reduce import Reduction, ShardedReduction
 
 CHANNELS, CLASSES, IMAGES = (3, 32, 64, 128, 256, 512), 10, 32  # images of a process
-DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+DDP = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
 
 
 class Block(nn.Module):
@@ -222,7 +222,14 @@ def stages(blocks, x, target):
             with torch.enable_grad():
                 return train(x, target)
 
-    schedule = ScheduleGPipe(PipelineStage(Stage(), dist.get_rank(), 2, torch.device("cpu")), 1)
+    first, middle, last = x, torch.empty(IMAGES, CHANNELS[2], 16, 16), torch.empty(IMAGES, CHANNELS[-1], 2, 2)
+    ends = (
+        {"input_args": first, "output_args": middle}
+        if dist.get_rank() == 0
+        else {"input_args": middle, "output_args": last}
+    )
+    # Without the shapes it would run the forward pass to find them, and train a step more.
+    schedule = ScheduleGPipe(PipelineStage(Stage(), dist.get_rank(), 2, torch.device("cpu"), **ends), 1)
     given = (x,) if dist.get_rank() == 0 else ()
     return Run(lambda: schedule.step(*given), lambda: None, gathered(own))
 
@@ -242,6 +249,43 @@ CONTENDERS = {
     "Link": (link, "alone"),
     "PipelineStage": (stages, "alone"),
 }
+
+
+# (part of fastff/parallel, contender of torch.distributed, what came out of trying it in its place)
+COMPARED = (
+    ("Reduction", "DistributedDataParallel, one",
+     "one backward pass of all losses together: all activations are kept until then, which is backpropagation's memory"),
+    ("Reduction", "DistributedDataParallel, one a block",
+     "waits for the sums of a block before the next block starts; needs the hooks of autograd, and our kernels write gradients themselves"),
+    ("Reduction", "DistributedDataParallel, hooks",
+     "with communication hooks that do not wait it overlaps as ours does; a message for each block, equal shares, and autograd's hooks as before"),
+    ("ShardedReduction", "ZeroRedundancyOptimizer",
+     "every rank gets the sums of all gradients first, of which it needs a part: half as many bytes again; waits after each block"),
+    ("ShardedReduction", "fully_shard",
+     "shards the parameters too, and gathers them for each pass: half as many bytes again; parameters are DTensors, which our kernels do not take"),
+    ("synchronize", "SyncBatchNorm", "the same statistics, on GPUs alone"),
+    ("Link", "PipelineStage",
+     "stages that train in their forward pass; sizes are fixed: a smaller minibatch has old rows at its end; all ranks need the labels"),
+)  # fmt: skip
+
+
+def table():
+    """Return the table of docs/distributed.md."""
+    found = {row["contender"]: row for row in tables.read("torch-distributed")}
+    if not found:
+        return tables.missing("python -m benchmarks.torch_distributed --csv benchmarks/results/torch-distributed.csv")
+
+    def cell(ours, theirs, column, digits):
+        values = (found[name][column] and f"{float(found[name][column]):.{digits}f}" for name in (ours, theirs))
+        return ", ".join(value or "refused" for value in values)
+
+    rows = [
+        (f"`{ours}`", f"`{theirs.split(',')[0]}`{theirs.removeprefix(theirs.split(',')[0])}",
+         cell(ours, theirs, "ms", 0), cell(ours, theirs, "mbytes", 1), text)
+        for ours, theirs, text in COMPARED
+    ]  # fmt: skip
+    header = ("ours", "torch.distributed's", "ms a step", "MB sent a step", "what came out")
+    return tables.table(header, rows) + tables.measured_on(found["Reduction"])
 
 
 def worker(path, rounds):
@@ -275,7 +319,9 @@ def worker(path, rounds):
             row = {"contender": name, "refused": refused.get(name, "")}
             for column, q in (("ms", 0.5), ("ms_20", 0.2), ("ms_80", 0.8)):
                 row[column] = 1e3 * quantile(times, q) if times else ""
-            row["mbytes"] = quantile([max(round.sent) for round in found[name]], 0.5) / 1e6 if times else ""
+            row["mbytes"] = (
+                quantile([sum(round.sent) / len(round.sent) for round in found[name]], 0.5) / 1e6 if times else ""
+            )
             rows.append(row)
             print(*row.values())
         write_csv(path, rows)

@@ -40,6 +40,7 @@ def launched(*command, timeout=300, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (TESTS.parent / "benchmarks").exists(), reason="counts bytes with benchmarks/")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_equal_to_one_process(ranks, tmp_path):
     """Ranks that share the blocks to the last bit, ranks that share minibatches (batch norm synchronised) to rounding in float64."""

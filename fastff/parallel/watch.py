@@ -45,8 +45,9 @@ class Watch:
         self.store = None
         if size > 1:
             store = dist.distributed_c10d._get_default_store()
-            self.store, ended = _connection(store), threading.Event()
-            arguments = (_connection(store), ended)
+            # A connection for each thread: a call that waits blocks all other calls on the same one.
+            self.store, ended = store.clone(), threading.Event()
+            arguments = (store.clone(), ended)
             thread = threading.Thread(target=self._send_heartbeats, args=arguments, name="fastff-watch", daemon=True)
             thread.start()
             # The thread must not be in a call to the store when the interpreter ends.
@@ -152,11 +153,6 @@ def _ask_store(question):
     thread.start()
     thread.join(3 * PATIENCE)
     return answers[0] if answers else None
-
-
-def _connection(store):
-    """Return a new connection to the store: a call that waits blocks all other calls on the same connection."""
-    return store.clone() if hasattr(store, "clone") else store
 
 
 def _rank_names(ranks, size):
