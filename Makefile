@@ -101,7 +101,7 @@ $(RELEASE)/.tools: pyproject.toml | $(PY)
 
 # The CUDA library is built from source alone: what it takes of CUDA needs the building machine's GLIBC.
 wheel: export FASTFF_CUDA :=
-wheel: install $(RELEASE)/.tools
+wheel: $(VENV)/.requirements $(RELEASE)/.tools
 	rm -rf dist build/wheel build/lib build/bdist*
 	$(PY) setup.py -q sdist
 	FASTFF_NO_BUILD=1 $(PY) setup.py -q bdist_wheel
@@ -111,7 +111,7 @@ wheel: install $(RELEASE)/.tools
 	$(RELEASE)/bin/abi3audit --strict dist/*manylinux*.whl
 	$(RELEASE)/bin/twine check --strict dist/*
 	@ls -l dist
-	@for f in $$(ls fastff/_C*.so | grep -v _C_cuda); do unzip -p dist/*manylinux*.whl $$f > build/wheel/library.so; \
+	@for f in $$(unzip -Z1 dist/*manylinux*.whl 'fastff/_C*.so'); do unzip -p dist/*manylinux*.whl $$f > build/wheel/library.so; \
 	  echo "$$f needs $$(objdump -T build/wheel/library.so | grep -oE '\bGLIBC_[0-9.]+' | sort -Vu | tail -1)" \
 	    "and $$(objdump -T build/wheel/library.so | grep -oE 'GLIBCXX_[0-9.]+' | sort -Vu | tail -1)"; done
 
