@@ -103,7 +103,10 @@ def main(folder, kind, kills, how="SIGKILL"):
         (target / "begun").unlink(missing_ok=True)
         children = start(kind, ranks, target)
         early = draw.random() < 0.1  # while the ranks still come together
-        while not early and not (target / "begun").exists():
+        awaited = target / (
+            "checkpoint.pt" if draw.random() < 0.7 else "begun"
+        )  # not before its first step, on a slow machine too
+        while not early and not awaited.exists():
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
         victim = draw.randrange(ranks)  # with rank 0 the store ends, since no torchrun keeps it elsewhere

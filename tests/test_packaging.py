@@ -81,6 +81,22 @@ def checkout(tmp_path):
     return tree
 
 
+def test_the_layout_for_the_kernels_hub(checkout):
+    """Every source file is named in build.toml, and no operator is registered under a fixed name."""
+    tomllib = pytest.importorskip("tomllib")
+    shutil.copy(ROOT / "Makefile", checkout)
+    shutil.copytree(ROOT / "hub", checkout / "hub")
+    subprocess.run(["make", "hub"], cwd=checkout, check=True, capture_output=True)
+    hub = checkout / "build" / "hub"
+    asked = tomllib.loads((hub / "build.toml").read_text())
+    named = [*asked["torch"]["src"], *asked["kernel"]["cpu"]["src"]]
+    assert sorted(named) == sorted(str(path.relative_to(hub)) for path in hub.glob("cpu/*.cpp"))
+    assert all((hub / name).read_text().startswith('#include "hub.h"\n') for name in named)
+    namespaces = re.findall(r"LIBRARY_\w+\((\w+)", "".join((hub / name).read_text() for name in named))
+    assert len(namespaces) > 10 and set(namespaces) == {"TORCH_EXTENSION_NAME"}
+    assert (hub / "torch-ext" / asked["general"]["name"].replace("-", "_") / "__init__.py").exists()
+
+
 def build_wheel(tree, torch=False, **environment):
     clean = {key: value for key, value in os.environ.items() if not key.startswith("FASTFF_")}
     if not torch:
