@@ -6,6 +6,7 @@ KIND "block": 1 to 3 ranks share the blocks, each attempt another number of them
 torch already starts in milliseconds.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.utils.tensorboard  # what fit imports, once for all children
 from checkpoint_driver import same
 from torch import nn
 
@@ -25,6 +25,9 @@ from fastff import SFF, Distributed, RankFailed, Trainer
 from fastff.parallel import watch
 from fastff.training.checkpoint import load
 from fastff.training.loader import Augment, Loader
+
+with contextlib.suppress(ImportError):
+    import torch.utils.tensorboard  # what fit imports, once for all children
 
 EPOCHS, CLASSES, LIMIT = 4, 4, 8  # LIMIT: seconds to wait for another rank
 watch.PERIOD, watch.PATIENCE = 0.05, 0.6
