@@ -3,7 +3,7 @@
     python -m benchmarks.torch_distributed [--csv benchmarks/results/torch-distributed.csv]
 
 All train the same small network of five blocks by local losses in plain PyTorch, so that they differ only in what is sent, and when. Their weights
-are compared after three steps, then they are timed in turn.
+are compared after three steps, then processor time and bytes are counted in turn.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import tables
-from benchmarks.scale_processes import Run, time_runs
+from benchmarks.scale_processes import Run, tcp_bytes_sent
 from benchmarks.timing import print_environment, write_csv
 from fastff import Distributed, parallel
 from fastff.bench import quantile
@@ -260,9 +260,9 @@ COMPARED = (
     ("Reduction", "DistributedDataParallel, hooks",
      "with communication hooks that do not wait it overlaps as ours does; a message for each block, equal shares, and autograd's hooks as before"),
     ("ShardedReduction", "ZeroRedundancyOptimizer",
-     "every rank gets the sums of all gradients first, of which it needs a part: half as many bytes again; waits after each block"),
+     "every rank gets the sums of all gradients first, of which it needs a part; waits after each block"),
     ("ShardedReduction", "fully_shard",
-     "shards the parameters too, and gathers them for each pass: half as many bytes again; parameters are DTensors, which our kernels do not take"),
+     "shards the parameters too, and gathers them for each pass; they are DTensors, which our kernels do not take"),
     ("synchronize", "SyncBatchNorm", "the same statistics, on GPUs alone"),
     ("Link", "PipelineStage",
      "stages that train in their forward pass; sizes are fixed: a smaller minibatch has old rows at its end; all ranks need the labels"),
@@ -284,8 +284,28 @@ def table():
          cell(ours, theirs, "ms", 0), cell(ours, theirs, "mbytes", 1), text)
         for ours, theirs, text in COMPARED
     ]  # fmt: skip
-    header = ("ours", "torch.distributed's", "ms a step", "MB sent a step", "what came out")
+    header = ("ours", "torch.distributed's", "processor ms a step", "MB sent a step", "what came out")
     return tables.table(header, rows) + tables.measured_on(found["Reduction"])
+
+
+def measured(runs, rounds, steps=4):
+    """Return {name: [(processor seconds, bytes sent) of a step, means over the ranks, of each round]}. Runs take turns; round 0 does not count."""
+    found = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            dist.barrier()
+            sent, before = tcp_bytes_sent(), os.times()
+            for _ in range(steps):
+                run.step()
+            run.settle()
+            dist.barrier()
+            after = os.times()
+            seconds = after.user + after.system - before.user - before.system
+            own = torch.tensor([seconds, tcp_bytes_sent() - sent], dtype=torch.float64) / steps / dist.get_world_size()
+            dist.all_reduce(own)
+            if number:
+                found[name].append(own.tolist())
+    return found
 
 
 def worker(path, rounds):
@@ -304,6 +324,8 @@ def worker(path, rounds):
                 made.step()
             made.settle()
         except Exception as error:
+            if equal is None:
+                raise
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         runs[name] = made
@@ -311,17 +333,15 @@ def worker(path, rounds):
         if equal is not None and not torch.allclose(reached[name], reached[equal], rtol=1e-3, atol=1e-5):
             off = (reached[name] - reached[equal]).abs().max()
             raise SystemExit(f"wrong result: after three steps the weights of {name} are off by {off:.1e}")
-    found = dict(zip(runs, time_runs(list(runs.values()), torch.device("cpu"), rounds), strict=True))
+    found = measured(runs, rounds)
     if dist.get_rank() == 0:
         rows = []
         for name in CONTENDERS:
-            times = [round.seconds for round in found.get(name, ())]
             row = {"contender": name, "refused": refused.get(name, "")}
+            seconds, sent = zip(*found[name], strict=True) if name in found else ((), ())
             for column, q in (("ms", 0.5), ("ms_20", 0.2), ("ms_80", 0.8)):
-                row[column] = 1e3 * quantile(times, q) if times else ""
-            row["mbytes"] = (
-                quantile([sum(round.sent) / len(round.sent) for round in found[name]], 0.5) / 1e6 if times else ""
-            )
+                row[column] = 1e3 * quantile(seconds, q) if seconds else ""
+            row["mbytes"] = quantile(sent, 0.5) / 1e6 if sent else ""
             rows.append(row)
             print(*row.values())
         write_csv(path, rows)
