@@ -1,10 +1,12 @@
-"""Which tests are left out beside an installed wheel, away from the source tree."""
+"""Which tests are left out where a folder of the source tree is missing, as beside an installed wheel."""
 
 from pathlib import Path
 
-NEED_THE_TREE = [
-    "test_accelerate.py", "test_benchmarks.py", "test_report.py", "test_scale.py", "test_swap_in.py",  # benchmarks/
-    "test_docs.py", "test_notebook.py",  # docs/, examples/
-    "test_cuda.py", "test_step_native.py",  # csrc/
-]  # fmt: skip
-collect_ignore = [] if (Path(__file__).resolve().parents[1] / "setup.py").exists() else NEED_THE_TREE
+NEED = {
+    "benchmarks": ("test_accelerate.py", "test_benchmarks.py", "test_report.py", "test_scale.py", "test_swap_in.py"),
+    "csrc": ("test_cuda.py", "test_step_native.py"),
+    "docs": ("test_docs.py",),
+    "examples": ("test_notebook.py",),
+}
+ROOT = Path(__file__).resolve().parents[1]
+collect_ignore = [name for folder, names in NEED.items() if not (ROOT / folder).exists() for name in names]
