@@ -1,4 +1,4 @@
-# make install | demo | test | bench | gpu | sanitize | fuzz | lint | docs | wheel | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
+# make install | demo | test | bench | gpu | sanitize | fuzz | lint | docs | wheel | hub | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
 
 SHELL := bash
 VENV := .venv
@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
-.PHONY: install demo test bench gpu sanitize fuzz lint docs wheel clean
+.PHONY: install demo test bench gpu sanitize fuzz lint docs wheel hub clean
 
 install: $(VENV)/.installed
 
@@ -101,7 +101,7 @@ $(RELEASE)/.tools: pyproject.toml | $(PY)
 
 # The CUDA library is built from source alone: what it takes of CUDA needs the building machine's GLIBC.
 wheel: export FASTFF_CUDA :=
-wheel: install $(RELEASE)/.tools
+wheel: $(VENV)/.requirements $(RELEASE)/.tools
 	rm -rf dist build/wheel build/lib build/bdist*
 	$(PY) setup.py -q sdist
 	FASTFF_NO_BUILD=1 $(PY) setup.py -q bdist_wheel
@@ -111,9 +111,16 @@ wheel: install $(RELEASE)/.tools
 	$(RELEASE)/bin/abi3audit --strict dist/*manylinux*.whl
 	$(RELEASE)/bin/twine check --strict dist/*
 	@ls -l dist
-	@for f in $$(ls fastff/_C*.so | grep -v _C_cuda); do unzip -p dist/*manylinux*.whl $$f > build/wheel/library.so; \
+	@for f in $$(unzip -Z1 dist/*manylinux*.whl 'fastff/_C*.so'); do unzip -p dist/*manylinux*.whl $$f > build/wheel/library.so; \
 	  echo "$$f needs $$(objdump -T build/wheel/library.so | grep -oE '\bGLIBC_[0-9.]+' | sort -Vu | tail -1)" \
 	    "and $$(objdump -T build/wheel/library.so | grep -oE 'GLIBCXX_[0-9.]+' | sort -Vu | tail -1)"; done
+
+# The layout that Hugging Face's kernels hub asks for, in build/hub: its kernel-builder registers the operators under a name of its own.
+hub:
+	rm -rf build/hub && mkdir -p build && cp -r hub build/hub && mkdir build/hub/cpu && mv build/hub/hub.h build/hub/cpu
+	cp csrc/cpu/*.h build/hub/cpu
+	for f in csrc/cpu/*.cpp; do { echo '#include "hub.h"'; sed 's/\(LIBRARY_[A-Z]*\)(fastff,/\1(TORCH_EXTENSION_NAME,/' $$f; } > build/hub/cpu/$${f##*/}; done
+	@echo build/hub
 
 # Leaves .venv alone; the next make install builds the extension again.
 clean:

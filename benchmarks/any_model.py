@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import tables
 from benchmarks.networks import torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,7 @@ def tried(model, shape, granularity):
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         ours = f"{Path(place.filename).parent}/".startswith(f"{ROOT / 'fastff'}/")
-        says = " ".join((str(error) or "no message").split())
+        says = re.sub(r"\S*/site-packages/", "", " ".join((str(error) or "no message").split()))
         return "refused" if ours else "error", "", "", f"{type(error).__name__}: {says}"[:600]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -85,6 +86,20 @@ def tried(model, shape, granularity):
 
 def too_long(*_):
     raise TimeoutError(f"more than {SECONDS} seconds of a processor")
+
+
+def sentence():
+    """Return the sentences of README.md on the models that were tried."""
+    if not (rows := tables.read("any_model")):
+        return tables.missing("python -m benchmarks.any_model")
+    counts = collections.Counter((row["granularity"], row["result"]) for row in rows)
+    models = len({(row["library"], row["model"]) for row in rows})
+    trains, refused, failed = (counts["block", result] for result in ("trains", "refused", "error"))
+    return (
+        f"Of {models} models of timm and torchvision that no test names, {trains} are cut into their blocks and train (by layer "
+        f"{counts['layer', 'trains']}),\n{refused} are refused with a sentence that says where and why, and {failed or 'none'} "
+        f"{'fail' if failed > 1 else 'fails'} in another way."
+    )
 
 
 def main():

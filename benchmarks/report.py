@@ -41,6 +41,8 @@ TABLES = {
     "learning-all": of("learning_report", "every_table"),
     "learning-curves": of("learning_report", "pictures"),
     "time-to-accuracy": of("learning_report", "time_to_accuracy"),
+    "any-model": of("any_model", "sentence"),
+    "torch-distributed": of("torch_distributed"),
     "losses": of("losses"),
     "losses-learning": of("learning_report", "losses"),
 }

@@ -5,6 +5,7 @@
 A child that has imported torch already starts in milliseconds, so that twenty kills take seconds.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.utils.tensorboard  # what fit imports, once for all children
 from torch import nn
 
 from fastff import SFF, Backprop, Trainer
 from fastff.training.checkpoint import load
 from fastff.training.loader import Augment, Loader
+
+with contextlib.suppress(ImportError):
+    import torch.utils.tensorboard  # what fit imports, once for all children
 
 EPOCHS, CLASSES = 4, 4
 

@@ -6,6 +6,7 @@ KIND "block": 1 to 3 ranks share the blocks, each attempt another number of them
 torch already starts in milliseconds.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.utils.tensorboard  # what fit imports, once for all children
 from checkpoint_driver import same
 from torch import nn
 
@@ -25,6 +25,9 @@ from fastff import SFF, Distributed, RankFailed, Trainer
 from fastff.parallel import watch
 from fastff.training.checkpoint import load
 from fastff.training.loader import Augment, Loader
+
+with contextlib.suppress(ImportError):
+    import torch.utils.tensorboard  # what fit imports, once for all children
 
 EPOCHS, CLASSES, LIMIT = 4, 4, 8  # LIMIT: seconds to wait for another rank
 watch.PERIOD, watch.PATIENCE = 0.05, 0.6
@@ -89,13 +92,18 @@ def ended(children):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
+def modified(path):
+    """When the file was written last; 0 without one."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def main(folder, kind, kills, how="SIGKILL"):
     torch.set_num_threads(1)
     folder, kills, how = Path(folder), int(kills), getattr(signal, how)
     (folder / "whole").mkdir(parents=True)
     assert ended(start(kind, 1 if kind == "block" else 2, folder / "whole")) == [0] * (1 if kind == "block" else 2)
     draw, killed, positions, finished, statuses, longest = random.Random(3), 0, [], 0, [], 0.0
-    lost, told = [], 0
+    lost, told, reports = [], 0, []
     while killed < kills:  # a run that gets to its end before its kill starts again in another folder
         target = folder / f"killed-{finished}"
         target.mkdir(exist_ok=True)
@@ -103,10 +111,15 @@ def main(folder, kind, kills, how="SIGKILL"):
         (target / "begun").unlink(missing_ok=True)
         children = start(kind, ranks, target)
         early = draw.random() < 0.1  # while the ranks still come together
-        while not early and not (target / "begun").exists():
+        # Often not before its next step has been saved, on a slow machine too.
+        saved = modified(target / "checkpoint.pt") if draw.random() < 0.7 else None
+        wait_until = time.monotonic() + 20  # a run that had got to its end saves no more
+        while not early and not ((target / "begun").exists() and saved != modified(target / "checkpoint.pt")):
+            if time.monotonic() > wait_until:
+                break
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
-        victim = draw.randrange(1, ranks)  # rank 0 has the store, which torchrun keeps elsewhere
+        victim = draw.randrange(ranks)  # with rank 0 the store ends, since no torchrun keeps it elsewhere
         os.kill(children[victim], how)
         begun = time.perf_counter()
         others = ended([pid for pid in children if pid != children[victim]])
@@ -121,6 +134,7 @@ def main(folder, kind, kills, how="SIGKILL"):
         positions.append(load(path)["steps"] if path.exists() else 0)
         lines = (target / "failures.txt").read_text().splitlines() if (target / "failures.txt").exists() else []
         ends = [int(line.split("ended at step ")[1].split(";")[0]) for line in lines[told:] if "ended at step" in line]
+        reports.append(len(lines) - told)
         told = len(lines)
         lost.append(max(ends, default=positions[-1]) - positions[-1])
     ranks = 1 if kind == "block" else 2
@@ -130,6 +144,7 @@ def main(folder, kind, kills, how="SIGKILL"):
     lines = [line for file in folder.glob("killed-*/failures.txt") for line in file.read_text().splitlines()]
     print(json.dumps({
         "killed": killed, "runs": finished + 1, "positions": positions, "statuses": statuses, "told": lines, "longest": longest, "lost": lost,
+        "reports": reports,
         "same": [same(end, whole) for end in ends], "steps": whole["steps"],
     }))  # fmt: skip
 

@@ -9,15 +9,14 @@ import tarfile
 from dataclasses import replace
 
 import numpy as np
-import pooch
 import pytest
 import torch
 from oracle import pixels
-from PIL import Image
 
 from fastff.training import data
 from fastff.training.data import Augment, DataError, balanced, load, read_image
 
+pooch, Image = pytest.importorskip("pooch"), pytest.importorskip("PIL.Image")
 IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 
 

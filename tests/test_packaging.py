@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import fastff
+
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(fastff.__file__).parent
 
 MODULES = """
 import sys
@@ -36,9 +39,28 @@ def test_import_brings_in_little():
 
 def test_the_library_does_not_import_the_application():
     imports = re.compile(r"^\s*(from|import) fastff(\.app\b| import .*\bapp\b)", re.M)
-    package = ROOT / "fastff"
-    files = [path for path in package.rglob("*.py") if imports.search(path.read_text(encoding="utf-8"))]
-    assert {path for path in files if path.parent != package / "app"} == {package / "cli.py"}
+    files = [path for path in PACKAGE.rglob("*.py") if imports.search(path.read_text(encoding="utf-8"))]
+    assert {path for path in files if path.parent != PACKAGE / "app"} == {PACKAGE / "cli.py"}
+
+
+EVERY_MODULE = """
+import importlib, pkgutil, sys
+import torch
+OTHERS = "typer rich click matplotlib pooch requests sklearn scipy tensorboard PIL torchvision onnx onnxscript onnxruntime"
+sys.modules |= dict.fromkeys(OTHERS.split())  # None: importing them fails
+import fastff
+for module in pkgutil.walk_packages(fastff.__path__, "fastff."):
+    if not module.name.startswith(("fastff.app", "fastff.cli", "fastff.__main__", "fastff._C", "fastff.kernels.triton")):
+        importlib.import_module(module.name)
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2))
+fastff.Trainer(fastff.SFF(net, 2, input_shape=(3, 8, 8))).step(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))
+"""
+
+
+def test_the_library_needs_torch_alone():
+    """Each module outside of fastff/app imports, and a network trains, where nothing of the extras is installed."""
+    run = subprocess.run([sys.executable, "-c", EVERY_MODULE], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.fixture
@@ -57,6 +79,22 @@ def checkout(tmp_path):
     stub.mkdir()
     (stub / "torch.py").write_text("raise ImportError('no torch in this test')\n")
     return tree
+
+
+def test_the_layout_for_the_kernels_hub(checkout):
+    """Every source file is named in build.toml, and no operator is registered under a fixed name."""
+    tomllib = pytest.importorskip("tomllib")
+    shutil.copy(ROOT / "Makefile", checkout)
+    shutil.copytree(ROOT / "hub", checkout / "hub")
+    subprocess.run(["make", "hub"], cwd=checkout, check=True, capture_output=True)
+    hub = checkout / "build" / "hub"
+    asked = tomllib.loads((hub / "build.toml").read_text())
+    named = [*asked["torch"]["src"], *asked["kernel"]["cpu"]["src"]]
+    assert sorted(named) == sorted(str(path.relative_to(hub)) for path in hub.glob("cpu/*.cpp"))
+    assert all((hub / name).read_text().startswith('#include "hub.h"\n') for name in named)
+    namespaces = re.findall(r"LIBRARY_\w+\((\w+)", "".join((hub / name).read_text() for name in named))
+    assert len(namespaces) > 10 and set(namespaces) == {"TORCH_EXTENSION_NAME"}
+    assert (hub / "torch-ext" / asked["general"]["name"].replace("-", "_") / "__init__.py").exists()
 
 
 def build_wheel(tree, torch=False, **environment):
@@ -139,9 +177,7 @@ def test_the_compiled_library_runs_with_glibc_2_28():
     """Whatever compiled it: no symbol is newer than those of the tag manylinux_2_28."""
     if sys.platform != "linux" or shutil.which("objdump") is None:
         pytest.skip("needs Linux and objdump")
-    libraries = set((ROOT / "fastff").glob("_C*.so")) - set(
-        (ROOT / "fastff").glob("_C_cuda.*")
-    )  # wheels have no CUDA library
+    libraries = set(PACKAGE.glob("_C*.so")) - set(PACKAGE.glob("_C_cuda.*"))  # wheels have no CUDA library
     for library in libraries:
         if not is_fresh(library):
             continue
@@ -153,7 +189,8 @@ def test_the_compiled_library_runs_with_glibc_2_28():
 
 def is_fresh(library):
     """Whether a library was built from setup.py as it is now."""
-    return library.stat().st_mtime >= (ROOT / "csrc" / "cpu" / "glibc.h").stat().st_mtime
+    header = ROOT / "csrc" / "cpu" / "glibc.h"
+    return not header.exists() or library.stat().st_mtime >= header.stat().st_mtime
 
 
 def test_an_isolated_build_finds_the_torch_that_is_installed(checkout):

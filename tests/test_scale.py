@@ -4,12 +4,14 @@ import dataclasses
 import math
 import random
 import socket
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
 
+from benchmarks import tables, torch_distributed
 from benchmarks.scale_model import (
     ADAM_STATES,
     Block,
@@ -224,3 +226,23 @@ def test_tcp_bytes_sent():
             while (sent := tcp_bytes_sent() - before) < 100_000 and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert sent == 100_000
+
+
+@pytest.mark.slow
+def test_beside_torch_distributed(tmp_path, monkeypatch):
+    """The classes of torch.distributed train to the same weights in two processes, and the table has a row for each."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.torch_distributed",
+        "--rounds",
+        "1",
+        "--csv",
+        tmp_path / "torch-distributed.csv",
+    ]
+    ended = subprocess.run(list(map(str, command)), cwd=tables.ROOT, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = torch_distributed.table().splitlines()[2:]
+    assert sum(row.startswith("| `") for row in rows) == len(torch_distributed.COMPARED)
+    assert sum("refused" in row for row in rows) == 1

@@ -1,9 +1,8 @@
 """Batch norm with the statistics of the whole minibatch, which data-parallel ranks share. It runs on any device (torch's SyncBatchNorm needs a GPU).
 
-Each layer needs two small collectives: one gathers the means and variances in the forward pass, one adds up two sums per channel in the
-backward pass.
+Each layer adds up one small vector over the ranks in its forward pass, and that vector's gradient in its backward pass.
 
-Sources: Ioffe and Szegedy 2015 (arXiv 1502.03167); the formula that merges means and variances: Chan, Golub and LeVeque 1983.
+Source: Ioffe and Szegedy 2015 (arXiv 1502.03167).
 """
 
 import weakref
@@ -15,6 +14,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 # The Ranks of each module. They are kept here, and not as an attribute, so that modules can still be pickled and copied.
 RANKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over the data-parallel ranks, through which gradients go back to all of them."""
+
+    @staticmethod
+    def forward(ctx, tensor, ranks):
+        ctx.ranks, total = ranks, tensor.clone()
+        with ranks.watch.guard():
+            dist.all_reduce(total, group=ranks.data_group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Sum.apply(grad, ctx.ranks), None
 
 
 class SynchronizedBatchNorm(_BatchNorm):
@@ -29,56 +43,26 @@ class SynchronizedBatchNorm(_BatchNorm):
         ranks = RANKS.get(self)
         if ranks is None or not self.training:
             return super().forward(x)
-        out, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps, ranks)
+        wide = x if x.dtype == torch.float64 else x.float()
+        local = torch.var_mean(wide, [d for d in range(x.dim()) if d != 1], correction=0)
+        var, mean = (t.double() for t in local)  # in float64 the sum of squares, less the mean's, is exact enough
+        count = x.numel() // x.shape[1]
+        sums = _Sum.apply(torch.cat([count * mean, count * (var + mean.square()), mean.new_tensor([count])]), ranks)
+        count = sums[-1]
+        mean, square = (sums[:-1] / count).chunk(2)
+        var = square - mean.square()
         if self.track_running_stats:
             self.num_batches_tracked += 1
             rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
                 self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), rate)
-        return out
-
-
-class _Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, ranks):
-        dims = [d for d in range(x.dim()) if d != 1]
-        x_wide = x if x.dtype == torch.float64 else x.float()
-        var, mean = torch.var_mean(x_wide, dims, correction=0)
-        local = torch.cat([mean, var, mean.new_full((1,), x.numel() / x.shape[1])])
-        gathered = local.new_empty(ranks.data_size, len(local))
-        with ranks.watch.guard():
-            dist.all_gather(list(gathered), local, group=ranks.data_group)
-        channels = x.shape[1]
-        means, variances, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        var = ((variances + (means - mean).square()) * counts).sum(0) / count
+        scale = (var + self.eps).rsqrt()
+        shift = -mean * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
         shape = [1, -1] + [1] * (x.dim() - 2)
-        invstd = (var + eps).rsqrt()
-        normalized = (x_wide - mean.view(shape)) * invstd.view(shape)
-        out = normalized if weight is None else normalized * weight.view(shape) + bias.view(shape)
-        ctx.save_for_backward(x, weight, mean, invstd, count)
-        ctx.ranks = ranks
-        ctx.mark_non_differentiable(mean, var, count)
-        return out.to(x.dtype), mean, var, count
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        x, weight, mean, invstd, count = ctx.saved_tensors
-        dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
-        grad = grad.to(mean.dtype)
-        normalized = (x.to(mean.dtype) - mean.view(shape)) * invstd.view(shape)
-        sums = torch.cat([grad.sum(dims), (grad * normalized).sum(dims)])
-        grad_bias, grad_weight = (None, None) if weight is None else sums.clone().chunk(2)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            with ctx.ranks.watch.guard():
-                dist.all_reduce(sums, group=ctx.ranks.data_group)
-            mean_grad, mean_product = (s.view(shape) / count for s in sums.chunk(2))
-            scale = invstd if weight is None else invstd * weight
-            grad_x = ((grad - mean_grad - normalized * mean_product) * scale.view(shape)).to(x.dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return (wide * scale.to(wide.dtype).view(shape) + shift.to(wide.dtype).view(shape)).to(x.dtype)
 
 
 def synchronize(model, ranks):

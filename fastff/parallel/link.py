@@ -44,9 +44,9 @@ class Link:
 
     def __init__(self, ranks, device):
         self.ranks, self.device = ranks, device
-        global_rank = lambda rank: ranks.global_rank(ranks.block_group, rank)  # noqa: E731
-        self.previous = global_rank(ranks.block_rank - 1) if ranks.block_rank > 0 else None
-        self.next = global_rank(ranks.block_rank + 1) if ranks.block_rank + 1 < ranks.block_size else None
+        row = dist.get_process_group_ranks(ranks.block_group)  # of the ranks of this replica, among all
+        self.previous = row[ranks.block_rank - 1] if ranks.block_rank > 0 else None
+        self.next = row[ranks.block_rank + 1] if ranks.block_rank + 1 < ranks.block_size else None
         self.capacity = 0  # bytes of the buffer that the next rank has posted
         self.in_flight = []  # sends that may still run: one list of (work, tensor) a message
         self.posted = None  # (header, buffer, works) of the receive calls that wait for the next message

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastff.arguments import whole_number
-from fastff.parallel.watch import Watch
+from fastff.parallel.watch import Watch, name_run
 
 BATCH_NORMS = ("local", "synchronized")
 
@@ -99,6 +99,7 @@ def start(device, timeout):
     # After a restart, torchrun's store may still hold the addresses of processes that have ended.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    name_run(store)
 
 
 def leader_first(function):
@@ -164,10 +165,6 @@ class Ranks:
         self.messages = dist.new_group(timeout=limit) if self.block_size > 1 else None
         self.watch = Watch(self.rank, self.size)
 
-    def global_rank(self, group, rank):
-        """The rank among all processes of the process with rank `rank` in `group`."""
-        return dist.get_global_rank(group, rank)
-
     def gather(self, value):
         """Return the list of every rank's `value`, a picklable object, on every rank."""
         if self.size == 1:
@@ -218,7 +215,7 @@ class Ranks:
         """Replace the tensors in the list by those of rank `source` in `group` (None: of all processes)."""
         for flat, views, same_dtype in flattened(tensors):
             with self.watch.guard():
-                dist.broadcast(flat, source if group is None else self.global_rank(group, source), group=group)
+                dist.broadcast(flat, group=group, group_src=source)
             if dist.get_rank(group) != source:
                 torch._foreach_copy_(same_dtype, views)
 

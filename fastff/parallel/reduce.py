@@ -7,7 +7,8 @@ wait for all of them at the end of each step.)
 With a sharded optimizer each rank keeps the optimizer state of a part of the parameters. The gradients of these are summed on that rank, which
 updates the parameters and broadcasts them.
 
-Each of R ranks sends 2 (R - 1) / R n bytes for a block with n bytes of gradients (ring all-reduce). The sharded reduction sends about as many.
+Each of R ranks sends 2 (R - 1) / R n bytes for a block with n bytes of gradients (ring all-reduce). The sharded reduction sends about as many, over
+gloo a third more.
 """
 
 import torch
@@ -132,7 +133,7 @@ class ShardedReduction(Reduction):
         bucket.parts = parts
         with self.ranks.watch.guard():
             bucket.works = [
-                dist.reduce(flat, self.ranks.global_rank(self.group, rank), group=self.group, async_op=True)
+                dist.reduce(flat, group=self.group, group_dst=rank, async_op=True)
                 for rank, part in enumerate(parts)
                 for flat, _ in part.flats
             ]
@@ -159,8 +160,7 @@ class ShardedReduction(Reduction):
                 if rank == self.ranks.data_rank:
                     torch._foreach_copy_(views_like(flat, same_dtype), [p.detach() for p in same_dtype])
                 with self.ranks.watch.guard():
-                    source = self.ranks.global_rank(self.group, rank)
-                    works.append(dist.broadcast(flat, source, group=self.group, async_op=True))
+                    works.append(dist.broadcast(flat, group=self.group, group_src=rank, async_op=True))
         self.sending.append((*bucket.rates, bucket.parts, works))
 
     @torch.no_grad()

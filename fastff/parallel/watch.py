@@ -8,13 +8,17 @@ import contextlib
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
+import uuid
+from pathlib import Path
 
 import torch.distributed as dist
 
 PERIOD = 0.5  # seconds between two heartbeats
 PATIENCE = 3.0  # seconds without a heartbeat after which a rank counts as dead
+_run: str | None = None  # the name of the run that this process belongs to, the same on all ranks
 NOISE = re.compile(r"^\[[^]]*\] |\. This is typically.*$")  # what gloo adds before and after its messages
 
 
@@ -41,8 +45,9 @@ class Watch:
         self.store = None
         if size > 1:
             store = dist.distributed_c10d._get_default_store()
-            self.store, ended = _connection(store), threading.Event()
-            arguments = (_connection(store), ended)
+            # A connection for each thread: a call that waits blocks all other calls on the same one.
+            self.store, ended = store.clone(), threading.Event()
+            arguments = (store.clone(), ended)
             thread = threading.Thread(target=self._send_heartbeats, args=arguments, name="fastff-watch", daemon=True)
             thread.start()
             # The thread must not be in a call to the store when the interpreter ends.
@@ -117,15 +122,23 @@ class Watch:
             signal.signal(signal.SIGTERM, handler)
 
 
+def name_run(store):
+    """Agree with the other ranks on a name of this run that no other has."""
+    global _run
+    _run = store.compare_set("fastff/run", "", uuid.uuid4().hex).decode()
+
+
 def prints_failure():
-    """Return True in one process of all ranks, the first that calls this; that process prints why the run ended."""
-    if not dist.is_initialized():
+    """Return True in one process of each machine, the first that calls this; that process prints why the run ended.
+
+    An empty file decides it, and not the store, which may have ended with rank 0."""
+    if _run is None or not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
-    rank, store = str(dist.get_rank()), dist.distributed_c10d._get_default_store()
-    answer = _ask_store(lambda: _connection(store).compare_set("fastff/printer", "", rank).decode())
-    if rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        time.sleep(PATIENCE)  # the store ends with this process, and other ranks still use it
-    return answer in (rank, None)
+    try:
+        (Path(tempfile.gettempdir()) / f"fastff-{_run}").touch(exist_ok=False)
+    except OSError as error:  # where no file can be made, every process prints
+        return not isinstance(error, FileExistsError)
+    return True
 
 
 def _ask_store(question):
@@ -140,11 +153,6 @@ def _ask_store(question):
     thread.start()
     thread.join(3 * PATIENCE)
     return answers[0] if answers else None
-
-
-def _connection(store):
-    """Return a new connection to the store: a call that waits blocks all other calls on the same connection."""
-    return store.clone() if hasattr(store, "clone") else store
 
 
 def _rank_names(ranks, size):
