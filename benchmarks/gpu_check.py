@@ -12,9 +12,10 @@ import torch
 import fastff
 from benchmarks import gpu_cases
 from benchmarks.gpu_cases import DTYPES, Case
-from benchmarks.gpu_device import DEVICE, DRY, IMPL, synchronize
+from benchmarks.gpu_device import DEVICE, DRY, IMPL
 from benchmarks.gpu_workers import Job
 from fastff import spec
+from fastff.bench import synchronize
 from fastff.training import Trainer
 
 ALL = ("bias", "grid_weight", "hidden", "tau", "grad_scale")

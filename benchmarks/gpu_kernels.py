@@ -16,19 +16,9 @@ import torch
 from benchmarks import gpu_cases, runner
 from benchmarks.gpu_cases import Case
 from benchmarks.gpu_check import judged, tried
-from benchmarks.gpu_device import (
-    DEVICE,
-    DRY,
-    host_seconds,
-    input_sets,
-    launched,
-    recorded,
-    repeats,
-    replays,
-    synchronize,
-)
+from benchmarks.gpu_device import DEVICE, DRY, host_seconds, launched
 from benchmarks.gpu_workers import Job
-from fastff.bench import quantile
+from fastff.bench import input_sets, quantile, recorded, repeats, replays, synchronize
 from fastff.memory import peak_memory
 
 ROUNDS = 1 if DRY else 9

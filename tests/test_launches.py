@@ -51,11 +51,13 @@ def test_backpropagation_is_counted_likewise():
     assert 150 < launches.total < 190
 
 
-def head_step(epilogue=False, algorithm="auto", grid=0, hidden=0, B=8, C=16, H=8, K=10):
+def head_step(epilogue=False, algorithm="auto", grid=0, hidden=0, loss="cross_entropy", B=8, C=16, H=8, K=10):
     """The Launches of one step of a head, behind an epilogue or not."""
     x, weight = torch.randn(B, C, H, H), torch.randn(K, C, 1, 1)
     around = spec.Epilogue(torch.rand(C), torch.randn(C), residual=torch.randn_like(x)) if epilogue else None
-    loss = spec.Loss(target=torch.randint(K, (B,)), learned_tau=torch.tensor(1.0))
+    loss = spec.Loss(loss)
+    if loss.name == "cross_entropy":
+        loss = loss._replace(target=torch.randint(K, (B,)), learned_tau=torch.tensor(1.0))
     cells = torch.randn(K, hidden or C, grid, grid) if grid else None
     layer = (torch.randn(hidden, C), torch.ones(hidden), torch.zeros(hidden)) if hidden else ()
     head = spec.Projection(weight, torch.randn(K), cells, (0, 0), *layer)
@@ -64,13 +66,30 @@ def head_step(epilogue=False, algorithm="auto", grid=0, hidden=0, B=8, C=16, H=8
     return launches
 
 
+BEFORE, AFTER = ["channel_sums", "finalize"], ["finish"]  # of an epilogue
+HEAD_OF_SECOND_MOMENT = ["head_second_moment", "reduce"]
+HIDDEN_LAYER = ["spatial", "hidden_gradient"]
+
+
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
         ({}, ["direct", "reduce"]),
         ({"grid": 2}, ["direct", "reduce"]),
-        ({"algorithm": "second_moment"}, ["second_moment", "head_second_moment", "reduce"]),
-        ({"epilogue": True}, ["channel_sums", "finalize", "direct", "reduce", "finish"]),
+        ({"algorithm": "second_moment"}, ["second_moment", *HEAD_OF_SECOND_MOMENT]),
+        ({"epilogue": True}, [*BEFORE, "direct", "reduce", *AFTER]),
+        ({"loss": "symba"}, ["direct", "loss_kernel", "direct", "reduce"]),
+        ({"grid": 2, "epilogue": True}, [*BEFORE, "direct", "spatial", "direct", "reduce", *AFTER]),
+        (
+            {"grid": 2, "algorithm": "second_moment"},
+            ["second_moment", "spatial", "second_moment", *HEAD_OF_SECOND_MOMENT],
+        ),
+        ({"grid": 2, "hidden": 8}, ["direct", *HIDDEN_LAYER, "direct", "reduce"]),
+        ({"grid": 2, "hidden": 8, "epilogue": True}, [*BEFORE, "direct", *HIDDEN_LAYER, "direct", "reduce", *AFTER]),
+        (
+            {"grid": 2, "hidden": 8, "algorithm": "second_moment"},
+            ["second_moment", *HIDDEN_LAYER, "second_moment", *HEAD_OF_SECOND_MOMENT],
+        ),
     ],
 )
 def test_launches_of_a_head(how, expected):
@@ -79,11 +98,14 @@ def test_launches_of_a_head(how, expected):
     assert launches.total == len(expected), launches.count
 
 
-def test_launches_of_a_head_with_a_hidden_layer():
-    """Two sweeps, the loss, the reduction, sums of the losses and of dL/dtau, and 15 operators of PyTorch between them."""
-    launches = head_step(grid=2, hidden=8)
-    assert launches.kernels == 4
-    assert launches.total <= 21, launches.count
+@pytest.mark.parametrize("how", [{"K": 140, "algorithm": "second_moment"}, {"loss": "symba"}])
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_launches_of_a_grid_whose_products_are_those_of_cublas(how, hidden):
+    """Two sweeps, the loss and the reduction, three products, and three launches more of a hidden layer."""
+    launches = head_step(grid=2, hidden=hidden, **how)
+    assert launches.count["addmm_"] == launches.count["triton loss_kernel"] == 1
+    assert launches.count["mm"] == 2
+    assert launches.total <= 7 + (how.get("algorithm") == "second_moment") + 3 * bool(hidden), launches.count
 
 
 def test_statistics_of_a_step_are_one_launch_for_all_blocks():

@@ -85,7 +85,7 @@ def assembled(binary, arch):
     raise AssertionError(said.stderr)
 
 
-def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False, B=8):
+def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False, hidden=0, B=8):
     """[(kernel, arguments, keywords)]: the launches of the goodness that a step (with an epilogue, where there is an activation) makes."""
     from fastff.kernels.triton import blocks, goodness
 
@@ -95,9 +95,9 @@ def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_l
     around = activation and spec.Epilogue(
         torch.ones(C), torch.ones(C), residual=torch.zeros_like(x), activation=activation
     )
-    head = spec.Projection(
-        torch.ones(K, C, 1, 1), torch.ones(K) if bias else None, torch.ones(K, C, G, G) if G else None
-    )
+    bias, cells = torch.ones(K) if bias else None, torch.ones(K, hidden or C, G, G) if G else None
+    layer = (torch.ones(hidden, C), torch.ones(hidden), torch.ones(hidden)) if hidden else ()
+    head = spec.Projection(torch.ones(K, C, 1, 1), bias, cells, (0, 0), *layer)
     loss = spec.Loss(target=torch.zeros(B, dtype=torch.int64))
     step = spec.Step(x, around, head, loss, spec.Normalization("layer_norm"))
     with mock.patch.object(blocks, "architecture", lambda device: arch), as_on_a_gpu(1) as launches, launches:
@@ -106,10 +106,11 @@ def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_l
     return [launch for launch in launches.recorded if launch[0] in kernels]
 
 
-# (compute capability, dtype, algorithm, C, P, K, cells, activation, channels_last, bias); SiLU is the costliest activation but GELU
+# (compute capability, dtype, algorithm, C, P, K, cells, activation, channels_last, bias, hidden); SiLU is the costliest activation but GELU
 CASES = [
     *((90, "bf16", "direct", *shape) for shape in [(64, 1024, 10), (128, 256, 100), (512, 16, 10), (24, 3136, 10)]),
     (90, "bf16", "direct", 64, 1024, 10, 16), (90, "bf16", "direct", 64, 1024, 10, 0, "silu"),
+    (90, "bf16", "direct", 64, 1024, 10, 16, "silu", True, False, 64),
     (90, "bf16", "direct", 64, 1024, 10, 0, None, False, True), (90, "fp32", "direct", 64, 1024, 10),
     (80, "bf16", "direct", 128, 256, 10), (86, "bf16", "direct", 64, 1024, 10), (100, "bf16", "direct", 128, 256, 10),
     *((90, "bf16", "second_moment", *shape) for shape in [(64, 1024, 1000), (128, 784, 1000), (64, 1024, 100, 0, "silu")]),
