@@ -1,8 +1,8 @@
 """Microbenchmarks of the kernels (`fastff bench`): each op against eager PyTorch. Results are checked first, and timings are interleaved.
 
 On a GPU, calls with inputs that are larger together than the L2 cache are recorded as a CUDA graph, whose replays are timed by events: the time of a
-single call would be that of the host which issues it. The repository's folder benchmarks/ measures more, by the same functions, whole networks too. This
-module answers whether fastff is faster on this machine.
+single call would be that of the host which issues it. The repository's folder benchmarks/ measures more, by the same functions, whole networks
+too. This module answers whether fastff is faster on this machine.
 """
 
 import functools
@@ -103,13 +103,19 @@ def replays(graphs, rounds):
     times, warmup = {name: [] for name in graphs}, WARM_UP if on_gpu() else 0
     for round_ in range(warmup + rounds):
         for name, (replay, calls) in graphs.items():
-            seconds = _device_seconds(replay) / calls
+            seconds = _elapsed(replay) / calls
             if round_ >= warmup:
                 times[name].append(seconds)
     return times
 
 
-def _device_seconds(function):
+def device_seconds(function, rounds=7):
+    """Return the median of the time that a call takes on the device."""
+    calls = repeats(function)
+    return quantile(replays({"": (recorded([function] * calls, False), calls)}, rounds)[""], 0.5)
+
+
+def _elapsed(function):
     if not on_gpu():
         start = time.perf_counter()
         function()
@@ -253,7 +259,7 @@ def run(device, rounds=9, shapes=None):
             if gpu:
                 inputs = input_sets(lambda seed: cases(shape, device, dtype, seed)[op][2], tensors[0].nbytes)  # noqa: B023
             times = _times(functions, inputs, rounds)
-            base = min(NORMS, key=lambda name: quantile(times[name], 0.5))  # noqa: B023
+            base = min(NORMS, key=lambda name: quantile(times[name], 0.5))
             table = "goodness" if op == "epilogue" else op
             name = choose(table, TABLES[table], "auto", tensors[0]).name
             yield Row(op, str(shape), name, *ratios(times, base, "fastff"), quantile(times["fastff"], 0.5) * 1e3)
@@ -291,9 +297,5 @@ def tune(device, report, shapes=None):
     if why := reason(torch.empty(1, 1, 1, 1, device=device)):
         raise ValueError(f"tune: {why}")
 
-    def seconds(function):
-        calls = repeats(function)
-        return quantile(replays({"": (recorded([function] * calls, False), calls)}, 7)[""], 0.5)
-
-    tuning.tune(device, seconds, shapes, report=report)
+    tuning.tune(device, device_seconds, shapes, report=report)
     return None

@@ -1,10 +1,11 @@
 """Launches of a step on a GPU, counted on a CPU (tests/launches.py), and how launches are specialised and compiled as they are made."""
 
 import itertools
+import re
 
 import pytest
 import torch
-from launches import as_on_a_gpu
+from launches import SHAPES, as_on_a_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastff
@@ -20,16 +21,23 @@ pytest.importorskip("triton", reason="Triton is not installed")
 FEW = 4
 
 
-def step_of(kind, granularity, **options):
-    """The Launches of a step of ResNet18."""
+def step_of(kind, granularity, optimizer=None, **options):
+    """The Launches of a step of ResNet18, by default with AdamW."""
     sff = SFF(fastff.models.resnet18(10, stem="cifar", width=16), 10, granularity, readout=True, **options)
-    trainer = kind(sff, optim.adamw())
+    trainer = kind(sff, optimizer or optim.adamw())
     batch = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
     with as_on_a_gpu(FEW) as launches:
         trainer.step(*batch)  # makes the state of the optimizers
         with launches:
             trainer.step(*batch)
     return launches
+
+
+@pytest.mark.parametrize("most", [1000])
+def test_launches_of_muon(most):
+    """A block-wise step of ResNet18."""
+    launches = step_of(Trainer, "block", optim.muon(), **PAPER)
+    assert launches.total - step_of(Trainer, "block", **PAPER).total <= most, launches.count.most_common()
 
 
 PAPER = {"grid": 0, "window": 1}
@@ -108,6 +116,17 @@ def test_launches_of_a_grid_whose_products_are_those_of_cublas(how, hidden):
     assert launches.total <= 7 + (how.get("algorithm") == "second_moment") + 3 * bool(hidden), launches.count
 
 
+def test_tables_of_groups_stay_where_a_recorded_step_reads_them():
+    """However many other heads there are: a recorded step has their addresses."""
+    from fastff.kernels.triton.group_goodness import groups_of
+
+    first = groups_of(8, 3, torch.device("cpu"))
+    for channels in range(9, 600):
+        groups_of(channels, 3, torch.device("cpu"))
+    assert all(a is b for a, b in zip(first, groups_of(8, 3, torch.device("cpu")), strict=True))
+    assert [t.tolist() for t in first[:2]] == [[0, 3, 6, 8], [0, 0, 0, 1, 1, 1, 2, 2]]
+
+
 def test_statistics_of_a_step_are_one_launch_for_all_blocks():
     launches = step_of(Trainer, "block", **PAPER)
     assert launches.count["argmax"] == launches.count["eq"] == 1
@@ -149,6 +168,28 @@ def test_the_plan_knows_what_the_kernels_take(arch, itemsize):
         times = on_gpu(128, C, 64, K, Gpu(itemsize, arch))
         for algorithm in ("direct", "second_moment"):
             assert (algorithm in times) == (blocks.table(algorithm, 128, C, 64, K, 0, itemsize, arch=arch) is not None)
+
+
+@pytest.mark.parametrize("arch", blocks.SHARED)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_shape_is_taken_or_refused_with_the_reason(arch, itemsize):
+    """Of each algorithm there are sizes, which test_triton.py compiles, or a limit that the shape exceeds; the quickest that runs is taken."""
+    from fastff.ops.plan import plan
+
+    gpu, chosen = Gpu(itemsize, arch), set()
+    for B, C, H, K in SHAPES:
+        times = on_gpu(B, C, H * H, K, gpu)
+        for algorithm in ("direct", "second_moment"):
+            sizes = blocks.table(algorithm, B, C, H * H, K, 0, itemsize, arch=arch)
+            why = blocks.refusal(algorithm, C, K, itemsize, arch=arch)
+            assert (why is None) == (sizes is not None) == (algorithm in times)
+            if why is not None:
+                (limit,), got = re.findall(r"at most (\d+)", why), int(re.search(r"has (\d+)$", why)[1])
+                assert int(limit) < got == (C if "x has" in why else K), why
+        assert list(times) == sorted(times, key=times.get)
+        assert plan(B, C, H * H, K, device_type="cuda", gpu=gpu).algorithm == next(iter(times))
+        chosen.add(next(iter(times)))
+    assert chosen == {"direct", "second_moment", "products"}
 
 
 def test_no_algorithm_is_taken_silently():

@@ -29,9 +29,9 @@ MOST_BYTES = 2**21  # of V that each of its programs reads twice, in about 40 us
 
 
 Norm = namedtuple("Norm", "weight bias mean var eps statistics a grad sums grads")
-"""Batch norm of a hidden layer and what is made of it: weight, bias, known mean and var [M] (or None), eps; statistics [5, M] (epilogue.py), None
-without a hidden layer; a and the gradient of what ReLU is applied to, [B, M, cells]; sums [programs, 2, M] of this gradient and of its product with z - mean,
-and grads [4, M], which follow from them (epilogue.store_norm_sums)."""
+"""Batch norm of a hidden layer and what is made of it: weight, bias, known mean and var [M] (or None), eps; statistics [5, M]
+(epilogue.store_statistics), None without a hidden layer; a and the gradient of what ReLU is applied to, [B, M, cells]; sums [programs, 2, M] of this
+gradient and of its product with z - mean, and grads [4, M], which follow from them (epilogue.store_norm_sums)."""
 
 NO_NORM = Norm(None, None, None, None, 0.0, None, None, None, None, None)
 
