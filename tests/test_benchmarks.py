@@ -319,7 +319,7 @@ def cuda(monkeypatch):
 
 def test_fastff_bench_times_graphs_on_a_gpu(cuda):
     """Not the host: the time of a call is that of a replay over its calls, each with inputs of its own."""
-    inputs = bench.input_sets(lambda seed: (torch.tensor(float(seed)),), 60e6)
+    inputs = bench.input_sets(lambda seed: (torch.tensor(float(seed)),), 60_000_000)
     assert len(inputs) == 4
     seen = []
     times = bench._times({"one": lambda t: seen.append(float(t)), "other": lambda t: t + 1}, inputs, 3)
