@@ -12,9 +12,10 @@ import torch
 import fastff
 from benchmarks import gpu_cases
 from benchmarks.gpu_cases import DTYPES, Case
-from benchmarks.gpu_device import DEVICE, DRY, IMPL, synchronize
+from benchmarks.gpu_device import DEVICE, DRY, IMPL
 from benchmarks.gpu_workers import Job
 from fastff import spec
+from fastff.bench import synchronize
 from fastff.training import Trainer
 
 ALL = ("bias", "grid_weight", "hidden", "tau", "grad_scale")
@@ -72,10 +73,6 @@ def cases():
     found += [Case("layer_norm", B, C, H, 1, dtype) for B, C, H in ((16, 64, 56), (512, 64, 8)) for dtype in DTYPES]
     found += [Case("normalize", *shape, options={"how": how}) for how in ("layer_norm_channels", "rms", "l2_channels")]
     found += [Case("epilogue", *shape, given=given, options={"activation": "relu"}) for given in ((), ("residual",))]
-    found += [
-        Case("depthwise", 32, 96, H, 1, dtype, options={"kernel": kernel, "stride": stride})
-        for H, kernel, stride, dtype in ((28, 3, 1, "bf16"), (28, 3, 2, "fp32"), (14, 5, 1, "bf16"), (7, 5, 2, "fp16"))
-    ]
     return found
 
 

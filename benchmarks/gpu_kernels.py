@@ -16,19 +16,9 @@ import torch
 from benchmarks import gpu_cases, runner
 from benchmarks.gpu_cases import Case
 from benchmarks.gpu_check import judged, tried
-from benchmarks.gpu_device import (
-    DEVICE,
-    DRY,
-    host_seconds,
-    input_sets,
-    launched,
-    recorded,
-    repeats,
-    replays,
-    synchronize,
-)
+from benchmarks.gpu_device import DEVICE, DRY, host_seconds, launched
 from benchmarks.gpu_workers import Job
-from fastff.bench import quantile
+from fastff.bench import device_seconds, input_sets, quantile, recorded, repeats, replays, synchronize
 from fastff.memory import peak_memory
 
 ROUNDS = 1 if DRY else 9
@@ -51,7 +41,6 @@ def cases():
     found += [Case("epilogue", 512, *STAGES[0], 1, given=RESIDUAL, options={"activation": "relu"})]
     groups = {"hinton": {"loss": "softplus", "normalize": "l2"}, "cwcomp": {"groups": 10}}
     found += [Case("group_goodness_step", 512, 80, 32, 10, options=options) for options in groups.values()]
-    found += [Case("depthwise", 256, 96, 28, 1, options={"kernel": k, "stride": 1}) for k in (3, 5)]
     return found
 
 
@@ -130,9 +119,7 @@ def rates():
     found = []
 
     def rate(name, unit, work, function):
-        calls = repeats(function)
-        times = replays({name: (recorded([function] * calls, False), calls)}, ROUNDS)[name]
-        found.append({"rate": name, "value": work / quantile(times, 0.5), "unit": unit})
+        found.append({"rate": name, "value": work / device_seconds(function, ROUNDS), "unit": unit})
 
     for name, megabytes in (("copy", 1 if DRY else 1024), ("copy in L2", 1 if DRY else 8)):
         source = torch.randn(megabytes * 2**18, device=DEVICE)

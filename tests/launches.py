@@ -9,6 +9,12 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# (B, C, H = W, K) of the table of times by which the GPU kernels were designed: ResNet18 at 32 x 32 pixels, ResNets and MobileNetV3 at 224 x 224.
+SHAPES = [
+    *((B, C, H, K) for B in (128, 512) for C, H in ((64, 32), (128, 16), (256, 8), (512, 4)) for K in (10, 100, 1000) if B > 128 or K < 1000),
+    *((256, C, H, 1000) for C, H in ((64, 56), (256, 14), (512, 7), (1024, 14), (24, 56), (40, 28), (112, 14), (960, 7), (2048, 7))),
+]  # fmt: skip
+
 # Operators that start no kernel beside views, which their schema tells: they make or describe memory.
 SILENT = {
     "aminmax", "_local_scalar_dense",  # labels are checked on a CPU alone
@@ -50,7 +56,7 @@ def as_on_a_gpu(multiprocessors=132):
     from triton.runtime.jit import JITFunction
 
     from fastff.kernels import native, triton
-    from fastff.kernels.triton import depthwise, epilogue, goodness, launch, layer_norm
+    from fastff.kernels.triton import epilogue, goodness, launch, layer_norm
     from fastff.ops import convolution, step
     from fastff.ops import depthwise as ops_depthwise
 
@@ -68,7 +74,7 @@ def as_on_a_gpu(multiprocessors=132):
         stack.enter_context(mock.patch.object(native, "reason", lambda *_: "as on a GPU"))
         for module in (step, convolution, ops_depthwise):  # ops are called past the dispatcher, as without a mode
             stack.enter_context(mock.patch.object(module, "dispatched", lambda *_: False))
-        for module in (launch, depthwise, epilogue, goodness, layer_norm):
+        for module in (launch, epilogue, goodness, layer_norm):
             if hasattr(module, "multiprocessors"):
                 stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: multiprocessors))
         yield launches

@@ -37,7 +37,7 @@ from benchmarks import (
     timing,
 )  # fmt: skip
 from benchmarks.gpu_workers import Job, Pool
-from fastff import Trainer
+from fastff import Trainer, bench
 
 FAMILIES = [shape[0] for shape in group_goodness.SHAPES]
 CASES = {  # name: (module, what makes it one small case, its contenders)
@@ -218,7 +218,7 @@ def test_without_a_gpu_the_run_says_how_to_try_it(monkeypatch, tmp_path):
 
 
 def test_every_op_with_a_kernel_for_gpus_is_checked_and_timed():
-    ops = {"goodness_step", "tail_step", "group_goodness_step", "layer_norm", "epilogue", "depthwise"}
+    ops = {"goodness_step", "tail_step", "group_goodness_step", "layer_norm", "epilogue"}
     assert ops <= {case.function for case in gpu_kernels.cases()}
     checked = gpu_check.cases()
     assert ops | {"group_tail_step", "group_goodness", "goodness_loss", "normalize"} == {c.function for c in checked}
@@ -295,31 +295,60 @@ def test_the_check_for_gpus_finds_wrong_results_and_other_bits(function, on_the_
     assert gpu_check.check(case)[0]["state"].startswith("error: ValueError: invalid literal")
 
 
-def test_what_runs_on_a_gpu_only(on_the_cpu, monkeypatch):
-    """Graphs, events and checks of steps with stand-ins for torch.cuda: nothing is timed, but all of it runs."""
+class Anything:
+    """An object of torch.cuda, whose methods do nothing."""
 
-    class Anything:
-        def __init__(self, *args, **options):
-            pass
+    def __init__(self, *args, **options):
+        pass
 
-        def __getattr__(self, name):
-            return lambda *args: 2.0  # milliseconds between two events
+    def __getattr__(self, name):
+        return lambda *args: 2.0  # milliseconds between two events
 
-    seen = []
-    for module in (gpu_device, gpu_kernels, gpu_check):
-        monkeypatch.setattr(module, "DRY", False)
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Stand-ins for torch.cuda: every replay of a graph takes two milliseconds and does nothing."""
+    monkeypatch.setattr(bench, "on_gpu", lambda: True)
     for name in ("CUDAGraph", "Stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, Anything)
     for name in ("graph", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *args, pool=None: contextlib.nullcontext())
     for name in ("synchronize", "graph_pool_handle", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: Anything())
+
+
+def test_fastff_bench_times_graphs_on_a_gpu(cuda):
+    """Not the host: the time of a call is that of a replay over its calls, each with inputs of its own."""
+    inputs = bench.input_sets(lambda seed: (torch.tensor(float(seed)),), 60_000_000)
+    assert len(inputs) == 4
+    seen = []
+    times = bench._times({"one": lambda t: seen.append(float(t)), "other": lambda t: t + 1}, inputs, 3)
+    assert times == {name: [pytest.approx(2e-3 / 4)] * 3 for name in ("one", "other")}
+    assert seen[-4:] == [0.0, 1.0, 2.0, 3.0]
+    assert bench.device_seconds(lambda: None) == pytest.approx(2e-3 / bench.MOST_CALLS)
+
+
+def test_fastff_bench_compares_with_the_faster_normalization(monkeypatch):
+    """Of a channels_last tensor PyTorch's layer norm makes a copy, unless it is called with the dimensions in the order of the memory."""
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(bench.flat_norm(x), bench.written_norm(x))
+    assert bench.flat_norm(x).stride() == x.stride() != bench.written_norm(x).stride()
+    seconds = {"written": [4.0], "flat": [2.0], "fastff": [1.0]}
+    monkeypatch.setattr(bench, "interleave", lambda functions, rounds: {name: seconds[name] for name in functions})
+    for row in bench.run("cpu", 1, [(2, 16, 4, 3)]):
+        assert (row.speedup, row.milliseconds) == (2.0, 1e3)
+
+
+def test_what_runs_on_a_gpu_only(on_the_cpu, cuda, monkeypatch):
+    """Graphs, events and checks of steps with stand-ins for torch.cuda: nothing is timed, but all of it runs."""
+    seen = []
+    for module in (gpu_device, gpu_kernels, gpu_check):
+        monkeypatch.setattr(module, "DRY", False)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", seen.append)
     monkeypatch.setattr(gpu_kernels, "launched", lambda function: (5, 0.0))
     rows = gpu_kernels.measure(gpu_cases.Case("goodness_step", 4, 8, 4, 3))
     assert [row["contender"] for row in rows] == ["eager", "compiled", "torch"]
-    sets = gpu_device.MOST_SETS
-    assert all((row["cold_us"], row["launches"]) == (pytest.approx(2e3 / sets), 5) for row in rows)
+    assert all((row["cold_us"], row["launches"]) == (pytest.approx(2e3 / bench.MOST_SETS), 5) for row in rows)
     monkeypatch.setattr(gpu_check, "Trainer", lambda *args, cuda_graph, **options: Trainer(*args, **options))
     assert [row["state"] for row in gpu_check.check_no_waiting({"grid": 0, "window": 1})] == ["ok"]
     assert seen == ["error", "default"]

@@ -8,11 +8,9 @@ import torch
 from launches import as_on_a_gpu, compiled, specialised
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from test_triton import spilled
+from test_triton import SHARED, spilled
 
 from fastff import spec
-
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 
 
 def epilogue(x):
@@ -46,14 +44,6 @@ def groups(x):
         module.step(spec.Step(x, None, of, loss, normalization))
 
 
-def depthwise(x):
-    from fastff.kernels.triton import depthwise as module
-
-    weight = torch.randn(x.shape[1], 1, 5, 5).to(x.dtype)
-    y = module.forward(x, weight, 2, 2)
-    module.backward(y, x, weight, 2, 2, True)
-
-
 def goodness(x):
     from fastff.kernels.triton import goodness as module
 
@@ -64,7 +54,18 @@ def goodness(x):
         module.step(step, spec.Plan(algorithm, B, 8))
 
 
-KERNELS = {"epilogue": epilogue, "layer_norm": layer_norm, "groups": groups, "depthwise": depthwise}
+def spatial(x):
+    """A hidden layer of the spatial term: what runs between the sweeps, which test_triton.py compiles, and the reduction."""
+    from fastff.kernels.triton import goodness as module
+
+    B, C, M = *x.shape[:2], 64
+    layer = torch.randn(M, C), torch.ones(M), torch.zeros(M)
+    head = spec.Projection(torch.randn(10, C, 1, 1), None, torch.randn(10, M, 4, 4), (0, 0), *layer)
+    loss = spec.Loss(target=torch.arange(B) % 10, learned_tau=torch.tensor(1.0))
+    module.step(spec.Step(x, None, head, loss, spec.Normalization()), spec.Plan("direct", B, 10))
+
+
+KERNELS = {"epilogue": epilogue, "layer_norm": layer_norm, "groups": groups, "spatial": spatial}
 
 
 def launches_of(name, B, C, H, dtype, channels_last):
@@ -72,6 +73,7 @@ def launches_of(name, B, C, H, dtype, channels_last):
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     with as_on_a_gpu(4) as launches, launches:
         (KERNELS | {"goodness": goodness})[name](x)
+    assert launches.recorded, "PyTorch's operators run"
     return launches.recorded
 
 
@@ -84,12 +86,13 @@ def launches_of(name, B, C, H, dtype, channels_last):
 )  # fmt: skip
 def test_fits_the_chip(name, arch, dtype, C, H, channels_last):
     for kernel, args, kwargs in launches_of(name, 8, C, H, dtype, channels_last):
+        if kernel.fn.__name__ == "direct":
+            continue
         binary, of = compiled(kernel, args, kwargs, arch), f"{kernel.fn.__name__} of {name}"
         assert binary.metadata.shared <= SHARED[arch], of
         assert spilled(binary, arch) == 0, of
         narrow = len(re.findall(r"ld\.global\.[\w:.]*b16", binary.asm["ptx"]))
-        # one number is a pivot; depthwise filters, and a wide position of few channels, are not contiguous in a tile
-        assert narrow <= 1 or name == "depthwise", f"{of}: {narrow} loads of 2 bytes"
+        assert narrow <= 1, f"{of}: {narrow} loads of 2 bytes"  # one number is a pivot
         if channels_last and kernel.fn.__name__ in (
             "channel_sums",
             "apply",
@@ -100,8 +103,6 @@ def test_fits_the_chip(name, arch, dtype, C, H, channels_last):
             "positions",
         ):
             assert re.search(r"ld\.global\.[\w:.]*v4\.b32", binary.asm["ptx"]), f"{of}: no loads of 16 bytes"
-        if channels_last and kernel.fn.__name__ in ("convolve", "weight_gradient"):
-            assert re.search(r"ld\.global\.[\w:.]*v[24]\.b32", binary.asm["ptx"]), f"{of}: no loads of 8 bytes"
 
 
 @pytest.mark.parametrize("name", [*KERNELS, "goodness"])

@@ -206,6 +206,24 @@ def test_samples_are_divided(host, device, shape):
     assert host.fastff_goodness_blocks(0, B, H * H, C, K, 0) == blocks
 
 
+def test_the_table_of_the_page(host):
+    """docs/kernels.md: blocks of a sample on three devices, and the shared memory of a block on the first."""
+    text = (ROOT / "docs" / "kernels.md").read_text("utf-8").split("blocks a sample on an H100")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (\d+), (\d+), (\d+) \| (.+) \|$", text, re.M)
+    assert len(rows) == 7
+    for *sizes, cells in rows:
+        C, H, K = map(int, sizes)
+        first, memory, *others = cells.split(" | ")
+        for device, cell in zip((H100, A100, RTX3090), (first, *others), strict=True):
+            host.pretend(*device, 0)
+            found = (ctypes.c_int * 5)()
+            host.division(512, H * H, C, K, False, found)
+            blocks, samples, _, _, size = found
+            assert cell.startswith(str(blocks) if blocks else "does not fit"), (sizes, cell)
+            assert samples < 2 or f"({samples}" in cell, (sizes, cell)
+            assert device is not H100 or memory == f"{size / 1024:.0f} KB", (sizes, memory, size)
+
+
 @pytest.mark.parametrize(
     "C, K", [(1024, 16), (1040, 16), (512, 32), (256, 64), (128, 128), (128, 129), (136, 100), (4, 2)]
 )

@@ -3,6 +3,7 @@
 Interpreted runs are processes of their own, since Triton decides at its import. With a GPU the same files run on it through `make gpu`."""
 
 import glob
+import itertools
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from launches import as_on_a_gpu, compiled
+from launches import SHAPES, as_on_a_gpu, compiled
 
 from fastff import spec
 
@@ -27,7 +28,6 @@ INTERPRETED = {
     "layer_norm": ("test_layer_norm.py", "triton"),
     "epilogue": ("test_epilogue_step.py", "test_tail_step"),
     "epilogue of two losses": ("test_epilogue.py", "another_loss and triton"),
-    "depthwise": ("test_depthwise.py", "values or empty"),
     "group_goodness": ("test_group_goodness.py", "step or alone"),
     "group_epilogue": ("test_group_epilogue_step.py", "test_step and triton and (none or l2 or rms)"),
     "step": ("triton_step.py", "test"),
@@ -61,7 +61,14 @@ def test_without_a_gpu_the_table_says_why(monkeypatch):
 
 # --- ahead of time
 
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
+SHARED = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}  # bytes a program may have
 
 
 def spilled(binary, arch):
@@ -85,7 +92,7 @@ def assembled(binary, arch):
     raise AssertionError(said.stderr)
 
 
-def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False, B=8):
+def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False, hidden=0, B=8):
     """[(kernel, arguments, keywords)]: the launches of the goodness that a step (with an epilogue, where there is an activation) makes."""
     from fastff.kernels.triton import blocks, goodness
 
@@ -95,9 +102,9 @@ def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_l
     around = activation and spec.Epilogue(
         torch.ones(C), torch.ones(C), residual=torch.zeros_like(x), activation=activation
     )
-    head = spec.Projection(
-        torch.ones(K, C, 1, 1), torch.ones(K) if bias else None, torch.ones(K, C, G, G) if G else None
-    )
+    bias, cells = torch.ones(K) if bias else None, torch.ones(K, hidden or C, G, G) if G else None
+    layer = (torch.ones(hidden, C), torch.ones(hidden), torch.ones(hidden)) if hidden else ()
+    head = spec.Projection(torch.ones(K, C, 1, 1), bias, cells, (0, 0), *layer)
     loss = spec.Loss(target=torch.zeros(B, dtype=torch.int64))
     step = spec.Step(x, around, head, loss, spec.Normalization("layer_norm"))
     with mock.patch.object(blocks, "architecture", lambda device: arch), as_on_a_gpu(1) as launches, launches:
@@ -106,10 +113,11 @@ def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_l
     return [launch for launch in launches.recorded if launch[0] in kernels]
 
 
-# (compute capability, dtype, algorithm, C, P, K, cells, activation, channels_last, bias); SiLU is the costliest activation but GELU
+# (compute capability, dtype, algorithm, C, P, K, cells, activation, channels_last, bias, hidden); SiLU is the costliest activation but GELU
 CASES = [
     *((90, "bf16", "direct", *shape) for shape in [(64, 1024, 10), (128, 256, 100), (512, 16, 10), (24, 3136, 10)]),
     (90, "bf16", "direct", 64, 1024, 10, 16), (90, "bf16", "direct", 64, 1024, 10, 0, "silu"),
+    (90, "bf16", "direct", 64, 1024, 10, 16, "silu", True, False, 64),
     (90, "bf16", "direct", 64, 1024, 10, 0, None, False, True), (90, "fp32", "direct", 64, 1024, 10),
     (80, "bf16", "direct", 128, 256, 10), (86, "bf16", "direct", 64, 1024, 10), (100, "bf16", "direct", 128, 256, 10),
     *((90, "bf16", "second_moment", *shape) for shape in [(64, 1024, 1000), (128, 784, 1000), (64, 1024, 100, 0, "silu")]),
@@ -125,8 +133,24 @@ MORE = [
     *((90, "bf16", "second_moment", *shape) for shape in [(24, 3136, 1000), (112, 196, 1000), (64, 1024, 100, 16)]),
     *((arch, "bf16", "second_moment", 64, 1024, 1000) for arch in (86, 100, 120)),
 ]  # fmt: skip
+
+
+def of_all_shapes():
+    """A case for each size of tile that a step at any of SHAPES has on any architecture, by the algorithms that take it."""
+    from fastff.kernels.triton import blocks
+
+    found = {}
+    for arch, (dtype, itemsize), (B, C, H, K), algorithm in itertools.product(
+        SHARED, (("bf16", 2), ("fp16", 2), ("fp32", 4)), SHAPES, ("direct", "second_moment")
+    ):
+        if sizes := blocks.table(algorithm, B, C, H * H, K, 0, itemsize, arch=arch):
+            padded = blocks.power_of_2(C) > C
+            found.setdefault((arch, dtype, algorithm, padded, sizes), (arch, dtype, algorithm, C, H * H, K))
+    return list(found.values())
+
+
 if os.environ.get("FASTFF_SHAPES") == "all":  # each takes about 3 s of a CPU
-    CASES += MORE
+    CASES = list(dict.fromkeys(CASES + MORE + of_all_shapes()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fastff import spec
 from fastff.kernels.torch import goodness as plain
 from fastff.kernels.triton import blocks, epilogue, goodness
+from fastff.kernels.triton.goodness import spatial
 
 
 def problem(channels_last=False):
@@ -85,6 +86,60 @@ def test_channels_in_pieces(side, activation):
         assert (a is None) == (b is None), field
         b = b.mean() if field == "loss" and a.dim() == 0 else b
         assert a is None or (a - b).abs().max() < 1e-5 * b.abs().max(), field
+
+
+@pytest.mark.parametrize(
+    ("B", "C", "side", "M", "cells", "algorithm", "activation", "known", "cublas"),
+    [
+        (20, 72, 4, 40, 3, "direct", None, False, False),  # channels in pieces, and several programs
+        (20, 20, 3, 0, 4, "direct", "relu", False, False),  # cells that are more than the positions
+        (18, 16, 4, 5, 2, "second_moment", "silu", True, False),  # statistics of batch norm that are known
+        (5, 8, 3, 7, 1, "direct", None, False, True),
+        (5, 8, 3, 0, 2, "second_moment", None, False, True),
+        (1, 8, 24, 6, 2, "direct", None, False, False),  # several programs a sample
+    ],
+)
+def test_spatial_term(B, C, side, M, cells, algorithm, activation, known, cublas, monkeypatch):
+    """Between the sweeps, with a hidden layer of M channels or without one, by kernels of its own and by products of cuBLAS."""
+    if cublas:
+        monkeypatch.setattr(spatial, "MOST_BYTES", 0)
+    torch.manual_seed(0)
+    given = (
+        torch.randn(B, C, side, side),
+        torch.randn(6, C, 1, 1) / 4,
+        torch.randn(6),
+        torch.randn(6, M or C, cells, cells),
+    )
+    layer = (torch.randn(M, C) / 2, torch.rand(M) + 0.5, torch.randn(M)) if M else ()
+    norm = (torch.randn(M), torch.rand(M) + 0.2) if known else ()
+    loss = spec.Loss(target=torch.arange(B) % 6, learned_tau=torch.tensor(0.7))
+
+    def step(dtype, implementation):
+        (x, weight, bias, grid_weight), hidden, statistics = ([t.to(dtype) for t in ts] for ts in (given, layer, norm))
+        around = activation and spec.Epilogue(activation=activation)
+        head = spec.Projection(weight, bias, grid_weight, (0, 0), *hidden, *((1e-3, *statistics) if known else ()))
+        of_tau = loss._replace(learned_tau=loss.learned_tau.to(dtype))
+        local = spec.Step(x, around, head, of_tau, spec.Normalization("layer_norm"))
+        return implementation.step(local, spec.Plan(algorithm, B, 6))
+
+    ran = []
+    monkeypatch.setattr(spatial, "spatial", recording(spatial.spatial, ran))
+    monkeypatch.setattr(spatial, "hidden_gradient", recording(spatial.hidden_gradient, ran))
+    got, exact = step(torch.float32, goodness), step(torch.float64, plain)
+    assert len(ran) == {(False, False): 1, (False, True): 0, (True, False): 2, (True, True): 3}[bool(M), cublas]
+    for field, a, b in zip(spec.StepResult._fields, got, exact, strict=True):
+        assert (a is None) == (b is None), field
+        b = b.mean() if field == "loss" else b
+        assert a is None or (a - b).abs().max() < 1e-5 * b.abs().max(), field
+
+
+class recording:  # in the place of a kernel
+    def __init__(self, kernel, ran):
+        self.kernel, self.ran = kernel, ran
+
+    def __getitem__(self, grid):
+        self.ran.append(grid)
+        return self.kernel[grid]
 
 
 def test_many_classes_are_left_to_products():

@@ -14,7 +14,7 @@ NETS = {
 }
 
 
-PAPER = {"grid": 0, "window": 1, "bias": True}  # with fused epilogues, and depthwise convolutions
+PAPER = {"grid": 0, "window": 1, "bias": True}  # with fused epilogues
 
 
 @pytest.mark.parametrize(

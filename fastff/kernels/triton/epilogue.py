@@ -166,14 +166,32 @@ def first_position(x, c, tile: Tile):
     return tl.load(x + at, mask=c < tile.C, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def store_statistics(statistics, mean, var, weight, bias, eps, c, C):
+    """Write the columns c of statistics [5, C]: mean, scale, shift, variance and 1 / deviation of a batch norm."""
+    has_c = c < C
+    rstd = 1 / tl.sqrt(var + eps)
+    scale = rstd
+    if weight is not None:
+        scale *= tl.load(weight + c, mask=has_c, other=0.0).to(tl.float32)
+    shift = tl.zeros_like(mean)
+    if bias is not None:
+        shift = tl.load(bias + c, mask=has_c, other=0.0).to(tl.float32)
+    own = statistics + c
+    tl.store(own, mean, mask=has_c)
+    tl.store(own + C, scale, mask=has_c)
+    tl.store(own + 2 * C, shift, mask=has_c)
+    tl.store(own + 3 * C, var, mask=has_c)
+    tl.store(own + 4 * C, rstd, mask=has_c)
+
+
 @triton.jit(do_not_specialize=["positions", "share", "parts", "eps"])
 def finalize(
     x, partial, known: Known, weight, bias, statistics, positions, share, parts, eps, tile: Tile, PARTS: tl.constexpr
 ):  # fmt: skip
-    """statistics [5, C]: mean, scale, shift, variance and 1 / deviation of BC channels, from the sums of programs or what is known."""
+    """statistics [5, C] (store_statistics) of BC channels, from the sums of programs or what is known."""
     c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
     has_c = c < tile.C
-    own = statistics + c
     if partial is None:
         mean = tl.load(known.mean + c, mask=has_c, other=0.0)
         var = tl.load(known.var + c, mask=has_c, other=0.0)
@@ -181,18 +199,7 @@ def finalize(
         whole, square = joined_programs(partial, c, tile.C, 2 * tile.C, parts, positions, share, PARTS, tile.BC)
         mean = first_position(x, c, tile) + whole / positions
         var = square / positions
-    tl.store(own, mean, mask=has_c)
-    tl.store(own + 3 * tile.C, var, mask=has_c)
-    rstd = 1 / tl.sqrt(var + eps)
-    scale = rstd
-    if weight is not None:
-        scale *= tl.load(weight + c, mask=has_c, other=0.0).to(tl.float32)
-    shift = tl.zeros([tile.BC], tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + c, mask=has_c, other=0.0).to(tl.float32)
-    tl.store(own + tile.C, scale, mask=has_c)
-    tl.store(own + 2 * tile.C, shift, mask=has_c)
-    tl.store(own + 4 * tile.C, rstd, mask=has_c)
+    store_statistics(statistics, mean, var, weight, bias, eps, c, tile.C)
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -231,16 +238,24 @@ def store_norm_sums(sums, statistics, total, positions, e, C):
     tl.store(sums + 2 * C + e, total * rstd * rstd / positions, mask=e < 2 * C)
 
 
+@triton.jit
+def added_up(partial, parts, columns: tl.constexpr, e, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """Sums of partial [parts, columns] of the SIZE columns e, PARTS parts at a time."""
+    part = tl.arange(0, PARTS)
+    total = tl.zeros([PARTS, SIZE], tl.float32)
+    for i in range(0, parts, PARTS):
+        r = (i + part).to(tl.int64)
+        mask = (r < parts)[:, None] & (e < columns)[None, :]
+        total += tl.load(partial + r[:, None] * columns + e[None, :], mask=mask, other=0.0)
+    return tl.sum(total, 0)
+
+
 @triton.jit(do_not_specialize=["positions", "parts"])
 def add_up(partial, statistics, sums, positions, parts, tile: Tile, PARTS: tl.constexpr):
     """Columns of sums [4, C] (`store_norm_sums`), from partial [parts, 2, C]."""
     e = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
-    part = tl.arange(0, PARTS)
-    total = tl.zeros([tile.BC, PARTS], tl.float32)
-    for i in range(0, parts, PARTS):
-        mask = ((i + part) < parts)[None, :] & (e < 2 * tile.C)[:, None]
-        total += tl.load(partial + (i + part)[None, :] * (2 * tile.C) + e[:, None], mask=mask, other=0.0)
-    store_norm_sums(sums, statistics, tl.sum(total, 1), positions, e, tile.C)
+    total = added_up(partial, parts, 2 * tile.C, e, tile.BC, PARTS)
+    store_norm_sums(sums, statistics, total, positions, e, tile.C)
 
 
 @triton.jit(do_not_specialize=["positions"])

@@ -32,6 +32,7 @@ from fastff.kernels.triton.goodness import grid, reduce
 from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scratch
 from fastff.kernels.triton.goodness.direct import direct
 from fastff.kernels.triton.goodness.second_moment import head_second_moment, second_moment
+from fastff.kernels.triton.goodness.spatial import SpatialTerm
 from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares, strides
 
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
@@ -46,10 +47,11 @@ class Launch:
     def __init__(self, x, projection, plan, around=None, sizes=None):
         self.x = dense(x)
         B, C, H, W = x.shape
-        weight, bias, grid_weight, *_ = projection
-        K, self.B = len(weight), B
-        cells = grid.grid_sizes(grid_weight, x)
-        many = 0 if grid_weight is None else cells[0] * cells[1]
+        weight, bias, self.grid_weight, *_ = projection
+        K, self.B, hidden = len(weight), B, projection.hidden
+        cells = grid.grid_sizes(self.grid_weight, x)
+        many = 0 if self.grid_weight is None else cells[0] * cells[1]
+        M = C if hidden is None else len(hidden.weight)
         self.second_moment = plan.algorithm == "second_moment"
         self.source = epilogue.Source(self.x, None, None, *strides(self.x)) if around is None else around.source
         self.statistics = None if around is None else around.statistics
@@ -65,25 +67,30 @@ class Launch:
         exact = float32_precision()
         narrow = x.dtype != torch.float32
         self.config = Config(
-            C, H * W, H, W, K, *cells, is_channels_last(self.x), b.NS, b.BP, b.BC, b.BK, b.BG, triton.next_power_of_2(K),
+            C, H * W, H, W, K, *cells, M, is_channels_last(self.x), b.NS, b.BP, b.BC, b.BK, b.BG, triton.next_power_of_2(K),
             around and around.config.ACTIVATION, "tf32" if narrow else exact, "tf32" if narrow else exact, "tf32" if narrow else "tf32x3",
             0, self.parts == 1, False, False, None, False,
         )  # fmt: skip
-        self.grid = None if grid_weight is None else grid.GridTerm(projection, self.x)
         again = 4 * K * C * many * self.groups * (self.chunks + 1)
-        simple = around is None and projection.hidden is None and not self.second_moment
+        simple = around is None and hidden is None and not self.second_moment
         self.grid_inside = bool(many) and simple and again <= GRID_BYTES
-        inside = self.grid.weight if self.grid_inside else None
-        self.head = Head(weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(), inside)
+        self.head = Head(
+            weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(),
+            self.grid_weight[..., : cells[0], : cells[1]].contiguous() if many else None, None if hidden is None else hidden.weight.contiguous(),
+        )  # fmt: skip
         second = self.second_moment
         self.scratch = Scratch(
-            self._new(self.parts, B, K), self._new(B, K), self._new(self.parts, 2, B),
-            self._new(self.parts, B, C, C) if second else None, self._new(self.parts, B, C) if second and bias is not None else None,
-            self._new(self.parts, B, C, *cells) if many else None, None, self._new(self.chunks, B, K) if self.grid_inside else None,
+            self.new(self.parts, B, K), self.new(B, K), self.new(self.parts, 2, B),
+            self.new(self.parts, B, C, C) if second else None, self.new(self.parts, B, C) if second and bias is not None else None,
+            self.new(self.parts, B, C, *cells) if many else None, self.new(B, C, *cells) if many else None,
+            self.new(self.chunks, B, K) if self.grid_inside else None,
+            self.new(B, M, *cells) if hidden else None, self.new(self.groups, 2, M) if hidden else None,
         )  # fmt: skip
+        self.grid = SpatialTerm(self, hidden) if many else None
         self.weights = self.sums = None
 
-    def _new(self, *shape):
+    def new(self, *shape):
+        """Memory for float32 numbers."""
         return torch.empty(shape, device=self.x.device, dtype=torch.float32)
 
     def sweep(self, stages, arguments=loss.NO_LOSS, grad_x=None, normalized=None, eps=0.0, parts=None, **constant):
@@ -95,13 +102,13 @@ class Launch:
         programs, scratch = -(-items // share), self.scratch
         if "second" in stages:
             C, K = self.config.C, self.config.K
-            self.weights = None if self.second_moment else self._new(programs, K * C + K)
-            self.sums = self._new(programs, 2 * C + 2)
+            self.weights = None if self.second_moment else self.new(programs, K * C + K)
+            self.sums = None if self.statistics is None else self.new(programs, 2, C)
         else:
             scratch = scratch._replace(cells=None)
         if "first" not in stages:
             scratch = scratch._replace(means=None)
-        result = Result(grad_x, normalized, self.weights, self.sums)
+        result = Result(grad_x, normalized, self.weights, self.sums, None)
         config = self.config._replace(
             WHOLE=parts == 1,
             FIRST="first" in stages,
@@ -116,7 +123,7 @@ class Launch:
         )  # fmt: skip
 
     def first(self):
-        """Compute g, with what the later stages need: sums, S and mu, means over cells."""
+        """Compute g of the squares, with what the later stages need: sums, S and mu, means over cells, z."""
         self.sweep(("first", "head") if self.parts == 1 else ("first",))
         if self.parts > 1:
             sums = normalization.joined_parts(
@@ -130,37 +137,36 @@ class Launch:
             self.scratch = self.scratch._replace(sums=sums, **added)
             if self.second_moment:
                 self.sweep(("head",), parts=1)
-        if self.grid is not None:
-            self.scratch.g[0].add_(self.grid.goodness(self.scratch.means[0]))
+            if self.scratch.z is not None:
+                programs = self.groups, -(-self.config.M // grid.HIDDEN.value)
+                grid.hidden_layer[programs](self.head, self.scratch, self.B, constants(self.config), num_warps=4)
 
-    def cells(self):
-        """Compute the gradients of the spatial term, if there is one, from d in scratch, after `first`."""
-        if self.grid is not None:
-            self.scratch = self.scratch._replace(cells=self.grid.backward(self.scratch.d))
-
-    def reduced(self, inside=False):
-        """(dL/dW [K, C, 1, 1], dL/dbeta, dL/dV, sums [4, C] of an epilogue (epilogue.store_norm_sums), the reduced loss, dL/dtau), after the second
-        sweep, the last two of a fused one; gradients are None where there is no such parameter. `inside`: whether dL/dV is computed here."""
-        C, K, b = self.config.C, self.config.K, self.blocks
+    def reduced(self, arguments=loss.NO_LOSS, number=None):
+        """(dL/dW [K, C, 1, 1], dL/dbeta, dL/dV, sums [4, C] of an epilogue (epilogue.store_norm_sums), gradients of a hidden layer's weight and batch
+        norm, the reduced loss, dL/dtau), after the second sweep; None where there is no such parameter. number: of the loss of `arguments`."""
+        C, K, M, b = self.config.C, self.config.K, self.config.M, self.blocks
         if self.second_moment:
             tiles = -(-K // b.HK)
             share, parts = shares(self.B, 2 * self.processors // tiles, times=4)
-            self.weights = self._new(parts, K * C + K)
+            self.weights = self.new(parts, K * C + K)
             head_second_moment[tiles, parts](
                 self.head, self.scratch, self.weights, self.B, share, constants(self.config._replace(BK=b.HK)), num_warps=b.head_warps
             )  # fmt: skip
-        out = self._new(K * C + K + 4 * C + 2)
-        grad_grid = self._new(K, C, self.config.GH, self.config.GW) if inside else None
-        programs = sum(-(-n // 128) for n in (K * C + K, 2 * C + 2)) + (-(-grad_grid[0].numel() // 64) if inside else 0)
+        term, sums, hidden = self.grid, self.sums, self.grid and self.grid.weights
+        computed = term and term.grad_weight  # by cuBLAS
+        grad_grid = self.new(*self.head.grid_weight.shape) if term and computed is None else None
+        columns = [K * C + K, 0 if sums is None else 2 * C, 0 if hidden is None else M * C]
+        programs = 1 + sum(-(-n // 128) for n in columns) + (0 if grad_grid is None else -(-grad_grid[0].numel() // 64))
+        out = self.new(K * C + K + 4 * C + M * C + 2)
         reduce.reduce[programs,](
-            self.weights, len(self.weights), self.sums, len(self.sums), out, self.statistics, self.scratch, grad_grid, self.B,
-            constants(self.config), num_warps=4,
+            Result(None, None, self.weights, sums, hidden), *(0 if t is None else len(t) for t in (self.weights, sums, hidden)), out,
+            self.statistics, self.scratch, arguments, term and term.inputs, grad_grid, self.B,
+            constants(self.config._replace(BK=max(16, self.config.LK), LOSS=number)), num_warps=4,
         )  # fmt: skip
-        weight, bias, sums, (value, grad_tau) = out.split([K * C, K, 4 * C, 2])
-        if self.grid is not None:
-            grad_grid = self.grid.padded(grad_grid) if inside else self.grid.grads[0]
-        bias = None if self.head.bias is None else bias
-        return weight.view(K, C, 1, 1), bias, grad_grid, sums.view(4, C), value, grad_tau
+        weight, bias, sums, hidden, (value, grad_tau) = out.split([K * C, K, 4 * C, M * C, 2])
+        grads = weight.view(K, C, 1, 1), None if self.head.bias is None else bias
+        grads += (None if term is None else term.padded(grad_grid if computed is None else computed),)
+        return *grads, sums.view(4, C), hidden.view(M, C), value, grad_tau
 
     def step(self, wanted, normalize, grad_x):
         """(StepResult of a spec.Loss and a spec.Normalization, sums of an epilogue); grad_x, where there is one, is written."""
@@ -170,25 +176,22 @@ class Launch:
         second = {
             "grad_x": grad_x, "normalized": normalized, "NORM": normalization.constant(normalize), "eps": normalize.eps,
         }  # fmt: skip
-        fused = self.parts == 1 and (self.grid is None or self.grid_inside) and wanted.name not in spec.PAIRED_LOSSES
-        if fused:
-            if self.grid is not None:
-                self.scratch = self.scratch._replace(cells=torch.empty_like(self.scratch.means[0]))
-            self.sweep(("first", "head", "loss", "second"), arguments, LOSS=loss.constant(wanted), **second)
+        number = loss.constant(wanted)
+        if self.parts == 1 and (self.grid is None or self.grid_inside) and wanted.name not in spec.PAIRED_LOSSES:
+            self.sweep(("first", "head", "loss", "second"), arguments, LOSS=number, **second)
         else:
             self.first()
-            loss.run(self.scratch.g[0], self.scratch.d, wanted, losses, of_tau)
-            self.cells()
+            if self.grid is None:
+                loss.run(self.scratch.g[0], self.scratch.d, wanted, losses, of_tau)
+            else:
+                self.grid.step(wanted, losses, of_tau)
             self.sweep(("second",), parts=self.parts, **second)
-        *grads, sums, value, grad_tau = self.reduced(fused and self.grid is not None)
-        if not fused:
-            grad_tau = None if of_tau is None else of_tau.sum()
-        elif wanted.reduction != "none":
-            losses = value
-        grad_tau = None if of_tau is None else grad_tau
+        *grads, sums, hidden, value, grad_tau = self.reduced(arguments, number)
+        losses, grad_tau = losses if wanted.reduction == "none" else value, None if of_tau is None else grad_tau
         result = spec.StepResult(losses, self.scratch.g[0], grad_x, *grads, grad_tau, normalized)
-        if self.grid is not None and self.grid.hidden is not None:
-            result = result.with_hidden(self.grid.grads[1:], *self.grid.statistics)
+        if self.scratch.z is not None:
+            norm = self.grid.norm
+            result = result.with_hidden((hidden, norm.grads[1], norm.grads[0]), norm.statistics[0], norm.statistics[3])
         return result, sums
 
 
@@ -212,6 +215,8 @@ def goodness(x, projection, plan):
     with on_device(x):
         launch = Launch(x, projection, plan)
         launch.first()
+        if launch.grid is not None:
+            launch.grid.goodness()
         return launch.scratch.g[0]
 
 
@@ -224,7 +229,8 @@ def goodness_backward(d, x, projection, plan, need_grad_x):
         if launch.second_moment or launch.grid is not None:
             launch.first()
         launch.scratch = launch.scratch._replace(d=d.float().contiguous())
-        launch.cells()
+        if launch.grid is not None:
+            launch.grid.backward()
         grad_x = empty_like(x) if need_grad_x else None
         launch.sweep(("second",), grad_x=grad_x)
         return grad_x, *launch.reduced()[:3]

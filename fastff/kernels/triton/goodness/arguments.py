@@ -15,27 +15,30 @@ from fastff.kernels.triton.normalization import between, joined, lane_counts, mo
 INTERPRETED = tl.constexpr(_interpreted)
 
 
-Result = namedtuple("Result", "grad_x normalized weights sums")
+Result = namedtuple("Result", "grad_x normalized weights sums hidden")
 """What is written: grad_x (dL/dh with an epilogue) and the next input, as x, None where not wanted; and by program, to be added up:
-weights [programs, K C + K] = dL/dW, dL/dbeta; sums [programs, 2 C + 2] of dL/dh and dL/dh (y - mean) by channel, of losses and of dL/dtau."""
+weights [programs, K C + K] = dL/dW, dL/dbeta; with an epilogue sums [programs, 2 C] of dL/dh and dL/dh (y - mean) by channel; with a hidden layer
+hidden [programs, M C] = dL/d(its weight)."""
 
 
-Head = namedtuple("Head", "weight bias grid_weight")
-"""weight [K, C], bias [K] or None, grid_weight [K, C, GH, GW] or None."""
+Head = namedtuple("Head", "weight bias grid_weight hidden_weight")
+"""weight [K, C], bias [K] or None, grid_weight [K, M, GH, GW] or None, hidden_weight [M, C] or None."""
 
 
-Scratch = namedtuple("Scratch", "g d sums second mu means cells term")
+Scratch = namedtuple("Scratch", "g d sums second mu means cells term z moments")
 """g [parts, B, K], d = dL/dg [B, K], sums [parts, 2, B] of x and of squares about the mean; second [parts, B, C, C] = S and mu [parts, B, C] of
-second_moment. Of the spatial term: means [parts, B, C, GH GW] over cells, cells [B, C, GH GW] = dL/d(means) and term [chunks, B, K]."""
+second_moment. Of the spatial term: means [parts, B, C, GH GW] over cells, cells [B, C, GH GW] = dL/d(means) and term [chunks, B, K]; of its hidden
+layer: z [B, M, GH GW], what batch norm is applied to, and moments [groups of samples, 2, M]: sums of z and of squares about the mean."""
 
 
 Config = namedtuple(
     "Config",
-    "C P H W K GH GW CHANNELS_LAST NS BP BC BK BG LK ACTIVATION PRECISION HEAD_PRECISION CELL_PRECISION NORM WHOLE FIRST HEAD LOSS SECOND",
+    "C P H W K GH GW M CHANNELS_LAST NS BP BC BK BG LK ACTIVATION PRECISION HEAD_PRECISION CELL_PRECISION NORM WHOLE FIRST HEAD LOSS SECOND",
 )
-"""Constants of a kernel: channels, positions, rows and columns of a sample, classes, rows and columns of the grid, the layout of x; sizes of tiles
-(blocks.py); the activation by number; input precision of the products with x, with float32 matrices and with cells; the normalization by number;
-WHOLE: whether samples are not divided. Stages: FIRST sweep, HEAD (g from S and mu, of second_moment), LOSS (its number, or None), SECOND sweep."""
+"""Constants of a kernel: channels, positions, rows and columns of a sample, classes, rows, columns and channels of the grid's weights, the layout of
+x; sizes of tiles (blocks.py); the activation by number; input precision of the products with x, with float32 matrices and with cells; the
+normalization by number; WHOLE: whether samples are not divided. Stages: FIRST sweep, HEAD (g from S and mu, of second_moment), LOSS (its number, or
+None), SECOND sweep."""
 
 
 Span = namedtuple("Span", "first part start end")
@@ -129,14 +132,3 @@ def store_gradient(grad, tile: Tile, c, source: Source, result: Result, config: 
     grad, off = through_activation(grad, source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
     tl.store(result.grad_x + tile.at, grad.to(result.grad_x.dtype.element_ty), mask=tile.mask)
     return grad, off
-
-
-@triton.jit
-def store_sums(result: Result, first_sum, second_sum, loss, grad_tau, c, config: Config):
-    """Write the program's row of result.sums: of the channels c, and those of losses and dL/dtau (each a number) by the first program of a row."""
-    at = result.sums + tl.program_id(0) * (2 * config.C + 2)
-    tl.store(at + c, first_sum, mask=c < config.C)
-    tl.store(at + config.C + c, second_sum, mask=c < config.C)
-    if tl.program_id(1) == 0:
-        tl.store(at + 2 * config.C, loss)
-        tl.store(at + 2 * config.C + 1, grad_tau)

@@ -2,16 +2,18 @@
 
 Cells have the edges of adaptive average pooling, [i H // GH, ceil((i + 1) H / GH)), so they overlap where the grid does not divide. The products of
 the means [B, C GH GW] with the grid's weights are the sweep's own (`spatial_term`, `spatial_cells`: 16 rows, of which NS are samples) where the
-weights are small enough to be read again for each group of samples; else, and with a hidden layer, they are on PyTorch's operators (GridTerm).
+weights are small enough to be read again for each group of samples, and there is no hidden layer; else they are between the sweeps (spatial.py).
 """
 
-import torch
 import triton
 import triton.language as tl
 
+from fastff.kernels.triton.epilogue import store_pair
 from fastff.kernels.triton.goodness.arguments import Config, Head, Scratch, Span, dot
+from fastff.kernels.triton.normalization import moments
 
-COLUMNS = tl.constexpr(64)  # of the grid's weights at a time
+COLUMNS = tl.constexpr(64)  # of the grid's weights, or channels of the means, at a time
+HIDDEN = tl.constexpr(32)  # channels of a hidden layer at a time
 
 
 @triton.jit
@@ -32,12 +34,12 @@ def members(p, config: Config):
 
 
 @triton.jit
-def cells_at(first, c, B, config: Config):
-    """Offsets in [B, C, GH GW] and mask of the cells of NS samples from `first` on, [BC, NS BG]."""
+def cells_at(first, c, C, B, config: Config):
+    """Offsets in [B, C, GH GW] and mask of the cells of NS samples from `first` on and of the channels c, [channels, NS BG]."""
     col = tl.arange(0, config.NS * config.BG)
     cell, owner = col % config.BG, first + col // config.BG
-    at = (owner[None, :] * config.C + c[:, None]) * (config.GH * config.GW) + cell[None, :]
-    return at, (c < config.C)[:, None] & ((owner < B) & (cell < config.GH * config.GW))[None, :]
+    at = (owner[None, :] * C + c[:, None]) * (config.GH * config.GW) + cell[None, :]
+    return at, (c < C)[:, None] & ((owner < B) & (cell < config.GH * config.GW))[None, :]
 
 
 @triton.jit
@@ -50,7 +52,7 @@ def cell_sums(X, p, config: Config):
 @triton.jit
 def store_means(pooled, scratch: Scratch, span: Span, c, B, config: Config):
     """Write means of the span's part from sums over cells."""
-    at, mask = cells_at(span.first, c, B, config)
+    at, mask = cells_at(span.first, c, config.C, B, config)
     _, share = members(tl.arange(0, config.NS * config.BP), config)
     offset = span.part.to(tl.int64) * B * (config.C * config.GH * config.GW)
     tl.store(scratch.means + offset + at, pooled * share[None, :], mask=mask)
@@ -60,17 +62,24 @@ def store_means(pooled, scratch: Scratch, span: Span, c, B, config: Config):
 def spread_cells(p, scratch: Scratch, first, c, B, config: Config):
     """The gradient of a tile by way of its cells, [BC, R]."""
     inside, share = members(p, config)
-    at, mask = cells_at(first, c, B, config)
+    at, mask = cells_at(first, c, config.C, B, config)
     cell = tl.load(scratch.cells + at, mask=mask, other=0.0)
     return dot(cell * share[None, :], tl.trans(inside.to(tl.float32)), None, config.CELL_PRECISION)
 
 
 @triton.jit
 def grid_weights(head: Head, k, e, config: Config):
-    """Columns e of the grid's weights [K, C GH GW] of the classes k, [BK, COLUMNS]."""
-    columns: tl.constexpr = config.C * config.GH * config.GW
+    """Columns e of the grid's weights [K, M GH GW] of the classes k, [BK, columns]."""
+    columns: tl.constexpr = config.M * config.GH * config.GW
     mask = (k < config.K)[:, None] & (e < columns)[None, :]
     return tl.load(head.grid_weight + k[:, None] * columns + e[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def hidden_weights(head: Head, m, c, config: Config):
+    """U, the hidden layer's weight, of the channels m and c, [channels, channels]."""
+    mask = (m < config.M)[:, None] & (c < config.C)[None, :]
+    return tl.load(head.hidden_weight + m[:, None] * config.C + c[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -114,51 +123,30 @@ def spatial_cells(head: Head, scratch: Scratch, first, c, B, config: Config):
     tl.debug_barrier()
 
 
-class GridTerm:
-    """The host's side: from means over cells [B, C, h, w] to the term of g, and from d to the gradients, in few of PyTorch's operators."""
+@triton.jit
+def hidden_inputs(head: Head, scratch: Scratch, first, B, config: Config):
+    """Write z = U means of the group's samples, and its moments, from the means over cells, which other threads wrote. The programs of a row share
+    the channels of z."""
+    tl.debug_barrier()
+    for m0 in range(tl.program_id(1) * HIDDEN, config.M, tl.num_programs(1) * HIDDEN):
+        m = m0 + tl.arange(0, HIDDEN)
+        z = tl.zeros([HIDDEN, config.NS * config.BG], tl.float32)
+        for c0 in range(0, config.C, COLUMNS):
+            c = c0 + tl.arange(0, COLUMNS)
+            at, mask = cells_at(first, c, config.C, B, config)
+            mean = tl.load(scratch.means + at, mask=mask, other=0.0)
+            z = dot(hidden_weights(head, m, c, config), mean, z, config.CELL_PRECISION)
+        at, mask = cells_at(first, m, config.M, B, config)
+        tl.store(scratch.z + at, z, mask=mask)
+        n = tl.minimum(B - first, config.NS) * (config.GH * config.GW)
+        total, square = moments(z, mask, n.to(tl.float32), 1)
+        store_pair(scratch.moments, first // config.NS, total, square, m, config.M)
 
-    def __init__(self, projection, x):
-        _, projection = projection.in_dtype(x[:0])
-        h, w = grid_sizes(projection.grid_weight, x)
-        self.whole, self.hidden, self.statistics = projection.grid_weight, projection.hidden, (None, None)
-        self.weight = self.whole[..., :h, :w].contiguous()
 
-    def goodness(self, means):
-        """The term of g [B, K]."""
-        self.means = a = means.flatten(2)
-        if self.hidden is not None:
-            weight, scale, shift, eps, mean, var = self.hidden
-            self.z = torch.bmm(weight.expand(len(a), *weight.shape), a)  # [B, M, cells]
-            if mean is None:
-                var, mean = torch.var_mean(self.z, (0, 2), correction=0)
-            self.statistics = mean, var
-            a = torch.native_batch_norm(self.z, scale, shift, mean, var, False, 0.0, eps)[0].relu_()
-        self.a = a
-        return a.flatten(1) @ self.weight.flatten(1).T
-
-    def backward(self, d):
-        """From d, the gradient of the means; those of grid_weight and of a hidden layer are kept as `grads`, in float32."""
-        grad_grid = (d.T @ self.a.flatten(1)).view(self.weight.shape)
-        cells, of_hidden = (d @ self.weight.flatten(1)).view(self.a.shape), ()
-        if self.hidden is not None:
-            weight, scale, _, eps, *fixed = self.hidden
-            (mean, var), batch = self.statistics, fixed[0] is None
-            cells = torch.ops.aten.threshold_backward(cells, self.a, 0)
-            cells, *of_norm = torch.ops.aten.native_batch_norm_backward(
-                cells, self.z, scale, mean, var, mean, (var + eps).rsqrt(), batch, eps, (True, True, True)
-            )
-            of_hidden = torch.bmm(cells, self.means.mT).sum(0), *of_norm
-            cells = torch.bmm(weight.T.expand(len(cells), *weight.T.shape), cells)
-        self.grads = (self.padded(grad_grid), *of_hidden)
-        return cells
-
-    def padded(self, grad_grid):
-        """dL/dV with zeros for the cells that are more than the positions."""
-        if grad_grid.shape == self.whole.shape:
-            return grad_grid
-        padded = torch.zeros_like(self.whole)
-        padded[..., : grad_grid.shape[2], : grad_grid.shape[3]] = grad_grid
-        return padded
+@triton.jit(do_not_specialize=["B"])
+def hidden_layer(head: Head, scratch: Scratch, B, config: Config):
+    """The same in a launch of its own, after the parts of samples were added up: program (i, j): group i of samples, channels j."""
+    hidden_inputs(head, scratch, tl.program_id(0).to(tl.int64) * config.NS, B, config)
 
 
 def grid_sizes(grid_weight, x):

@@ -1,56 +1,79 @@
-"""One small launch at the end of a step: what the programs of the sweep wrote is added up in their order, and dL/dV = d^T means of the grid."""
+"""One small launch at the end of a step: what the programs of other launches wrote is added up in their order, and dL/dV = d^T a of the grid."""
 
 import triton
 import triton.language as tl
 
-from fastff.kernels.triton.epilogue import store_norm_sums
-from fastff.kernels.triton.goodness.arguments import Config, Scratch, dot
+from fastff.kernels.triton.epilogue import added_up, store_norm_sums
+from fastff.kernels.triton.goodness.arguments import Config, Result, Scratch, dot
+from fastff.kernels.triton.loss import SWISH_SYMBA, SYMBA, LossArguments
 
 COLUMNS = tl.constexpr(128)  # that a program adds up
+ROWS = tl.constexpr(16)  # that it adds up at a time
 CELLS = tl.constexpr(64)  # columns of dL/dV of a program
+LOSSES = tl.constexpr(1024)
 
 
 @triton.jit
-def added_up(partial, count, columns: tl.constexpr, e):
-    """Sums of partial[:count, e] of the columns e."""
-    row = tl.arange(0, 16)
-    total = tl.zeros([16, COLUMNS], tl.float32)
-    for r0 in range(0, count, 16):
-        r = (r0 + row).to(tl.int64)
-        total += tl.load(
-            partial + r[:, None] * columns + e[None, :], mask=(r < count)[:, None] & (e < columns)[None, :], other=0.0
-        )
-    return tl.sum(total, 0)
+def store_losses(out, loss: LossArguments, count):
+    """Write the reduced loss and dL/dtau, where it is asked for."""
+    total = tl.zeros([LOSSES], tl.float32)
+    slope = tl.zeros([LOSSES], tl.float32)
+    for n0 in range(0, count, LOSSES):
+        n = n0 + tl.arange(0, LOSSES)
+        total += tl.load(loss.losses + n, mask=n < count, other=0.0)
+        if loss.grad_tau is not None:
+            slope += tl.load(loss.grad_tau + n, mask=n < count, other=0.0)
+    tl.store(out, tl.sum(total, 0) * loss.scale)
+    tl.store(out + 1, tl.sum(slope, 0))
 
 
-@triton.jit(do_not_specialize=["weight_count", "sum_count", "B"])
-def reduce(weights, weight_count, sums, sum_count, out, statistics, scratch: Scratch, grad_grid, B, config: Config):
-    """out [K C + K + 4 C + 2]: the sums over programs of `weights` (arguments.Result), what `epilogue.finish` reads [4, C], with an epilogue, whose
-    `statistics` say how far y deviates, and the sums of losses and of dL/dtau; grad_grid [K, C GH GW] or None."""
-    first: tl.constexpr = config.K * config.C + config.K
-    pairs: tl.constexpr = 2 * config.C
+@triton.jit
+def store_grid_gradient(grad_grid, scratch: Scratch, a, e, B, config: Config):
+    """Write the columns e of dL/dV [K, M GH GW]."""
+    columns: tl.constexpr = config.M * config.GH * config.GW
+    k, row = tl.arange(0, config.BK), tl.arange(0, 32)
+    known = (k < config.K)[None, :]
+    grad = tl.zeros([config.BK, CELLS], tl.float32)
+    for b0 in range(0, B, 32):
+        b = (b0 + row).to(tl.int64)
+        here = (b < B)[:, None]
+        d = tl.load(scratch.d + b[:, None] * config.K + k[None, :], mask=here & known, other=0.0)
+        values = tl.load(a + b[:, None] * columns + e[None, :], mask=here & (e < columns)[None, :], other=0.0)
+        grad = dot(tl.trans(d), values, grad, config.CELL_PRECISION)
+    mask = (k < config.K)[:, None] & (e < columns)[None, :]
+    tl.store(grad_grid + k[:, None] * columns + e[None, :], grad, mask=mask)
+
+
+@triton.jit(do_not_specialize=["weight_rows", "sum_rows", "hidden_rows", "B"])
+def reduce(
+    result: Result, weight_rows, sum_rows, hidden_rows, out, statistics, scratch: Scratch, loss: LossArguments, a, grad_grid, B, config: Config
+):  # fmt: skip
+    """out [K C + K + 4 C + M C + 2]: sums over programs of result.weights; with an epilogue, whose `statistics` say how far y deviates, what
+    `epilogue.finish` reads [4, C]; sums of result.hidden; the reduced loss and dL/dtau. grad_grid [K, M GH GW] or None, from a [B, M GH GW]."""
+    weights: tl.constexpr = config.K * config.C + config.K
+    pairs: tl.constexpr = 2 * config.C if statistics is not None else 0
+    hidden: tl.constexpr = config.M * config.C if result.hidden is not None else 0
+    end: tl.constexpr = weights + 4 * config.C + config.M * config.C
+    of_weights: tl.constexpr = (weights + COLUMNS - 1) // COLUMNS
+    of_pairs: tl.constexpr = of_weights + (pairs + COLUMNS - 1) // COLUMNS
+    of_hidden: tl.constexpr = of_pairs + (hidden + COLUMNS - 1) // COLUMNS
     i = tl.program_id(0)
-    if i < tl.cdiv(first, COLUMNS):
+    if i == of_hidden:
+        if loss.losses is not None:
+            half: tl.constexpr = (config.LOSS == SYMBA) or (config.LOSS == SWISH_SYMBA)
+            store_losses(out + end, loss, B // 2 if half else B)
+    elif i < of_weights:
         e = i * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(out + e, added_up(weights, weight_count, first, e), mask=e < first)
-    elif i < tl.cdiv(first, COLUMNS) + tl.cdiv(pairs + 2, COLUMNS):
-        e = (i - tl.cdiv(first, COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
-        total = added_up(sums, sum_count, pairs + 2, e)
-        tl.store(out + first + pairs + e, total, mask=(e >= pairs) & (e < pairs + 2))
+        tl.store(out + e, added_up(result.weights, weight_rows, weights, e, COLUMNS, ROWS), mask=e < weights)
+    elif i < of_pairs:
         if statistics is not None:
-            store_norm_sums(out + first, statistics, total, B.to(tl.float32) * config.P, e, config.C)
+            e = (i - of_weights) * COLUMNS + tl.arange(0, COLUMNS)
+            total = added_up(result.sums, sum_rows, 2 * config.C, e, COLUMNS, ROWS)
+            store_norm_sums(out + weights, statistics, total, B.to(tl.float32) * config.P, e, config.C)
+    elif i < of_hidden:
+        if result.hidden is not None:
+            e = (i - of_pairs) * COLUMNS + tl.arange(0, COLUMNS)
+            total = added_up(result.hidden, hidden_rows, hidden, e, COLUMNS, ROWS)
+            tl.store(out + weights + 4 * config.C + e, total, mask=e < hidden)
     elif grad_grid is not None:
-        columns: tl.constexpr = config.C * config.GH * config.GW
-        e = (i - tl.cdiv(first, COLUMNS) - tl.cdiv(pairs + 2, COLUMNS)) * CELLS + tl.arange(0, CELLS)
-        k, row = tl.arange(0, config.BK), tl.arange(0, 32)
-        grad = tl.zeros([config.BK, CELLS], tl.float32)
-        for b0 in range(0, B, 32):
-            b = (b0 + row).to(tl.int64)
-            here = (b < B)[:, None]
-            d = tl.load(scratch.d + b[:, None] * config.K + k[None, :], mask=here & (k < config.K)[None, :], other=0.0)
-            mean = tl.load(
-                scratch.means + b[:, None] * columns + e[None, :], mask=here & (e < columns)[None, :], other=0.0
-            )
-            grad = dot(tl.trans(d), mean, grad, config.CELL_PRECISION)
-        mask = (k < config.K)[:, None] & (e < columns)[None, :]
-        tl.store(grad_grid + k[:, None] * columns + e[None, :], grad, mask=mask)
+        store_grid_gradient(grad_grid, scratch, a, (i - of_hidden - 1) * CELLS + tl.arange(0, CELLS), B, config)

@@ -6,7 +6,7 @@ A program takes samples as that of `direct` does, but dL/dW = 2 sum d[b] S_b w, 
 import triton
 import triton.language as tl
 
-from fastff.kernels.triton.epilogue import Source, load_tile
+from fastff.kernels.triton.epilogue import Source, load_tile, store_pair
 from fastff.kernels.triton.goodness.arguments import (
     Config,
     Head,
@@ -23,10 +23,9 @@ from fastff.kernels.triton.goodness.arguments import (
     span_of,
     store_gradient,
     store_moments,
-    store_sums,
     tile_at,
 )
-from fastff.kernels.triton.goodness.grid import cell_sums, spread_cells, store_means
+from fastff.kernels.triton.goodness.grid import cell_sums, hidden_inputs, spread_cells, store_means
 from fastff.kernels.triton.loss import LossArguments, losses_of
 from fastff.kernels.triton.normalization import LAYER_NORM, NONE, store_normalized
 
@@ -66,6 +65,8 @@ def first_sweep(source: Source, head: Head, scratch: Scratch, span: Span, B, con
     store_moments(scratch, span.part, span.first + tl.arange(0, 1), whole, around, B)
     if scratch.means is not None:
         store_means(pooled, scratch, span, c, B, config)
+    if (scratch.z is not None) and config.WHOLE:
+        hidden_inputs(head, scratch, span.first, B, config)
     return S, m
 
 
@@ -158,8 +159,6 @@ def second_moment(
     c = tl.arange(0, config.BC)
     first_sum = tl.zeros([config.BC], tl.float32)
     second_sum = tl.zeros([config.BC], tl.float32)
-    losses = tl.zeros([1], tl.float32)
-    grad_tau = tl.zeros([1], tl.float32)
     for item in range(tl.program_id(0), B * parts, tl.num_programs(0)):
         span = span_of(item, positions, parts, config)
         if config.WHOLE:
@@ -176,15 +175,12 @@ def second_moment(
             tl.debug_barrier()  # other threads wrote g, and will read d
             losses_of(scratch.g, scratch.d, loss, n, B, config.K, config.LOSS, 1, config.LK)
             tl.debug_barrier()
-            losses += tl.load(loss.losses + n)
-            if loss.grad_tau is not None:
-                grad_tau += tl.load(loss.grad_tau + n)
         if config.SECOND:
             more, product = second_sweep(source, result, head, scratch, span, B, eps, config)
             first_sum += more
             second_sum += product
-    if config.SECOND:
-        store_sums(result, first_sum, second_sum, tl.sum(losses, 0) * loss.scale, tl.sum(grad_tau, 0), c, config)
+    if config.SECOND and (source.affine is not None):
+        store_pair(result.sums, tl.program_id(0), first_sum, second_sum, c, config.C)
 
 
 @triton.jit(do_not_specialize=["B", "share"])
