@@ -14,7 +14,7 @@ NETS = {
 }
 
 
-PAPER = {"grid": 0, "window": 1, "bias": True}  # with fused epilogues
+PAPER = {"grid": 0, "window": 1, "bias": True}  # with fused epilogues, and depthwise convolutions
 
 
 @pytest.mark.parametrize(
