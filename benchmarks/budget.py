@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import tables
 from benchmarks.step import PAPER, build
 from benchmarks.timing import print_environment, write_csv
-from fastff import spec
+from fastff import flat
 from fastff.ops.goodness import plan_for
 
 # {part of the step: words in the names of its operators}; the first match counts
@@ -58,7 +58,7 @@ class Counter(TorchDispatchMode):
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif packet is torch.ops.fastff.step:
-            projection = spec.unflatten(args[0], args[1:-3]).goodness
+            projection = flat.unflatten(args[0], args[1:-3]).goodness
             flops = head_flops(args[0], projection.weight, projection.grid_weight)
         elif packet is torch.ops.fastff.convolution_weight_gradient:
             flops = 2 * args[0].numel() * args[1].shape[1] * args[2] ** 2

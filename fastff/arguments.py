@@ -7,6 +7,8 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def plain(value):
     """Return numbers of numpy, and tensors and arrays of one element, as Python's numbers; lists and tuples element by element."""
@@ -44,3 +46,81 @@ def one_of(name: str, value, allowed: Iterable) -> None:
     allowed = list(allowed)
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def canonical_x(x, channel_dim=1, called="x"):
+    """Check x and view it as [B, C, H, W]; the first dimensions of positions are joined."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{called}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{called}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    if not 2 <= x.dim() <= 5:
+        expected = "[B, C], [B, C, L], [B, C, H, W], [B, C, T, H, W] or tokens"
+        raise ValueError(f"{called}: expected {expected}, got shape {list(x.shape)}")
+    if channel_dim not in (1, -1, x.dim() - 1):
+        raise ValueError(f"channel_dim: expected 1 or -1, got {channel_dim!r}")
+    if x.dim() == 2:
+        return x[:, :, None, None]
+    x = x if channel_dim == 1 else x.movedim(-1, 1)
+    return x[:, :, None, :] if x.dim() == 3 else x.flatten(2, -2)
+
+
+def restore(y, x, channel_dim=1):
+    """View y [B, C, H, W] as x was before `canonical_x`. None stays None."""
+    if y is None or x.dim() == 4 and channel_dim == 1:
+        return y
+    if x.dim() == 2:
+        return y[:, :, 0, 0]
+    positions = x.shape[2:] if channel_dim == 1 else x.shape[1:-1]
+    y = y[:, :, 0, :] if x.dim() == 3 else y.unflatten(2, positions[:-1])
+    return y if channel_dim == 1 else y.movedim(1, -1)
+
+
+def check_member(called, value, names):
+    """Raise ValueError unless value is one of the names."""
+    if value not in names:
+        raise ValueError(f"{called}: expected one of {', '.join(names)}, got {value!r}")
+
+
+def check_flags(**flags):
+    """Raise TypeError unless each argument is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_goodness(g):
+    """Raise TypeError or ValueError unless g is goodness, a floating-point tensor of two dimensions."""
+    if not isinstance(g, torch.Tensor) or g.dtype not in DTYPES:
+        got = g.dtype if isinstance(g, torch.Tensor) else type(g).__name__
+        raise TypeError(f"g: expected a floating-point tensor, got {got}")
+    if g.dim() != 2:
+        raise ValueError(f"g: expected [B, K], got {list(g.shape)}")
+
+
+def check_not_empty(x, called="x"):
+    """Raise ValueError for x [B, C, H, W] without channels or positions."""
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{called}: expected at least one channel and one position, got shape {list(x.shape)}")
+
+
+def check_target(target, x, called="x"):
+    """Raise TypeError or ValueError unless target has a class label for each sample of x, on its device."""
+    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
+        raise TypeError(f"target: expected int64 class labels, got {got}")
+    if target.shape != x.shape[:1]:
+        raise ValueError(f"target: expected [{x.shape[0]}], one label per sample, got {list(target.shape)}")
+    if x.shape[0] == 0:
+        expected = "at least one sample, since the loss of none is undefined"
+        raise ValueError(f"{called}: expected {expected}, got an empty batch")
+    if target.device != x.device:
+        raise ValueError(f"target: expected on {x.device} as {called} is, got {target.device}")
+
+
+def check_labels(target, num_classes):
+    """Raise ValueError for labels out of range on a CPU. On a GPU the host would wait for them: there they make the loss NaN."""
+    if target.device.type == "cpu" and target.numel():
+        low, high = (int(v) for v in target.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"target: expected labels in 0..{num_classes - 1}, got {low if low < 0 else high}")

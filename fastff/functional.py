@@ -33,7 +33,7 @@ import math
 
 import torch
 
-from fastff import ops, reference, spec
+from fastff import arguments, ops, reference, spec
 from fastff.arguments import number_between, whole_number
 from fastff.ops.table import check_impl
 from fastff.spec import Epilogue, Groups, Hidden, Loss, Normalization, Projection, Step, StepResult  # noqa: F401  Hidden: for users
@@ -47,7 +47,7 @@ def goodness(
     """Compute g [B, K], differentiable twice: g[b,k] = mean over positions p of (sum_c weight[k,c] x[b,c,p] + bias[k])^2, plus the spatial term.
 
     Arguments are those at the head of this file. Source: Krutsylo 2025, arXiv 2501.03176; the spatial term is this project's."""
-    x = spec.canonical_x(x, channel_dim)
+    x = arguments.canonical_x(x, channel_dim)
     head = Projection.checked(x, weight, bias, grid_weight, padding, algorithm, hidden=hidden)
     return ops.goodness.differentiable(x, head, impl, algorithm)[0]
 
@@ -66,7 +66,7 @@ def goodness_loss(
 
 def margin_cross_entropy(g, target, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="mean"):
     """Compute the loss of `goodness_loss` from goodness g [B, K] already computed: [] or, for reduction "none", [B]. Differentiable."""
-    spec.check_goodness(g)
+    arguments.check_goodness(g)
     options = {"margin": margin, "label_smoothing": label_smoothing, "reduction": reduction}
     return loss_of(g, Loss.checked(g, target, called="g", tau=tau, **options))
 
@@ -75,10 +75,10 @@ def loss_of(g, loss):
     """Compute the loss that a fastff.spec.Loss describes from goodness g [B, K]: [], or for reduction "none" one for each sample or pair.
 
     Differentiable with respect to g and a learned tau."""
-    spec.check_goodness(g)
+    arguments.check_goodness(g)
     loss.check(g, called="g")
     if loss.target is not None and not torch.compiler.is_compiling():
-        spec.check_labels(loss.target, g.shape[1])
+        arguments.check_labels(loss.target, g.shape[1])
     return reference.reduced(reference.losses(g, loss), loss.reduction)
 
 
@@ -93,12 +93,12 @@ def goodness_step(
 
     Returns a StepResult with loss [] or [B], goodness [B, K], grad_x and normalized as x, grad_weight, grad_bias and grad_grid_weight as their
     parameters, and grad_tau [] if tau is a tensor; with `hidden` its gradients and statistics (StepResult); None for what is absent."""
-    x4 = spec.canonical_x(x, channel_dim)
+    x4 = arguments.canonical_x(x, channel_dim)
     head = Projection.checked(x4, weight, bias, grid_weight, padding, algorithm, hidden=hidden)
     loss = Loss.checked(
         x4, target, tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
     )
-    spec.check_flags(need_grad_x=need_grad_x)
+    arguments.check_flags(need_grad_x=need_grad_x)
     check_impl(impl)
     normalization = Normalization.checked(normalize, x4.shape[1], head.classes, eps)
     result = ops.step.run(Step(x4, None, head, loss, normalization, need_grad_x, algorithm), impl)
@@ -123,7 +123,7 @@ def tail_step(
     the batch's biased statistics in float32 (for the running ones). Source: Ioffe and Szegedy 2015, arXiv 1502.03167."""
     epilogue = Epilogue(bn_weight, bn_bias, bn_eps, residual, need_grad_residual, activation)
     epilogue.check(y)
-    y = spec.canonical_x(y, 1, "y")
+    y = arguments.canonical_x(y, 1, "y")
     head = Projection.checked(y, weight, bias, grid_weight, padding, algorithm, "y", hidden)
     loss = Loss.checked(
         y, target, called="y", tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
@@ -137,7 +137,7 @@ def tail_step(
 def _as_given(result, x, channel_dim, weight=None):
     """Return a result whose tensors have the shapes of what a public function was given."""
     grad_weight = None if weight is None else result.grad_weight.view(weight.shape)
-    grad_x, normalized = (spec.restore(t, x, channel_dim) for t in (result.grad_x, result.normalized))
+    grad_x, normalized = (arguments.restore(t, x, channel_dim) for t in (result.grad_x, result.normalized))
     return result._replace(grad_x=grad_x, normalized=normalized, grad_weight=grad_weight)
 
 
@@ -157,14 +157,14 @@ def layer_norm(x, eps=1e-5, *, over="sample", channel_dim=1, impl="auto"):
     """Normalize x to mean 0 and variance 1 without affine: `over` "sample" (all but the batch dimension) or "channels" (at each position).
 
     eps is added to the variance. Returns a tensor as x; differentiable. Source: Ba et al. 2016, arXiv 1607.06450."""
-    x4 = spec.canonical_x(x, channel_dim)
+    x4 = arguments.canonical_x(x, channel_dim)
     if over not in ("sample", "channels"):
         raise ValueError(f"over: expected 'sample' or 'channels', got {over!r}")
     eps = number_between("eps", eps, 0, math.inf, low_allowed=True)
     check_impl(impl)
     if over == "channels":
-        return spec.restore(torch.ops.fastff.normalize(x4, "layer_norm_channels", 1, eps, impl), x, channel_dim)
-    return spec.restore(torch.ops.fastff.layer_norm(x4, eps, impl), x, channel_dim)
+        return arguments.restore(torch.ops.fastff.normalize(x4, "layer_norm_channels", 1, eps, impl), x, channel_dim)
+    return arguments.restore(torch.ops.fastff.layer_norm(x4, eps, impl), x, channel_dim)
 
 
 def group_goodness(x, groups=1, *, power=2, mean=True, positions=False, channel_dim=1, impl="auto"):
@@ -177,7 +177,7 @@ def group_goodness(x, groups=1, *, power=2, mean=True, positions=False, channel_
         positions: True for g [B, P] at each position over all channels instead (groups must be 1).
 
     Sources: Hinton 2022 (arXiv 2212.13345) one group; CwComp (arXiv 2312.12668) a group a class; DeeperForward (ICLR 2025) power 1."""
-    x = spec.canonical_x(x, channel_dim)
+    x = arguments.canonical_x(x, channel_dim)
     check_impl(impl)
     return ops.group_goodness.goodness(x, *Groups.checked(x, groups, power, mean, positions), impl)
 
@@ -190,7 +190,7 @@ def forward_forward_loss(g, loss="softplus", *, theta=2.0, alpha=4.0, reduction=
             of softplus; "symba": softplus(-alpha (g_positive - g_negative)) (arXiv 2303.08418); "swish_symba".
         theta, alpha: the threshold, or a pair of those of positive and of negative samples, and the factor of differences.
         reduction: "mean", "sum" or "none" ([2n], or [n] for losses of differences). The J values of a sample are averaged."""
-    spec.check_member("loss", loss, spec.LOSSES[1:])
+    arguments.check_member("loss", loss, spec.LOSSES[1:])
     return loss_of(g, Loss(loss, alpha=alpha, reduction=reduction, **spec.with_thresholds({"theta": theta})))
 
 
@@ -206,14 +206,14 @@ def group_goodness_step(
         need_grad_x: False where nothing before this layer learns.
 
     Returns a StepResult with loss, goodness [B, K] or [B, P], grad_x and normalized as x; None for what is absent."""
-    x4 = spec.canonical_x(x, channel_dim)
+    x4 = arguments.canonical_x(x, channel_dim)
     tau = number_between("tau", tau, 0, math.inf, low_allowed=False)
     head = Groups.checked(x4, groups, power, mean, positions)
     wanted = Loss.checked(
         x4, target, positions, name=loss, theta=theta, alpha=alpha, tau=tau, margin=margin, label_smoothing=label_smoothing,
         reduction=reduction, grad_scale=grad_scale,
     )  # fmt: skip
-    spec.check_flags(need_grad_x=need_grad_x)
+    arguments.check_flags(need_grad_x=need_grad_x)
     check_impl(impl)
     step = Step(x4, None, head, wanted, Normalization.checked(normalize, x4.shape[1], groups, eps), need_grad_x)
     return _as_given(ops.step.run(step, impl), x, channel_dim)
@@ -230,7 +230,7 @@ def group_tail_step(
     without the gradients of a head."""
     epilogue = Epilogue(bn_weight, bn_bias, bn_eps, residual, need_grad_residual, activation)
     epilogue.check(y)
-    y = spec.canonical_x(y, 1, "y")
+    y = arguments.canonical_x(y, 1, "y")
     tau = number_between("tau", tau, 0, math.inf, low_allowed=False)
     head = Groups.checked(y, groups, power, mean, positions, "y")
     wanted = Loss.checked(
@@ -249,13 +249,13 @@ def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):
         how: "layer_norm", "l2" (x / (|x| + eps); what is all zero stays zero and gets no gradient) or "rms" over all of a sample, with
             "_channels" over C at each position; "group_norm" over each of `groups` groups of neighbouring channels; "none" gives x itself.
         eps: is added to the variance, or to the length."""
-    x4 = spec.canonical_x(x, channel_dim)
+    x4 = arguments.canonical_x(x, channel_dim)
     Groups.checked(x4, groups)
     normalization = Normalization.checked(how, x4.shape[1], groups, eps, called="how")
     check_impl(impl)
     if normalization.name == "none":
         return x
-    return spec.restore(ops.group_goodness.normalize(x4, *normalization, impl), x, channel_dim)
+    return arguments.restore(ops.group_goodness.normalize(x4, *normalization, impl), x, channel_dim)
 
 
 def overlay_label(x, label, num_classes, value=None):
@@ -270,7 +270,7 @@ def overlay_label(x, label, num_classes, value=None):
         raise ValueError(f"label: expected int64 [{len(x)}], one for each sample of x, got {got}")
     if whole_number("num_classes", num_classes) > x[0].numel():
         raise ValueError(f"num_classes: expected 1 to {x[0].numel()}, the elements of a sample, got {num_classes}")
-    spec.check_labels(label, num_classes)
+    arguments.check_labels(label, num_classes)
     if value is not None and (not isinstance(value, torch.Tensor) or value.dim() > 0):
         value = number_between("value", value, -math.inf, math.inf, low_allowed=False)
     out = x.flatten(1).clone()

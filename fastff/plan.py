@@ -204,7 +204,9 @@ def _checked(segments, blocks):
         if s.last >= blocks:
             raise ValueError(f"plan: expected blocks below {blocks}, their number, got {s}")
     if len({s.last for s in segments}) < len(segments) or blocks - 1 not in {s.last for s in segments}:
-        raise ValueError(f"plan: expected segments of which one ends at block {blocks - 1}, and no two at the same, got {list(segments)}")
+        raise ValueError(
+            f"plan: expected segments of which one ends at block {blocks - 1}, and no two at the same, got {list(segments)}"
+        )
     return tuple(sorted(segments, key=lambda s: s.last))
 
 

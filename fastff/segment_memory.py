@@ -65,13 +65,17 @@ class SegmentMemory:
             measured = [_measure(copy.deepcopy(sff).train(), size, device) for size in SIZES]
         (self.low, low), (self.high, high) = measured
         self.backprop = self._extended(low, high, batch_size)
-        self.gradients = [sum(p.numel() * p.element_size() for p in sff.block_parameters(i)) for i in range(self.blocks)]
+        self.gradients = [
+            sum(p.numel() * p.element_size() for p in sff.block_parameters(i)) for i in range(self.blocks)
+        ]
 
     def _extended(self, low, high, samples):
         return high + (high - low) / (SIZES[1] - SIZES[0]) * (samples - SIZES[1])
 
     def _block(self, samples, *key):
-        return Block(*(self._extended(low, high, samples) for low, high in zip(self.low[key], self.high[key], strict=True)))
+        return Block(
+            *(self._extended(low, high, samples) for low, high in zip(self.low[key], self.high[key], strict=True))
+        )
 
     def __call__(self, first, last, parts=1):
         """Bytes at most while a step trains the blocks first to last by the loss of the last, on a minibatch that they take in so many parts."""

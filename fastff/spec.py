@@ -6,7 +6,7 @@
     y = normalize(x)                                      Normalization, the next block's input
 
 Each description is a tuple with names and defaults. Ops pass them on as one flat list of arguments, whose schema is derived from the fields
-here (`schema`, `flatten`, `unflatten`), and kernels read the fields by name. A new parameter of a loss is a field here, a formula in
+here (fastff/flat.py), and kernels read the fields by name. A new parameter of a loss is a field here, a formula in
 fastff/reference.py, and a line in the loss code of each language (fastff/kernels/triton/loss.py, csrc/cpu/loss.h).
 
 `checked` makes a description from the arguments of the public functions. It raises TypeError or ValueError that names the argument,
@@ -14,12 +14,11 @@ what was expected and what it got; `called` is the name of x there.
 """
 
 import math
-import typing
 from typing import NamedTuple, TypeAlias
 
 import torch
 
-from fastff.arguments import number_between
+from fastff.arguments import DTYPES, check_flags, check_member, check_not_empty, check_target, number_between
 
 LOSSES = ("cross_entropy", "softplus", "swish", "symba", "swish_symba")
 PAIRED_LOSSES = ("symba", "swish_symba")  # of differences between a positive and a negative sample
@@ -29,88 +28,9 @@ NORMALIZATIONS = (
     "none", "layer_norm", "group_norm", "l2", "rms", "layer_norm_channels", "l2_channels", "rms_channels"
 )  # fmt: skip
 ALGORITHMS = ("auto", "direct", "second_moment")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Pair = tuple[int, int]
 MaybeTensor: TypeAlias = torch.Tensor | None
-
-
-def canonical_x(x, channel_dim=1, called="x"):
-    """Check x and view it as [B, C, H, W]; the first dimensions of positions are joined."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{called}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{called}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
-    if not 2 <= x.dim() <= 5:
-        expected = "[B, C], [B, C, L], [B, C, H, W], [B, C, T, H, W] or tokens"
-        raise ValueError(f"{called}: expected {expected}, got shape {list(x.shape)}")
-    if channel_dim not in (1, -1, x.dim() - 1):
-        raise ValueError(f"channel_dim: expected 1 or -1, got {channel_dim!r}")
-    if x.dim() == 2:
-        return x[:, :, None, None]
-    x = x if channel_dim == 1 else x.movedim(-1, 1)
-    return x[:, :, None, :] if x.dim() == 3 else x.flatten(2, -2)
-
-
-def restore(y, x, channel_dim=1):
-    """View y [B, C, H, W] as x was before `canonical_x`. None stays None."""
-    if y is None or x.dim() == 4 and channel_dim == 1:
-        return y
-    if x.dim() == 2:
-        return y[:, :, 0, 0]
-    positions = x.shape[2:] if channel_dim == 1 else x.shape[1:-1]
-    y = y[:, :, 0, :] if x.dim() == 3 else y.unflatten(2, positions[:-1])
-    return y if channel_dim == 1 else y.movedim(1, -1)
-
-
-def check_member(called, value, names):
-    """Raise ValueError unless value is one of the names."""
-    if value not in names:
-        raise ValueError(f"{called}: expected one of {', '.join(names)}, got {value!r}")
-
-
-def check_flags(**flags):
-    """Raise TypeError unless each argument is True or False."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
-
-
-def check_goodness(g):
-    """Raise TypeError or ValueError unless g is goodness, a floating-point tensor of two dimensions."""
-    if not isinstance(g, torch.Tensor) or g.dtype not in DTYPES:
-        got = g.dtype if isinstance(g, torch.Tensor) else type(g).__name__
-        raise TypeError(f"g: expected a floating-point tensor, got {got}")
-    if g.dim() != 2:
-        raise ValueError(f"g: expected [B, K], got {list(g.shape)}")
-
-
-def check_not_empty(x, called="x"):
-    """Raise ValueError for x [B, C, H, W] without channels or positions."""
-    if 0 in x.shape[1:]:
-        raise ValueError(f"{called}: expected at least one channel and one position, got shape {list(x.shape)}")
-
-
-def check_target(target, x, called="x"):
-    """Raise TypeError or ValueError unless target has a class label for each sample of x, on its device."""
-    if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
-        got = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
-        raise TypeError(f"target: expected int64 class labels, got {got}")
-    if target.shape != x.shape[:1]:
-        raise ValueError(f"target: expected [{x.shape[0]}], one label per sample, got {list(target.shape)}")
-    if x.shape[0] == 0:
-        expected = "at least one sample, since the loss of none is undefined"
-        raise ValueError(f"{called}: expected {expected}, got an empty batch")
-    if target.device != x.device:
-        raise ValueError(f"target: expected on {x.device} as {called} is, got {target.device}")
-
-
-def check_labels(target, num_classes):
-    """Raise ValueError for labels out of range on a CPU. On a GPU the host would wait for them: there they make the loss NaN."""
-    if target.device.type == "cpu" and target.numel():
-        low, high = (int(v) for v in target.aminmax())
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"target: expected labels in 0..{num_classes - 1}, got {low if low < 0 else high}")
 
 
 class Plan(NamedTuple):
@@ -535,47 +455,3 @@ class StepResult(NamedTuple):
     def grad_y(self):
         """grad_x, by the name that tail_step has for its input."""
         return self.grad_x
-
-
-TYPES = {
-    torch.Tensor: "Tensor", MaybeTensor: "Tensor?", float: "float", int: "int", bool: "bool", str: "str", Pair: "SymInt[2]"
-}  # fmt: skip
-
-PARTS = {"epilogue": Epilogue, "projection": Projection, "groups": Groups, "loss": Loss, "normalization": Normalization}
-OPTIONAL = ("epilogue", "projection", "groups")  # preceded by a flag that says whether the part is there
-ABSENT = {"epilogue": Epilogue(), "projection": Projection(None), "groups": Groups()}
-
-
-def schema(names=tuple(PARTS)):
-    """The arguments that these parts add to the schema of an op, such as "float loss_tau", in the order of `flatten`."""
-    arguments = []
-    for name in names:
-        arguments += [f"bool has_{name}"] if name in OPTIONAL else []
-        hints = typing.get_type_hints(PARTS[name])
-        arguments += [f"{TYPES[hints[field]]} {name}_{field}" for field in PARTS[name]._fields]
-    return ", ".join(arguments)
-
-
-def flatten(step):
-    """The parts of a Step as one list of arguments, in the order of `schema()`."""
-    is_projection = isinstance(step.goodness, Projection)
-    given = {
-        "epilogue": step.epilogue, "projection": step.goodness if is_projection else None, "groups": None if is_projection else step.goodness,
-        "loss": step.loss, "normalization": step.normalization,
-    }  # fmt: skip
-    values = []
-    for name, part in given.items():
-        values += [part is not None] if name in OPTIONAL else []
-        values += part if part is not None else ABSENT[name]
-    return values
-
-
-def unflatten(x, values, need_grad_x=True, algorithm="auto"):
-    """The Step of x and what `flatten` gave."""
-    values, found = iter(values), {}
-    for name, part in PARTS.items():
-        here = next(values) if name in OPTIONAL else True
-        fields = [next(values) for _ in part._fields]
-        found[name] = part(*(tuple(v) if isinstance(v, list) else v for v in fields)) if here else None
-    goodness = found["projection"] or found["groups"]
-    return Step(x, found["epilogue"], goodness, found["loss"], found["normalization"], need_grad_x, algorithm)

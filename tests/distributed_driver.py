@@ -181,7 +181,11 @@ def main(folder):
             blocks, "resnet18-8", 4, window=None, plan=[[0, 2, 3, 4, 8], [1, 2, 3, 4, 8]]
         ),
         "parts": compared(
-            blocks, "resnet18-8", 4, window=None, plan=[Segment(0, 1, 2), Segment(2, 3), Segment(4, 5, 2), Segment(6, 8)]
+            blocks,
+            "resnet18-8",
+            4,
+            window=None,
+            plan=[Segment(0, 1, 2), Segment(2, 3), Segment(4, 5, 2), Segment(6, 8)],
         ),
         "adamw, fit": fitted(blocks, folder / "blocks")["difference"]
         if rank == 0

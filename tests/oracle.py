@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from fastff import spec
+from fastff import flat
 from fastff.ops import plan
 
 TRUNCATES = (
@@ -209,7 +209,7 @@ def planned_for(budget):
 
 def op_arguments(step, impl="auto"):
     """The arguments of torch.ops.fastff.step for a spec.Step."""
-    return step.x, *spec.flatten(step), step.need_grad_x, step.algorithm, impl
+    return step.x, *flat.flatten(step), step.need_grad_x, step.algorithm, impl
 
 
 def pixels(*shape, seed=0):

@@ -12,7 +12,7 @@ from fastff import SFF, Backprop, Trainer, models
 from fastff import plan as plans
 from fastff.memory import peak_memory
 from fastff.plan import Segment
-from fastff.training import step
+from fastff.training.step import Part, in_parts
 
 OVERLAPPING = plans.Turns(((Segment(0, 1), Segment(0, 2), Segment(2, 3)),), "overlapping")
 PLANS = {
@@ -77,7 +77,9 @@ def test_a_segment_in_parts_is_one_in_micro_batches():
     losses = [train(Trainer(sff, sgd, micro_batches=n), data) for sff, n in zip(sffs, (1, 1, 2), strict=True)]
     assert losses[0] == losses[2]
     assert_same_training(sffs[0], sffs[2], 1e-12)
-    first, other = (Trainer(made("resnet18", plan=[Segment(0, 3, 2), *rest]), sgd) for rest in ([Segment(4, 8)], [Segment(4, 8, 3)]))
+    first, other = (
+        Trainer(made("resnet18", plan=[Segment(0, 3, 2), *rest]), sgd) for rest in ([Segment(4, 8)], [Segment(4, 8, 3)])
+    )
     assert train(first, data)[0][3] == train(other, data)[0][3] == losses[1][0][3]
     assert torch.equal(first.engine.sff.model.bn1.running_var, other.engine.sff.model.bn1.running_var)
 
@@ -92,16 +94,22 @@ def test_few_samples_are_not_taken_in_parts():
 
 def test_parts_of_a_minibatch_are_cut_anew():
     x, y = torch.arange(10.0), torch.arange(10)
-    parts = step.in_parts([step.Part((x, None), y, 1.0, 10)], 4)
-    assert [p.alive[0].tolist() for p in parts] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]] == [p.target.tolist() for p in parts]
-    assert [p.share for p in parts] == [0.3, 0.3, 0.3, 0.1] and all(p.alive[1] is None and p.samples == 10 for p in parts)
+    parts = in_parts([Part((x, None), y, 1.0, 10)], 4)
+    assert (
+        [p.alive[0].tolist() for p in parts]
+        == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+        == [p.target.tolist() for p in parts]
+    )
+    assert [p.share for p in parts] == [0.3, 0.3, 0.3, 0.1] and all(
+        p.alive[1] is None and p.samples == 10 for p in parts
+    )
     given = parts
-    parts = step.in_parts(parts, 2)
+    parts = in_parts(parts, 2)
     assert parts is given and [p.alive[0].tolist() for p in parts] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    pairs = step.in_parts(step.in_parts([step.Part((x,), None, 1.0, 10)], 3), 2)  # positive images, then negative ones
+    pairs = in_parts(in_parts([Part((x,), None, 1.0, 10)], 3), 2)  # positive images, then negative ones
     assert [p.alive[0].tolist() for p in pairs] == [[0, 1, 2, 5, 6, 7], [3, 4, 8, 9]]
-    constant = [step.Part((x[:5], torch.ones(3)), y[:5], 0.5, 10), step.Part((x[5:], torch.ones(3)), y[5:], 0.5, 10)]
-    assert step.in_parts(list(constant), 1) == constant  # 3 is no number of samples
+    constant = [Part((x[:5], torch.ones(3)), y[:5], 0.5, 10), Part((x[5:], torch.ones(3)), y[5:], 0.5, 10)]
+    assert in_parts(list(constant), 1) == constant  # 3 is no number of samples
 
 
 def test_frozen_blocks_are_in_no_segment():

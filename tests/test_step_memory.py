@@ -132,7 +132,7 @@ def test_nothing_in_a_step_waits_for_the_device(options, monkeypatch):
     trainer = Trainer(sff, functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, foreach=True), **options)
     train(trainer, data)
     assert operators_run(lambda: trainer.step(*data[0])) & WAITING == {"aten::_local_scalar_dense", "aten::item"}
-    monkeypatch.setattr("fastff.spec.check_labels", lambda target, classes: None)
+    monkeypatch.setattr("fastff.arguments.check_labels", lambda target, classes: None)
     ran = operators_run(lambda: trainer.step(*data[0]))
     assert "aten::convolution_backward" in ran
     assert not ran & WAITING

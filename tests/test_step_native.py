@@ -1,4 +1,4 @@
-"""The compiled local step, torch.ops.fastff.step_native, against fastff/reference.py in float64, called with what spec.flatten gives."""
+"""The compiled local step, torch.ops.fastff.step_native, against fastff/reference.py in float64, called with what flat.flatten gives."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import EAGER, assert_as_exact
 
-from fastff import reference, spec
+from fastff import flat, reference, spec
 from fastff.kernels import native
 from fastff.kernels.native.step import run
 from fastff.spec import Epilogue, Groups, Hidden, Loss, Normalization, Projection, Step, StepResult
@@ -319,7 +319,7 @@ def test_other_types_than_float32_are_refused():
 
 def test_schema_is_that_of_spec():
     arguments = torch.ops.fastff.step_native.default._schema.arguments
-    types, names = zip(*(argument.split() for argument in spec.schema().split(", ")), strict=True)
+    types, names = zip(*(argument.split() for argument in flat.schema().split(", ")), strict=True)
     assert [argument.name for argument in arguments] == ["x", *names, "need_grad_x", "second_moment"]
     as_int = {"str": "int", "SymInt[2]": "List[int]", "Tensor?": "Optional[Tensor]"}
     assert [str(argument.type) for argument in arguments[1:-2]] == [as_int.get(t, t) for t in types]

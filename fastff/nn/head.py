@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import fastff.functional as ff
-from fastff import ops, spec
+from fastff import arguments, ops, spec
 from fastff.arguments import whole_number
 from fastff.graph import fused
 from fastff.ops.gradients import add_gradient
@@ -59,7 +59,7 @@ class Head(nn.Module):
 
         Returns spec.StepResult. Raises TypeError or ValueError that names the argument."""
         called, channel_dim = ("x", self.channel_dim) if epilogue is None else ("y", 1)
-        x4, loss = spec.canonical_x(x, channel_dim, called), self.loss_spec(target, grad_scale)
+        x4, loss = arguments.canonical_x(x, channel_dim, called), self.loss_spec(target, grad_scale)
         with torch.enable_grad():  # weights that are computed from others (torch.nn.utils.parametrize)
             goodness = self.goodness_spec()
         if epilogue is not None:
@@ -71,7 +71,7 @@ class Head(nn.Module):
             spec.Step(x4, epilogue, goodness, loss, normalization, need_grad_x, self.algorithm), self.impl
         )
         self._finish(goodness, x4, step)
-        grad_x, normalized = (spec.restore(t, x, channel_dim) for t in (step.grad_x, step.normalized))
+        grad_x, normalized = (arguments.restore(t, x, channel_dim) for t in (step.grad_x, step.normalized))
         return step._replace(grad_x=grad_x, normalized=normalized)
 
     def _finish(self, goodness, x, step):
@@ -216,7 +216,7 @@ class GoodnessHead(Head):
 
     def forward(self, x):
         """Compute goodness [B, K], differentiable."""
-        x, goodness = spec.canonical_x(x, self.channel_dim), self.goodness_spec()
+        x, goodness = arguments.canonical_x(x, self.channel_dim), self.goodness_spec()
         goodness.check(x, self.algorithm)
         g, mean, var = ops.goodness.differentiable(x, goodness, self.impl, self.algorithm)
         if mean is not None:

@@ -10,7 +10,7 @@ computed again where it is needed. Formulas: fastff/reference.py.
 
 import torch
 
-from fastff import spec
+from fastff import flat, spec
 from fastff.kernels import native, triton
 from fastff.kernels.layout import empty_like
 from fastff.kernels.native import epilogue as native_epilogue
@@ -66,7 +66,7 @@ def update_running_statistics(running_mean, running_var, tracked, mean, var, mom
 
 
 _lib = torch.library.Library("fastff", "FRAGMENT")
-_FIELDS = spec.schema(("epilogue",)).split(", ", 1)[1]
+_FIELDS = flat.schema(("epilogue",)).split(", ", 1)[1]
 _lib.define(f"epilogue(Tensor y, {_FIELDS}, str impl) -> (Tensor x, Tensor mean, Tensor var)")
 _lib.define(
     f"epilogue_backward(Tensor grad_x, Tensor y, {_FIELDS}, Tensor mean, Tensor var, str impl) "

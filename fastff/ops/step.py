@@ -9,7 +9,7 @@ that is registered from Python costs about 0.1 ms. Formulas: fastff/reference.py
 
 import torch
 
-from fastff import reference, spec
+from fastff import arguments, flat, reference
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.ops import goodness, group_goodness
 from fastff.ops.table import choose, dispatched, implement, without_autocast
@@ -21,7 +21,7 @@ def run(step, impl="auto"):
     """Return the StepResult of a Step: the loss reduced, every gradient of its input's dtype, results as x laid out as x, None for absent ones."""
     if not dispatched(step.x, *(step.epilogue or ()), *step.goodness, *step.loss):
         return _run(step, impl)
-    tensors = torch.ops.fastff.step(step.x, *spec.flatten(step), step.need_grad_x, step.algorithm, impl)
+    tensors = torch.ops.fastff.step(step.x, *flat.flatten(step), step.need_grad_x, step.algorithm, impl)
     as_x, parameters = _as_x(step), _parameters(step)
     asked = {name for name, here in as_x.items() if here} | {name for name, p in parameters.items() if p is not None}
     asked |= {"loss", "goodness"} | ({"grad_tau"} if step.loss.learned_tau is not None else set())
@@ -53,7 +53,7 @@ def _run(step, impl):
     epilogue = step.epilogue and _packed(step.epilogue)
     head = _packed(step.goodness) if projected else step.goodness
     if loss.target is not None:
-        spec.check_labels(loss.target, head.classes if projected else head.count)
+        arguments.check_labels(loss.target, head.classes if projected else head.count)
     step = Step(x, epilogue, head, loss, *step[4:])
     with without_autocast(x):
         if projected:
@@ -111,7 +111,7 @@ def _op(compute):
     @torch.no_grad()
     def op(x, *values):
         *parts, need_grad_x, algorithm, impl = values
-        result = compute(spec.unflatten(x, parts, need_grad_x, algorithm), impl)
+        result = compute(flat.unflatten(x, parts, need_grad_x, algorithm), impl)
         return tuple(x.new_empty(0) if t is None else t for t in result)
 
     return op
@@ -119,7 +119,7 @@ def _op(compute):
 
 _lib = torch.library.Library("fastff", "FRAGMENT")
 _results = ", ".join(f"Tensor {name}" for name in StepResult._fields)
-_lib.define(f"step(Tensor x, {spec.schema()}, bool need_grad_x, str algorithm, str impl) -> ({_results})")
+_lib.define(f"step(Tensor x, {flat.schema()}, bool need_grad_x, str algorithm, str impl) -> ({_results})")
 implement(_lib, "step", _op(_run), _op(lambda step, impl: _fake(step)))
 # Its results are gradients already: nothing is recorded for autograd, whatever the inputs require.
 _lib.impl("step", torch.library.fallthrough_kernel, "Autograd")

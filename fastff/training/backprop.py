@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastff.arguments import check_labels
 from fastff.sff import SFF
-from fastff.spec import check_labels
 from fastff.training import optim
 from fastff.training.engine import Options, StepResult, loss_dtype, train_mode
 from fastff.training.place import Alone

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fastff.arguments import kind_of, whole_number
+from fastff.arguments import check_labels, kind_of, whole_number
 from fastff.parallel.watch import RankFailed
-from fastff.spec import check_labels
 from fastff.training.batch import check_batch, unpack
 from fastff.training.randomness import generators_of, random_state, set_random_state
 from fastff.training.state import means

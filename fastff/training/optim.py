@@ -95,7 +95,9 @@ def set_progress(optimizers, schedule, t):
 
 def unusual(optimizer):
     """Whether somebody waits for this optimiser's steps, or replaced its method."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer))
+    return bool(
+        optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
+    )
 
 
 class Updates:

@@ -239,7 +239,9 @@ class LocalStep:
 def in_parts(parts, count):
     """The list `parts`, overwritten with the same minibatch in so many parts: as it is where the tensors alive have not one row for each sample."""
     part, sizes = parts[0], [_samples(part) for part in parts]
-    rows = all(len(t) == size for p, size in zip(parts, sizes, strict=True) for t in p.alive if isinstance(t, torch.Tensor))
+    rows = all(
+        len(t) == size for p, size in zip(parts, sizes, strict=True) for t in p.alive if isinstance(t, torch.Tensor)
+    )
     if len(parts) == count or not rows:
         return parts
     halves = 1 if part.target is not None else 2  # positive images, then as many negative ones: so is each part
@@ -256,9 +258,9 @@ def in_parts(parts, count):
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     targets = cut([p.target for p in parts])
-    alive = zip(*(cut(values) for values in zip(*(p.alive for p in parts), strict=True)))
+    alive = zip(*(cut(values) for values in zip(*(p.alive for p in parts), strict=True)), strict=False)
     samples = part.samples
-    parts[:] = [Part(a, y, len(a[0]) / samples, samples) for a, y in zip(alive, targets)]
+    parts[:] = [Part(a, y, len(a[0]) / samples, samples) for a, y in zip(alive, targets, strict=False)]
     return parts
 
 

@@ -4,14 +4,14 @@ A Projection and an Epilogue are computed in float32: parameters are widened her
 
 import torch
 
-from fastff import spec
+from fastff import flat, spec
 from fastff.spec import Projection, StepResult
 
 CHOICES = {
     "epilogue_activation": spec.ACTIVATIONS, "loss_name": spec.LOSSES, "loss_reduction": spec.REDUCTIONS,
     "normalization_name": spec.NORMALIZATIONS,
 }  # fmt: skip
-_ARGUMENTS = [argument.split() for argument in spec.schema().split(", ")]
+_ARGUMENTS = [argument.split() for argument in flat.schema().split(", ")]
 _CHOICES = {place: CHOICES[name] for place, (_, name) in enumerate(_ARGUMENTS) if name in CHOICES}
 _PARAMETERS = [
     place for place, (kind, name) in enumerate(_ARGUMENTS) if kind == "Tensor?" and name != "epilogue_residual"
@@ -21,7 +21,7 @@ _PARAMETERS = [
 def run(local, second_moment=False):
     """Return the StepResult of a Step, its losses not reduced."""
     wide = local.epilogue is not None or isinstance(local.goodness, Projection)
-    values = spec.flatten(local)
+    values = flat.flatten(local)
     for place, names in _CHOICES.items():
         values[place] = names.index(values[place])
     for place in _PARAMETERS if wide else ():
