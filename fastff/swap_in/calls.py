@@ -107,6 +107,42 @@ class _Chain(NamedTuple):
         return self.result() is tensor and self.x._version == self.version
 
 
+class _Parts(torch.autograd.Function):
+    """Goodness [B, K] of equal parts of x, as torch.split makes them, over all of each: the gradients go back to the parts."""
+
+    @staticmethod
+    def forward(ctx, x, mean, *parts):
+        ctx.save_for_backward(x, *parts)
+        ctx.options = len(parts), 2, mean, False
+        with torch.no_grad():
+            return ff.group_goodness(x, len(parts), mean=mean)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parts = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            x = torch.cat(parts, 1)
+        grad = torch.ops.fastff.group_goodness_backward(grad, x, *ctx.options, "auto")
+        return None, None, *grad.chunk(ctx.options[0], 1)
+
+
+class _Split:
+    """What torch.split made of x. Its goodness is computed once, when it is first asked for."""
+
+    def __init__(self, x, parts):
+        self.x, self.version, self.parts, self.found = x, x._version, [weakref.ref(p) for p in parts], {}
+
+    def goodness(self, part, mean):
+        """Return the goodness [B] of a part, or None if one of them is gone."""
+        parts = [ref() for ref in self.parts]
+        if self.x._version != self.version or any(p is None for p in parts):
+            return None
+        how = mean, torch.is_grad_enabled()
+        if how not in self.found:
+            self.found[how] = _Parts.apply(self.x.detach(), mean, *parts)
+        return self.found[how][:, next(i for i, p in enumerate(parts) if p is part)]
+
+
 class _References(TorchFunctionMode):
     """Counts the references to the first argument of the last function called."""
 
@@ -139,7 +175,7 @@ class Faster(TorchFunctionMode):
         super().__init__()
         self.record, self.calls = record, calls
         self.converted = False  # whether a tensor is in channels_last that would not be without this mode
-        self.made, self.copies, self.chain = [], [], None
+        self.made, self.copies, self.chain, self.split = [], [], None, None
         self.fused, self.paused = [], None  # of the optimizer that is making a step
 
     def __enter__(self):
@@ -151,7 +187,7 @@ class Faster(TorchFunctionMode):
         self.resume()
         if self.calls:
             super().__exit__(*error)
-        _thread.mode = self.chain = None
+        _thread.mode = self.chain = self.split = None
         for hook in self.hooks:
             hook.remove()
         if self.converted:
@@ -183,7 +219,7 @@ class Faster(TorchFunctionMode):
 
     def forget(self):
         """Let go of what only this object holds."""
-        self.chain = None
+        self.chain = self.split = None
         self.copies = [copy for copy in self.copies if copy.used()]
 
     def _restore_layouts(self):
@@ -216,7 +252,7 @@ def _convolution(mode, function, input, weight, bias=None, stride=1, padding=0, 
     """Compute conv2d in channels_last where that pays, with the arguments of F.conv2d."""
     options = (stride, padding, dilation, groups)
     reason = _why_as_written(input, weight)
-    mode.chain = None
+    mode.chain = mode.split = None
     mode.record("convolution", reason or "replaced", weight)
     if reason:
         if mode.converted and reason.startswith("at") and in_channels_last(input):
@@ -303,6 +339,14 @@ def _follow(mode, x, result, temporary, power=1):
     return _Chain(weakref.ref(result), x, x._version, power, True) if _is_activation(x) else None
 
 
+def _split(mode, function, args, kwargs):
+    result, mode.split = function(*args, **kwargs), None
+    x = args[0] if args else None
+    if _is_activation(x) and result[0].shape[1] * len(result) == x.shape[1] and len({p.shape for p in result}) == 1:
+        mode.split = _Split(x, result)
+    return result
+
+
 def _square(mode, function, args, kwargs):
     temporary = bool(args) and sys.getrefcount(args[0]) == TEMPORARY
     result = function(*args, **kwargs)
@@ -316,16 +360,21 @@ def _square(mode, function, args, kwargs):
 def _reduce(mode, function, args, kwargs):
     """Compute the mean or sum of a square, or of a view, as a goodness, if it is one and is a temporary: no gradient is asked for of those."""
     chain, found = mode.chain, None
-    if chain is not None and args and chain.of(args[0]) and args[0].numel() >= SMALLEST:
+    if chain is not None and args and chain.of(args[0]) and _whole(mode, chain.x).numel() >= SMALLEST:
         # nothing else has the square, so nothing can ask for its gradient
         if chain.direct and sys.getrefcount(args[0]) == TEMPORARY:
-            found = _goodness(chain, function in MEANS, args[0], *args[1:], **kwargs)
+            found = _goodness(mode, chain, function in MEANS, args[0], *args[1:], **kwargs)
         mode.record("goodness", "replaced" if found is not None else "as written", None)
     mode.chain = None
     return function(*args, **kwargs) if found is None else found
 
 
-def _goodness(chain, mean, z, dim=None, keepdim=False, **other):
+def _whole(mode, x):
+    """Return what x is a part of by the last torch.split, or x."""
+    return mode.split.x if mode.split is not None and any(part() is x for part in mode.split.parts) else x
+
+
+def _goodness(mode, chain, mean, z, dim=None, keepdim=False, **other):
     """Return the reduction of z over `dim` as a goodness of the x in its chain, or None if it is none."""
     dims = (dim,) if isinstance(dim, int) else dim
     if other or keepdim or not dims or torch.is_autocast_enabled("cpu"):
@@ -341,6 +390,10 @@ def _goodness(chain, mean, z, dim=None, keepdim=False, **other):
     groups = 1 if over[0] == 1 else shape[1]
     if channels % groups:
         return None
+    if _whole(mode, chain.x) is not chain.x and chain.power == 2 and shape == tuple(chain.x.shape) and groups == 1:
+        g = mode.split.goodness(chain.x, mean)
+        if g is not None:
+            return g
     g = ff.group_goodness(chain.x, groups, power=chain.power, mean=mean)
     return g[:, 0] if over[0] == 1 else g
 
@@ -476,6 +529,7 @@ for _handler, _functions in (
     (_view, _methods("view", "view_as", "unflatten")),
     (_reshape, [torch.reshape, torch.flatten, *_methods("reshape", "flatten")]),
     (_square, [*SQUARES, *POWERS]),
+    (_split, [torch.split, torch.chunk, *_methods("split", "chunk")]),
     (_deviation, [torch.Tensor.std, torch.std]),
     (_backward, [torch.Tensor.backward, torch.autograd.backward]),
     (_reduce, [*MEANS, torch.Tensor.sum, torch.sum]),
