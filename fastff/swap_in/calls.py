@@ -6,7 +6,8 @@ call, whose result has the same values but for rounding. All that this depends o
     conv2d             in channels_last, with fastff's gradients (fastff/ops/convolution.py)
     view, reshape      of a tensor that is in channels_last because of that: of a contiguous copy. What is written to one is written to the other
     mean, sum          of x.square(), or of a view of it, for x [B, C, H, W]: ff.group_goodness, if nothing else can have that square
-    Adam, AdamW, SGD   with fused=True
+    Adam, AdamW, SGD   with fused=True, and no optimizer of PyTorch is looked at call by call
+    std                of what needs no gradient: as the length of x - mean
     dropout, rand_like and others that go through memory in its order: on contiguous tensors, so that they draw the same numbers
 
 Code outside sees no difference: tensors that are still there when accelerated code returns get the layout that they would have had.
@@ -295,7 +296,9 @@ def _view(mode, function, args, kwargs):
     """Compute x.view(...), which without this mode always is possible where this mode has changed the layout of x."""
     x, temporary, result = args[0], sys.getrefcount(args[0]) == TEMPORARY, None
     try:
-        possible = True  # PyTorch throws an exception, in 80 microseconds, where channels and positions would be put together
+        possible = (
+            True  # PyTorch throws an exception, in 80 microseconds, where channels and positions would be put together
+        )
         if mode.converted and in_channels_last(x) and not isinstance((*args, *kwargs.values())[-1], torch.dtype):
             shape = function(SCALAR.expand(x.shape), *args[1:], **kwargs).shape
             possible = {1, len(x), len(x) * x.shape[1]} <= {1, *accumulate(shape, mul)}
@@ -399,7 +402,7 @@ def _goodness(mode, chain, mean, z, dim=None, keepdim=False, **other):
 
 
 def _deviation(mode, function, args, kwargs):
-    """Compute a standard deviation without a gradient in passes that PyTorch's own, which takes one element at a time, needs ten times as long for."""
+    """Compute a standard deviation that needs no gradient in vectors: PyTorch's own takes one element after the other, ten times as long."""
     found = None
     if len(args) > 1 and type(args[0]) in TENSORS and args[0].numel() >= SMALLEST:
         found = _deviation_of(*args, **kwargs)
@@ -479,7 +482,13 @@ def _before_step(optimizer, args, kwargs):
     """Leave PyTorch's own optimizers alone, each of whose hundreds of calls would be looked at, and have some update all parameters at once."""
     mode = current()
     hooks = (getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
-    if mode is None or not type(optimizer).__module__.startswith("torch.optim.") or len(args) > 1 or kwargs or any(hooks):
+    if (
+        mode is None
+        or not type(optimizer).__module__.startswith("torch.optim.")
+        or len(args) > 1
+        or kwargs
+        or any(hooks)
+    ):
         return  # a closure, a hook or a class of the user's, who may do anything in it
     mode.paused = torch._C.DisableTorchFunction()
     mode.paused.__enter__()
