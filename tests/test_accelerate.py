@@ -459,6 +459,20 @@ def test_other_objects_files_and_copies():
     other.load_state_dict(torch.load(file, weights_only=True))
 
 
+@pytest.mark.parametrize("missing", ["USES", "ENGINE"])
+def test_without_undocumented_functions(missing, everywhere, monkeypatch):
+    """Where PyTorch lacks a function that it does not document, the same is trained."""
+    monkeypatch.setattr(calls, missing, None)
+    torch.manual_seed(0)
+    trainer = Trainer()
+    for layer in trainer.layers:
+        layer.double()
+    other, x = copy.deepcopy(trainer), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    fastff.accelerate(trainer).measure = False
+    for _ in range(3):
+        equal([trainer.train_batch(x)], [other.train_batch(x)])
+
+
 def test_under_torch_compile_and_transforms(everywhere):
     torch.manual_seed(0)
     module = Around(lambda y: y.pow(2).mean((1, 2, 3)))

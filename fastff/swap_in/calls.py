@@ -36,6 +36,10 @@ FEWEST_POSITIONS = 1024  # of a minibatch: below, bringing the weights into the 
 SMALLEST = 1 << 15  # elements of x from which on ff.group_goodness pays
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 SCALAR = torch.zeros(())
+# Two functions that PyTorch does not document. Without the first, copies that stand for views are kept to the end of the call; without the second,
+# Python code that runs in a backward pass sees tensors in channels_last.
+USES = getattr(torch._C, "_storage_Use_Count", None)
+ENGINE = getattr(torch.autograd.Variable, "_execution_engine", None)
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 _thread = threading.local()  # .mode: the Faster that this thread is in
@@ -91,7 +95,7 @@ class _Copy:
 
     def used(self):
         """Whether anything else can read or write the copy: two references to its storage are those of `flat` and of this function."""
-        return torch._C._storage_Use_Count(self.flat.untyped_storage()._cdata) > 2
+        return USES is None or USES(self.flat.untyped_storage()._cdata) > 2
 
 
 class _Chain(NamedTuple):
@@ -431,7 +435,7 @@ def _backward(mode, function, args, kwargs):
     mode.forget()
     try:
         known = {"gradient", "retain_graph", "create_graph", "inputs"}.issuperset(kwargs) and 1 <= len(args) <= 4
-        if mode.converted and known and all(not isinstance(a, (tuple, list)) for a in args):
+        if mode.converted and known and ENGINE is not None and all(not isinstance(a, (tuple, list)) for a in args):
             return _backward_in(mode, *args, **kwargs)
         return function(*args, **kwargs)
     finally:
@@ -446,7 +450,7 @@ def _backward_in(mode, tensor, gradient=None, retain_graph=None, create_graph=Fa
     retain_graph = create_graph if retain_graph is None else retain_graph
     TorchFunctionMode.__enter__(mode)
     try:
-        torch.autograd.Variable._execution_engine.run_backward(
+        ENGINE.run_backward(
             (tensor,), (gradient,), retain_graph, create_graph, inputs, allow_unreachable=True, accumulate_grad=True
         )
     finally:
