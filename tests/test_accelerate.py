@@ -67,6 +67,11 @@ def gradient_of_the_square(y):
     return torch.autograd.grad(z.mean((1, 2, 3)).exp().sum(), z)[0], y
 
 
+def gradient_of_a_named_view(y):
+    g = y.view(len(y), -1)
+    return torch.autograd.grad(g.pow(2).mean(1).exp().sum(), g)[0], y
+
+
 def written_between(y):
     y = y.detach().clone()
     return [y.pow(2), y.mul_(3)][0].mean(1), y
@@ -120,6 +125,7 @@ EXPRESSIONS = {
     "uneven split": (lambda y: [s.pow(2).mean((1, 2, 3)) for s in torch.split(y, 5, 1)], None),
     "gradient of a part": (gradient_of_a_part, True),
     "gradient of the square": (gradient_of_the_square, False),
+    "gradient of a named view": (gradient_of_a_named_view, False),
     "written between": (written_between, False),
     "second derivative": (second_derivative, True),
     "length of a vector": (lambda y: length(y.mean((2, 3)), 1), None),
@@ -131,6 +137,9 @@ EXPRESSIONS = {
     "layer norm": (lambda y: F.layer_norm(y, y.shape[1:]), None),
     "softplus by hand": (lambda y: torch.log(1 + torch.exp(y.pow(2).mean((1, 2, 3)) - 1)).mean(), True),
     "standardised": (lambda y: (y - y.view(len(y), -1).mean(1)[:, None, None, None]) / y.view(len(y), -1).std(1)[:, None, None, None], None),
+    "deviation of a sample": (lambda y: y.detach().std((1, 2, 3)) + torch.std(y, dim=(1, 2, 3), correction=0), None),
+    "deviation, dimension kept": (lambda y: y.detach().std(1, unbiased=False, keepdim=True), None),
+    "deviation of one": (lambda y: y.detach()[:, :1].std(1), None),
     "dropout": (lambda y: F.dropout(y, 0.5) + torch.rand_like(y), None),
     "noise in place": (lambda y: torch.empty_like(y).normal_() + torch.zeros_like(y).uniform_(), None),
     "strides": (lambda y: (y * 1).as_strided((5, 7), (11, 2)), None),
@@ -335,6 +344,68 @@ def test_fused_updates_only_of_what_lies_alike(everywhere):
     torch.testing.assert_close(layers[0].weight, layers[1].weight)
 
 
+class Two(nn.Module):
+    """Two convolutions, one of which learns from the second step on only."""
+
+    def __init__(self, kind, options):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.optimizer = kind(self.parameters(), **options)
+
+    def train_batch(self, x):
+        self.optimizer.zero_grad()
+        y = self.one(x)
+        (self.two(y) if self.optimizer.state else y).pow(2).mean().backward()
+        self.optimizer.step()
+
+
+OPTIMIZERS = [
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
+    (torch.optim.SGD, {"lr": 0.1}),
+    (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
+    (torch.optim.RMSprop, {"lr": 0.01}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+def test_optimizers(kind, options, everywhere):
+    """The same parameters and settings after four steps in float64, also where some parameters have no gradient at first."""
+    torch.manual_seed(0)
+    one = Two(kind, options).double()
+    other, x = copy.deepcopy(one), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    report = fastff.accelerate(one)
+    for _ in range(4):
+        one.train_batch(x)
+        other.train_batch(x)
+    equal(one.parameters(), other.parameters())
+    assert one.optimizer.state_dict()["param_groups"] == other.optimizer.state_dict()["param_groups"]
+    assert any(e.pattern.endswith(".step") for e in report.replaced) == (kind is not torch.optim.RMSprop)
+
+
+def test_a_step_that_fails(everywhere):
+    """An optimizer's step that raises an error leaves its settings as they were, and the calls after it are looked at again."""
+
+    class Net(Two):
+        def train_batch(self, x):
+            self.one(x).sum().backward()
+            self.optimizer.state[self.one.weight] = {"step": "wrong"}
+            with pytest.raises(Exception, match=r"."):
+                self.optimizer.step()
+            return self.again(x)
+
+        def again(self, x):
+            y = self.one(x)
+            return y.view(len(y), -1)
+
+    net = Net(torch.optim.Adam, {"lr": 0.01})
+    report = fastff.accelerate(net)
+    assert net.train_batch(torch.randn(2, 3, 8, 8)).shape == (2, 288)
+    assert net.optimizer.param_groups[0]["fused"] is None
+    assert sum(e.calls for e in report.replaced if e.pattern == "convolution") == 2
+    with calls.Faster(lambda *_: None) as mode:
+        assert mode.paused is None
+
+
 def test_hooks_checkpoints_and_own_functions(everywhere):
     """Python code that runs in the backward pass sees tensors that can be viewed."""
 
@@ -386,6 +457,20 @@ def test_other_objects_files_and_copies():
     torch.save(module.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("missing", ["USES", "ENGINE"])
+def test_without_undocumented_functions(missing, everywhere, monkeypatch):
+    """Where PyTorch lacks a function that it does not document, the same is trained."""
+    monkeypatch.setattr(calls, missing, None)
+    torch.manual_seed(0)
+    trainer = Trainer()
+    for layer in trainer.layers:
+        layer.double()
+    other, x = copy.deepcopy(trainer), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    fastff.accelerate(trainer).measure = False
+    for _ in range(3):
+        equal([trainer.train_batch(x)], [other.train_batch(x)])
 
 
 def test_under_torch_compile_and_transforms(everywhere):

@@ -46,6 +46,27 @@ def test_step(name, activation, hidden):
             assert a is None or (a - b).abs().max() < 1e-5 * b.abs().max(), field
 
 
+@pytest.mark.parametrize("name", ["softplus", "swish"])
+def test_a_pair_of_thresholds(name):
+    """Other thresholds for positive and for negative samples."""
+    x, _, weight, *_ = problem()
+    weight = weight / 4  # goodness near the thresholds
+    losses = [spec.Loss(name, **spec.with_thresholds({"theta": theta})) for theta in ((3.0, 0.5), 3.0)]
+
+    def step(dtype, implementation, loss):
+        head = spec.Projection(weight.to(dtype))
+        local = spec.Step(x.to(dtype), None, head, loss, spec.Normalization("layer_norm"))
+        return implementation.step(local, spec.Plan("direct", 6, 5))
+
+    got, exact, single = (
+        step(*how) for how in ((torch.float32, goodness, losses[0]), *((torch.float64, plain, each) for each in losses))
+    )
+    for field in ("loss", "grad_x", "grad_weight"):
+        a, b, other = (getattr(each, field) for each in (got, exact, single))
+        assert (a.mean() - b.mean() if field == "loss" else a - b).abs().max() < 1e-5 * b.abs().max(), field
+        assert (b - other).abs().max() > 1e-2 * b.abs().max(), field
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_epilogue_forward_and_backward(channels_last):
     y, residual, _, weight, bias = problem(channels_last)

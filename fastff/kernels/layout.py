@@ -2,10 +2,23 @@
 
 import torch
 
+from fastff.kernels import native
+
 
 def is_channels_last(x):
     """Return whether x [B, C, H, W] lies in memory as dense [B, H, W, C]."""
     return x.permute(0, 2, 3, 1).is_contiguous()
+
+
+def laid(x, channels_last):
+    """Return x [B, C, H, W] itself if it is in channels_last, or contiguous, as asked for, else a copy that is. Without a gradient."""
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    if x.is_contiguous(memory_format=wanted):
+        return x
+    dense = x.is_contiguous() if channels_last else is_channels_last(x)
+    if dense and x.dtype == torch.float32 and x.is_cpu and x.numel() and not native.reason():
+        return torch.ops.fastff.layout_native(x.detach(), channels_last)
+    return x.contiguous(memory_format=wanted)
 
 
 def result_strides(x):

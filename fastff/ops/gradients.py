@@ -72,7 +72,9 @@ class GroupNormGuard(TorchFunctionMode):
             self.used = True
             x, *others = args or (kwargs.pop("input"),)
             learned = [t for t in (*others, *kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
-            args = (_LeadingTo.apply(x, *learned), *others)
+            if torch.is_grad_enabled() and (learned or x.requires_grad):
+                x = _LeadingTo.apply(x, *learned)
+            args = (x, *others)
         return function(*args, **kwargs)
 
 

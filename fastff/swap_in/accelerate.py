@@ -118,7 +118,10 @@ class Report:
 
         @functools.wraps(function)
         def run(*args, **kwargs):
-            if torch.compiler.is_compiling() or current() is not None or torch._C._are_functorch_transforms_active():
+            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+                return function(*args, **kwargs)
+            if current() is not None:
+                current().resume()
                 return function(*args, **kwargs)
             if not self._convolutions or not self.measure:
                 with Faster(self._record, self._convolutions):

@@ -6,7 +6,8 @@ call, whose result has the same values but for rounding. All that this depends o
     conv2d             in channels_last, with fastff's gradients (fastff/ops/convolution.py)
     view, reshape      of a tensor that is in channels_last because of that: of a contiguous copy. What is written to one is written to the other
     mean, sum          of x.square(), or of a view of it, for x [B, C, H, W]: ff.group_goodness, if nothing else can have that square
-    Adam, AdamW        with fused=True
+    Adam, AdamW, SGD   with fused=True, and no optimizer of PyTorch is looked at call by call
+    std                of what needs no gradient: as the length of x - mean
     dropout, rand_like and others that go through memory in its order: on contiguous tensors, so that they draw the same numbers
 
 Code outside sees no difference: tensors that are still there when accelerated code returns get the layout that they would have had.
@@ -15,6 +16,8 @@ Code outside sees no difference: tensors that are still there when accelerated c
 import sys
 import threading
 import weakref
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.overrides import TorchFunctionMode
 
 import fastff.functional as ff
+from fastff.kernels.layout import laid
 from fastff.ops.convolution import convolve
 from fastff.ops.gradients import GroupNormGuard
 
@@ -31,6 +35,12 @@ FEWEST_CHANNELS = 16  # of a convolution's output, from which on channels_last p
 FEWEST_POSITIONS = 1024  # of a minibatch: below, bringing the weights into the layout costs what it gains
 SMALLEST = 1 << 15  # elements of x from which on ff.group_goodness pays
 TENSORS = (torch.Tensor, torch.nn.Parameter)
+SCALAR = torch.zeros(())
+# Two functions that PyTorch does not document. Without the first, copies that stand for views are kept to the end of the call; without the second,
+# Python code that runs in a backward pass sees tensors in channels_last.
+USES = getattr(torch._C, "_storage_Use_Count", None)
+ENGINE = getattr(torch.autograd.Variable, "_execution_engine", None)
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 _thread = threading.local()  # .mode: the Faster that this thread is in
 
@@ -45,16 +55,22 @@ def in_channels_last(x):
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-class _Contiguous(torch.autograd.Function):
-    """A contiguous copy of x in channels_last. Its gradient is brought back to channels_last, where the functions before it want it."""
+class _Relaid(torch.autograd.Function):
+    """A copy of x [B, C, H, W] in channels_last, or a contiguous one. Its gradient has the layout of x."""
 
     @staticmethod
-    def forward(ctx, x):
-        return x.contiguous()
+    def forward(ctx, x, channels_last):
+        ctx.back = not channels_last
+        return laid(x, channels_last)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.contiguous(memory_format=torch.channels_last)
+        return relaid(grad, ctx.back), None
+
+
+def relaid(x, channels_last):
+    """Return x [B, C, H, W] in channels_last, or contiguous."""
+    return (_Relaid.apply if torch.is_grad_enabled() and x.requires_grad else laid)(x, channels_last)
 
 
 def _version(x):
@@ -79,7 +95,7 @@ class _Copy:
 
     def used(self):
         """Whether anything else can read or write the copy: two references to its storage are those of `flat` and of this function."""
-        return torch._C._storage_Use_Count(self.flat.untyped_storage()._cdata) > 2
+        return USES is None or USES(self.flat.untyped_storage()._cdata) > 2
 
 
 class _Chain(NamedTuple):
@@ -89,7 +105,7 @@ class _Chain(NamedTuple):
     x: torch.Tensor
     version: int
     power: int
-    elements: int  # of the tensor that x is a part of
+    direct: bool  # nothing else has the tensors between x and the result
 
     def of(self, tensor):
         """Whether this is how `tensor` came about, and x has not been written to since."""
@@ -164,14 +180,16 @@ class Faster(TorchFunctionMode):
         super().__init__()
         self.record, self.calls = record, calls
         self.converted = False  # whether a tensor is in channels_last that would not be without this mode
-        self.made, self.copies, self.chain, self.split, self.fused = [], [], None, None, []
+        self.made, self.copies, self.chain, self.split = [], [], None, None
+        self.fused, self.paused = [], None  # of the optimizer that is making a step
 
     def __enter__(self):
         _thread.mode = self
-        self.hooks = [register_optimizer_step_pre_hook(_fuse), register_optimizer_step_post_hook(_restore)]
+        self.hooks = [register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)]
         return super().__enter__() if self.calls else self
 
     def __exit__(self, *error):
+        self.resume()
         if self.calls:
             super().__exit__(*error)
         _thread.mode = self.chain = self.split = None
@@ -195,6 +213,14 @@ class Faster(TorchFunctionMode):
             for copy in self.copies:
                 copy.update()
         return result
+
+    def resume(self):
+        """End what `_before_step` began. A step that raises an error does not."""
+        while self.fused:
+            self.fused.pop()["fused"] = None
+        if self.paused is not None:
+            self.paused.__exit__(None, None, None)
+            self.paused = None
 
     def forget(self):
         """Let go of what only this object holds."""
@@ -235,11 +261,11 @@ def _convolution(mode, function, input, weight, bias=None, stride=1, padding=0, 
     mode.record("convolution", reason or "replaced", weight)
     if reason:
         if mode.converted and reason.startswith("at") and in_channels_last(input):
-            input = _Contiguous.apply(input)
+            input = relaid(input, False)
         return function(input, weight, bias, *options)
     if not in_channels_last(input) and not in_channels_last(weight):
         mode.converted = True
-        input = input.contiguous(memory_format=torch.channels_last)
+        input = relaid(input, True)
     (stride, across), dilation = _pair(stride), _pair(dilation)
     padding = (0, 0) if padding == "valid" else padding if padding == "same" else _pair(padding)
     channels, (filters, _, k, width) = input.shape[1], weight.shape
@@ -272,28 +298,36 @@ def _why_as_written(x, weight):
 
 def _view(mode, function, args, kwargs):
     """Compute x.view(...), which without this mode always is possible where this mode has changed the layout of x."""
-    x = args[0]
+    x, temporary, result = args[0], sys.getrefcount(args[0]) == TEMPORARY, None
     try:
-        result = function(*args, **kwargs)
+        possible = (
+            True  # PyTorch throws an exception, in 80 microseconds, where channels and positions would be put together
+        )
+        if mode.converted and in_channels_last(x) and not isinstance((*args, *kwargs.values())[-1], torch.dtype):
+            shape = function(SCALAR.expand(x.shape), *args[1:], **kwargs).shape
+            possible = {1, len(x), len(x) * x.shape[1]} <= {1, *accumulate(shape, mul)}
+        result = function(*args, **kwargs) if possible else None
     except RuntimeError:
         if not mode.converted or x.is_contiguous():
             raise
+    if result is None:
         mode.forget()
         copy = next((c for c in mode.copies if c.x is x), None)
         if copy is None:
-            copy = _Copy(x, _Contiguous.apply(x) if in_channels_last(x) else x.contiguous())
+            copy = _Copy(x, relaid(x, False) if in_channels_last(x) else x.contiguous())
             mode.copies.append(copy)
         result = function(copy.flat, *args[1:], **kwargs)
-    mode.chain = _follow(mode, x, result)
+    mode.chain = _follow(mode, x, result, temporary)
     return result
 
 
 def _reshape(mode, function, args, kwargs):
     """Compute reshape or flatten, whose result may or may not be a view, as PyTorch says of them."""
+    temporary = bool(args) and sys.getrefcount(args[0]) == TEMPORARY
     x, *others = args or (kwargs.pop("input"),)
     moved = mode.converted and in_channels_last(x)
-    result = function(_Contiguous.apply(x) if moved else x, *others, **kwargs)
-    mode.chain = _follow(mode, x, result)
+    result = function(relaid(x, False) if moved else x, *others, **kwargs)
+    mode.chain = _follow(mode, x, result, temporary)
     return result
 
 
@@ -303,11 +337,13 @@ def _is_activation(x):
     return known and x.device.type == "cpu" and not x.is_inference()
 
 
-def _follow(mode, x, result):
-    """Return the chain of a view of x."""
-    if mode.chain is not None and mode.chain.of(x):
-        return mode.chain._replace(result=weakref.ref(result))
-    return _Chain(weakref.ref(result), x, x._version, 1, x.numel()) if _is_activation(x) else None
+def _follow(mode, x, result, temporary, power=1):
+    """Return the chain of a view of x, or of its square."""
+    before = mode.chain
+    if before is not None and before.of(x) and before.power * power <= 2:
+        direct = before.direct and temporary
+        return before._replace(result=weakref.ref(result), power=before.power * power, direct=direct)
+    return _Chain(weakref.ref(result), x, x._version, power, True) if _is_activation(x) else None
 
 
 def _split(mode, function, args, kwargs):
@@ -319,31 +355,30 @@ def _split(mode, function, args, kwargs):
 
 
 def _square(mode, function, args, kwargs):
+    temporary = bool(args) and sys.getrefcount(args[0]) == TEMPORARY
     result = function(*args, **kwargs)
     x, *others = args or (kwargs.get("input"),)
     exponent = others[0] if others else kwargs.get("exponent")
     if exponent is x or function in SQUARES or (type(exponent) in (int, float) and exponent == 2):
-        before, mode.chain = mode.chain, None
-        if before is not None and before.of(x) and before.power == 1:
-            mode.chain = before._replace(result=weakref.ref(result), power=2)
-        elif _is_activation(x):
-            of_split = mode.split is not None and any(part() is x for part in mode.split.parts)
-            elements = mode.split.x.numel() if of_split else x.numel()
-            mode.chain = _Chain(weakref.ref(result), x, x._version, 2, elements)
+        mode.chain = _follow(mode, x, result, temporary, power=2)
     return result
 
 
 def _reduce(mode, function, args, kwargs):
     """Compute the mean or sum of a square, or of a view, as a goodness, if it is one and is a temporary: no gradient is asked for of those."""
     chain, found = mode.chain, None
-    if chain is not None and args and chain.of(args[0]) and chain.elements >= SMALLEST:
+    if chain is not None and args and chain.of(args[0]) and _whole(mode, chain.x).numel() >= SMALLEST:
         # nothing else has the square, so nothing can ask for its gradient
-        temporary = sys.getrefcount(args[0]) == TEMPORARY
-        if temporary:
+        if chain.direct and sys.getrefcount(args[0]) == TEMPORARY:
             found = _goodness(mode, chain, function in MEANS, args[0], *args[1:], **kwargs)
         mode.record("goodness", "replaced" if found is not None else "as written", None)
     mode.chain = None
     return function(*args, **kwargs) if found is None else found
+
+
+def _whole(mode, x):
+    """Return what x is a part of by the last torch.split, or x."""
+    return mode.split.x if mode.split is not None and any(part() is x for part in mode.split.parts) else x
 
 
 def _goodness(mode, chain, mean, z, dim=None, keepdim=False, **other):
@@ -362,12 +397,31 @@ def _goodness(mode, chain, mean, z, dim=None, keepdim=False, **other):
     groups = 1 if over[0] == 1 else shape[1]
     if channels % groups:
         return None
-    if mode.split is not None and chain.power == 2 and shape == tuple(chain.x.shape) and groups == 1:
-        g = mode.split.goodness(chain.x, mean) if any(part() is chain.x for part in mode.split.parts) else None
+    if _whole(mode, chain.x) is not chain.x and chain.power == 2 and shape == tuple(chain.x.shape) and groups == 1:
+        g = mode.split.goodness(chain.x, mean)
         if g is not None:
             return g
     g = ff.group_goodness(chain.x, groups, power=chain.power, mean=mean)
     return g[:, 0] if over[0] == 1 else g
+
+
+def _deviation(mode, function, args, kwargs):
+    """Compute a standard deviation that needs no gradient in vectors: PyTorch's own takes one element after the other, ten times as long."""
+    found = None
+    if len(args) > 1 and type(args[0]) in TENSORS and args[0].numel() >= SMALLEST:
+        found = _deviation_of(*args, **kwargs)
+    return function(*args, **kwargs) if found is None else found
+
+
+def _deviation_of(x, dim=None, unbiased=True, keepdim=False, correction=None, **other):
+    learns = torch.is_grad_enabled() and x.requires_grad
+    if other or learns or x.dtype not in DTYPES or isinstance(dim, bool) or dim is None or x.device.type != "cpu":
+        return None
+    mean = x.mean(dim, keepdim=True)
+    degrees = x.numel() // mean.numel() - (int(unbiased) if correction is None else correction)
+    if degrees <= 0:
+        return None
+    return torch.linalg.vector_norm(x - mean, dim=dim, keepdim=keepdim) / degrees**0.5
 
 
 def _group_norm(mode, function, args, kwargs):
@@ -381,7 +435,7 @@ def _backward(mode, function, args, kwargs):
     mode.forget()
     try:
         known = {"gradient", "retain_graph", "create_graph", "inputs"}.issuperset(kwargs) and 1 <= len(args) <= 4
-        if mode.converted and known and all(not isinstance(a, (tuple, list)) for a in args):
+        if mode.converted and known and ENGINE is not None and all(not isinstance(a, (tuple, list)) for a in args):
             return _backward_in(mode, *args, **kwargs)
         return function(*args, **kwargs)
     finally:
@@ -396,7 +450,7 @@ def _backward_in(mode, tensor, gradient=None, retain_graph=None, create_graph=Fa
     retain_graph = create_graph if retain_graph is None else retain_graph
     TorchFunctionMode.__enter__(mode)
     try:
-        torch.autograd.Variable._execution_engine.run_backward(
+        ENGINE.run_backward(
             (tensor,), (gradient,), retain_graph, create_graph, inputs, allow_unreachable=True, accumulate_grad=True
         )
     finally:
@@ -406,7 +460,7 @@ def _backward_in(mode, tensor, gradient=None, retain_graph=None, create_graph=Fa
 def _in_memory_order(mode, function, args, kwargs):
     """Call a function that goes through the memory of its arguments, as random numbers are drawn, on contiguous ones."""
     if mode.converted:
-        args = [_Contiguous.apply(a) if type(a) in TENSORS and in_channels_last(a) else a for a in args]
+        args = [relaid(a, False) if type(a) in TENSORS and in_channels_last(a) else a for a in args]
     return function(*args, **kwargs)
 
 
@@ -428,38 +482,52 @@ def _by_address(mode, function, args, kwargs):
     return function(*args, **kwargs)
 
 
-def _fuse(optimizer, args, kwargs):
-    """Have Adam and AdamW update all parameters in one call."""
+def _before_step(optimizer, args, kwargs):
+    """Leave PyTorch's own optimizers alone, each of whose hundreds of calls would be looked at, and have some update all parameters at once."""
     mode = current()
-    if mode is None or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        return
-    for group in optimizer.param_groups:
+    hooks = (getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
+    if (
+        mode is None
+        or not type(optimizer).__module__.startswith("torch.optim.")
+        or len(args) > 1
+        or kwargs
+        or any(hooks)
+    ):
+        return  # a closure, a hook or a class of the user's, who may do anything in it
+    mode.paused = torch._C.DisableTorchFunction()
+    mode.paused.__enter__()
+    for group in optimizer.param_groups if type(optimizer) in FUSED else ():
         plain = group.get("fused") is None and group.get("foreach") is None and isinstance(group["lr"], float)
-        if plain and not group["capturable"] and not group["differentiable"] and _alike(optimizer, group["params"]):
+        if plain and not group.get("capturable") and not group["differentiable"] and _alike(optimizer, group["params"]):
             group["fused"] = True
             mode.fused.append(group)
             mode.record(f"{type(optimizer).__name__}.step", "replaced", None)
 
 
-def _restore(optimizer, args, kwargs):
+def _after_step(optimizer, args, kwargs):
     mode = current()
-    while mode is not None and mode.fused:
-        mode.fused.pop()["fused"] = None
+    if mode is not None:
+        mode.resume()
 
 
 def _alike(optimizer, parameters):
-    """Whether all that belongs to a parameter lies in memory as it does: the fused kernel goes through memory in its order."""
+    """Whether all that belongs to a parameter lies in memory as it does, since the fused kernels go through memory in its order, and all
+    parameters or none have a state."""
+    states = set()
     for p in parameters:
-        if p.grad is None:
+        grad = p.grad
+        if grad is None:
             continue
-        state = optimizer.state.get(p, {}).values()
-        others = [p.grad, *(t for t in state if isinstance(t, torch.Tensor) and t.dim())]
-        dense = p.is_contiguous() or in_channels_last(p)
-        if not dense or p.device.type != "cpu" or p.dtype not in (torch.float32, torch.float64):
+        state = [t for t in optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor) and t.dim()]
+        states.add(len(state))
+        if type(p) not in TENSORS or p.device.type != "cpu" or p.dtype not in (torch.float32, torch.float64):
             return False
-        if any(t.stride() != p.stride() or t.dtype != p.dtype or t.is_sparse for t in others):
+        if not (p.is_contiguous() or in_channels_last(p)) or grad.is_sparse:
             return False
-    return True
+        strides, dtype = p.stride(), p.dtype
+        if any(t.stride() != strides or t.dtype != dtype for t in (grad, *state)):
+            return False
+    return len(states) == 1
 
 
 def _methods(*names):
@@ -475,6 +543,7 @@ for _handler, _functions in (
     (_reshape, [torch.reshape, torch.flatten, *_methods("reshape", "flatten")]),
     (_square, [*SQUARES, *POWERS]),
     (_split, [torch.split, torch.chunk, *_methods("split", "chunk")]),
+    (_deviation, [torch.Tensor.std, torch.std]),
     (_backward, [torch.Tensor.backward, torch.autograd.backward]),
     (_reduce, [*MEANS, torch.Tensor.sum, torch.sum]),
     (_group_norm, [F.group_norm, torch.group_norm]),

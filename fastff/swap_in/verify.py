@@ -108,7 +108,7 @@ def _compare(name, a, b, tolerance):
     if a.numel() != b.numel():
         return Row(name, INFINITY, 0.0, 0.0, f"{list(a.shape)} before, {list(b.shape)} after")
     original, (a, b) = (a, b), (a.double().flatten(), b.double().flatten())
-    largest = a.abs().max().item() if a.numel() else 0.0
+    largest = a.abs().nan_to_num(0.0, INFINITY).max().item() if a.numel() else 0.0
     difference = (a - b).abs().nan_to_num(INFINITY).max().item() if a.numel() else 0.0
     if torch.equal(a.isnan(), b.isnan()) and a.isnan().any():
         difference = (a - b).nan_to_num(0.0).abs().max().item()

@@ -13,6 +13,7 @@ Loading it registers the operators of csrc/ under torch.ops.fastff, and here the
     group_goodness_forward_native(...), group_goodness_backward_native(...)  csrc/cpu/group_goodness.cpp
     convolution_weight_gradient_native(...)                                  csrc/cpu/convolution.cpp
     depthwise_native(...), depthwise_backward_native(...)                    csrc/cpu/depthwise.cpp
+    layout_native(Tensor x, bool channels_last) -> Tensor                    csrc/cpu/layout.cpp
 """
 
 import importlib
