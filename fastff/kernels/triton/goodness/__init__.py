@@ -87,8 +87,6 @@ class Launch:
             self.new(B, M, *cells) if hidden else None, self.new(self.groups, 2, M) if hidden else None,
         )  # fmt: skip
         self.grid = SpatialTerm(self, hidden) if many else None
-        # z in a launch of its own: behind several programs a sample, and in float32 in pieces, whose sweep has no register left
-        self.hidden_apart = self.parts > 1 or (not narrow and self.chunks > 1)
         self.weights = self.sums = None
 
     def new(self, *shape):
@@ -110,8 +108,6 @@ class Launch:
             scratch = scratch._replace(cells=None)
         if "first" not in stages:
             scratch = scratch._replace(means=None)
-        if self.hidden_apart:
-            scratch = scratch._replace(z=None)
         result = Result(grad_x, normalized, self.weights, self.sums, None)
         config = self.config._replace(
             WHOLE=parts == 1,
@@ -141,9 +137,9 @@ class Launch:
             self.scratch = self.scratch._replace(sums=sums, **added)
             if self.second_moment:
                 self.sweep(("head",), parts=1)
-        if self.hidden_apart and self.scratch.z is not None:
-            programs = self.groups, -(-self.config.M // grid.HIDDEN.value)
-            grid.hidden_layer[programs](self.head, self.scratch, self.B, constants(self.config), num_warps=4)
+            if self.scratch.z is not None:
+                programs = self.groups, -(-self.config.M // grid.HIDDEN.value)
+                grid.hidden_layer[programs](self.head, self.scratch, self.B, constants(self.config), num_warps=4)
 
     def reduced(self, arguments=loss.NO_LOSS, number=None):
         """(dL/dW [K, C, 1, 1], dL/dbeta, dL/dV, sums [4, C] of an epilogue (epilogue.store_norm_sums), gradients of a hidden layer's weight and batch

@@ -103,7 +103,7 @@ def first_sweep(source: Source, head: Head, scratch: Scratch, W, span: Span, B, 
             store_means(pooled, scratch, span, tl.arange(0, config.BC), B, config)
         else:
             store_all_means(source, scratch, span, B, config)
-        if scratch.z is not None:
+        if (scratch.z is not None) and config.WHOLE:
             hidden_inputs(head, scratch, span.first, B, config)
     if (scratch.means is not None) and (config.LOSS is not None):
         g += spatial_term(head, scratch, span.first, B, config)

@@ -145,7 +145,7 @@ def hidden_inputs(head: Head, scratch: Scratch, first, B, config: Config):
 
 @triton.jit(do_not_specialize=["B"])
 def hidden_layer(head: Head, scratch: Scratch, B, config: Config):
-    """The same in a launch of its own (Launch.hidden_apart): program (i, j): group i of samples, channels j."""
+    """The same in a launch of its own, after the parts of samples were added up: program (i, j): group i of samples, channels j."""
     hidden_inputs(head, scratch, tl.program_id(0).to(tl.int64) * config.NS, B, config)
 
 

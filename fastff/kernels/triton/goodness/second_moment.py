@@ -65,7 +65,7 @@ def first_sweep(source: Source, head: Head, scratch: Scratch, span: Span, B, con
     store_moments(scratch, span.part, span.first + tl.arange(0, 1), whole, around, B)
     if scratch.means is not None:
         store_means(pooled, scratch, span, c, B, config)
-    if scratch.z is not None:
+    if (scratch.z is not None) and config.WHOLE:
         hidden_inputs(head, scratch, span.first, B, config)
     return S, m
 
