@@ -23,7 +23,7 @@ def table():
     for path in sorted(tables.RESULTS.glob("*.csv")):
         rows = tables.read(path.stem)
         read |= bool(rows) and ("contender" in rows[0] or path.stem == "swap-in")
-        if rows and "contender" in rows[0]:
+        if rows and {"contender", "base"} <= rows[0].keys():
             found += _of_cases(path.stem, rows)
     found += _of_programs(tables.read("swap-in"))
     if not read:
