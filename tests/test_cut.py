@@ -272,7 +272,7 @@ def test_transformer_blocks_are_trained_on_tokens():
     torchvision = import_torchvision()
     torch.manual_seed(0)
     vit = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 32, num_classes=5)
-    sff = SFF(vit, 5, input_shape=(3, 16, 16))
+    sff = SFF(vit, 5, input_shape=(3, 16, 16), granularity="block")
     assert {head.channel_dim for head in sff.heads[1:]} == {-1}
     trainer = fastff.Trainer(sff)
     images, target = torch.randn(8, 3, 16, 16), torch.randint(5, (8,))

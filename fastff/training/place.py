@@ -5,8 +5,10 @@ import itertools
 from fastff.parallel import batch_norm, placement
 from fastff.parallel.link import Link
 from fastff.parallel.ranks import Ranks
-from fastff.parallel.reduce import MESSAGE, Reduction, ShardedReduction
+from fastff.parallel.reduce import Reduction, ShardedReduction
 from fastff.training.muon import Muon
+
+TOGETHER = 1 << 18  # bytes of gradients: blocks with fewer wait, and Muon updates them together
 
 
 class Alone:
@@ -42,7 +44,7 @@ class Place:
     def __init__(self, ranks, sff, parameters, optimizers, update, chains, measure):
         self.ranks, self.sff, self.parameters, self.optimizers, self.update = ranks, sff, parameters, optimizers, update
         self.link, self.reduction = None, None
-        self.waiting = []  # indices of blocks with complete gradients, less than MESSAGE bytes together, that are not updated yet
+        self.waiting = []  # indices of blocks with complete gradients, less than TOGETHER bytes, that are not updated yet
         self.placed = [range(len(sff.blocks))]
         if ranks.size > 1:
             self._agree()
@@ -101,7 +103,7 @@ class Place:
             self.update(index)
         else:
             self.waiting.append(index)
-            if sum(p.numel() * p.element_size() for i in self.waiting for p in self.parameters[i]) >= MESSAGE:
+            if sum(p.numel() * p.element_size() for i in self.waiting for p in self.parameters[i]) >= TOGETHER:
                 self._update_waiting()
 
     def _update_waiting(self):

@@ -170,6 +170,9 @@ def first_position(x, c, tile: Tile):
 def store_statistics(statistics, mean, var, weight, bias, eps, c, C):
     """Write the columns c of statistics [5, C]: mean, scale, shift, variance and 1 / deviation of a batch norm."""
     has_c = c < C
+    own = statistics + c
+    tl.store(own, mean, mask=has_c)
+    tl.store(own + 3 * C, var, mask=has_c)
     rstd = 1 / tl.sqrt(var + eps)
     scale = rstd
     if weight is not None:
@@ -177,11 +180,8 @@ def store_statistics(statistics, mean, var, weight, bias, eps, c, C):
     shift = tl.zeros_like(mean)
     if bias is not None:
         shift = tl.load(bias + c, mask=has_c, other=0.0).to(tl.float32)
-    own = statistics + c
-    tl.store(own, mean, mask=has_c)
     tl.store(own + C, scale, mask=has_c)
     tl.store(own + 2 * C, shift, mask=has_c)
-    tl.store(own + 3 * C, var, mask=has_c)
     tl.store(own + 4 * C, rstd, mask=has_c)
 
 
