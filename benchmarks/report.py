@@ -33,6 +33,7 @@ TABLES = {
     "budget": of("budget"),
     **{f"scaling-{axis}": of("scaling", "table", axis) for axis in scaling.AXES},
     "swap-in": of("swap_in"),
+    "strangers": of("strangers"),
     "scale": of("scale_report"),
     "scale-measured": of("scale_report", "measured"),
     "plans": of("plans"),

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 import fastff
+from benchmarks import tables
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, ratios
 from fastff.swap_in import calls
@@ -73,6 +74,22 @@ def difference(style, steps=2, batch=None):
         nets.append(net)
     pairs = list(zip(*map(parameters, nets), strict=True))
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs), report
+
+
+def table():
+    """The rows of results/strangers.csv as a table in Markdown, each style with the first sentence of its program."""
+    rows = tables.read("strangers")
+    if not rows:
+        return tables.missing("python -m benchmarks.strangers --csv benchmarks/results/strangers.csv")
+    body = []
+    for row in rows:
+        about = importlib.import_module(f"examples.styles.{row['style']}").__doc__.splitlines()[0].rstrip(".")
+        between = f"{float(row['faster_20']):.2f} to {float(row['faster_80']):.2f}"
+        body.append(
+            (f"`{row['style']}`: {about}", f"{float(row['faster']):.2f} x", between, f"{float(row['float64']):.0e}")
+        )
+    head = ("style", "one line", "20 to 80 %", "difference in float64")
+    return tables.table(head, body) + tables.measured_on(rows[0])
 
 
 def main():
