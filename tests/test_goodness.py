@@ -686,3 +686,15 @@ def test_the_number_of_threads_changes_no_bit(shape, classes, algorithm):
     for step in steps[1:]:
         for a, b in zip(step, steps[0], strict=True):
             assert a is None or torch.equal(a, b)
+
+
+def test_a_margin_is_not_rounded_to_float32():
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 8, 5, 5, dtype=torch.float64), torch.randn(6, 8, 1, 1, dtype=torch.float64)
+    target, margin = torch.randint(6, (4,)), 0.123456789
+    expected = eager_loss(eager_goodness(x, weight), target, 1.0, margin)
+    for loss in (
+        ff.goodness_loss(x, weight, None, target, margin=margin),
+        ff.goodness_step(x, weight, None, target, margin=margin).loss,
+    ):
+        assert abs(loss - expected) < 1e-13
