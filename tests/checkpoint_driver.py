@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from fastff.training.loader import Augment, Loader
 
 with contextlib.suppress(ImportError):
     import torch.utils.tensorboard  # what fit imports, once for all children
+with contextlib.suppress(ImportError):
+    import tqdm  # torch.fx makes a bar, whose lock all children share: one that is killed within it would stop the others for ever
+
+    tqdm.tqdm.set_lock(threading.RLock())
 
 EPOCHS, CLASSES = 4, 4
 
