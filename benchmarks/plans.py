@@ -154,6 +154,11 @@ def tasks(shown=SHOWN[:1]):
     return tables.table(head, body) + tables.measured_on(local[0])
 
 
+def tasks_by_plan():
+    """The same for all kinds of local training."""
+    return tasks(SHOWN)
+
+
 def _range(gains):
     low, high = (f"{gain:+.1f}" for gain in (min(gains), max(gains)))
     return low if len(gains) == 1 else f"{low} to {high}"
@@ -167,7 +172,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="print the table and train nothing")
     arguments = parser.parse_args()
     if arguments.table:
-        print(tasks(SHOWN), table(), sep="\n\n")
+        print(tasks_by_plan(), table(), sep="\n\n")
         return
     torch.set_num_threads(1)
     done = {(row["experiment"], int(row["seed"])) for row in tables.read("plans")}

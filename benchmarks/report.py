@@ -38,7 +38,7 @@ TABLES = {
     "scale-measured": of("scale_report", "measured"),
     "plans": of("plans"),
     "tasks": of("plans", "tasks"),
-    "tasks-by-plan": of("plans", "tasks", ("the defaults", "three segments")),
+    "tasks-by-plan": of("plans", "tasks_by_plan"),
     "learning-all": of("learning_report", "every_table"),
     "learning-curves": of("learning_report", "pictures"),
     "time-to-accuracy": of("learning_report", "time_to_accuracy"),

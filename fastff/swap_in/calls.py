@@ -300,9 +300,8 @@ def _view(mode, function, args, kwargs):
     """Compute x.view(...), which without this mode always is possible where this mode has changed the layout of x."""
     x, temporary, result = args[0], sys.getrefcount(args[0]) == TEMPORARY, None
     try:
-        possible = (
-            True  # PyTorch throws an exception, in 80 microseconds, where channels and positions would be put together
-        )
+        possible = True
+        # PyTorch throws an exception, in 80 microseconds, where channels and positions would be put together
         if mode.converted and in_channels_last(x) and not isinstance((*args, *kwargs.values())[-1], torch.dtype):
             shape = function(SCALAR.expand(x.shape), *args[1:], **kwargs).shape
             possible = {1, len(x), len(x) * x.shape[1]} <= {1, *accumulate(shape, mul)}

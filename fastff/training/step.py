@@ -238,7 +238,7 @@ class LocalStep:
 
 def in_parts(parts, count):
     """The list `parts`, overwritten with the same minibatch in so many parts: as it is where the tensors alive have not one row for each sample."""
-    part, sizes = parts[0], [_samples(part) for part in parts]
+    part, sizes = parts[0], [round(part.share * part.samples) for part in parts]
     rows = all(
         len(t) == size for p, size in zip(parts, sizes, strict=True) for t in p.alive if isinstance(t, torch.Tensor)
     )
@@ -262,10 +262,6 @@ def in_parts(parts, count):
     samples = part.samples
     parts[:] = [Part(a, y, len(a[0]) / samples, samples) for a, y in zip(alive, targets, strict=False)]
     return parts
-
-
-def _samples(part):
-    return round(part.share * part.samples)
 
 
 def _requiring_grad(value):
