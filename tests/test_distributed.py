@@ -84,7 +84,8 @@ def test_ranks_that_die(kind, kills, how, tmp_path):
     assert set(found["reports"]) <= {0, 1}  # none where the ranks had not come together yet
     assert sum(found["reports"]) >= kills / 2
     assert all(re.match(r"ranks? \d", line) and "ended or hangs" in line for line in found["told"])
-    assert max(found["lost"]) <= 1  # a checkpoint is written after every step
+    # A checkpoint is written after every step. Rank 0 may die while it writes one, and the other rank has counted its next step by then.
+    assert max(found["lost"]) <= 2
     assert max(found["positions"]) > 0 or kills == 1
     assert found["longest"] < 40
     assert found["same"] == [True] * found["runs"]
