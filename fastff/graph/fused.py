@@ -64,6 +64,11 @@ class StandIn(nn.Module):
     output_shape(*shapes)   from the inputs' shapes; None for inputs that record does not take
     """
 
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.__dict__[name] = value  # found without nn.Module's __getattr__, which is slow
+
     def ready(self):
         return True
 

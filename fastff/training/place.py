@@ -44,6 +44,7 @@ class Place:
     def __init__(self, ranks, sff, parameters, optimizers, update, chains, measure):
         self.ranks, self.sff, self.parameters, self.optimizers, self.update = ranks, sff, parameters, optimizers, update
         self.link, self.reduction = None, None
+        self.sizes = [sum(p.numel() * p.element_size() for p in block) for block in parameters]  # bytes of gradients
         self.waiting = []  # indices of blocks with complete gradients, less than TOGETHER bytes, that are not updated yet
         self.placed = [range(len(sff.blocks))]
         if ranks.size > 1:
@@ -103,7 +104,7 @@ class Place:
             self.update(index)
         else:
             self.waiting.append(index)
-            if sum(p.numel() * p.element_size() for i in self.waiting for p in self.parameters[i]) >= TOGETHER:
+            if sum(self.sizes[i] for i in self.waiting) >= TOGETHER:
                 self._update_waiting()
 
     def _update_waiting(self):
