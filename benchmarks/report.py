@@ -31,6 +31,7 @@ TABLES = {
     "step": of("step", "table", "resnet18-64"),
     "steps": of("step"),
     "budget": of("budget"),
+    "memory": of("memory"),
     **{f"scaling-{axis}": of("scaling", "table", axis) for axis in scaling.AXES},
     "swap-in": of("swap_in"),
     "strangers": of("strangers"),
