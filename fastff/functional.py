@@ -160,11 +160,8 @@ def layer_norm(x, eps=1e-5, *, over="sample", channel_dim=1, impl="auto"):
     x4 = arguments.canonical_x(x, channel_dim)
     if over not in ("sample", "channels"):
         raise ValueError(f"over: expected 'sample' or 'channels', got {over!r}")
-    eps = number_between("eps", eps, 0, math.inf, low_allowed=True)
-    check_impl(impl)
-    if over == "channels":
-        return arguments.restore(torch.ops.fastff.normalize(x4, "layer_norm_channels", 1, eps, impl), x, channel_dim)
-    return arguments.restore(torch.ops.fastff.layer_norm(x4, eps, impl), x, channel_dim)
+    how = "layer_norm" if over == "sample" else "layer_norm_channels"
+    return _normalized(x, x4, Normalization.checked(how, x4.shape[1], eps=eps), channel_dim, impl)
 
 
 def group_goodness(x, groups=1, *, power=2, mean=True, positions=False, channel_dim=1, impl="auto"):
@@ -252,9 +249,11 @@ def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):
     x4 = arguments.canonical_x(x, channel_dim)
     Groups.checked(x4, groups)
     normalization = Normalization.checked(how, x4.shape[1], groups, eps, called="how")
+    return x if normalization.name == "none" else _normalized(x, x4, normalization, channel_dim, impl)
+
+
+def _normalized(x, x4, normalization, channel_dim, impl):
     check_impl(impl)
-    if normalization.name == "none":
-        return x
     return arguments.restore(ops.group_goodness.normalize(x4, *normalization, impl), x, channel_dim)
 
 

@@ -63,12 +63,6 @@ def margin_cross_entropy(g, target, tau=1.0, margin=0.0, label_smoothing=0.0):
     return (u.logsumexp(1) - (target_weights(target, g.shape[1], label_smoothing, g.dtype) * u).sum(1)) / hit.sum(1)
 
 
-def layer_norm(x, eps=1e-5):
-    """Layer normalisation over everything but the first dimension, no affine (Ba et al. 2016, arXiv 1607.06450)."""
-    x = x.flatten(1)
-    return (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + eps).sqrt()
-
-
 def reduced(losses, reduction):
     """Per-sample losses as their "mean" or "sum", or as they are ("none")."""
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()

@@ -73,11 +73,6 @@ def step(local, plan=None):
     )
 
 
-def layer_norm(x, eps):
-    """Return x normalized over each sample."""
-    return reference.layer_norm(widened(x), eps).view(x.shape)
-
-
 def weight_gradient(grad, x, kernel, stride, padding):
     """Return dL/dweight of a convolution."""
     return reference.convolution_weight_gradient(widened(grad), widened(x), kernel, stride, padding).to(x.dtype)
