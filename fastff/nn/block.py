@@ -14,7 +14,7 @@ from torch import nn
 import fastff.functional as ff
 from fastff import spec
 from fastff.arguments import number_between
-from fastff.graph.epilogue import BatchNormEpilogue, ReLUEpilogue
+from fastff.graph.fused import Epilogue
 from fastff.graph.tape import AutogradTape
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
@@ -95,10 +95,10 @@ class LocalBlock(nn.Module):
 
     @property
     def epilogue(self):
-        """The BatchNormEpilogue that the step op computes, or None."""
+        """The fused.Epilogue that the step op computes, or None."""
         ending = None if self.graph is None else self.graph.ending
         images = self.head.takes_epilogue and self.head.channel_dim == 1 and self.normalize is not None
-        return ending if images and isinstance(ending, BatchNormEpilogue) else None
+        return ending if images and isinstance(ending, Epilogue) else None
 
     def compile_forward(self):
         """Run the module and its training graphs through torch.compile from now on."""
@@ -151,25 +151,25 @@ class LocalBlock(nn.Module):
         if graph is not None:
             ending = self._ending(graph)
             form = graph.forward if ending is None else graph.body
-        epilogue = isinstance(ending, BatchNormEpilogue)
+        epilogue = isinstance(ending, Epilogue)
         tape = None if autocast is not None or self._compiled else self._tape(graph, form, inputs, ending)
         if tape is None:
             with torch.enable_grad(), context():
                 outputs = self._run_on_leaves(form, inputs)
                 if epilogue and not ending.fits(*outputs[:2]):
-                    outputs, epilogue = (ending.finish(*outputs[:2]), *outputs[2:]), False
+                    outputs, epilogue = (ending.by_modules(*outputs[:2]), *outputs[2:]), False
             tape = AutogradTape(inputs, outputs)
         loss = (target, grad_scale) if has_loss else None
         if epilogue:
             return self._epilogue_visit(tape, loss, ending)
-        return self._plain_visit(tape, loss, relu=isinstance(ending, ReLUEpilogue))
+        return self._plain_visit(tape, loss, relu=ending == "relu")
 
     def _tape(self, graph, form, inputs, ending):
         """A run of the training graph without autograd, or None where it takes autograd."""
         if graph is None or graph.steps is None or form is not (graph.body or graph.forward):
             return None
         shapes = graph.steps.shapes(inputs)
-        if shapes is None or (isinstance(ending, BatchNormEpilogue) and not ending.takes(*shapes[:2])):
+        if shapes is None or (isinstance(ending, Epilogue) and not ending.output_shape(*shapes[:2])):
             return None
         return graph.steps.run(inputs)
 
@@ -178,7 +178,7 @@ class LocalBlock(nn.Module):
         epilogue = self.epilogue
         if epilogue is not None and epilogue.ready():
             return epilogue
-        return graph.ending if isinstance(graph.ending, ReLUEpilogue) else None
+        return "relu" if graph.ending == "relu" else None
 
     def _plain_visit(self, tape, loss, relu=False):
         main = tape.outputs[0].detach()
@@ -206,7 +206,7 @@ class LocalBlock(nn.Module):
             target, scale = loss
             options = {"eps": self.eps, "grad_scale": scale, "epilogue": description}
             step = self.head.local_step(y, target, self.normalize, **options)
-        ending.update(y, step)
+        ending.update(y, step.mean, step.var)
         return EpilogueVisit(tape, step, (step.normalized, *detached(others)), ending, description, normalization)
 
     def local_step(self, x, target=None, details=False):
