@@ -16,7 +16,7 @@ from fastff.kernels.native import convolution as native_convolution
 from fastff.kernels.torch import convolution as torch_convolution
 from fastff.ops import depthwise
 from fastff.ops import gradients as partial
-from fastff.ops.table import Implementation, always, choose, concerns, dispatched, implement
+from fastff.ops.table import Implementation, always, choose, concerns, dispatched, register
 
 DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
@@ -38,11 +38,6 @@ ROWS = [
     Implementation("reference", always, reference_kernels),
 ]
 
-_lib = torch.library.Library("fastff", "FRAGMENT")
-_lib.define(
-    "convolution_weight_gradient(Tensor grad, Tensor x, int kernel, int stride, int padding, str impl) -> Tensor"
-)
-
 
 def _run(grad, x, kernel, stride, padding, impl):
     if x.dim() != 4 or grad.dim() != 4 or len(x) != len(grad):
@@ -63,8 +58,11 @@ def _fake(grad, x, kernel, stride, padding, impl):
     return x.new_empty((grad.shape[1], kernel, kernel, x.shape[1])).permute(0, 3, 1, 2)
 
 
-implement(_lib, "convolution_weight_gradient", _run, _fake)
-
+register(
+    "convolution_weight_gradient(Tensor grad, Tensor x, int kernel, int stride, int padding, str impl) -> Tensor",
+    _run,
+    _fake,
+)
 
 PYTORCH, PRODUCT, KERNEL = "pytorch", "product", "kernel"
 
@@ -73,15 +71,11 @@ def way(x, weight, stride, padding, groups):
     """Return how a convolution of x and its gradients are fastest: PYTORCH, PRODUCT (of matrices) or KERNEL (the ops of fastff)."""
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
         return PYTORCH
-    k, channels = weight.shape[2], x.shape[1]
     if torch.is_autocast_enabled("cpu"):
         return PYTORCH
+    k, channels = weight.shape[2], x.shape[1]
     if groups > 1:
-        return (
-            KERNEL
-            if k in DEPTHWISE_SIZES and choose("depthwise", depthwise.ROWS, "auto", x).name != "torch"
-            else PYTORCH
-        )
+        return KERNEL if k in DEPTHWISE_SIZES and _has_kernel("depthwise", depthwise.ROWS, x) else PYTORCH
     if channels == 1 or not is_channels_last(x):
         return PYTORCH
     if k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
@@ -132,19 +126,8 @@ def gradients(grad, x, weight, stride, padding, groups, how, wanted):
     if need_bias and not need_weight:  # convolution_backward would do the weight's work again
         grad_bias, need_bias = grad.sum((0, 2, 3)), False
     if need_grad_x or need_weight or need_bias:
-        found = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            [len(weight)],
-            [stride] * 2,
-            [padding] * 2,
-            [1, 1],
-            False,
-            [0, 0],
-            groups,
-            [need_grad_x, need_weight, need_bias],
-        )
+        pairs, mask = ([stride] * 2, [padding] * 2, [1, 1]), [need_grad_x, need_weight, need_bias]
+        found = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *pairs, False, [0, 0], groups, mask)
         grad_x, grad_weight, grad_bias = (
             a if b is None else b for a, b in zip((grad_x, grad_weight, grad_bias), found, strict=True)
         )
@@ -164,9 +147,8 @@ class _Convolve(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         parameters = (partial.needs_parameters() and need for need in (need_weight, need_bias and ctx.has_bias))
         *options, how = ctx.options
-        how = (
-            PYTORCH if torch.is_grad_enabled() else how
-        )  # the gradient is to be differentiated, which PyTorch's can be
+        if torch.is_grad_enabled():  # the gradient is to be differentiated, which PyTorch's can be
+            how = PYTORCH
         found = gradients(grad, x, weight, *options, how, [partial.needs_input(x, need_grad_x), *parameters])
         return *found, None, None, None, None
 

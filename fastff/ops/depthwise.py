@@ -14,7 +14,7 @@ from fastff.kernels import native, triton
 from fastff.kernels.layout import as_result_of, empty_like, widened
 from fastff.kernels.native import depthwise as native_depthwise
 from fastff.kernels.torch import depthwise as torch_depthwise
-from fastff.ops.table import Implementation, Lazy, always, choose, dispatched, implement
+from fastff.ops.table import Implementation, Lazy, always, choose, dispatched, register
 
 
 class Reference:
@@ -53,12 +53,6 @@ ROWS = [
     Implementation("torch", always, torch_depthwise),
     Implementation("reference", always, Reference),
 ]
-
-_lib = torch.library.Library("fastff", "FRAGMENT")
-_lib.define("depthwise(Tensor x, Tensor weight, int stride, int padding, str impl) -> Tensor")
-_lib.define(
-    "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_grad_x, str impl) -> (Tensor, Tensor)"
-)
 
 
 def check(x, weight, stride, padding):
@@ -106,10 +100,6 @@ def _backward_fake(grad, x, weight, stride, padding, need_grad_x, impl):
     return (empty_like(x) if need_grad_x else x.new_empty(0)), dw
 
 
-implement(_lib, "depthwise", _forward, _forward_fake)
-implement(_lib, "depthwise_backward", _backward, _backward_fake)
-
-
 def output(x, weight, stride, padding):
     """Compute y, through the dispatcher only if it must (fastff/ops/table.py)."""
     if dispatched(x, weight):
@@ -136,11 +126,15 @@ def _differentiate(ctx, grad):
     return (dx if ctx.needs_input_grad[0] else None), dw, None, None, None
 
 
-torch.library.register_autograd("fastff::depthwise", _differentiate, setup_context=_save, lib=_lib)
-
-
 def _no_backward(ctx, *cotangents):
     raise RuntimeError("depthwise_backward: its results are gradients and cannot be differentiated again")
 
 
-torch.library.register_autograd("fastff::depthwise_backward", _no_backward, lib=_lib)
+_CALL = "Tensor x, Tensor weight, int stride, int padding"
+register(f"depthwise({_CALL}, str impl) -> Tensor", _forward, _forward_fake, _differentiate, _save)
+register(
+    f"depthwise_backward(Tensor grad, {_CALL}, bool need_grad_x, str impl) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _no_backward,
+)

@@ -15,7 +15,7 @@ from fastff.kernels.layout import as_result_of, empty_like, is_channels_last, sa
 from fastff.kernels.native import group_goodness as native_group_goodness
 from fastff.kernels.torch import group_goodness as torch_group_goodness
 from fastff.kernels.torch import normalization as of_pytorch
-from fastff.ops.table import Implementation, Lazy, always, choose, concerns, dispatched, implement
+from fastff.ops.table import Implementation, Lazy, always, choose, concerns, dispatched, register
 from fastff.spec import Groups, Normalization
 
 NATIVE = Implementation(
@@ -27,12 +27,6 @@ ROWS = [
     Implementation("torch", always, torch_group_goodness),
     Implementation("reference", always, reference_kernels),
 ]
-
-_lib = torch.library.Library("fastff", "FRAGMENT")
-_GROUPS = "int groups, int power, bool mean, bool positions"
-_lib.define("normalize(Tensor x, str name, int groups, float eps, str impl) -> Tensor")
-_lib.define(f"group_goodness(Tensor x, {_GROUPS}, str impl) -> Tensor")
-_lib.define(f"group_goodness_backward(Tensor d, Tensor x, {_GROUPS}, str impl) -> Tensor")
 
 
 def _goodness(x, groups, power, mean, positions, impl):
@@ -67,11 +61,6 @@ def _normalize(x, name, groups, eps, impl):
             return as_result_of(x, x * (x.square().mean(1, keepdim=True) + eps).rsqrt())
     normalization = Normalization(name, groups, eps)
     return as_result_of(x, choose("group_goodness", ROWS, impl, x).run.normalize(x, normalization))
-
-
-implement(_lib, "normalize", _normalize, lambda x, *options: empty_like(x))
-implement(_lib, "group_goodness", _goodness, _goodness_fake)
-implement(_lib, "group_goodness_backward", _backward, lambda d, x, *options: empty_like(x))
 
 
 def _save(ctx, inputs, output):
@@ -147,10 +136,21 @@ def _differentiate_backward(ctx, grad):
     return *pullback(grad), *[None] * 5
 
 
-torch.library.register_autograd("fastff::normalize", _differentiate_normalize, setup_context=_save, lib=_lib)
-torch.library.register_autograd("fastff::group_goodness", _differentiate, setup_context=_save, lib=_lib)
-torch.library.register_autograd(
-    "fastff::group_goodness_backward", _differentiate_backward, setup_context=_save_backward, lib=_lib
+_CALL = "Tensor x, int groups, int power, bool mean, bool positions, str impl"
+register(f"group_goodness({_CALL}) -> Tensor", _goodness, _goodness_fake, _differentiate, _save)
+register(
+    f"group_goodness_backward(Tensor d, {_CALL}) -> Tensor",
+    _backward,
+    lambda d, x, *options: empty_like(x),
+    _differentiate_backward,
+    _save_backward,
+)
+register(
+    "normalize(Tensor x, str name, int groups, float eps, str impl) -> Tensor",
+    _normalize,
+    lambda x, *options: empty_like(x),
+    _differentiate_normalize,
+    _save,
 )
 
 
