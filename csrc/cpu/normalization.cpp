@@ -20,15 +20,7 @@ using vec::kLongChunk;
 template <typename T>
 void layer_norm(const T* __restrict x, T* __restrict y, int64_t n, double eps) {
   using A = typename Sample<T>::A;
-  double total = 0;
-  for (int64_t start = 0; start < n; start += kLongChunk) {
-    const int64_t end = std::min(start + kLongChunk, n);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) sum += load<A>(x[i]);
-    total += sum;
-  }
-  const A mean = static_cast<A>(total / n);
+  const A mean = static_cast<A>(vec::sum_of<A>(n, [=](int64_t i) { return load<A>(x[i]); }) / n);
 
   double total_d = 0, total_dd = 0;
   for (int64_t start = 0; start < n; start += kLongChunk) {
