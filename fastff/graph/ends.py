@@ -91,7 +91,7 @@ class Parts:
         self.model, self.graph, self.granularity, self.paths = model, graph, granularity, paths
         self.num_classes = num_classes
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.output = next(node for node in graph.nodes if node.op == "output")
+        self.output = graph.output_node()
         self.source = next(node for node in graph.nodes if node.op == "placeholder")
         self.needed = _ancestors(self.output)
         depends = {self.source}

@@ -18,7 +18,7 @@ import torch
 
 from fastff.graph.fused import Convolution, StandIn
 from fastff.ops import epilogue as epilogue_op
-from fastff.ops.gradients import Seed, add_gradient, inputs_only, parameters_only
+from fastff.ops.gradients import Seed, add_gradient, without
 
 
 def plus(old, new):
@@ -52,7 +52,7 @@ class AutogradTape:
         wanted = [t for t in self.inputs if _wanted(t)]
         if not outputs or not wanted:
             return [None] * len(self.inputs)
-        with inputs_only():
+        with without("parameters"):
             found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True))
         return [next(found) if _wanted(t) else None for t in self.inputs]
 
@@ -69,7 +69,7 @@ class AutogradTape:
             if only is None:
                 seed.backward(seed.detach())
             else:
-                with contextlib.nullcontext() if inputs else parameters_only():
+                with contextlib.nullcontext() if inputs else without("leaves"):
                     seed.backward(seed.detach(), inputs=only)
         return [_taken(t) if _wanted(t) else None for t in leaves] if inputs else None
 

@@ -17,16 +17,8 @@ from fastff.graph import plain, snapshot, values
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 WEIGHT_FUNCTIONS = {
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.linear,
-    F.conv_transpose2d,
-    torch.conv2d,
-    torch.matmul,
-    torch.einsum,
-    operator.matmul,
-}
+    F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose2d, torch.conv2d, torch.matmul, torch.einsum, operator.matmul,
+}  # fmt: skip
 
 
 class CutError(ValueError):

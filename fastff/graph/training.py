@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastff.graph import fused, plain
+from fastff.graph.module import Read, Watch, graph_module
 from fastff.graph.tape import Steps
 
 ACTIVATIONS = {
@@ -56,7 +57,7 @@ class TrainingGraph:
                 m.training = mode
         graph, self.whole = traced.graph, traced.whole
         self.ending, self.body = None, None
-        output = next(node for node in graph.nodes if node.op == "output")
+        output = graph.output_node()
         if isinstance(output.args[0], fx.Node):
             output.args = ((output.args[0],),)
         self.forward = _optimized(module, modules, graph)
@@ -69,7 +70,7 @@ class TrainingGraph:
         called = [{n.target for n in g.graph.nodes if n.op == "call_module"} & modules.keys() for g in graphs]
         own = [n for n in set.intersection(*called) if all(g.get_submodule(n) is modules[n] for g in graphs)]
         watched = [modules[name] for name in inside - _below(modules, own)]
-        self.watch = plain.Watch({m: [*traced.reads.get(m, ()), *fused.READS.get(type(m), ())] for m in watched})
+        self.watch = Watch({m: [*traced.reads.get(m, ()), *fused.READS.get(type(m), ())] for m in watched})
 
     def ready(self):
         """Whether the graph may stand in for the block now: all that it does not call is as it was, in training mode, and has no hooks."""
@@ -83,7 +84,7 @@ def _opens(module, custom):
     """Whether tracing opens a module: nn.Sequential, and where `custom` says so a model's own modules; torch.nn's layers are called whole."""
     if type(module) is nn.Sequential:
         return True
-    return custom and not isinstance(module, plain.Read) and not type(module).__module__.startswith("torch.nn.")
+    return custom and not isinstance(module, Read) and not type(module).__module__.startswith("torch.nn.")
 
 
 def training_graph(module, custom=True):
@@ -182,7 +183,7 @@ def _norm_nodes(modules, graph):
 
 def _ending(modules, graph):
     """(ending, graph of the body) or None."""
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     results = output.args[0]
     main = results[0]
     if not isinstance(main, fx.Node) or len(main.users) > 1 or results.count(main) > 1:
@@ -224,8 +225,7 @@ def _body(graph, left_out, results):
 
 def _optimized(root, modules, graph):
     """A GraphModule of a copy of the graph that calls the stand-ins of fastff/graph/fused.py."""
-    results = next(node for node in graph.nodes if node.op == "output").args[0]
-    graph = _body(graph, (), results)
+    graph = _body(graph, (), graph.output_node().args[0])
     stand_ins = {}
     for node in _norm_nodes(modules, graph):
         _fuse(modules, graph, _match(modules, node), stand_ins)
@@ -234,7 +234,7 @@ def _optimized(root, modules, graph):
             stand_in = fused.Convolution.of(modules[node.target])
             if stand_in is not None:
                 stand_ins[node.target] = stand_in
-    return plain.graph_module(root, graph, stand_ins)
+    return graph_module(root, graph, stand_ins)
 
 
 def _fuse(modules, graph, match, stand_ins):
