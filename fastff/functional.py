@@ -34,7 +34,7 @@ import math
 import torch
 
 from fastff import arguments, ops, reference, spec
-from fastff.arguments import number_between, whole_number
+from fastff.arguments import described, number_between, whole_number
 from fastff.ops.table import check_impl
 from fastff.spec import Epilogue, Groups, Hidden, Loss, Normalization, Projection, Step, StepResult  # noqa: F401  Hidden: for users
 
@@ -262,11 +262,9 @@ def overlay_label(x, label, num_classes, value=None):
 
     label is [B] int64; value is x's maximum if None. Nothing waits for x's device. Source: Hinton 2022, arXiv 2212.13345."""
     if not isinstance(x, torch.Tensor) or x.dtype not in spec.DTYPES or x.dim() < 2 or x.numel() == 0:
-        got = f"{list(x.shape)} of {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"x: expected a floating-point tensor [B, ...] with elements, got {got}")
+        raise ValueError(f"x: expected a floating-point tensor [B, ...] with elements, got {described(x)}")
     if not isinstance(label, torch.Tensor) or label.dtype != torch.int64 or label.shape != x.shape[:1]:
-        got = f"{list(label.shape)} of {label.dtype}" if isinstance(label, torch.Tensor) else type(label).__name__
-        raise ValueError(f"label: expected int64 [{len(x)}], one for each sample of x, got {got}")
+        raise ValueError(f"label: expected int64 [{len(x)}], one for each sample of x, got {described(label)}")
     if whole_number("num_classes", num_classes) > x[0].numel():
         raise ValueError(f"num_classes: expected 1 to {x[0].numel()}, the elements of a sample, got {num_classes}")
     arguments.check_labels(label, num_classes)

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastff.functional as ff
 from fastff import reference
-from fastff.nn import FFBlock, FFConv2d, FFDepthwiseConv2d, FFLinear, GoodnessHead
+from fastff.nn import FFBlock, FFConv2d, FFDepthwiseConv2d, FFLinear, GoodnessHead, LocalBlock
 from fastff.nn.group_head import GOODNESS
 from fastff.spec import LOSSES
 
@@ -319,6 +319,14 @@ def test_modules_of_few_layers(layers, goodness):
         block = FFBlock(layers(), 17, CLASSES, goodness=goodness, normalize=normalize).to(dtype)
         x = torch.randn(4, 17, 3, 5, dtype=dtype)
         assert_steps_as_eager(block, x, torch.randint(CLASSES, (4,)), goodness, normalize)
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "layer_norm_channels", "l2", "rms"])
+def test_next_input_of_fewer_channels_than_classes(normalize):
+    block = LocalBlock(nn.Conv2d(3, 4, 1), GoodnessHead(4, 10), normalize)
+    x = torch.randn(2, 3, 5, 5)
+    following, _ = block.local_step(x, torch.tensor([1, 2]))
+    torch.testing.assert_close(block.next_input(block.module(x)).detach(), following)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")

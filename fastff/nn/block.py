@@ -136,10 +136,8 @@ class LocalBlock(nn.Module):
         """What is passed on to the next block, from an output of the module."""
         if self.normalize is None:
             return output
-        if self.normalize in ("layer_norm", "layer_norm_channels"):  # by the op whose backward pass is fast
-            over = "sample" if self.normalize == "layer_norm" else "channels"
-            return ff.layer_norm(output, self.eps, over=over, channel_dim=self.head.channel_dim)
-        return ff.normalize(output, self.normalize, self.head.groups, self.eps, channel_dim=self.head.channel_dim)
+        groups = self.head.groups if self.normalize == "group_norm" else 1
+        return ff.normalize(output, self.normalize, groups, self.eps, channel_dim=self.head.channel_dim)
 
     def visit(self, inputs, target, grad_scale=None, autocast=None, has_loss=True):
         """Forward pass and goodness step on `inputs`, a tuple. Returns the Visit to call backward on, whose `following` is passed on.
@@ -295,18 +293,8 @@ class FFDepthwiseConv2d(FFConv2d):
     def __init__(
         self, channels, kernel_size, stride=1, padding=None, dilation=1, bias=None, *, num_classes=None, **options
     ):
-        super().__init__(
-            channels,
-            channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            channels,
-            bias,
-            num_classes=num_classes,
-            **options,
-        )
+        sizes = (channels, channels, kernel_size, stride, padding, dilation, channels)
+        super().__init__(*sizes, bias, num_classes=num_classes, **options)
 
 
 class FFLinear(FFBlock):

@@ -4,30 +4,17 @@
     depthwise_backward(grad, x, weight, ..., need_grad_x) -> (dL/dx or an empty tensor, dL/dweight)
 
 The first convolution of a block never needs dL/dx. Rows: the Triton kernels (never timed on a GPU, so "auto" skips them), the compiled kernel,
-PyTorch's own, the reference. Formula: fastff/reference.py.
+PyTorch's own, which defines the op. An implementation has forward(x, weight, stride, padding) -> y and backward(grad, x, weight, stride, padding,
+need_grad_x) -> dL/dx, or None unless it is needed, and dL/dweight.
 """
 
 import torch
 
-from fastff import reference
 from fastff.kernels import native, triton
-from fastff.kernels.layout import as_result_of, empty_like, widened
+from fastff.kernels.layout import as_result_of, empty_like
 from fastff.kernels.native import depthwise as native_depthwise
 from fastff.kernels.torch import depthwise as torch_depthwise
 from fastff.ops.table import Implementation, Lazy, always, choose, dispatched, register
-
-
-class Reference:
-    """The definition of fastff/reference.py."""
-
-    @staticmethod
-    def forward(x, weight, stride, padding):
-        return reference.depthwise(widened(x), widened(weight), stride, padding).to(x.dtype)
-
-    @staticmethod
-    def backward(grad, x, weight, stride, padding, need_grad_x):
-        dx, dw = reference.depthwise_gradients(widened(grad), widened(x), widened(weight), stride, padding)
-        return (dx.to(x.dtype) if need_grad_x else None), dw.to(weight.dtype)
 
 
 def _native_skip_reason(x):
@@ -51,7 +38,7 @@ ROWS = [
         _native_skip_reason,
     ),
     Implementation("torch", always, torch_depthwise),
-    Implementation("reference", always, Reference),
+    Implementation("reference", always, torch_depthwise, "the same as torch"),
 ]
 
 

@@ -3,8 +3,14 @@
 Canonical arguments (fastff/spec.py makes and checks them): x [B, C, H, W], weight [K, C, k, k] or None (no squares), bias [K] or
 None, grid_weight [K, C, G, G] or None. Absent results are empty tensors. Formulas: fastff/reference.py.
 
-An implementation has goodness(x, projection, plan), goodness_backward(d, x, projection, plan, need_grad_x) and step(step, plan)
-for fastff/ops/step.py; its SECOND_MOMENT_COST, if any, goes into the plan.
+An implementation has
+
+    goodness(x, projection, plan)              -> g in the dtype of the arithmetic
+    goodness_backward(d, x, projection, plan, need_grad_x)
+                                               -> gradients of sum(d * g) for x, weight, bias and grid_weight: None for absent ones, and for x
+                                                  unless it is needed
+    step(step, plan)                           -> StepResult, its losses not reduced (fastff/ops/step.py)
+    SECOND_MOMENT_COST                         a number that goes into the plan, or nothing
 """
 
 import torch

@@ -1,8 +1,8 @@
 """torch.ops.fastff.group_goodness, .group_goodness_backward and .normalize: goodness without weights and normalizations, differentiable.
 
 x [B, C, H, W] -> g [B, K] over K groups of neighbouring channels, or g [B, P] over the channels at each position (K = 1). Formulas:
-fastff/reference.py. An implementation has goodness(x, groups), goodness_backward(d, x, groups), normalize(x, normalization) and step(step) for
-fastff/ops/step.py.
+fastff/reference.py. An implementation has goodness(x, groups), goodness_backward(d, x, groups) -> dL/dx, normalize(x, normalization), which is None
+for "none", and step(step) -> StepResult, its losses not reduced, for fastff/ops/step.py.
 """
 
 import torch

@@ -13,7 +13,7 @@ from fastff import arguments, flat, reference
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.ops import goodness, group_goodness
 from fastff.ops.table import LIBRARY, choose, dispatched, register, without_autocast
-from fastff.spec import Epilogue, Projection, Step, StepResult
+from fastff.spec import HEAD_PARAMETERS, Epilogue, Projection, Step, StepResult
 
 
 @torch.no_grad()
@@ -36,11 +36,8 @@ def _parameters(step):
     """Return {name of a gradient: its parameter, or None}."""
     head = step.goodness if isinstance(step.goodness, Projection) else Projection(None)
     epilogue = step.epilogue or Epilogue()
-    return {
-        "grad_weight": head.weight, "grad_bias": head.bias, "grad_grid_weight": head.grid_weight,
-        "grad_bn_weight": epilogue.weight, "grad_bn_bias": epilogue.bias, "grad_hidden_weight": head.hidden_weight,
-        "grad_hidden_bn_weight": head.hidden_bn_weight, "grad_hidden_bn_bias": head.hidden_bn_bias,
-    }  # fmt: skip
+    of_head = {f"grad_{name}": getattr(head, name) for name in HEAD_PARAMETERS}
+    return of_head | {"grad_bn_weight": epilogue.weight, "grad_bn_bias": epilogue.bias}
 
 
 def _run(step, impl):

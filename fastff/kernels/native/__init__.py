@@ -3,15 +3,7 @@
 It is built for several instruction sets, fastff._C_baseline, _C_avx2, _C_avx512; the widest that this processor has is loaded, or the one that
 the environment variable FASTFF_CPU names.
 
-Loading it registers the operators of csrc/ under torch.ops.fastff:
-
-    normalize_native(...)                                                    csrc/cpu/normalization.cpp
-    step_native(...)                                                         csrc/cpu/step.cpp
-    goodness_forward_native(...), goodness_backward_native(...)              csrc/cpu/goodness.cpp
-    group_goodness_forward_native(...), group_goodness_backward_native(...)  csrc/cpu/group_goodness.cpp
-    convolution_weight_gradient_native(...)                                  csrc/cpu/convolution.cpp
-    depthwise_native(...), depthwise_backward_native(...)                    csrc/cpu/depthwise.cpp
-    layout_native(Tensor x, bool channels_last) -> Tensor                    csrc/cpu/layout.cpp
+Loading it registers the operators of csrc/cpu, whose names end in _native, under torch.ops.fastff.
 """
 
 import importlib
