@@ -99,7 +99,6 @@ def goodness_step(
         x4, target, tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
     )
     arguments.check_flags(need_grad_x=need_grad_x)
-    check_impl(impl)
     normalization = Normalization.checked(normalize, x4.shape[1], head.classes, eps)
     result = ops.step.run(Step(x4, None, head, loss, normalization, need_grad_x, algorithm), impl)
     return _as_given(result, x, channel_dim, weight)
@@ -128,7 +127,6 @@ def tail_step(
     loss = Loss.checked(
         y, target, called="y", tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
     )  # fmt: skip
-    check_impl(impl)
     normalization = Normalization.checked(normalize, y.shape[1], head.classes, eps)
     result = ops.step.run(Step(y, epilogue, head, loss, normalization, True, algorithm), impl)
     return _as_given(result, y, 1, weight)
@@ -211,7 +209,6 @@ def group_goodness_step(
         reduction=reduction, grad_scale=grad_scale,
     )  # fmt: skip
     arguments.check_flags(need_grad_x=need_grad_x)
-    check_impl(impl)
     step = Step(x4, None, head, wanted, Normalization.checked(normalize, x4.shape[1], groups, eps), need_grad_x)
     return _as_given(ops.step.run(step, impl), x, channel_dim)
 
@@ -234,7 +231,6 @@ def group_tail_step(
         y, target, positions, "y", name=loss, theta=theta, alpha=alpha, tau=tau, margin=margin, label_smoothing=label_smoothing,
         reduction=reduction, grad_scale=grad_scale,
     )  # fmt: skip
-    check_impl(impl)
     normalization = Normalization.checked(normalize, y.shape[1], groups, eps)
     return ops.step.run(Step(y, epilogue, head, wanted, normalization), impl)
 

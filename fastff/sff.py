@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fastff import plan as plans
-from fastff import spec
 from fastff.arguments import kind_of, number_between, plain, whole_number
 from fastff.graph.cut import cut
 from fastff.nn.block import LocalBlock, make_head
@@ -74,8 +73,6 @@ class SFF(nn.Module):
         num_classes, input_shape = plain(num_classes), plain(input_shape)
         if channel_dim not in (None, 1, -1):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
-        if normalize is not None and normalize not in spec.NORMALIZATIONS:
-            raise ValueError(f"normalize: expected one of {', '.join(spec.NORMALIZATIONS)} or None, got {normalize!r}")
         blocks, classifier = cut(model, "block" if granularity == "auto" else granularity, input_shape, num_classes)
         if readout and classifier is None:
             raise ValueError("readout: the model has nothing behind its last block to keep")

@@ -394,7 +394,8 @@ class Normalization(NamedTuple):
         if name not in NORMALIZATIONS:
             raise ValueError(f"{called}: expected one of {', '.join(NORMALIZATIONS)} or None, got {name!r}")
         if name == "group_norm" and groups > channels:
-            expected = f"another one than group_norm where {groups} groups are more than the {channels} channels"
+            many = f"{groups} groups, for a head one for each of its classes, are more than the {channels} channels"
+            expected = f"another one than group_norm where {many}"
             raise ValueError(f"{called}: expected {expected}, got group_norm")
         return cls(name, groups, number_between("eps", eps, 0, math.inf, low_allowed=True))
 

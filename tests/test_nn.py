@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import eager_goodness, eager_layer_norm, eager_loss, same_bits
 from torch import nn
 
@@ -329,6 +330,13 @@ def test_next_input_of_fewer_channels_than_classes(normalize):
     torch.testing.assert_close(block.next_input(block.module(x)).detach(), following)
 
 
+def test_group_norm_behind_a_loss_of_one_s_own():
+    block = LocalBlock(nn.Conv2d(3, 4, 1), loss=lambda y, target: y.square().mean(), normalize="group_norm")
+    x = torch.randn(2, 3, 5, 5)
+    following, _ = block.local_step(x)
+    torch.testing.assert_close(following, F.group_norm(block.module(x), 1).detach())
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
 @pytest.mark.parametrize("normalize", ["layer_norm", None])
@@ -402,7 +410,7 @@ def test_parametrized_weights_learn(parametrization):
         ({"num_classes": None}, "num_classes: expected a whole number of at least 1, got None"),
         ({"goodness": "projection", "num_classes": None}, "num_classes: expected a whole number of at least 1, got None"),
         ({"goodness": "class_group", "normalize": "batch"}, "normalize: expected one of"),
-        ({"num_classes": 5, "normalize": "group_norm"}, "normalize: expected another one than group_norm, .* 5 classes, got it for 4"),
+        ({"num_classes": 5, "normalize": "group_norm"}, "normalize: expected another one than group_norm where 5 groups, .* 4 channels, got"),
         ({"goodness": "mean_of_squares", "num_classes": None, "normalize": "group_norm"}, "normalize: group_norm takes a group"),
         ({"goodness": "mean_of_squares", "num_classes": 3, "normalize": "group_norm"}, "normalize: group_norm takes a group"),
     ],

@@ -6,14 +6,12 @@ block.local_step(x, target)  -> normalised detached output (the next block's inp
 """
 
 import contextlib
-import math
 
 import torch
 from torch import nn
 
 import fastff.functional as ff
 from fastff import spec
-from fastff.arguments import number_between
 from fastff.graph.fused import Epilogue
 from fastff.graph.tape import AutogradTape
 from fastff.graph.training import training_graph
@@ -44,15 +42,9 @@ class LocalBlock(nn.Module):
         if (head is None) == (loss is None):
             raise TypeError("head, loss: expected one of them")
         head = LossHead(loss) if head is None else head
-        self.eps = number_between("eps", eps, 0, math.inf, low_allowed=True)
-        if normalize is not None and normalize not in spec.NORMALIZATIONS:
-            expected = f"one of {', '.join(spec.NORMALIZATIONS)} or None"
-            raise ValueError(f"normalize: expected {expected}, got {normalize!r}")
-        if normalize == "group_norm" and head.groups > head.channels:
-            expected = f"another one than group_norm, which takes a group of channels for each of {head.groups} classes"
-            raise ValueError(f"normalize: expected {expected}, got it for {head.channels} channels")
-        self.module, self.head = module, head
-        self.normalize = None if normalize == "none" else normalize
+        normalization = spec.Normalization.checked(normalize, getattr(head, "channels", 1), head.groups, eps)
+        self.module, self.head, self.eps = module, head, normalization.eps
+        self.normalize = None if normalization.name == "none" else normalization.name
         self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}
         self._writes = None  # whether the module writes to its inputs, as a ReLU in place does; None until it has run
         self._without_group_norm = set()  # forms of the module that were seen to call none

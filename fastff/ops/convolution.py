@@ -11,13 +11,12 @@ import torch.nn.functional as F
 
 from fastff.kernels import native
 from fastff.kernels.layout import is_channels_last
-from fastff.kernels.native import convolution as native_convolution
-from fastff.kernels.torch import convolution as torch_convolution
+from fastff.kernels.native.depthwise import SIZES
+from fastff.kernels.torch.convolution import weight_gradient
 from fastff.ops import depthwise
 from fastff.ops import gradients as partial
 from fastff.ops.table import Implementation, always, choose, concerns, dispatched, register
 
-DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
 # Weights from which on the compiled kernel is quicker than oneDNN's with AVX-512 (1.7 to 2.4 times; below 0.6 to 1.1, one thread of an EPYC 9005).
 LEAST_WEIGHTS_AVX512 = 1 << 20
@@ -25,16 +24,20 @@ LEAST_WEIGHTS_AVX512 = 1 << 20
 LARGEST_PRODUCT = 1 << 25
 
 
+def _native(grad, x, kernel, stride, padding):
+    return torch.ops.fastff.convolution_weight_gradient_native(grad, x, kernel, stride, padding)
+
+
 ROWS = [
     Implementation(
         "native",
         native.takes(torch.float32, empty=False),
-        native_convolution,
+        _native,
         "fewer than 16 channels, contiguous tensors, and with AVX-512 less than 2^20 weights by oneDNN",
         native.slow,
     ),
-    Implementation("torch", always, torch_convolution),
-    Implementation("reference", always, torch_convolution, "the same as torch"),
+    Implementation("torch", always, weight_gradient),
+    Implementation("reference", always, weight_gradient, "the same as torch"),
 ]
 
 
@@ -48,7 +51,7 @@ def _run(grad, x, kernel, stride, padding, impl):
     expected = [(n + 2 * padding - kernel) // stride + 1 for n in x.shape[2:]]
     if list(grad.shape[2:]) != expected:
         raise ValueError(f"grad: expected {expected} positions of this convolution, got {list(grad.shape[2:])}")
-    out = choose("convolution", ROWS, impl, x).run.weight_gradient(grad, x, kernel, stride, padding)
+    out = choose("convolution", ROWS, impl, x).run(grad, x, kernel, stride, padding)
     like = _fake(grad, x, kernel, stride, padding, impl)
     return out if out.stride() == like.stride() else like.copy_(out)
 
@@ -74,7 +77,7 @@ def way(x, weight, stride, padding, groups):
         return PYTORCH
     k, channels = weight.shape[2], x.shape[1]
     if groups > 1:
-        return KERNEL if k in DEPTHWISE_SIZES and _has_kernel("depthwise", depthwise.ROWS, x) else PYTORCH
+        return KERNEL if k in SIZES and _has_kernel("depthwise", depthwise.ROWS, x) else PYTORCH
     if channels == 1 or not is_channels_last(x):
         return PYTORCH
     if k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
@@ -93,7 +96,7 @@ def _weight_gradient(grad, x, kernel, stride, padding):
     """Compute dL/dweight, through the dispatcher only if it must (fastff/ops/table.py)."""
     if dispatched(x, grad):
         return torch.ops.fastff.convolution_weight_gradient(grad, x, kernel, stride, padding, "auto")
-    return choose("convolution", ROWS, "auto", x).run.weight_gradient(grad, x, kernel, stride, padding)
+    return choose("convolution", ROWS, "auto", x).run(grad, x, kernel, stride, padding)
 
 
 def forward(x, weight, bias, stride, padding, groups, how):

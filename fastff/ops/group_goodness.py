@@ -98,19 +98,20 @@ def normalize_gradient(grad, x, name, groups, eps):
     if name == "layer_norm":
         return layer_norm_gradient(grad, x, eps)
     dims, how = ((1,) if name.endswith("_channels") else (1, 2, 3)), name.removesuffix("_channels")
+    n = C if dims == (1,) else C * H * W
     if how == "l2":
         length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
         length = length.masked_fill(length == 0, torch.inf)  # what is all zero gets no gradient
         factor = 1 / (length + eps)
-        return torch.addcmul(grad * factor, x, (grad * x).sum(dims, keepdim=True) * (-factor * factor / length))
-    n = C if dims == (1,) else C * H * W
-    if how == "rms":
+        share = factor * factor / length
+    elif how == "rms":
         factor = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
-        return torch.addcmul(grad * factor, x, (grad * x).sum(dims, keepdim=True) * (factor**3 / -n))
-    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    factor, x = (var + eps).rsqrt(), x - mean
-    grad = (grad - grad.mean(dims, keepdim=True)) * factor
-    return torch.addcmul(grad, x, (grad * x).sum(dims, keepdim=True) * (factor * factor / -n))
+        share = factor**3 / n
+    else:
+        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        factor = (var + eps).rsqrt()
+        x, grad, share = x - mean, grad - grad.mean(dims, keepdim=True), factor**3 / n
+    return torch.addcmul(grad * factor, x, (grad * x).sum(dims, keepdim=True) * -share)
 
 
 def _normalize_backward(grad, x, name, groups, eps, impl):
@@ -194,9 +195,8 @@ _normalize_directly = _direct(torch.ops.fastff.normalize, _normalize, _different
 def normalize(x, name, groups, eps, impl):
     """Normalize x [B, C, H, W]. PyTorch's own kernels are the fastest for means and variances of whole samples and of equal groups."""
     if impl == "auto" and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and concerns([NATIVE]):
-        if (
-            name == "layer_norm" and x.requires_grad and torch.is_grad_enabled()
-        ):  # it keeps mean and variance for the backward pass
+        # it keeps mean and variance for the backward pass
+        if name == "layer_norm" and x.requires_grad and torch.is_grad_enabled():
             return _as_result_of(x, of_pytorch.layer_norm(x, eps))
         if name == "group_norm" and x.shape[1] % groups == 0:
             return _as_result_of(x, F.group_norm(x, groups, eps=eps))

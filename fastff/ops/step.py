@@ -12,13 +12,14 @@ import torch
 from fastff import arguments, flat, reference
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.ops import goodness, group_goodness
-from fastff.ops.table import LIBRARY, choose, dispatched, register, without_autocast
+from fastff.ops.table import LIBRARY, check_impl, choose, dispatched, register, without_autocast
 from fastff.spec import HEAD_PARAMETERS, Epilogue, Projection, Step, StepResult
 
 
 @torch.no_grad()
 def run(step, impl="auto"):
     """Return the StepResult of a Step: the loss reduced, every gradient of its input's dtype, results as x laid out as x, None for absent ones."""
+    check_impl(impl)
     if not dispatched(step.x, *(step.epilogue or ()), *step.goodness, *step.loss):
         return _run(step, impl)
     tensors = torch.ops.fastff.step(step.x, *flat.flatten(step), step.need_grad_x, step.algorithm, impl)
