@@ -206,15 +206,11 @@ def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0, theta_gap=0
 
 def forward_forward_gradient(g, loss="softplus", theta=2.0, alpha=4.0, scale=1.0, theta_gap=0.0):
     """d = d(sum of scale * losses)/dg: a derivative of f at theta - g, g - theta or -alpha (g_positive - g_negative), with its sign."""
-    positive, negative = g.chunk(2)
-    z = (
-        -alpha * (positive - negative)
-        if loss in PAIRED_LOSSES
-        else torch.cat([theta - positive, negative - (theta + theta_gap)])
-    )
+    (positive, negative), paired = g.chunk(2), loss in PAIRED_LOSSES
+    z = -alpha * (positive - negative) if paired else torch.cat([theta - positive, negative - (theta + theta_gap)])
     s = z.sigmoid()
     slope = (s * (1 + z * (1 - s)) if loss.startswith("swish") else s) * scale / g.shape[1]
-    down, up = (alpha * slope, alpha * slope) if loss in PAIRED_LOSSES else slope.chunk(2)
+    down, up = (alpha * slope, alpha * slope) if paired else slope.chunk(2)
     return torch.cat([-down, up])
 
 

@@ -215,6 +215,7 @@ class SFF(nn.Module):
         """
         if exit_threshold is not None and not 0 < exit_threshold <= 1:
             raise ValueError(f"exit_threshold: expected a probability in (0, 1] or None, got {exit_threshold!r}")
+        threshold = 2.0 if exit_threshold is None else exit_threshold
         size, device = len(images), images.device
         label = torch.zeros(size, dtype=torch.int64, device=device)
         block_of, confidence = label.clone(), torch.zeros(size, device=device)
@@ -230,11 +231,7 @@ class SFF(nn.Module):
             vote = self.votes(seen)
             sure, best = self.probabilities(vote).max(1)
             last = index + 1 == len(self.blocks)
-            leave = (
-                torch.ones_like(sure, dtype=torch.bool)
-                if last
-                else (sure >= (2.0 if exit_threshold is None else exit_threshold))
-            )
+            leave = torch.ones_like(sure, dtype=torch.bool) if last else sure >= threshold
             label[rows[leave]], confidence[rows[leave]], block_of[rows[leave]] = best[leave], sure[leave].float(), index
             stay = ~leave
             rows, seen = rows[stay], [g[stay] for g in seen]
@@ -254,11 +251,8 @@ class SFF(nn.Module):
             rows.append((str(i), modules, f"{count:,}", shape, goodness, str(block.epilogue or "none")))
         name, blocks = type(self.model).__name__, f"{len(self.blocks)} blocks ({self.granularity})"
         head = f"SFF: {name} in {blocks}, {self.num_classes} classes, {total:,} parameters"
-        options = [
-            f"window={self.window}" if self.window else f"plan: {self.plan.name}",
-            f"vote={self.vote}",
-            f"normalize={self.normalize}",
-        ]
+        plan = f"window={self.window}" if self.window else f"plan: {self.plan.name}"
+        options = [plan, f"vote={self.vote}", f"normalize={self.normalize}"]
         if self.goodness_name == "sff":
             options.insert(2, f"grid={self.heads[0].grid[0]}")
             if self.heads[0].hidden_norm is not None:

@@ -87,9 +87,8 @@ class Projection(NamedTuple):
 
     def dtype(self, x):
         """The dtype of the arithmetic on x: float64 if an argument is, else float32, also for 16-bit x, whose squares overflow."""
-        wide = any(
-            t is not None and t.dtype == torch.float64 for t in (x, self.weight, self.grid_weight, self.hidden_weight)
-        )
+        tensors = (x, self.weight, self.grid_weight, self.hidden_weight)
+        wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
         return torch.float64 if wide else torch.float32
 
     def hidden_values(self, x):
@@ -260,9 +259,8 @@ class Loss(NamedTuple):
         check_member("loss", self.name, LOSSES)
         self.check_numbers()
         scale, target = self.grad_scale, self.target
-        if scale is not None and (
-            not isinstance(scale, torch.Tensor) or scale.numel() != 1 or scale.dtype not in DTYPES
-        ):
+        one = isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.dtype in DTYPES
+        if scale is not None and not one:
             expected = "a floating-point tensor of one element or None"
             raise TypeError(f"grad_scale: expected {expected}, got {arguments.described(scale)}")
         if self.name != "cross_entropy":

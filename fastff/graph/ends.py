@@ -37,12 +37,10 @@ def _is_entry(node, of):
 
 def _is_measure(node):
     """Whether a node is a size of a tensor, or is computed from sizes."""
+    if _is_tensor(node) or node.op == "call_module":
+        return False
     measured = node.target is getattr or node.target in ("size", "dim", "numel")
-    return (
-        not _is_tensor(node)
-        and node.op != "call_module"
-        and (measured or not any(map(_is_tensor, node.all_input_nodes)))
-    )
+    return measured or not any(map(_is_tensor, node.all_input_nodes))
 
 
 def _is_pool(model, node):

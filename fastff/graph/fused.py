@@ -87,12 +87,9 @@ class Convolution(StandIn):
     @staticmethod
     def of(module):
         """The stand-in for a module, or None where there is none."""
-        if (
-            type(module) is not nn.Conv2d
-            or "forward" in vars(module)
-            or module.padding_mode != "zeros"
-            or isinstance(module.padding, str)
-        ):
+        if type(module) is not nn.Conv2d or "forward" in vars(module):
+            return None
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
             return None
         sizes = (module.kernel_size, module.stride, module.padding)
         if module.dilation != (1, 1) or any(a != b for a, b in sizes):

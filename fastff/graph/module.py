@@ -78,11 +78,9 @@ class Watch:
         try:
             for module, cls, forward, get, of_class, values, _ in self.entries:
                 own = module.__dict__
-                if (
-                    type(module) is not cls
-                    or own.get("forward") is not forward
-                    or get(module if of_class else own) != values
-                ):
+                if type(module) is not cls or own.get("forward") is not forward:
+                    return False
+                if get(module if of_class else own) != values:
                     return False
         except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or has become a tensor
             return False

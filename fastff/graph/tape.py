@@ -120,12 +120,11 @@ class Steps:
             return None  # PyTorch calls them
         if self.normalizes and epilogue_op.kernel(first) is None:
             return None
-        key = (
-            first.dtype,
-            *(t.shape if isinstance(t, torch.Tensor) and t.dtype == first.dtype else None for t in inputs),
-        )
+        dtype = first.dtype
+        shapes = tuple(t.shape if isinstance(t, torch.Tensor) and t.dtype == dtype else None for t in inputs)
+        key = dtype, shapes
         if key not in self._shapes:
-            self._shapes[key] = self._shapes_of(key[1:])
+            self._shapes[key] = self._shapes_of(shapes)
         return self._shapes[key]
 
     def _shapes_of(self, shapes):

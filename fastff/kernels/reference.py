@@ -50,10 +50,8 @@ def step(local, plan=None):
         out, h, mean, var = reference.epilogue(y, weight, bias, epilogue.eps, residual, epilogue.activation)
         x = as_result_of(x, out)
     g = goodness(x, head, plan)
-    losses, (d, grad_tau) = (
-        reference.losses(g, local.loss),
-        reference.loss_gradient(g, local.loss, local.loss.scale(len(g))),
-    )
+    losses = reference.losses(g, local.loss)
+    d, grad_tau = reference.loss_gradient(g, local.loss, local.loss.scale(len(g)))
     grads = goodness_backward(d, x, head, plan)
     grad_x, *grads = (grads, None, None, None) if isinstance(head, Groups) else grads
     result = StepResult(losses, g, grad_x, *grads[:3], grad_tau, normalize(x, local.normalization))

@@ -296,7 +296,6 @@ class FFLinear(FFBlock):
         self, in_features, out_features, bias=True, *, num_classes=None, activation=nn.ReLU, device=None, dtype=None, **options
     ):  # fmt: skip
         factory = {"device": device, "dtype": dtype}
-        layers = [nn.Linear(in_features, out_features, bias, **factory)] + (
-            [activation()] if activation is not None else []
-        )
+        layers = [nn.Linear(in_features, out_features, bias, **factory)]
+        layers += [activation()] if activation is not None else []
         super().__init__(nn.Sequential(*layers), out_features, num_classes, **factory, **options)
