@@ -22,6 +22,11 @@ def kind_of(value):
     return value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+def described(value):
+    """Return what an error says that came: the shape and dtype of a tensor, the class of anything else."""
+    return f"{list(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def whole_number(name: str, value: int, least: int = 1, error: type[Exception] = ValueError) -> int:
     """Return `value` as an int. Raises `error` unless it is an integer of at least `least`; a bool is none."""
     value = plain(value)
@@ -92,8 +97,7 @@ def check_flags(**flags):
 def check_goodness(g):
     """Raise TypeError or ValueError unless g is goodness, a floating-point tensor of two dimensions."""
     if not isinstance(g, torch.Tensor) or g.dtype not in DTYPES:
-        got = g.dtype if isinstance(g, torch.Tensor) else type(g).__name__
-        raise TypeError(f"g: expected a floating-point tensor, got {got}")
+        raise TypeError(f"g: expected a floating-point tensor, got {kind_of(g)}")
     if g.dim() != 2:
         raise ValueError(f"g: expected [B, K], got {list(g.shape)}")
 
@@ -107,8 +111,7 @@ def check_not_empty(x, called="x"):
 def check_target(target, x, called="x"):
     """Raise TypeError or ValueError unless target has a class label for each sample of x, on its device."""
     if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
-        got = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
-        raise TypeError(f"target: expected int64 class labels, got {got}")
+        raise TypeError(f"target: expected int64 class labels, got {kind_of(target)}")
     if target.shape != x.shape[:1]:
         raise ValueError(f"target: expected [{x.shape[0]}], one label per sample, got {list(target.shape)}")
     if x.shape[0] == 0:

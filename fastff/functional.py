@@ -34,7 +34,7 @@ import math
 import torch
 
 from fastff import arguments, ops, reference, spec
-from fastff.arguments import number_between, whole_number
+from fastff.arguments import described, number_between, whole_number
 from fastff.ops.table import check_impl
 from fastff.spec import Epilogue, Groups, Hidden, Loss, Normalization, Projection, Step, StepResult  # noqa: F401  Hidden: for users
 
@@ -99,7 +99,6 @@ def goodness_step(
         x4, target, tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
     )
     arguments.check_flags(need_grad_x=need_grad_x)
-    check_impl(impl)
     normalization = Normalization.checked(normalize, x4.shape[1], head.classes, eps)
     result = ops.step.run(Step(x4, None, head, loss, normalization, need_grad_x, algorithm), impl)
     return _as_given(result, x, channel_dim, weight)
@@ -128,7 +127,6 @@ def tail_step(
     loss = Loss.checked(
         y, target, called="y", tau=tau, margin=margin, label_smoothing=label_smoothing, reduction=reduction, grad_scale=grad_scale
     )  # fmt: skip
-    check_impl(impl)
     normalization = Normalization.checked(normalize, y.shape[1], head.classes, eps)
     result = ops.step.run(Step(y, epilogue, head, loss, normalization, True, algorithm), impl)
     return _as_given(result, y, 1, weight)
@@ -160,11 +158,8 @@ def layer_norm(x, eps=1e-5, *, over="sample", channel_dim=1, impl="auto"):
     x4 = arguments.canonical_x(x, channel_dim)
     if over not in ("sample", "channels"):
         raise ValueError(f"over: expected 'sample' or 'channels', got {over!r}")
-    eps = number_between("eps", eps, 0, math.inf, low_allowed=True)
-    check_impl(impl)
-    if over == "channels":
-        return arguments.restore(torch.ops.fastff.normalize(x4, "layer_norm_channels", 1, eps, impl), x, channel_dim)
-    return arguments.restore(torch.ops.fastff.layer_norm(x4, eps, impl), x, channel_dim)
+    how = "layer_norm" if over == "sample" else "layer_norm_channels"
+    return _normalized(x, x4, Normalization.checked(how, x4.shape[1], eps=eps), channel_dim, impl)
 
 
 def group_goodness(x, groups=1, *, power=2, mean=True, positions=False, channel_dim=1, impl="auto"):
@@ -214,7 +209,6 @@ def group_goodness_step(
         reduction=reduction, grad_scale=grad_scale,
     )  # fmt: skip
     arguments.check_flags(need_grad_x=need_grad_x)
-    check_impl(impl)
     step = Step(x4, None, head, wanted, Normalization.checked(normalize, x4.shape[1], groups, eps), need_grad_x)
     return _as_given(ops.step.run(step, impl), x, channel_dim)
 
@@ -237,7 +231,6 @@ def group_tail_step(
         y, target, positions, "y", name=loss, theta=theta, alpha=alpha, tau=tau, margin=margin, label_smoothing=label_smoothing,
         reduction=reduction, grad_scale=grad_scale,
     )  # fmt: skip
-    check_impl(impl)
     normalization = Normalization.checked(normalize, y.shape[1], groups, eps)
     return ops.step.run(Step(y, epilogue, head, wanted, normalization), impl)
 
@@ -252,9 +245,11 @@ def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):
     x4 = arguments.canonical_x(x, channel_dim)
     Groups.checked(x4, groups)
     normalization = Normalization.checked(how, x4.shape[1], groups, eps, called="how")
+    return x if normalization.name == "none" else _normalized(x, x4, normalization, channel_dim, impl)
+
+
+def _normalized(x, x4, normalization, channel_dim, impl):
     check_impl(impl)
-    if normalization.name == "none":
-        return x
     return arguments.restore(ops.group_goodness.normalize(x4, *normalization, impl), x, channel_dim)
 
 
@@ -263,11 +258,9 @@ def overlay_label(x, label, num_classes, value=None):
 
     label is [B] int64; value is x's maximum if None. Nothing waits for x's device. Source: Hinton 2022, arXiv 2212.13345."""
     if not isinstance(x, torch.Tensor) or x.dtype not in spec.DTYPES or x.dim() < 2 or x.numel() == 0:
-        got = f"{list(x.shape)} of {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"x: expected a floating-point tensor [B, ...] with elements, got {got}")
+        raise ValueError(f"x: expected a floating-point tensor [B, ...] with elements, got {described(x)}")
     if not isinstance(label, torch.Tensor) or label.dtype != torch.int64 or label.shape != x.shape[:1]:
-        got = f"{list(label.shape)} of {label.dtype}" if isinstance(label, torch.Tensor) else type(label).__name__
-        raise ValueError(f"label: expected int64 [{len(x)}], one for each sample of x, got {got}")
+        raise ValueError(f"label: expected int64 [{len(x)}], one for each sample of x, got {described(label)}")
     if whole_number("num_classes", num_classes) > x[0].numel():
         raise ValueError(f"num_classes: expected 1 to {x[0].numel()}, the elements of a sample, got {num_classes}")
     arguments.check_labels(label, num_classes)

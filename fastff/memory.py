@@ -53,8 +53,8 @@ def phases(step, device="cpu"):
     return [*found, Phase(peak, now)]
 
 
-def _mark():
-    with record_function(MARK):
+def _mark(name=""):
+    with record_function(f"{MARK}{name}"):
         pass
 
 
@@ -100,40 +100,31 @@ def by_block(trainer, images, target):
     Returns: (curve, visits): curve is a list of (time, MiB above what was allocated before), visits of (time, index of the block whose
     forward pass starts there). The unit of time means nothing; on a GPU only the peak between two visits is known, and the curve has
     one step for each."""
-    device, curve, peaks = trainer.device, [], []
+    blocks, order = trainer.sff.local_blocks, []
 
-    def peak():
-        torch.cuda.synchronize(device)
-        peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def marked(index, visit):
+    def marked(index, visit, mark):
         def run(*arguments, **options):
-            if device.type == "cuda":
-                peak()
-                order.append(index)
-            with record_function(f"{MARK}{index}"):
-                return visit(*arguments, **options)
+            mark(index)
+            return visit(*arguments, **options)
 
         return run
 
-    order: list = []
-    blocks = trainer.sff.local_blocks
-    for index, block in enumerate(blocks):
-        block.visit = marked(index, block.visit)
-    try:
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
+    def step(mark):
+        for index, block in enumerate(blocks):
+            block.visit = marked(index, block.visit, mark)
+        try:
             trainer.step(images, target)
-            peak()
-            first = 1 if order else 0  # before the first visit nothing is allocated
-            curve = [(time + end, value) for time, value in enumerate(peaks[first:]) for end in (0, 1)]
-            return curve, list(enumerate(order))
-        allocated, marks = timeline(lambda: trainer.step(images, target))
-    finally:
-        for block in blocks:
-            del block.visit
+        finally:
+            for block in blocks:
+                del block.visit
+
+    if trainer.device.type == "cuda":
+        found = _cuda_phases(lambda mark: step(lambda index: (order.append(index), mark())), trainer.device)
+        peaks = [
+            phase.peak / 2**20 for phase in (found[1:] if order else found)
+        ]  # before the first visit nothing is allocated
+        return [(time + end, value) for time, value in enumerate(peaks) for end in (0, 1)], list(enumerate(order))
+    allocated, marks = timeline(lambda: step(_mark))
     visits = [(time, int(name.removeprefix(MARK))) for time, name in marks]
     start = min([time for time, _ in allocated[1:]] + [time for time, _ in visits])
     curve = [(max(0, time - start), value / 2**20) for time, value in allocated]

@@ -63,12 +63,6 @@ def margin_cross_entropy(g, target, tau=1.0, margin=0.0, label_smoothing=0.0):
     return (u.logsumexp(1) - (target_weights(target, g.shape[1], label_smoothing, g.dtype) * u).sum(1)) / hit.sum(1)
 
 
-def layer_norm(x, eps=1e-5):
-    """Layer normalisation over everything but the first dimension, no affine (Ba et al. 2016, arXiv 1607.06450)."""
-    x = x.flatten(1)
-    return (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + eps).sqrt()
-
-
 def reduced(losses, reduction):
     """Per-sample losses as their "mean" or "sum", or as they are ("none")."""
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
@@ -173,37 +167,6 @@ def epilogue_gradients(grad_x, y, h, mean, var, weight=None, eps=1e-5, activatio
     return grad_y if weight is None else grad_y * channels(weight), grad_h, grad_weight, grad_bias
 
 
-def convolution_weight_gradient(grad, x, kernel, stride=1, padding=0):
-    """dL/dweight[d,c,u,v] = sum_bij grad[b,d,i,j] x[b,c,i s + u - p, j s + v - p] of a convolution with k x k filters."""
-    unfolded = F.unfold(x, kernel, padding=padding, stride=stride)
-    return (grad.flatten(2) @ unfolded.mT).sum(0).view(grad.shape[1], x.shape[1], kernel, kernel)
-
-
-def depthwise(x, weight, stride=1, padding=0):
-    """y[b,c,i,j] = sum_uv weight[c,0,u,v] x[b,c,i s + u - p, j s + v - p]: a convolution with one k x k filter a channel."""
-    padded = F.pad(x, (padding,) * 4)
-    return sum(weight[:, :, u, v, None] * padded[at] for u, v, at in taps(padded, weight, stride))
-
-
-def depthwise_gradients(grad, x, weight, stride=1, padding=0):
-    """dL/dx, each product of the sum sent back to where its x came from, and dL/dweight[c,0,u,v] = sum_bij grad * shifted x."""
-    padded = F.pad(x, (padding,) * 4)
-    grad_padded, grad_weight = torch.zeros_like(padded), torch.zeros_like(weight)
-    for u, v, at in taps(padded, weight, stride):
-        grad_padded[at] += weight[:, :, u, v, None] * grad
-        grad_weight[:, 0, u, v] = (grad * padded[at]).sum((0, 2, 3))
-    return grad_padded[:, :, padding : padding + x.shape[2], padding : padding + x.shape[3]], grad_weight
-
-
-def taps(padded, weight, stride):
-    """(u, v, index of the elements of `padded` that weight[..., u, v] meets) for each of the k x k."""
-    k = weight.shape[-1]
-    spans = [(n - k) // stride * stride + 1 for n in padded.shape[2:]]
-    for u in range(k):
-        for v in range(k):
-            yield u, v, (..., slice(u, u + spans[0], stride), slice(v, v + spans[1], stride))
-
-
 def group_sizes(channels, groups):
     """Channels of each of K groups of neighbouring ones: where K does not divide them, the first groups have one more."""
     return [channels // groups + (k < channels % groups) for k in range(groups)]
@@ -243,15 +206,11 @@ def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0, theta_gap=0
 
 def forward_forward_gradient(g, loss="softplus", theta=2.0, alpha=4.0, scale=1.0, theta_gap=0.0):
     """d = d(sum of scale * losses)/dg: a derivative of f at theta - g, g - theta or -alpha (g_positive - g_negative), with its sign."""
-    positive, negative = g.chunk(2)
-    z = (
-        -alpha * (positive - negative)
-        if loss in PAIRED_LOSSES
-        else torch.cat([theta - positive, negative - (theta + theta_gap)])
-    )
+    (positive, negative), paired = g.chunk(2), loss in PAIRED_LOSSES
+    z = -alpha * (positive - negative) if paired else torch.cat([theta - positive, negative - (theta + theta_gap)])
     s = z.sigmoid()
     slope = (s * (1 + z * (1 - s)) if loss.startswith("swish") else s) * scale / g.shape[1]
-    down, up = (alpha * slope, alpha * slope) if loss in PAIRED_LOSSES else slope.chunk(2)
+    down, up = (alpha * slope, alpha * slope) if paired else slope.chunk(2)
     return torch.cat([-down, up])
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fastff import plan as plans
-from fastff import spec
 from fastff.arguments import kind_of, number_between, plain, whole_number
 from fastff.graph.cut import cut
 from fastff.nn.block import LocalBlock, make_head
@@ -74,8 +73,6 @@ class SFF(nn.Module):
         num_classes, input_shape = plain(num_classes), plain(input_shape)
         if channel_dim not in (None, 1, -1):
             raise ValueError(f"channel_dim: expected 1, -1 or None, got {channel_dim!r}")
-        if normalize is not None and normalize not in spec.NORMALIZATIONS:
-            raise ValueError(f"normalize: expected one of {', '.join(spec.NORMALIZATIONS)} or None, got {normalize!r}")
         blocks, classifier = cut(model, "block" if granularity == "auto" else granularity, input_shape, num_classes)
         if readout and classifier is None:
             raise ValueError("readout: the model has nothing behind its last block to keep")
@@ -218,6 +215,7 @@ class SFF(nn.Module):
         """
         if exit_threshold is not None and not 0 < exit_threshold <= 1:
             raise ValueError(f"exit_threshold: expected a probability in (0, 1] or None, got {exit_threshold!r}")
+        threshold = 2.0 if exit_threshold is None else exit_threshold
         size, device = len(images), images.device
         label = torch.zeros(size, dtype=torch.int64, device=device)
         block_of, confidence = label.clone(), torch.zeros(size, device=device)
@@ -233,11 +231,7 @@ class SFF(nn.Module):
             vote = self.votes(seen)
             sure, best = self.probabilities(vote).max(1)
             last = index + 1 == len(self.blocks)
-            leave = (
-                torch.ones_like(sure, dtype=torch.bool)
-                if last
-                else (sure >= (2.0 if exit_threshold is None else exit_threshold))
-            )
+            leave = torch.ones_like(sure, dtype=torch.bool) if last else sure >= threshold
             label[rows[leave]], confidence[rows[leave]], block_of[rows[leave]] = best[leave], sure[leave].float(), index
             stay = ~leave
             rows, seen = rows[stay], [g[stay] for g in seen]
@@ -257,11 +251,8 @@ class SFF(nn.Module):
             rows.append((str(i), modules, f"{count:,}", shape, goodness, str(block.epilogue or "none")))
         name, blocks = type(self.model).__name__, f"{len(self.blocks)} blocks ({self.granularity})"
         head = f"SFF: {name} in {blocks}, {self.num_classes} classes, {total:,} parameters"
-        options = [
-            f"window={self.window}" if self.window else f"plan: {self.plan.name}",
-            f"vote={self.vote}",
-            f"normalize={self.normalize}",
-        ]
+        plan = f"window={self.window}" if self.window else f"plan: {self.plan.name}"
+        options = [plan, f"vote={self.vote}", f"normalize={self.normalize}"]
         if self.goodness_name == "sff":
             options.insert(2, f"grid={self.heads[0].grid[0]}")
             if self.heads[0].hidden_norm is not None:

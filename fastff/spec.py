@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from fastff import arguments
 from fastff.arguments import DTYPES, check_flags, check_member, check_not_empty, check_target, number_between
 
 LOSSES = ("cross_entropy", "softplus", "swish", "symba", "swish_symba")
@@ -86,9 +87,8 @@ class Projection(NamedTuple):
 
     def dtype(self, x):
         """The dtype of the arithmetic on x: float64 if an argument is, else float32, also for 16-bit x, whose squares overflow."""
-        wide = any(
-            t is not None and t.dtype == torch.float64 for t in (x, self.weight, self.grid_weight, self.hidden_weight)
-        )
+        tensors = (x, self.weight, self.grid_weight, self.hidden_weight)
+        wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
         return torch.float64 if wide else torch.float32
 
     def hidden_values(self, x):
@@ -127,8 +127,7 @@ class Projection(NamedTuple):
             if name in ("padding", "hidden_eps"):
                 continue
             if t is not None and (not isinstance(t, torch.Tensor) or t.dtype not in DTYPES):
-                got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
-                raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+                raise TypeError(f"{name}: expected a floating-point tensor, got {arguments.kind_of(t)}")
             if t is not None and t.device != x.device:
                 raise ValueError(f"{name}: expected on {x.device} as {called} is, got {t.device}")
         if weight is not None and (weight.dim() not in (2, 4) or weight.shape[1] != channels or weight.shape[0] == 0):
@@ -169,6 +168,10 @@ class Projection(NamedTuple):
         number_between("hidden_eps", self.hidden_eps, 0, math.inf, low_allowed=True)
         if (self.hidden_mean is None) != (self.hidden_var is None):
             raise ValueError("hidden_mean, hidden_var: expected both or neither, got one of them")
+
+
+# Fields of a Projection that a head learns; "grad_" before them are the names of their gradients in a StepResult.
+HEAD_PARAMETERS = ("weight", "bias", "grid_weight", "hidden_weight", "hidden_bn_weight", "hidden_bn_bias")
 
 
 class Groups(NamedTuple):
@@ -244,8 +247,8 @@ class Loss(NamedTuple):
         learned_tau = None
         if isinstance(tau, torch.Tensor):
             if tau.dim() != 0 or tau.dtype not in DTYPES:
-                got = f"{list(tau.shape)} of {tau.dtype}"
-                raise ValueError(f"tau: expected a number or a floating-point tensor without dimensions, got {got}")
+                expected = "a number or a floating-point tensor without dimensions"
+                raise ValueError(f"tau: expected {expected}, got {arguments.described(tau)}")
             tau, learned_tau = 1.0, tau
         made = cls(target=target, tau=tau, learned_tau=learned_tau, **with_thresholds(options))
         made.check(x, positions, called)
@@ -256,12 +259,10 @@ class Loss(NamedTuple):
         check_member("loss", self.name, LOSSES)
         self.check_numbers()
         scale, target = self.grad_scale, self.target
-        if scale is not None and (
-            not isinstance(scale, torch.Tensor) or scale.numel() != 1 or scale.dtype not in DTYPES
-        ):
-            tensor = isinstance(scale, torch.Tensor)
-            got = f"{list(scale.shape)} of {scale.dtype}" if tensor else type(scale).__name__
-            raise TypeError(f"grad_scale: expected a floating-point tensor of one element or None, got {got}")
+        one = isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.dtype in DTYPES
+        if scale is not None and not one:
+            expected = "a floating-point tensor of one element or None"
+            raise TypeError(f"grad_scale: expected {expected}, got {arguments.described(scale)}")
         if self.name != "cross_entropy":
             if target is not None:
                 raise ValueError(f"target: expected None for {self.name}, whose batch is two halves, got a tensor")
@@ -391,7 +392,8 @@ class Normalization(NamedTuple):
         if name not in NORMALIZATIONS:
             raise ValueError(f"{called}: expected one of {', '.join(NORMALIZATIONS)} or None, got {name!r}")
         if name == "group_norm" and groups > channels:
-            expected = f"another one than group_norm where {groups} groups are more than the {channels} channels"
+            many = f"{groups} groups, for a head one for each of its classes, are more than the {channels} channels"
+            expected = f"another one than group_norm where {many}"
             raise ValueError(f"{called}: expected {expected}, got group_norm")
         return cls(name, groups, number_between("eps", eps, 0, math.inf, low_allowed=True))
 

@@ -117,7 +117,7 @@ def expected(step, dtype):
         "grad_weight": (factor * (rounded @ x.mT).sum(0)).view_as(head.weight),
         "grad_bias": factor * rounded.sum((0, 2)),
         "grad_tau": grad_tau * loss.tau,
-        "normalized": reference.layer_norm(x, step.normalization.eps).view(step.x.shape),
+        "normalized": reference.normalized(step.x.to(dtype), "layer_norm", 1, step.normalization.eps),
     }, {
         "loss": top,
         "grad_tau": 2 * scale * loss.tau * g.amax(1).sum(),

@@ -507,7 +507,7 @@ def test_opcheck():
                 head = Projection(*inputs[1:], (0, 0), *layer)
                 step = Step(inputs[0], None, head, loss, Normalization(normalize, 6), tau is None)
                 torch.library.opcheck(ops.step.default, op_arguments(step))
-        torch.library.opcheck(ops.layer_norm.default, (*learned(inputs[0]), 1e-5, "auto"))
+        torch.library.opcheck(ops.normalize.default, (*learned(inputs[0]), "layer_norm", 1, 1e-5, "auto"))
 
 
 def test_compile_and_export():

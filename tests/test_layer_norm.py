@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import LAYOUTS, assert_as_exact, same_bits
 
 import fastff.functional as ff
-from fastff.ops.layer_norm import ROWS
+from fastff.ops.group_goodness import ROWS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = [row.name for row in ROWS]

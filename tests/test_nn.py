@@ -6,12 +6,13 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import eager_goodness, eager_layer_norm, eager_loss, same_bits
 from torch import nn
 
 import fastff.functional as ff
 from fastff import reference
-from fastff.nn import FFBlock, FFConv2d, FFDepthwiseConv2d, FFLinear, GoodnessHead
+from fastff.nn import FFBlock, FFConv2d, FFDepthwiseConv2d, FFLinear, GoodnessHead, LocalBlock
 from fastff.nn.group_head import GOODNESS
 from fastff.spec import LOSSES
 
@@ -321,6 +322,21 @@ def test_modules_of_few_layers(layers, goodness):
         assert_steps_as_eager(block, x, torch.randint(CLASSES, (4,)), goodness, normalize)
 
 
+@pytest.mark.parametrize("normalize", ["layer_norm", "layer_norm_channels", "l2", "rms"])
+def test_next_input_of_fewer_channels_than_classes(normalize):
+    block = LocalBlock(nn.Conv2d(3, 4, 1), GoodnessHead(4, 10), normalize)
+    x = torch.randn(2, 3, 5, 5)
+    following, _ = block.local_step(x, torch.tensor([1, 2]))
+    torch.testing.assert_close(block.next_input(block.module(x)).detach(), following)
+
+
+def test_group_norm_behind_a_loss_of_one_s_own():
+    block = LocalBlock(nn.Conv2d(3, 4, 1), loss=lambda y, target: y.square().mean(), normalize="group_norm")
+    x = torch.randn(2, 3, 5, 5)
+    following, _ = block.local_step(x)
+    torch.testing.assert_close(following, F.group_norm(block.module(x), 1).detach())
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
 @pytest.mark.parametrize("normalize", ["layer_norm", None])
@@ -394,7 +410,7 @@ def test_parametrized_weights_learn(parametrization):
         ({"num_classes": None}, "num_classes: expected a whole number of at least 1, got None"),
         ({"goodness": "projection", "num_classes": None}, "num_classes: expected a whole number of at least 1, got None"),
         ({"goodness": "class_group", "normalize": "batch"}, "normalize: expected one of"),
-        ({"num_classes": 5, "normalize": "group_norm"}, "normalize: expected another one than group_norm, .* 5 classes, got it for 4"),
+        ({"num_classes": 5, "normalize": "group_norm"}, "normalize: expected another one than group_norm where 5 groups, .* 4 channels, got"),
         ({"goodness": "mean_of_squares", "num_classes": None, "normalize": "group_norm"}, "normalize: group_norm takes a group"),
         ({"goodness": "mean_of_squares", "num_classes": 3, "normalize": "group_norm"}, "normalize: group_norm takes a group"),
     ],

@@ -98,29 +98,27 @@ def test_public_functions_follow_both(monkeypatch):
     x, weight, target = torch.randn(2, 3, 4, 4), torch.randn(5, 3), torch.tensor([0, 1])
     calls = []
 
-    def spied(op, row):
-        if callable(row.run):
-            return row._replace(run=spy(calls, (op, row.name), row.run))
-        functions = {name: spy(calls, (op, row.name, name), getattr(row.run, name)) for name in ("goodness", "step")}
+    def spied(op, row, wanted):
+        functions = {name: spy(calls, (op, row.name, name), getattr(row.run, name)) for name in wanted}
         return row._replace(run=types.SimpleNamespace(**functions))
 
     tables = {
-        "goodness": (ops.goodness, "ROWS"),
-        "goodness_step": (ops.goodness, "STEP_ROWS"),
-        "layer_norm": (ops.layer_norm, "ROWS"),
+        "goodness": (ops.goodness, "ROWS", ["goodness", "step"]),
+        "goodness_step": (ops.goodness, "STEP_ROWS", ["goodness", "step"]),
+        "layer_norm": (ops.group_goodness, "ROWS", ["normalize"]),
     }
-    for op, (module, name) in tables.items():
-        rows = [spied(op, row) for row in getattr(module, name) if row.name not in ("cuda", "triton")]
+    for op, (module, name, wanted) in tables.items():
+        rows = [spied(op, row, wanted) for row in getattr(module, name) if row.name not in ("cuda", "triton")]
         monkeypatch.setattr(module, name, rows)
     ff.goodness(x, weight, impl="reference")
     ff.layer_norm(x, impl="reference")
-    assert calls == [("goodness", "reference", "goodness"), ("layer_norm", "reference")]
+    assert calls == [("goodness", "reference", "goodness"), ("layer_norm", "reference", "normalize")]
     for name in ("torch", "composed"):  # its former name
         calls.clear()
         monkeypatch.setenv("FASTFF_IMPL", name)
         ff.goodness_step(x, weight, None, target)
         ff.layer_norm(x)
-        assert calls == [("goodness_step", "torch", "step"), ("layer_norm", "torch")]
+        assert calls == [("goodness_step", "torch", "step"), ("layer_norm", "torch", "normalize")]
     with pytest.raises(RuntimeError, match="there is no such implementation of goodness yet"):
         ff.goodness(x, weight, impl="cuda")
 

@@ -28,7 +28,7 @@ template <typename T>
 using Buffer = std::vector<T, Memory<T>>;
 
 // 16-bit floats as bits, and their conversions as branch-free integer arithmetic, which GCC vectorises; it leaves the
-// conversions of torch's own BFloat16 and Half scalar (layer_norm_native took 5 and 3.5 times as long with them).
+// conversions of torch's own BFloat16 and Half scalar (layer norm took 5 and 3.5 times as long with them).
 struct BFloat16Bits {
   uint16_t bits;
 };

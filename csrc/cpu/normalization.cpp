@@ -1,11 +1,5 @@
-// fastff::layer_norm_native and normalize_native (normalization.h) on the CPU. layer_norm_native(Tensor x, float eps) -> Tensor:
-//
-// x [B, ...]: each sample, over all its n elements, becomes (x - mean) / sqrt(var + eps) with the biased variance; no
-// affine part. float32, float64, bfloat16, float16; arithmetic in float32 (float64 for float64).
-//
-// Since the norm takes in every element of a sample, their order does not matter: a sample that fills one run of memory
-// (contiguous, channels_last, any other permutation) is read as a flat row, and the output keeps its strides, with
-// samples packed one after the other. Any other x is made contiguous first. Samples may overlap (expanded batch).
+// fastff::normalize_native (normalization.h) on the CPU, and layer norm: each sample, over all its n elements in whatever order they lie, becomes
+// (x - mean) / sqrt(var + eps) with the biased variance. float32, float64, bfloat16, float16; arithmetic in float32 (float64 for float64).
 //
 // Memory: x once and y once from main memory while a row fits in the core's cache; three passes over it there.
 //   1  m = mean, rounded
@@ -20,23 +14,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <vector>
 
 using vec::kLongChunk;
 
 template <typename T>
 void layer_norm(const T* __restrict x, T* __restrict y, int64_t n, double eps) {
   using A = typename Sample<T>::A;
-  double total = 0;
-  for (int64_t start = 0; start < n; start += kLongChunk) {
-    const int64_t end = std::min(start + kLongChunk, n);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) sum += load<A>(x[i]);
-    total += sum;
-  }
-  const A mean = static_cast<A>(total / n);
+  const A mean = static_cast<A>(vec::sum_of<A>(n, [=](int64_t i) { return load<A>(x[i]); }) / n);
 
   double total_d = 0, total_dd = 0;
   for (int64_t start = 0; start < n; start += kLongChunk) {
@@ -68,49 +52,6 @@ template void layer_norm(const HalfBits*, HalfBits*, int64_t, double);
 
 namespace {
 
-// Whether each sample fills one run of memory, in whatever order of its dimensions.
-bool samples_are_dense(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  std::vector<int64_t> order;
-  for (int64_t d = 1; d < x.dim(); ++d)
-    if (sizes[d] != 1) order.push_back(d);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
-  int64_t expected = 1;
-  for (const int64_t d : order) {
-    if (strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
-
-template <typename T>
-void normalize_samples(const Tensor& x, const Tensor& y, int64_t samples, int64_t n, double eps) {
-  const T* const source = static_cast<const T*>(x.const_data_ptr());
-  T* const target = static_cast<T*>(y.mutable_data_ptr());
-  const int64_t stride = x.stride(0);
-  // A thread is worth waking for about 32K elements, the pool's own measure elsewhere in torch.
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, n));
-  parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) layer_norm(source + b * stride, target + b * n, n, eps);
-  });
-}
-
-Tensor layer_norm_native(Tensor x, double eps) {
-  STD_TORCH_CHECK(x.dim() >= 2, "layer_norm_native: x must be [B, ...] with at least 2 dimensions, got ", x.dim());
-  int64_t n = 1;
-  for (int64_t d = 1; d < x.dim(); ++d) n *= x.size(d);
-  if (x.numel() == 0 || !samples_are_dense(x)) x = torch::stable::contiguous(x);
-
-  const auto sizes = x.sizes();
-  std::vector<int64_t> strides(x.strides().begin(), x.strides().end());
-  if (n > 0) strides[0] = n;
-  const Tensor y = empty_strided(x, {sizes.begin(), sizes.end()}, strides);
-
-  const int64_t samples = n > 0 ? x.size(0) : 0;
-  with_type("layer_norm_native", x, [&]<typename T>(T*) { normalize_samples<T>(x, y, samples, n, eps); });
-  return y;
-}
-
 struct Normalize : spec::Part {
   using Part::Part;
   Tensor x = input("x");
@@ -132,11 +73,5 @@ std::vector<Tensor> normalize_native(const Normalize& given) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
-  m.def("layer_norm_native(Tensor x, float eps) -> Tensor");
-  m.def(spec::schema<Normalize>("normalize_native", "Tensor").c_str());
-}
-STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {
-  m.impl("layer_norm_native", TORCH_BOX(&layer_norm_native));
-  m.impl("normalize_native", &spec::boxed<Normalize, normalize_native>);
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) { m.def(spec::schema<Normalize>("normalize_native", "Tensor").c_str()); }
+STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("normalize_native", &spec::boxed<Normalize, normalize_native>); }

@@ -98,15 +98,7 @@ class Sample {
 
   template <typename F>
   FASTFF_INLINE static double row_sum(const T* row, int64_t n, const F& f) {
-    double total = 0;
-    for (int64_t start = 0; start < n; start += vec::kChunk) {
-      A sum = 0;
-      const int64_t end = std::min(start + vec::kChunk, n);
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = start; i < end; ++i) sum += f(load<A>(row[i]), i);
-      total += sum;
-    }
-    return total;
+    return vec::sum_of<A>(n, [&](int64_t i) { return f(load<A>(row[i]), i); }, vec::kChunk);
   }
 
   // index_sums[i] = sum over rows of f(value, i)

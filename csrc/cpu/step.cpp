@@ -47,8 +47,7 @@ std::vector<Tensor> step_native(const spec::Step& given) {
       given.has_groups ? count_of_groups(x, given.groups) : (head.weight ? *head.weight : *head.grid_weight).size(0);
   check_labels(given, J);
 
-  spec::StepResult r{none, none, none, none, none, none, none, none, none,
-                     none, none, none, none, none, none, none, none, none};
+  spec::StepResult r(none);
   const Loss loss(given.loss, B);
   Buffer<double> grad_tau(loss.count());
   // Large tensors first: small ones behind them keep the C library from giving their memory back after every step.
@@ -83,22 +82,12 @@ std::vector<Tensor> step_native(const spec::Step& given) {
     else
       *writable(r.grad_tau) = static_cast<float>(total);
   }
-  // clang-format off
-  return {r.loss, r.goodness, r.grad_x, r.grad_weight, r.grad_bias, r.grad_grid_weight, r.grad_tau, r.normalized, r.grad_residual,
-          r.grad_bn_weight, r.grad_bn_bias, r.mean, r.var, r.grad_hidden_weight, r.grad_hidden_bn_weight, r.grad_hidden_bn_bias,
-          r.hidden_mean, r.hidden_var};
-  // clang-format on
+  return r.all();
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
-  const char* results =
-      "(Tensor loss, Tensor goodness, Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_grid_weight, "
-      "Tensor grad_tau, "
-      "Tensor normalized, Tensor grad_residual, Tensor grad_bn_weight, Tensor grad_bn_bias, Tensor mean, Tensor var, "
-      "Tensor grad_hidden_weight, Tensor grad_hidden_bn_weight, Tensor grad_hidden_bn_bias, Tensor hidden_mean, "
-      "Tensor hidden_var)";
-  m.def(spec::schema<spec::Step>("step_native", results).c_str());
+  m.def(spec::schema<spec::Step>("step_native", spec::StepResult().schema()).c_str());
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("step_native", &spec::boxed<spec::Step, step_native>); }

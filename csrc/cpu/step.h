@@ -1,6 +1,8 @@
 // The arguments and results of step_native (step.cpp), and what it hands to the kernels of the two kinds of goodness.
 #pragma once
 
+#include <deque>
+
 #include "epilogue.h"
 #include "loss.h"
 
@@ -21,11 +23,36 @@ struct Step : Part {
   bool second_moment = flag("second_moment");
 };
 
-// Results of a step, empty where absent. loss: [B], or [B / 2] of pairs, unreduced; grad_tau: one element, the sum over the batch.
-struct StepResult {
-  Tensor loss, goodness, grad_x, grad_weight, grad_bias, grad_grid_weight, grad_tau, normalized, grad_residual,
-      grad_bn_weight, grad_bn_bias, mean, var, grad_hidden_weight, grad_hidden_bn_weight, grad_hidden_bn_bias,
-      hidden_mean, hidden_var;
+// Results of a step in the order of fastff/spec.py, empty where absent. loss: [B], or [B / 2] of pairs, unreduced; grad_tau: one element, the sum
+// over the batch.
+class StepResult {
+  Tensor none;
+  std::deque<Tensor> results;
+  std::vector<const char*> names;
+
+  Tensor& result(const char* name) {
+    names.push_back(name);
+    return results.emplace_back(none);
+  }
+
+ public:
+  explicit StepResult(const Tensor& none = Tensor()) : none(none) {}
+
+  Tensor &loss = result("loss"), &goodness = result("goodness");
+  Tensor &grad_x = result("grad_x"), &grad_weight = result("grad_weight"), &grad_bias = result("grad_bias");
+  Tensor &grad_grid_weight = result("grad_grid_weight"), &grad_tau = result("grad_tau");
+  Tensor &normalized = result("normalized"), &grad_residual = result("grad_residual");
+  Tensor &grad_bn_weight = result("grad_bn_weight"), &grad_bn_bias = result("grad_bn_bias");
+  Tensor &mean = result("mean"), &var = result("var"), &grad_hidden_weight = result("grad_hidden_weight");
+  Tensor &grad_hidden_bn_weight = result("grad_hidden_bn_weight"), &grad_hidden_bn_bias = result("grad_hidden_bn_bias");
+  Tensor &hidden_mean = result("hidden_mean"), &hidden_var = result("hidden_var");
+
+  std::vector<Tensor> all() const { return {results.begin(), results.end()}; }
+  std::string schema() const {
+    std::string text;
+    for (const char* name : names) text += (text.empty() ? "(Tensor " : ", Tensor ") + std::string(name);
+    return text + ")";
+  }
 };
 
 }  // namespace spec

@@ -92,28 +92,24 @@ constexpr int64_t kLoopLanes = 4;
 #endif
 constexpr int64_t kChunk = 256, kLongChunk = kLoopLanes * kChunk;
 
-// Sum of x * y, and sum of x.
-inline double dot(const float* __restrict x, const float* __restrict y, int64_t n) {
+// Sum of f(0) .. f(n - 1): in A for a chunk of them, and in doubles.
+template <typename A = float, typename F>
+FASTFF_INLINE double sum_of(int64_t n, const F& f, int64_t chunk = kLongChunk) {
   double total = 0;
-  for (int64_t start = 0; start < n; start += kLongChunk) {
-    const int64_t end = std::min(start + kLongChunk, n);
-    float sum = 0;
+  for (int64_t start = 0; start < n; start += chunk) {
+    const int64_t end = std::min(start + chunk, n);
+    A sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) sum += x[i] * y[i];
+    for (int64_t i = start; i < end; ++i) sum += f(i);
     total += sum;
   }
   return total;
 }
-inline double total_of(const float* __restrict x, int64_t n) {
-  double total = 0;
-  for (int64_t start = 0; start < n; start += kLongChunk) {
-    const int64_t end = std::min(start + kLongChunk, n);
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) sum += x[i];
-    total += sum;
-  }
-  return total;
+inline double dot(const float* x, const float* y, int64_t n) {
+  return sum_of(n, [=](int64_t i) { return x[i] * y[i]; });
+}
+inline double total_of(const float* x, int64_t n) {
+  return sum_of(n, [=](int64_t i) { return x[i]; });
 }
 
 // Sum of lines of C floats: in floats for `most` terms, and in doubles, which take memory only where there are more.

@@ -11,7 +11,7 @@ std::vector<Tensor> goodness_step(const spec::Step& given) {
                       !given.has_groups && given.loss.name == spec::LossName::cross_entropy && given.loss.target &&
                       (layer_norm || given.normalization.name == spec::NormalizationName::none),
                   "step_native: on CUDA only the goodness of a projection without a grid has a kernel");
-  const Tensor &x = given.x, &weight = *head.weight, none = absent(x);
+  const Tensor &x = given.x, &weight = *head.weight;
   const MaybeTensor &bias = head.bias, &learned_tau = given.loss.learned_tau;
   const int64_t B = x.size(0), C = x.size(1), P = x.size(2) * x.size(3), K = weight.size(0);
   STD_TORCH_CHECK(
@@ -23,8 +23,7 @@ std::vector<Tensor> goodness_step(const spec::Step& given) {
   STD_TORCH_CHECK(division.blocks > 0, "step_native: the samples of x do not fit the shared memory of the device");
 
   const int32_t single = aoti_torch_dtype_float32();
-  spec::StepResult r{none, none, none, none, none, none, none, none, none,
-                     none, none, none, none, none, none, none, none, none};
+  spec::StepResult r(absent(x));
   r.loss = empty(x, {B}, single), r.goodness = empty(x, {B, K}, single), r.grad_weight = empty(x, {K, C, 1, 1}, single);
   if (bias) r.grad_bias = empty(x, {K}, single);
   if (learned_tau) r.grad_tau = empty(x, {}, single);
@@ -50,11 +49,7 @@ std::vector<Tensor> goodness_step(const spec::Step& given) {
   step.division = division, step.at = layout_of(division.samples, division.tiles, C, K, bias.has_value());
   const char* const problem = launch(step, device);
   STD_TORCH_CHECK(!problem, "step_native: ", problem);
-  // clang-format off
-  return {r.loss, r.goodness, r.grad_x, r.grad_weight, r.grad_bias, r.grad_grid_weight, r.grad_tau, r.normalized, r.grad_residual,
-          r.grad_bn_weight, r.grad_bn_bias, r.mean, r.var, r.grad_hidden_weight, r.grad_hidden_bn_weight, r.grad_hidden_bn_bias,
-          r.hidden_mean, r.hidden_var};
-  // clang-format on
+  return r.all();
 }
 
 // For fastff/kernels/cuda/goodness.py: the blocks that each sample would have on a device, or 0 if it does not fit.

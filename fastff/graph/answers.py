@@ -46,9 +46,8 @@ class Answers:
             self.busy = False
         if not agree:
             raise LookupError
-        if question is not type and not isinstance(
-            values[0], torch.Size
-        ):  # how many dimensions there are is no matter of size
+        # how many dimensions there are is no matter of size
+        if question is not type and not isinstance(values[0], torch.Size):
             self.sizes |= question is len or any(map(self._is_size, order))
         return first
 

@@ -30,7 +30,7 @@ from torch.nn.parameter import is_lazy
 
 from fastff.graph import values
 from fastff.graph.ends import Parts
-from fastff.graph.plain import Read, Watch, graph_module
+from fastff.graph.module import Read, Watch, graph_module
 from fastff.graph.snapshot import preserved
 from fastff.graph.trace import (
     CONTAINERS,

@@ -37,12 +37,10 @@ def _is_entry(node, of):
 
 def _is_measure(node):
     """Whether a node is a size of a tensor, or is computed from sizes."""
+    if _is_tensor(node) or node.op == "call_module":
+        return False
     measured = node.target is getattr or node.target in ("size", "dim", "numel")
-    return (
-        not _is_tensor(node)
-        and node.op != "call_module"
-        and (measured or not any(map(_is_tensor, node.all_input_nodes)))
-    )
+    return measured or not any(map(_is_tensor, node.all_input_nodes))
 
 
 def _is_pool(model, node):
@@ -91,7 +89,7 @@ class Parts:
         self.model, self.graph, self.granularity, self.paths = model, graph, granularity, paths
         self.num_classes = num_classes
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.output = next(node for node in graph.nodes if node.op == "output")
+        self.output = graph.output_node()
         self.source = next(node for node in graph.nodes if node.op == "placeholder")
         self.needed = _ancestors(self.output)
         depends = {self.source}

@@ -24,20 +24,6 @@ READS = {
 }
 
 
-def hooked(modules):
-    """Whether one of the modules has a hook, which would not run where the module is not called."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
-
-
-def uses_batch_statistics(norm):
-    """Whether a batch norm module normalises with the statistics of the batch and updates running ones as `update_statistics` does."""
-    return (
-        isinstance(norm, nn.BatchNorm2d)
-        and norm.training
-        and (norm.momentum is not None or not norm.track_running_stats)
-    )  # fmt: skip
-
-
 def update_statistics(norm, mean, var, count):
     """Update the running statistics of a batch norm module from the batch's mean and biased variance [C] of `count` values."""
     tracked = norm.num_batches_tracked
@@ -46,11 +32,6 @@ def update_statistics(norm, mean, var, count):
         epilogue_op.update_running_statistics(norm.running_mean, norm.running_var, tracked, mean, var, rate, count)
     elif norm.track_running_stats and tracked is not None:
         tracked.add_(1)
-
-
-def description(norm, activation, residual=None, need_grad_residual=False):
-    """The spec.Epilogue of a batch norm module, an activation's name and a residual."""
-    return spec.Epilogue(norm.weight, norm.bias, norm.eps, residual, need_grad_residual, activation)
 
 
 class StandIn(nn.Module):
@@ -111,12 +92,9 @@ class Convolution(StandIn):
     @staticmethod
     def of(module):
         """The stand-in for a module, or None where there is none."""
-        if (
-            type(module) is not nn.Conv2d
-            or "forward" in vars(module)
-            or module.padding_mode != "zeros"
-            or isinstance(module.padding, str)
-        ):
+        if type(module) is not nn.Conv2d or "forward" in vars(module):
+            return None
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
             return None
         sizes = (module.kernel_size, module.stride, module.padding)
         if module.dilation != (1, 1) or any(a != b for a, b in sizes):
@@ -150,45 +128,69 @@ class Convolution(StandIn):
 
 
 class Epilogue(StandIn):
-    """x = activation(batch_norm(y) + residual). `apply` is the callable that computes the activation where no kernel runs."""
+    """x = activation(batch_norm(y) + residual). `apply` is the callable that computes the activation where no kernel runs.
 
-    def __init__(self, batch_norm, activation, apply):
+    At the end of a block it is not called: the step op computes it together with the goodness (fastff/nn/block.py)."""
+
+    def __init__(self, batch_norm, activation, apply, has_residual=False):
         super().__init__()
         self.batch_norm, self.activation, self.apply_activation = batch_norm, activation, apply
+        self.has_residual = has_residual
+
+    def __str__(self):
+        activation = [self.activation] if self.activation != "none" else []
+        return " + ".join(["batch norm"] + ["residual"] * self.has_residual + activation)
 
     def learned(self):
         return self.batch_norm.weight, self.batch_norm.bias
 
     def ready(self):
-        return uses_batch_statistics(self.batch_norm)
+        """Whether batch norm normalizes with the statistics of the batch, and updates running ones as `update_statistics` does."""
+        norm = self.batch_norm
+        return norm.training and (norm.momentum is not None or not norm.track_running_stats)
 
     def output_shape(self, y, residual=None):
         fits = len(y) == 4 and y.numel() > y[1] and residual in (None, y)
         return y if fits else None
+
+    def fits(self, y, residual=None):
+        """Whether kernels take these tensors: images, no broadcasting, one dtype, more than one value a channel."""
+        if residual is None:
+            return self.output_shape(y.shape) is not None
+        return self.output_shape(y.shape, residual.shape) is not None and residual.dtype == y.dtype
 
     def has_kernel(self, y, residual=None):
         """Whether a kernel runs for these tensors now."""
         return (
             not torch.compiler.is_compiling()
             and self.ready()
-            and self.output_shape(*(t.shape for t in (y, residual) if t is not None)) is not None
-            and (residual is None or residual.dtype == y.dtype)
+            and self.fits(y, residual)
             and not torch.is_autocast_enabled(y.device.type)
             and epilogue_op.kernel(y) is not None
         )
 
     def forward(self, y, residual=None):
-        inputs = (y,) if residual is None else (y, residual)
-        if self.has_kernel(*inputs):
-            return self.recorded(*inputs)
+        if self.has_kernel(y, residual):
+            return self.recorded(*((y,) if residual is None else (y, residual)))
+        return self.by_modules(y, residual)
+
+    def by_modules(self, y, residual):
         h = nn.BatchNorm2d.forward(self.batch_norm, y)  # of a subclass, what follows it is in the graph
         return self.apply_activation(h if residual is None else h + residual)
 
+    def description(self, residual=None, need_grad_residual=False):
+        """The spec.Epilogue with this residual (or None)."""
+        norm = self.batch_norm
+        return spec.Epilogue(norm.weight, norm.bias, norm.eps, residual, need_grad_residual, self.activation)
+
+    def update(self, y, mean, var):
+        """Update the running statistics from those of the batch."""
+        update_statistics(self.batch_norm, mean, var, y.numel() / y.shape[1])
+
     def activated(self, y, residual=None):
         """x, mean, var; the running statistics are updated."""
-        e = description(self.batch_norm, self.activation, residual)
-        x, _, mean, var = epilogue_op.kernel(y).forward(y, e)
-        update_statistics(self.batch_norm, mean, var, y.numel() / y.shape[1])
+        x, _, mean, var = epilogue_op.kernel(y).forward(y, self.description(residual))
+        self.update(y, mean, var)
         return x, mean, var
 
     def record(self, *inputs):
@@ -197,7 +199,7 @@ class Epilogue(StandIn):
 
     def gradients(self, grad, tensors, how, wanted, parameters):
         y, *residual, mean, var = tensors
-        e = description(self.batch_norm, self.activation, *residual, need_grad_residual=wanted[-1])
+        e = self.description(*residual, need_grad_residual=wanted[-1])
         found = epilogue_op.kernel(y).backward(y, e, mean, var, grad)
         of_inputs = (found.y, found.residual) if residual else (found.y,)
         return of_inputs, found.of_parameters(e) if parameters else (None, None)
@@ -231,7 +233,7 @@ class EpilogueConvolution(StandIn):
 
     def gradients(self, grad, tensors, how, wanted, parameters):
         y, mean, var = tensors
-        e = description(self.epilogue.batch_norm, self.epilogue.activation)
+        e = self.epilogue.description()
         kernel = epilogue_op.kernel(y)
         # without the weight's gradient, x's values do not matter: y is of the same shape and layout
         x = kernel.forward(y, e, statistics=(mean, var))[0] if parameters and self.convolution.learns() else y

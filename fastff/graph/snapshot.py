@@ -19,9 +19,8 @@ LARGEST = 1000  # entries of a container that is looked into
 def _access(holder):
     """(a function that copies what an object holds, a function that puts a copy back), or None where nothing is known of it."""
     if isinstance(holder, type):
-        return lambda: {k: v for k, v in vars(holder).items() if not k.startswith("__")}, lambda old: _reset(
-            holder, old
-        )
+        own = lambda: {k: v for k, v in vars(holder).items() if not k.startswith("__")}  # noqa: E731
+        return own, lambda old: _reset(holder, old)
     if isinstance(holder, dict):
         drop = lambda old: [holder.pop(k) for k in holder.keys() - old.keys()]  # noqa: E731
         return lambda: dict(dict.items(holder)), lambda old: (drop(old), holder.update(old))

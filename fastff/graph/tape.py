@@ -18,7 +18,7 @@ import torch
 
 from fastff.graph.fused import Convolution, StandIn
 from fastff.ops import epilogue as epilogue_op
-from fastff.ops.gradients import Seed, add_gradient, inputs_only, parameters_only
+from fastff.ops.gradients import Seed, add_gradient, without
 
 
 def plus(old, new):
@@ -52,7 +52,7 @@ class AutogradTape:
         wanted = [t for t in self.inputs if _wanted(t)]
         if not outputs or not wanted:
             return [None] * len(self.inputs)
-        with inputs_only():
+        with without("parameters"):
             found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True))
         return [next(found) if _wanted(t) else None for t in self.inputs]
 
@@ -69,7 +69,7 @@ class AutogradTape:
             if only is None:
                 seed.backward(seed.detach())
             else:
-                with contextlib.nullcontext() if inputs else parameters_only():
+                with contextlib.nullcontext() if inputs else without("leaves"):
                     seed.backward(seed.detach(), inputs=only)
         return [_taken(t) if _wanted(t) else None for t in leaves] if inputs else None
 
@@ -120,12 +120,11 @@ class Steps:
             return None  # PyTorch calls them
         if self.normalizes and epilogue_op.kernel(first) is None:
             return None
-        key = (
-            first.dtype,
-            *(t.shape if isinstance(t, torch.Tensor) and t.dtype == first.dtype else None for t in inputs),
-        )
+        dtype = first.dtype
+        shapes = tuple(t.shape if isinstance(t, torch.Tensor) and t.dtype == dtype else None for t in inputs)
+        key = dtype, shapes
         if key not in self._shapes:
-            self._shapes[key] = self._shapes_of(key[1:])
+            self._shapes[key] = self._shapes_of(shapes)
         return self._shapes[key]
 
     def _shapes_of(self, shapes):

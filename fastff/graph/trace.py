@@ -17,16 +17,8 @@ from fastff.graph import plain, snapshot, values
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 WEIGHT_FUNCTIONS = {
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.linear,
-    F.conv_transpose2d,
-    torch.conv2d,
-    torch.matmul,
-    torch.einsum,
-    operator.matmul,
-}
+    F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose2d, torch.conv2d, torch.matmul, torch.einsum, operator.matmul,
+}  # fmt: skip
 
 
 class CutError(ValueError):
@@ -37,9 +29,8 @@ def example_input(model, input_shape, size):
     like = next(iter(model.parameters()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(size, *input_shape, generator=generator).to(like.device, like.dtype)
-    if len(input_shape) == 3 and any(
-        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters()
-    ):
+    filters = (p for p in model.parameters() if p.dim() == 4)
+    if len(input_shape) == 3 and any(p.is_contiguous(memory_format=torch.channels_last) for p in filters):
         example = example.contiguous(memory_format=torch.channels_last)
     return example
 
@@ -136,11 +127,7 @@ def _where(model, fault):
     for frame, line in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         path = frame.f_code.co_filename
-        if (
-            isinstance(owner, nn.Module)
-            and id(owner) in names
-            and "/torch/nn/modules/module.py" not in path.replace("\\", "/")
-        ):
+        if isinstance(owner, nn.Module) and id(owner) in names and path != nn.modules.module.__file__:
             stack = traceback.extract_stack(frame, 1)
             text = traceback.FrameSummary(path, line, frame.f_code.co_name).line or (stack[0].line if stack else "")
             found = f"{names[id(owner)]} ({type(owner).__name__}), {path}:{line}: {text}"

@@ -1,6 +1,6 @@
 """The graph that a block trains with: opened down to PyTorch's own layers, with faster stand-ins for them, and the epilogue at its end apart.
 
-    y -> BatchNorm2d [+ residual] [-> activation]      an epilogue: at the block's end part of the step op (fastff/graph/epilogue.py), inside
+    y -> BatchNorm2d [+ residual] [-> activation]      an epilogue: at the block's end part of the step op (fastff/nn/block.py), inside
                                                        the block one kernel, together with the convolution behind it (fastff/graph/fused.py)
     Linear or Conv2d -> ReLU                           at the block's end: the ReLU is applied in place
     Conv2d                                             a convolution with faster gradients
@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastff.graph import fused, plain
-from fastff.graph.epilogue import ACTIVATIONS, BatchNormEpilogue, ReLUEpilogue, activation_name
+from fastff.graph.module import Read, Watch, graph_module
 from fastff.graph.tape import Steps
 
+ACTIVATIONS = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu", nn.GELU: "gelu", nn.Identity: "none",
+}  # fmt: skip
 FUNCTIONS = {
     F.relu: "relu", torch.relu: "relu", "relu": "relu", "relu_": "relu", F.relu6: "relu6", F.hardswish: "hardswish", F.silu: "silu",
     F.gelu: "gelu",
@@ -32,9 +35,10 @@ class TrainingGraph:
 
     Attributes:
         forward: GraphModule from the block's inputs to its outputs (a tuple).
-        ending: BatchNormEpilogue, ReLUEpilogue or None.
-        body: with an ending: GraphModule from the inputs to what the ending is applied to, (y, residual or None, *further outputs) for a
-            BatchNormEpilogue, (y, *further outputs) for a ReLUEpilogue.
+        ending: fused.Epilogue that the step op computes; "relu", a ReLU behind a layer that does not need its own output, which is applied in
+            place, and its gradient over that of the output; or None.
+        body: with an ending: GraphModule from the inputs to what the ending is applied to, (y, residual or None, *further outputs) for an
+            Epilogue, (y, *further outputs) for "relu".
         steps: of `body` where there is one, else of `forward`: tape.Steps, or None where they call more than stand-ins.
         whole: {name: reason} of modules that could have been opened but are called as they are.
     """
@@ -53,7 +57,7 @@ class TrainingGraph:
                 m.training = mode
         graph, self.whole = traced.graph, traced.whole
         self.ending, self.body = None, None
-        output = next(node for node in graph.nodes if node.op == "output")
+        output = graph.output_node()
         if isinstance(output.args[0], fx.Node):
             output.args = ((output.args[0],),)
         self.forward = _optimized(module, modules, graph)
@@ -66,7 +70,7 @@ class TrainingGraph:
         called = [{n.target for n in g.graph.nodes if n.op == "call_module"} & modules.keys() for g in graphs]
         own = [n for n in set.intersection(*called) if all(g.get_submodule(n) is modules[n] for g in graphs)]
         watched = [modules[name] for name in inside - _below(modules, own)]
-        self.watch = plain.Watch({m: [*traced.reads.get(m, ()), *fused.READS.get(type(m), ())] for m in watched})
+        self.watch = Watch({m: [*traced.reads.get(m, ()), *fused.READS.get(type(m), ())] for m in watched})
 
     def ready(self):
         """Whether the graph may stand in for the block now: all that it does not call is as it was, in training mode, and has no hooks."""
@@ -80,7 +84,7 @@ def _opens(module, custom):
     """Whether tracing opens a module: nn.Sequential, and where `custom` says so a model's own modules; torch.nn's layers are called whole."""
     if type(module) is nn.Sequential:
         return True
-    return custom and not isinstance(module, plain.Read) and not type(module).__module__.startswith("torch.nn.")
+    return custom and not isinstance(module, Read) and not type(module).__module__.startswith("torch.nn.")
 
 
 def training_graph(module, custom=True):
@@ -97,15 +101,12 @@ def _below(modules, paths):
 
 
 class _Match(NamedTuple):
-    """An epilogue in a graph: its input, residual (or None), batch norm, activation, the nodes it stands for, the last of them."""
+    """An epilogue in a graph: its input, residual (or None), stand-in, and the nodes it stands for."""
 
     y: fx.Node
     residual: fx.Node | None
-    norm: nn.BatchNorm2d
-    activation: str
-    apply: object
+    epilogue: fused.Epilogue
     nodes: list
-    result: fx.Node
 
 
 def _module(modules, node):
@@ -121,8 +122,8 @@ def _only_user(node):
 def _activation(modules, node):
     """(name, callable) of an activation's node, or None."""
     module = _module(modules, node)
-    if type(module) in ACTIVATIONS and activation_name(module) is not None:
-        return activation_name(module), module
+    if type(module) in ACTIVATIONS and getattr(module, "approximate", "none") == "none":
+        return ACTIVATIONS[type(module)], module
     called = node.op in ("call_function", "call_method") and node.target in FUNCTIONS
     if called and len(node.all_input_nodes) == 1 and node.kwargs.get("approximate", "none") == "none":
         return FUNCTIONS[node.target], getattr(F, FUNCTIONS[node.target])
@@ -134,13 +135,19 @@ def _is_identity(modules, node):
     return type(module) in (nn.Identity, nn.Dropout) and not getattr(module, "p", 0)
 
 
-def _match(modules, norm_node):
-    """The epilogue that begins with a batch norm's node."""
-    nodes, residual, name, apply = [norm_node], None, "none", nn.Identity()
-    user = _only_user(norm_node)
+def _behind(modules, nodes):
+    """The only user of the last of these nodes but for identities, which are added to the nodes; None where there is none."""
+    user = _only_user(nodes[-1])
     while user is not None and _is_identity(modules, user):
         nodes.append(user)
         user = _only_user(user)
+    return user
+
+
+def _match(modules, norm_node):
+    """The epilogue that begins with a batch norm's node."""
+    nodes, residual, activation = [norm_node], None, None
+    user = _behind(modules, nodes)
     if user is not None and user.target in ADDITIONS and _is_addition(user):
         first, second = user.args
         other = second if first is nodes[-1] else first
@@ -149,16 +156,14 @@ def _match(modules, norm_node):
         if first is nodes[-1] or late:
             residual = other
             nodes.append(user)
-            user = _only_user(user)
-    while user is not None and _is_identity(modules, user):
-        nodes.append(user)
-        user = _only_user(user)
-    if user is not None and (found := _activation(modules, user)) is not None:
-        name, apply = found
+            user = _behind(modules, nodes)
+    if user is not None and (activation := _activation(modules, user)) is not None:
         nodes.append(user)
     if _written_meanwhile(norm_node.graph, modules, nodes):
-        nodes, residual, name, apply = [norm_node], None, "none", nn.Identity()
-    return _Match(norm_node.args[0], residual, _module(modules, norm_node), name, apply, nodes, nodes[-1])
+        nodes, residual, activation = [norm_node], None, None
+    name, apply = activation or ("none", nn.Identity())
+    epilogue = fused.Epilogue(_module(modules, norm_node), name, apply, residual is not None)
+    return _Match(norm_node.args[0], residual, epilogue, nodes)
 
 
 def _written_meanwhile(graph, modules, nodes, last=None):
@@ -178,7 +183,7 @@ def _norm_nodes(modules, graph):
 
 def _ending(modules, graph):
     """(ending, graph of the body) or None."""
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     results = output.args[0]
     main = results[0]
     if not isinstance(main, fx.Node) or len(main.users) > 1 or results.count(main) > 1:
@@ -189,14 +194,13 @@ def _ending(modules, graph):
     for node in _norm_nodes(modules, graph):
         m = _match(modules, node)
         late = _written_meanwhile(graph, modules, m.nodes, output)
-        if m.result in (last, main) and m.y not in results and m.residual not in m.nodes and not late:
-            nodes = {*m.nodes, *_between(m.result, main)}
-            ending = BatchNormEpilogue(m.norm, m.activation, m.apply, m.residual is not None)
-            return ending, _body(graph, nodes, [m.y, m.residual, *results[1:]])
+        if m.nodes[-1] in (last, main) and m.y not in results and m.residual not in m.nodes and not late:
+            nodes = {*m.nodes, *_between(m.nodes[-1], main)}
+            return m.epilogue, _body(graph, nodes, [m.y, m.residual, *results[1:]])
     if type(_module(modules, last)) is nn.ReLU or (last.target in FUNCTIONS and FUNCTIONS[last.target] == "relu"):
         (before,) = last.all_input_nodes[:1]
         if type(_module(modules, before)) in OVERWRITABLE and len(before.users) == 1:
-            return ReLUEpilogue(), _body(graph, {last, *_between(last, main)}, [before, *results[1:]])
+            return "relu", _body(graph, {last, *_between(last, main)}, [before, *results[1:]])
     return None
 
 
@@ -221,8 +225,7 @@ def _body(graph, left_out, results):
 
 def _optimized(root, modules, graph):
     """A GraphModule of a copy of the graph that calls the stand-ins of fastff/graph/fused.py."""
-    results = next(node for node in graph.nodes if node.op == "output").args[0]
-    graph = _body(graph, (), results)
+    graph = _body(graph, (), graph.output_node().args[0])
     stand_ins = {}
     for node in _norm_nodes(modules, graph):
         _fuse(modules, graph, _match(modules, node), stand_ins)
@@ -231,14 +234,14 @@ def _optimized(root, modules, graph):
             stand_in = fused.Convolution.of(modules[node.target])
             if stand_in is not None:
                 stand_ins[node.target] = stand_in
-    return plain.graph_module(root, graph, stand_ins)
+    return graph_module(root, graph, stand_ins)
 
 
 def _fuse(modules, graph, match, stand_ins):
     """Replace an epilogue's nodes, and the convolution behind them where it is the only reader, by one call of a stand-in."""
-    stand_in = fused.Epilogue(match.norm, match.activation, match.apply)
+    stand_in = match.epilogue
     arguments = (match.y,) if match.residual is None else (match.y, match.residual)
-    nodes, last = list(match.nodes), match.result
+    nodes, last = list(match.nodes), match.nodes[-1]
     user = _only_user(last)
     convolution = None if user is None or match.residual is not None else fused.Convolution.of(_module(modules, user))
     if convolution is not None:

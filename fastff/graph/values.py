@@ -133,7 +133,7 @@ def _take_apart(graph, node, runs):
 def choose_output(graph, num_classes):
     """Make one tensor the model's output: of several, the first of shape [B, num_classes], or else the first [B, n], or the first. Returns its
     node, or None where there is no tensor."""
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     nodes = [n for n in tree_leaves(output.args[0]) if isinstance(n, fx.Node) and n.meta.get("shape") is not None]
     if not nodes:
         return None

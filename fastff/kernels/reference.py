@@ -4,7 +4,7 @@ import torch
 
 from fastff import reference
 from fastff.kernels.layout import as_result_of, widened
-from fastff.spec import Groups, StepResult
+from fastff.spec import EpilogueGradients, Groups, StepResult
 
 
 def goodness(x, head, plan=None):
@@ -39,12 +39,10 @@ def goodness_backward(d, x, head, plan=None, need_grad_x=True):
 
 
 def normalize(x, normalization):
-    """Return x normalized, or None for "none"."""
     return None if normalization.name == "none" else reference.normalized(widened(x), *normalization)
 
 
 def step(local, plan=None):
-    """Return the StepResult of a Step, its losses not reduced."""
     y, head, epilogue = widened(local.x), local.goodness, local.epilogue
     x = local.x
     if epilogue is not None:
@@ -52,10 +50,8 @@ def step(local, plan=None):
         out, h, mean, var = reference.epilogue(y, weight, bias, epilogue.eps, residual, epilogue.activation)
         x = as_result_of(x, out)
     g = goodness(x, head, plan)
-    losses, (d, grad_tau) = (
-        reference.losses(g, local.loss),
-        reference.loss_gradient(g, local.loss, local.loss.scale(len(g))),
-    )
+    losses = reference.losses(g, local.loss)
+    d, grad_tau = reference.loss_gradient(g, local.loss, local.loss.scale(len(g)))
     grads = goodness_backward(d, x, head, plan)
     grad_x, *grads = (grads, None, None, None) if isinstance(head, Groups) else grads
     result = StepResult(losses, g, grad_x, *grads[:3], grad_tau, normalize(x, local.normalization))
@@ -65,19 +61,7 @@ def step(local, plan=None):
         result = result.with_hidden(grads[3:], *reference.spatial(means, head.grid_weight, head.hidden)[1:])
     if epilogue is None:
         return result
-    grad_y, grad_h, grad_weight, grad_bias = reference.epilogue_gradients(
+    gradients = reference.epilogue_gradients(
         widened(as_result_of(x, grad_x)), y, h, mean, var, weight, epilogue.eps, epilogue.activation
     )
-    return result._replace(
-        grad_x=grad_y, grad_residual=grad_h, grad_bn_weight=grad_weight, grad_bn_bias=grad_bias, mean=mean, var=var
-    )
-
-
-def layer_norm(x, eps):
-    """Return x normalized over each sample."""
-    return reference.layer_norm(widened(x), eps).view(x.shape)
-
-
-def weight_gradient(grad, x, kernel, stride, padding):
-    """Return dL/dweight of a convolution."""
-    return reference.convolution_weight_gradient(widened(grad), widened(x), kernel, stride, padding).to(x.dtype)
+    return result.before_epilogue(EpilogueGradients(*gradients), mean, var)

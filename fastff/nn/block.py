@@ -6,15 +6,13 @@ block.local_step(x, target)  -> normalised detached output (the next block's inp
 """
 
 import contextlib
-import math
 
 import torch
 from torch import nn
 
 import fastff.functional as ff
 from fastff import spec
-from fastff.arguments import number_between
-from fastff.graph.epilogue import BatchNormEpilogue, ReLUEpilogue
+from fastff.graph.fused import Epilogue
 from fastff.graph.tape import AutogradTape
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
@@ -44,15 +42,9 @@ class LocalBlock(nn.Module):
         if (head is None) == (loss is None):
             raise TypeError("head, loss: expected one of them")
         head = LossHead(loss) if head is None else head
-        self.eps = number_between("eps", eps, 0, math.inf, low_allowed=True)
-        if normalize is not None and normalize not in spec.NORMALIZATIONS:
-            expected = f"one of {', '.join(spec.NORMALIZATIONS)} or None"
-            raise ValueError(f"normalize: expected {expected}, got {normalize!r}")
-        if normalize == "group_norm" and head.groups > head.channels:
-            expected = f"another one than group_norm, which takes a group of channels for each of {head.groups} classes"
-            raise ValueError(f"normalize: expected {expected}, got it for {head.channels} channels")
-        self.module, self.head = module, head
-        self.normalize = None if normalize == "none" else normalize
+        normalization = spec.Normalization.checked(normalize, getattr(head, "channels", 1), head.groups, eps)
+        self.module, self.head, self.eps = module, head, normalization.eps
+        self.normalize = None if normalization.name == "none" else normalization.name
         self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}
         self._writes = None  # whether the module writes to its inputs, as a ReLU in place does; None until it has run
         self._without_group_norm = set()  # forms of the module that were seen to call none
@@ -95,10 +87,10 @@ class LocalBlock(nn.Module):
 
     @property
     def epilogue(self):
-        """The BatchNormEpilogue that the step op computes, or None."""
+        """The fused.Epilogue that the step op computes, or None."""
         ending = None if self.graph is None else self.graph.ending
         images = self.head.takes_epilogue and self.head.channel_dim == 1 and self.normalize is not None
-        return ending if images and isinstance(ending, BatchNormEpilogue) else None
+        return ending if images and isinstance(ending, Epilogue) else None
 
     def compile_forward(self):
         """Run the module and its training graphs through torch.compile from now on."""
@@ -136,10 +128,8 @@ class LocalBlock(nn.Module):
         """What is passed on to the next block, from an output of the module."""
         if self.normalize is None:
             return output
-        if self.normalize in ("layer_norm", "layer_norm_channels"):  # by the op whose backward pass is fast
-            over = "sample" if self.normalize == "layer_norm" else "channels"
-            return ff.layer_norm(output, self.eps, over=over, channel_dim=self.head.channel_dim)
-        return ff.normalize(output, self.normalize, self.head.groups, self.eps, channel_dim=self.head.channel_dim)
+        groups = self.head.groups if self.normalize == "group_norm" else 1
+        return ff.normalize(output, self.normalize, groups, self.eps, channel_dim=self.head.channel_dim)
 
     def visit(self, inputs, target, grad_scale=None, autocast=None, has_loss=True):
         """Forward pass and goodness step on `inputs`, a tuple. Returns the Visit to call backward on, whose `following` is passed on.
@@ -151,25 +141,25 @@ class LocalBlock(nn.Module):
         if graph is not None:
             ending = self._ending(graph)
             form = graph.forward if ending is None else graph.body
-        epilogue = isinstance(ending, BatchNormEpilogue)
+        epilogue = isinstance(ending, Epilogue)
         tape = None if autocast is not None or self._compiled else self._tape(graph, form, inputs, ending)
         if tape is None:
             with torch.enable_grad(), context():
                 outputs = self._run_on_leaves(form, inputs)
                 if epilogue and not ending.fits(*outputs[:2]):
-                    outputs, epilogue = (ending.finish(*outputs[:2]), *outputs[2:]), False
+                    outputs, epilogue = (ending.by_modules(*outputs[:2]), *outputs[2:]), False
             tape = AutogradTape(inputs, outputs)
         loss = (target, grad_scale) if has_loss else None
         if epilogue:
             return self._epilogue_visit(tape, loss, ending)
-        return self._plain_visit(tape, loss, relu=isinstance(ending, ReLUEpilogue))
+        return self._plain_visit(tape, loss, relu=ending == "relu")
 
     def _tape(self, graph, form, inputs, ending):
         """A run of the training graph without autograd, or None where it takes autograd."""
         if graph is None or graph.steps is None or form is not (graph.body or graph.forward):
             return None
         shapes = graph.steps.shapes(inputs)
-        if shapes is None or (isinstance(ending, BatchNormEpilogue) and not ending.takes(*shapes[:2])):
+        if shapes is None or (isinstance(ending, Epilogue) and not ending.output_shape(*shapes[:2])):
             return None
         return graph.steps.run(inputs)
 
@@ -178,7 +168,7 @@ class LocalBlock(nn.Module):
         epilogue = self.epilogue
         if epilogue is not None and epilogue.ready():
             return epilogue
-        return graph.ending if isinstance(graph.ending, ReLUEpilogue) else None
+        return "relu" if graph.ending == "relu" else None
 
     def _plain_visit(self, tape, loss, relu=False):
         main = tape.outputs[0].detach()
@@ -206,7 +196,7 @@ class LocalBlock(nn.Module):
             target, scale = loss
             options = {"eps": self.eps, "grad_scale": scale, "epilogue": description}
             step = self.head.local_step(y, target, self.normalize, **options)
-        ending.update(y, step)
+        ending.update(y, step.mean, step.var)
         return EpilogueVisit(tape, step, (step.normalized, *detached(others)), ending, description, normalization)
 
     def local_step(self, x, target=None, details=False):
@@ -295,18 +285,8 @@ class FFDepthwiseConv2d(FFConv2d):
     def __init__(
         self, channels, kernel_size, stride=1, padding=None, dilation=1, bias=None, *, num_classes=None, **options
     ):
-        super().__init__(
-            channels,
-            channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            channels,
-            bias,
-            num_classes=num_classes,
-            **options,
-        )
+        sizes = (channels, channels, kernel_size, stride, padding, dilation, channels)
+        super().__init__(*sizes, bias, num_classes=num_classes, **options)
 
 
 class FFLinear(FFBlock):
@@ -316,7 +296,6 @@ class FFLinear(FFBlock):
         self, in_features, out_features, bias=True, *, num_classes=None, activation=nn.ReLU, device=None, dtype=None, **options
     ):  # fmt: skip
         factory = {"device": device, "dtype": dtype}
-        layers = [nn.Linear(in_features, out_features, bias, **factory)] + (
-            [activation()] if activation is not None else []
-        )
+        layers = [nn.Linear(in_features, out_features, bias, **factory)]
+        layers += [activation()] if activation is not None else []
         super().__init__(nn.Sequential(*layers), out_features, num_classes, **factory, **options)

@@ -229,13 +229,9 @@ class GoodnessHead(Head):
             fused.update_statistics(self.hidden_norm, mean, var, count)
 
     def _finish(self, goodness, x, step):
-        add_gradient(goodness.weight, step.grad_weight)
-        add_gradient(goodness.bias, step.grad_bias)
-        add_gradient(goodness.grid_weight, step.grad_grid_weight)
+        for name in spec.HEAD_PARAMETERS:
+            add_gradient(getattr(goodness, name), getattr(step, f"grad_{name}"))
         if self.hidden_norm is not None:
-            add_gradient(goodness.hidden_weight, step.grad_hidden_weight)
-            add_gradient(goodness.hidden_bn_weight, step.grad_hidden_bn_weight)
-            add_gradient(goodness.hidden_bn_bias, step.grad_hidden_bn_bias)
             self._update_statistics(goodness.hidden_values(x), step.hidden_mean, step.hidden_var)
         if self.log_tau is not None:
             add_gradient(self.log_tau, step.grad_tau * self.log_tau.exp())

@@ -9,6 +9,7 @@ import torch
 
 from fastff.graph.tape import plus
 from fastff.ops.epilogue import implementation
+from fastff.ops.gradients import add_gradient
 from fastff.spec import EpilogueGradients
 
 
@@ -77,7 +78,7 @@ class Visit:
 class EpilogueVisit(Visit):
     """A block whose loss is computed together with its epilogue: the tape's outputs are (y, residual or None, *others).
 
-    ending: BatchNormEpilogue; normalization: spec.Normalization of `following`."""
+    ending: fused.Epilogue; normalization: spec.Normalization of `following`."""
 
     def __init__(self, tape, step, following, ending, epilogue, normalization):
         self.tape, self.step, self.following = tape, _without_images(step), following
@@ -121,6 +122,7 @@ class EpilogueVisit(Visit):
             grad_y = found.y if grad_y is None else found.y.add_(grad_y)
             grad_residual = plus(grad_residual, found.residual)
             grad_weight, grad_bias = plus(grad_weight, found.weight), plus(grad_bias, found.bias)
-        self.ending.add_gradients(grad_weight, grad_bias)
+        for parameter, grad in zip(self.ending.learned(), (grad_weight, grad_bias), strict=True):
+            add_gradient(parameter, grad)
         self.later = self.epilogue = None  # with it the residual, before the backward pass starts
         return [grad_y, grad_residual, *others]

@@ -1,6 +1,6 @@
 """The ops: schema, plan (which algorithm, why), dispatch and autograd, one file per op. Users call fastff.functional."""
 
-from fastff.ops import convolution, depthwise, epilogue, goodness, group_goodness, layer_norm, step
+from fastff.ops import convolution, depthwise, epilogue, goodness, group_goodness, step
 
 __all__ = ["TABLES", "step"]
 
@@ -9,7 +9,7 @@ TABLES = {
     "goodness_step": goodness.STEP_ROWS,
     "group_goodness": group_goodness.ROWS,
     "epilogue": epilogue.ROWS,
-    "layer_norm": layer_norm.ROWS,
+    "layer_norm": group_goodness.ROWS,
     "convolution": convolution.ROWS,
     "depthwise": depthwise.ROWS,
 }

@@ -3,22 +3,20 @@
     grad [B, D, P, Q], x [B, C, H, W], kernel k, stride, padding -> dL/dweight [D, C, k, k]
 
 Rows: the compiled kernel (with AVX2 1.1 to 2.2 times as fast as oneDNN's at 3 x 3 and 5 x 5 from 16 channels on, channels_last; with AVX-512 for
-large filters alone), PyTorch's own, the reference.
+large filters alone), PyTorch's own, which defines the op.
 """
 
 import torch
 import torch.nn.functional as F
 
 from fastff.kernels import native
-from fastff.kernels import reference as reference_kernels
 from fastff.kernels.layout import is_channels_last
-from fastff.kernels.native import convolution as native_convolution
-from fastff.kernels.torch import convolution as torch_convolution
+from fastff.kernels.native.depthwise import SIZES
+from fastff.kernels.torch.convolution import weight_gradient
 from fastff.ops import depthwise
 from fastff.ops import gradients as partial
-from fastff.ops.table import Implementation, always, choose, concerns, dispatched, implement
+from fastff.ops.table import Implementation, always, choose, concerns, dispatched, register
 
-DEPTHWISE_SIZES = (3, 5)  # of the compiled kernel
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
 # Weights from which on the compiled kernel is quicker than oneDNN's with AVX-512 (1.7 to 2.4 times; below 0.6 to 1.1, one thread of an EPYC 9005).
 LEAST_WEIGHTS_AVX512 = 1 << 20
@@ -26,22 +24,21 @@ LEAST_WEIGHTS_AVX512 = 1 << 20
 LARGEST_PRODUCT = 1 << 25
 
 
+def _native(grad, x, kernel, stride, padding):
+    return torch.ops.fastff.convolution_weight_gradient_native(grad, x, kernel, stride, padding)
+
+
 ROWS = [
     Implementation(
         "native",
         native.takes(torch.float32, empty=False),
-        native_convolution,
+        _native,
         "fewer than 16 channels, contiguous tensors, and with AVX-512 less than 2^20 weights by oneDNN",
         native.slow,
     ),
-    Implementation("torch", always, torch_convolution),
-    Implementation("reference", always, reference_kernels),
+    Implementation("torch", always, weight_gradient),
+    Implementation("reference", always, weight_gradient, "the same as torch"),
 ]
-
-_lib = torch.library.Library("fastff", "FRAGMENT")
-_lib.define(
-    "convolution_weight_gradient(Tensor grad, Tensor x, int kernel, int stride, int padding, str impl) -> Tensor"
-)
 
 
 def _run(grad, x, kernel, stride, padding, impl):
@@ -54,7 +51,7 @@ def _run(grad, x, kernel, stride, padding, impl):
     expected = [(n + 2 * padding - kernel) // stride + 1 for n in x.shape[2:]]
     if list(grad.shape[2:]) != expected:
         raise ValueError(f"grad: expected {expected} positions of this convolution, got {list(grad.shape[2:])}")
-    out = choose("convolution", ROWS, impl, x).run.weight_gradient(grad, x, kernel, stride, padding)
+    out = choose("convolution", ROWS, impl, x).run(grad, x, kernel, stride, padding)
     like = _fake(grad, x, kernel, stride, padding, impl)
     return out if out.stride() == like.stride() else like.copy_(out)
 
@@ -63,8 +60,11 @@ def _fake(grad, x, kernel, stride, padding, impl):
     return x.new_empty((grad.shape[1], kernel, kernel, x.shape[1])).permute(0, 3, 1, 2)
 
 
-implement(_lib, "convolution_weight_gradient", _run, _fake)
-
+register(
+    "convolution_weight_gradient(Tensor grad, Tensor x, int kernel, int stride, int padding, str impl) -> Tensor",
+    _run,
+    _fake,
+)
 
 PYTORCH, PRODUCT, KERNEL = "pytorch", "product", "kernel"
 
@@ -73,15 +73,11 @@ def way(x, weight, stride, padding, groups):
     """Return how a convolution of x and its gradients are fastest: PYTORCH, PRODUCT (of matrices) or KERNEL (the ops of fastff)."""
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
         return PYTORCH
-    k, channels = weight.shape[2], x.shape[1]
     if torch.is_autocast_enabled("cpu"):
         return PYTORCH
+    k, channels = weight.shape[2], x.shape[1]
     if groups > 1:
-        return (
-            KERNEL
-            if k in DEPTHWISE_SIZES and choose("depthwise", depthwise.ROWS, "auto", x).name != "torch"
-            else PYTORCH
-        )
+        return KERNEL if k in SIZES and _has_kernel("depthwise", depthwise.ROWS, x) else PYTORCH
     if channels == 1 or not is_channels_last(x):
         return PYTORCH
     if k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
@@ -100,7 +96,7 @@ def _weight_gradient(grad, x, kernel, stride, padding):
     """Compute dL/dweight, through the dispatcher only if it must (fastff/ops/table.py)."""
     if dispatched(x, grad):
         return torch.ops.fastff.convolution_weight_gradient(grad, x, kernel, stride, padding, "auto")
-    return choose("convolution", ROWS, "auto", x).run.weight_gradient(grad, x, kernel, stride, padding)
+    return choose("convolution", ROWS, "auto", x).run(grad, x, kernel, stride, padding)
 
 
 def forward(x, weight, bias, stride, padding, groups, how):
@@ -132,19 +128,8 @@ def gradients(grad, x, weight, stride, padding, groups, how, wanted):
     if need_bias and not need_weight:  # convolution_backward would do the weight's work again
         grad_bias, need_bias = grad.sum((0, 2, 3)), False
     if need_grad_x or need_weight or need_bias:
-        found = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            [len(weight)],
-            [stride] * 2,
-            [padding] * 2,
-            [1, 1],
-            False,
-            [0, 0],
-            groups,
-            [need_grad_x, need_weight, need_bias],
-        )
+        pairs, mask = ([stride] * 2, [padding] * 2, [1, 1]), [need_grad_x, need_weight, need_bias]
+        found = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *pairs, False, [0, 0], groups, mask)
         grad_x, grad_weight, grad_bias = (
             a if b is None else b for a, b in zip((grad_x, grad_weight, grad_bias), found, strict=True)
         )
@@ -164,9 +149,8 @@ class _Convolve(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         parameters = (partial.needs_parameters() and need for need in (need_weight, need_bias and ctx.has_bias))
         *options, how = ctx.options
-        how = (
-            PYTORCH if torch.is_grad_enabled() else how
-        )  # the gradient is to be differentiated, which PyTorch's can be
+        if torch.is_grad_enabled():  # the gradient is to be differentiated, which PyTorch's can be
+            how = PYTORCH
         found = gradients(grad, x, weight, *options, how, [partial.needs_input(x, need_grad_x), *parameters])
         return *found, None, None, None, None
 

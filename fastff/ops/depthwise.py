@@ -4,30 +4,17 @@
     depthwise_backward(grad, x, weight, ..., need_grad_x) -> (dL/dx or an empty tensor, dL/dweight)
 
 The first convolution of a block never needs dL/dx. Rows: the Triton kernels (never timed on a GPU, so "auto" skips them), the compiled kernel,
-PyTorch's own, the reference. Formula: fastff/reference.py.
+PyTorch's own, which defines the op. An implementation has forward(x, weight, stride, padding) -> y and backward(grad, x, weight, stride, padding,
+need_grad_x) -> dL/dx, or None unless it is needed, and dL/dweight.
 """
 
 import torch
 
-from fastff import reference
 from fastff.kernels import native, triton
-from fastff.kernels.layout import as_result_of, empty_like, widened
+from fastff.kernels.layout import as_result_of, empty_like
 from fastff.kernels.native import depthwise as native_depthwise
 from fastff.kernels.torch import depthwise as torch_depthwise
-from fastff.ops.table import Implementation, Lazy, always, choose, dispatched, implement
-
-
-class Reference:
-    """The definition of fastff/reference.py."""
-
-    @staticmethod
-    def forward(x, weight, stride, padding):
-        return reference.depthwise(widened(x), widened(weight), stride, padding).to(x.dtype)
-
-    @staticmethod
-    def backward(grad, x, weight, stride, padding, need_grad_x):
-        dx, dw = reference.depthwise_gradients(widened(grad), widened(x), widened(weight), stride, padding)
-        return (dx.to(x.dtype) if need_grad_x else None), dw.to(weight.dtype)
+from fastff.ops.table import Implementation, Lazy, always, choose, dispatched, register
 
 
 def _native_skip_reason(x):
@@ -51,14 +38,8 @@ ROWS = [
         _native_skip_reason,
     ),
     Implementation("torch", always, torch_depthwise),
-    Implementation("reference", always, Reference),
+    Implementation("reference", always, torch_depthwise, "the same as torch"),
 ]
-
-_lib = torch.library.Library("fastff", "FRAGMENT")
-_lib.define("depthwise(Tensor x, Tensor weight, int stride, int padding, str impl) -> Tensor")
-_lib.define(
-    "depthwise_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool need_grad_x, str impl) -> (Tensor, Tensor)"
-)
 
 
 def check(x, weight, stride, padding):
@@ -106,10 +87,6 @@ def _backward_fake(grad, x, weight, stride, padding, need_grad_x, impl):
     return (empty_like(x) if need_grad_x else x.new_empty(0)), dw
 
 
-implement(_lib, "depthwise", _forward, _forward_fake)
-implement(_lib, "depthwise_backward", _backward, _backward_fake)
-
-
 def output(x, weight, stride, padding):
     """Compute y, through the dispatcher only if it must (fastff/ops/table.py)."""
     if dispatched(x, weight):
@@ -136,11 +113,15 @@ def _differentiate(ctx, grad):
     return (dx if ctx.needs_input_grad[0] else None), dw, None, None, None
 
 
-torch.library.register_autograd("fastff::depthwise", _differentiate, setup_context=_save, lib=_lib)
-
-
 def _no_backward(ctx, *cotangents):
     raise RuntimeError("depthwise_backward: its results are gradients and cannot be differentiated again")
 
 
-torch.library.register_autograd("fastff::depthwise_backward", _no_backward, lib=_lib)
+_CALL = "Tensor x, Tensor weight, int stride, int padding"
+register(f"depthwise({_CALL}, str impl) -> Tensor", _forward, _forward_fake, _differentiate, _save)
+register(
+    f"depthwise_backward(Tensor grad, {_CALL}, bool need_grad_x, str impl) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _no_backward,
+)

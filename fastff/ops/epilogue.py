@@ -15,7 +15,7 @@ from fastff.kernels import native, triton
 from fastff.kernels.layout import empty_like
 from fastff.kernels.native import epilogue as native_epilogue
 from fastff.kernels.torch import epilogue as torch_epilogue
-from fastff.ops.table import Implementation, Lazy, always, choose, concerns, implement
+from fastff.ops.table import Implementation, Lazy, always, choose, concerns, register
 
 ROWS = [
     Implementation(
@@ -65,15 +65,6 @@ def update_running_statistics(running_mean, running_var, tracked, mean, var, mom
         running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
-_lib = torch.library.Library("fastff", "FRAGMENT")
-_FIELDS = flat.schema(("epilogue",)).split(", ", 1)[1]
-_lib.define(f"epilogue(Tensor y, {_FIELDS}, str impl) -> (Tensor x, Tensor mean, Tensor var)")
-_lib.define(
-    f"epilogue_backward(Tensor grad_x, Tensor y, {_FIELDS}, Tensor mean, Tensor var, str impl) "
-    "-> (Tensor grad_y, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
-)
-
-
 def _forward(y, *arguments):
     *epilogue, impl = arguments
     x, _, mean, var = choose("epilogue", ROWS, impl, y).run.forward(y, spec.Epilogue(*epilogue))
@@ -97,10 +88,6 @@ def _backward_fake(grad_x, y, *arguments):
     return empty_like(y), residual, torch.empty_like(mean), torch.empty_like(var)
 
 
-implement(_lib, "epilogue", _forward, _forward_fake)
-implement(_lib, "epilogue_backward", _backward, _backward_fake)
-
-
 def _save(ctx, inputs, output):
     y, *epilogue, ctx.impl = inputs
     e = spec.Epilogue(*epilogue)
@@ -117,4 +104,17 @@ def _differentiate(ctx, grad_x, *_):
     return found.y, *affine, None, found.residual if e.wants_residual else None, None, None, None
 
 
-torch.library.register_autograd("fastff::epilogue", _differentiate, setup_context=_save, lib=_lib)
+_CALL = f"Tensor y, {flat.schema(('epilogue',)).split(', ', 1)[1]}"
+_GRADIENTS = "(Tensor grad_y, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
+register(
+    f"epilogue({_CALL}, str impl) -> (Tensor x, Tensor mean, Tensor var)",
+    _forward,
+    _forward_fake,
+    _differentiate,
+    _save,
+)
+register(
+    f"epilogue_backward(Tensor grad_x, {_CALL}, Tensor mean, Tensor var, str impl) -> {_GRADIENTS}",
+    _backward,
+    _backward_fake,
+)

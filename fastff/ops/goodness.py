@@ -3,8 +3,14 @@
 Canonical arguments (fastff/spec.py makes and checks them): x [B, C, H, W], weight [K, C, k, k] or None (no squares), bias [K] or
 None, grid_weight [K, C, G, G] or None. Absent results are empty tensors. Formulas: fastff/reference.py.
 
-An implementation has goodness(x, projection, plan), goodness_backward(d, x, projection, plan, need_grad_x) and step(step, plan)
-for fastff/ops/step.py; its SECOND_MOMENT_COST, if any, goes into the plan.
+An implementation has
+
+    goodness(x, projection, plan)              -> g in the dtype of the arithmetic
+    goodness_backward(d, x, projection, plan, need_grad_x)
+                                               -> gradients of sum(d * g) for x, weight, bias and grid_weight: None for absent ones, and for x
+                                                  unless it is needed
+    step(step, plan)                           -> StepResult, its losses not reduced (fastff/ops/step.py)
+    SECOND_MOMENT_COST                         a number that goes into the plan, or nothing
 """
 
 import torch
@@ -18,7 +24,7 @@ from fastff.kernels.native import goodness as native_goodness
 from fastff.kernels.torch import goodness as torch_goodness
 from fastff.kernels.triton import blocks
 from fastff.ops.plan import Gpu, plan
-from fastff.ops.table import Implementation, Lazy, always, check_impl, choose, implement, without_autocast
+from fastff.ops.table import Implementation, Lazy, always, check_impl, choose, register, without_autocast
 from fastff.spec import Projection
 
 TRITON = Lazy("fastff.kernels.triton.goodness")
@@ -55,12 +61,6 @@ STEP_ROWS = [
     ),
     *ROWS,
 ]
-
-_lib = torch.library.Library("fastff", "FRAGMENT")
-_HEAD = "Tensor x, Tensor? weight, Tensor? bias, Tensor? grid_weight"
-_HOW = "SymInt[2] padding, str impl, str algorithm"
-_lib.define(f"goodness({_HEAD}, {_HOW}) -> Tensor")
-_lib.define(f"goodness_backward(Tensor d, {_HEAD}, {_HOW}, bool need_grad_x) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def plan_for(x, weight, grid_weight, padding, algorithm="auto", impl="auto"):
@@ -128,10 +128,6 @@ def _goodness_backward_fake(d, x, weight, bias, grid_weight, padding, impl, algo
     )
 
 
-implement(_lib, "goodness", _goodness, _goodness_fake)
-implement(_lib, "goodness_backward", _goodness_backward, _goodness_backward_fake)
-
-
 def _save(ctx, inputs, output):
     *tensors, ctx.padding, ctx.impl, ctx.algorithm = inputs[:7]
     ctx.save_for_backward(*tensors)
@@ -146,40 +142,40 @@ def _backward(ctx, d):
     return *(grad if need else None for grad, need in needed), None, None, None
 
 
-torch.library.register_autograd("fastff::goodness", _backward, setup_context=_save, lib=_lib)
-
-
 def _save_backward(ctx, inputs, output):
-    d, x, weight, bias, grid_weight, padding, _impl, _algorithm, need_grad_x = inputs
-    ctx.padding, ctx.need_grad_x = tuple(padding), need_grad_x
+    d, x, weight, bias, grid_weight, padding, *_ = inputs
+    ctx.padding = tuple(padding)
     ctx.save_for_backward(d, x, weight, bias, grid_weight)
 
 
 def _double_backward(ctx, *cotangents):
-    """Differentiate the definition of the gradients in reference.py: they are polynomials of the inputs."""
-    given = ctx.saved_tensors
-    present = [t is not None for t in given]
+    """Differentiate the gradients of the definition in reference.py."""
+    d, *given = ctx.saved_tensors
+    names = [name for name, t in zip(("x", "weight", "bias", "grid_weight"), given, strict=True) if t is not None]
 
-    def gradients(*tensors):
-        tensors = iter(tensors)
-        d, x, weight, bias, grid_weight = (next(tensors) if here else None for here in present)
-        out = (
-            list(reference.gradients_direct(d, x, weight, bias, ctx.padding)) if weight is not None else [0, None, None]
+    def gradients(d, *tensors):
+        _, pullback = torch.func.vjp(
+            lambda *tensors: reference.goodness(**dict(zip(names, tensors, strict=True)), padding=ctx.padding), *tensors
         )
-        grad_grid = None
-        if grid_weight is not None:
-            spread, grad_grid = reference.gradients_grid(d, x, grid_weight)
-            out[0] = out[0] + spread
-        out = [out[0] if ctx.need_grad_x else None, out[1], out[2] if bias is not None else None, grad_grid]
-        return tuple(t for t in out if t is not None)
+        return pullback(d)
 
-    kept = [ctx.need_grad_x, *present[2:]]
-    primals = [t for t in given if t is not None]
-    out, pullback = torch.func.vjp(gradients, *primals)
-    seeds = [c for c, keep in zip(cotangents, kept, strict=True) if keep]
-    seeds = tuple(torch.zeros_like(o) if c is None else c for o, c in zip(out, seeds, strict=True))
-    grads = iter(pullback(seeds))
-    return *(next(grads) if here else None for here in present), None, None, None, None
+    out, pullback = torch.func.vjp(gradients, d, *(t for t in given if t is not None))
+    seeds = (c for c, t in zip(cotangents, given, strict=True) if t is not None)
+    seeds = tuple(
+        torch.zeros_like(o) if c is None or c.shape != o.shape else c for o, c in zip(out, seeds, strict=True)
+    )
+    d, *found = pullback(seeds)
+    found = iter(found)
+    return d, *(None if t is None else next(found) for t in given), None, None, None, None
 
 
-torch.library.register_autograd("fastff::goodness_backward", _double_backward, setup_context=_save_backward, lib=_lib)
+_CALL = "Tensor x, Tensor? weight, Tensor? bias, Tensor? grid_weight, SymInt[2] padding, str impl, str algorithm"
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+register(f"goodness({_CALL}) -> Tensor", _goodness, _goodness_fake, _backward, _save)
+register(
+    f"goodness_backward(Tensor d, {_CALL}, bool need_grad_x) -> {_GRADIENTS}",
+    _goodness_backward,
+    _goodness_backward_fake,
+    _double_backward,
+    _save_backward,
+)

@@ -11,40 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-_skipped = {
-    "parameters": False,
-    "leaves": False,
-}  # module-wide: autograd runs backward passes on a GPU in threads of its own
+_left_out: set = set()  # module-wide: autograd runs backward passes on a GPU in threads of its own
 
 
 @contextlib.contextmanager
-def inputs_only():
-    """Within it, functions of fastff leave out the gradients of parameters."""
-    _skipped["parameters"] = True
+def without(kind):
+    """Within it, functions of fastff leave out the gradients of "parameters", or those of "leaves": inputs that are leaves, as a block's are."""
+    _left_out.add(kind)
     try:
         yield
     finally:
-        _skipped["parameters"] = False
-
-
-@contextlib.contextmanager
-def parameters_only():
-    """Within it, functions of fastff leave out the gradients of inputs that are leaves, as a block's inputs are."""
-    _skipped["leaves"] = True
-    try:
-        yield
-    finally:
-        _skipped["leaves"] = False
+        _left_out.remove(kind)
 
 
 def needs_parameters():
     """Whether gradients of parameters are asked for."""
-    return not _skipped["parameters"]
+    return "parameters" not in _left_out
 
 
 def needs_input(x, needed):
     """Whether the gradient of x, of which autograd says `needed`, is asked for."""
-    return needed and not (_skipped["leaves"] and x.is_leaf)
+    return needed and not ("leaves" in _left_out and x.is_leaf)
 
 
 def add_gradient(parameter, grad):
@@ -62,7 +49,7 @@ class GroupNormGuard(TorchFunctionMode):
     """Within it, group norms always compute the gradient of their input, whoever asks for it. `used`: whether there was one.
 
     Where nobody does and the input is channels_last, PyTorch's backward pass on a CPU ends the process (torch 2.13). Nobody asks for that of a
-    block's first layer, nor in `parameters_only`."""
+    block's first layer, nor without("leaves")."""
 
     used = False
 

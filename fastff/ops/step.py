@@ -12,22 +12,18 @@ import torch
 from fastff import arguments, flat, reference
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.ops import goodness, group_goodness
-from fastff.ops.table import choose, dispatched, implement, without_autocast
-from fastff.spec import Epilogue, Projection, Step, StepResult
+from fastff.ops.table import LIBRARY, check_impl, choose, dispatched, register, without_autocast
+from fastff.spec import HEAD_PARAMETERS, Epilogue, Projection, Step, StepResult
 
 
 @torch.no_grad()
 def run(step, impl="auto"):
     """Return the StepResult of a Step: the loss reduced, every gradient of its input's dtype, results as x laid out as x, None for absent ones."""
+    check_impl(impl)
     if not dispatched(step.x, *(step.epilogue or ()), *step.goodness, *step.loss):
         return _run(step, impl)
     tensors = torch.ops.fastff.step(step.x, *flat.flatten(step), step.need_grad_x, step.algorithm, impl)
-    as_x, parameters = _as_x(step), _parameters(step)
-    asked = {name for name, here in as_x.items() if here} | {name for name, p in parameters.items() if p is not None}
-    asked |= {"loss", "goodness"} | ({"grad_tau"} if step.loss.learned_tau is not None else set())
-    asked |= {"mean", "var"} if step.epilogue is not None else set()
-    asked |= {"hidden_mean", "hidden_var"} if parameters["grad_hidden_weight"] is not None else set()
-    return StepResult(*(t if name in asked else None for name, t in zip(StepResult._fields, tensors, strict=True)))
+    return StepResult(*(t if t.numel() else None for t in tensors))
 
 
 def _as_x(step):
@@ -41,11 +37,8 @@ def _parameters(step):
     """Return {name of a gradient: its parameter, or None}."""
     head = step.goodness if isinstance(step.goodness, Projection) else Projection(None)
     epilogue = step.epilogue or Epilogue()
-    return {
-        "grad_weight": head.weight, "grad_bias": head.bias, "grad_grid_weight": head.grid_weight,
-        "grad_bn_weight": epilogue.weight, "grad_bn_bias": epilogue.bias, "grad_hidden_weight": head.hidden_weight,
-        "grad_hidden_bn_weight": head.hidden_bn_weight, "grad_hidden_bn_bias": head.hidden_bn_bias,
-    }  # fmt: skip
+    of_head = {f"grad_{name}": getattr(head, name) for name in HEAD_PARAMETERS}
+    return of_head | {"grad_bn_weight": epilogue.weight, "grad_bn_bias": epilogue.bias}
 
 
 def _run(step, impl):
@@ -117,9 +110,8 @@ def _op(compute):
     return op
 
 
-_lib = torch.library.Library("fastff", "FRAGMENT")
 _results = ", ".join(f"Tensor {name}" for name in StepResult._fields)
-_lib.define(f"step(Tensor x, {flat.schema()}, bool need_grad_x, str algorithm, str impl) -> ({_results})")
-implement(_lib, "step", _op(_run), _op(lambda step, impl: _fake(step)))
+_schema = f"step(Tensor x, {flat.schema()}, bool need_grad_x, str algorithm, str impl) -> ({_results})"
+register(_schema, _op(_run), _op(lambda step, impl: _fake(step)))
 # Its results are gradients already: nothing is recorded for autograd, whatever the inputs require.
-_lib.impl("step", torch.library.fallthrough_kernel, "Autograd")
+LIBRARY.impl("step", torch.library.fallthrough_kernel, "Autograd")

@@ -106,7 +106,16 @@ def without_autocast(x):
     return torch.autocast(kind, enabled=False) if enabled else contextlib.nullcontext()
 
 
-def implement(lib, name, run, fake):
-    """Define what the op `name` of `lib` does, on every device, and the shapes of its results."""
-    lib.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastff::{name}", fake, lib=lib)
+LIBRARY = torch.library.Library("fastff", "FRAGMENT")
+
+
+def register(schema, run, fake, backward=None, save=None):
+    """Define an op by its schema: what it computes on every device, the shapes of its results, and how it is differentiated.
+
+    backward(ctx, *grads), save(ctx, inputs, output): as for torch.library.register_autograd."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastff::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"fastff::{name}", backward, setup_context=save, lib=LIBRARY)

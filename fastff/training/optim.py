@@ -164,11 +164,8 @@ class Stepper:
                 break
             if any("exp_avg" not in s for s in state) or len({(p.device, p.dtype) for p in group["params"]}) != 1:
                 break
-            kernel = (
-                torch._fused_adamw_
-                if group.get("decoupled_weight_decay", type(o) is torch.optim.AdamW)
-                else torch._fused_adam_
-            )
+            decoupled = group.get("decoupled_weight_decay", type(o) is torch.optim.AdamW)
+            kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
             lists = [[s[k] for s in state] for k in ("exp_avg", "exp_avg_sq", "step")]
             self.groups.append((group, group["params"], kernel, state, *lists))
         else:
@@ -177,15 +174,10 @@ class Stepper:
 
     def _kept(self):
         o = self.optimizer
-        return (
-            bool(self.groups)
-            and not unusual(o)
-            and len(self.groups) == len(o.param_groups)
-            and all(
-                group is kept[0] and o.state[kept[1][0]] is kept[3][0]
-                for group, kept in zip(o.param_groups, self.groups, strict=True)
-            )
-        )
+        if not self.groups or unusual(o) or len(self.groups) != len(o.param_groups):
+            return False
+        pairs = zip(o.param_groups, self.groups, strict=True)
+        return all(group is kept[0] and o.state[kept[1][0]] is kept[3][0] for group, kept in pairs)
 
     @torch.no_grad()
     def _fast(self):

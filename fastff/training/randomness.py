@@ -63,9 +63,8 @@ def _held(value):
     """What an object holds: entries, attributes, what a function finds outside of itself, and what the methods of its class find there."""
     attributes = () if isinstance(value, (type, types.ModuleType)) else getattr(value, "__dict__", {}).values()
     for container, entries in ((dict, dict.values), (list, list.__iter__), (tuple, tuple.__iter__)):
-        if (
-            isinstance(value, container) and container.__len__(value) <= LARGEST
-        ):  # of a class of the user's, without running its code
+        # of a class of the user's, without running its code
+        if isinstance(value, container) and container.__len__(value) <= LARGEST:
             return *attributes, *entries(value)
     if isinstance(value, types.MethodType):
         return value.__self__, value.__func__

@@ -3,17 +3,7 @@
 It is built for several instruction sets, fastff._C_baseline, _C_avx2, _C_avx512; the widest that this processor has is loaded, or the one that
 the environment variable FASTFF_CPU names.
 
-Loading it registers the operators of csrc/ under torch.ops.fastff, and here the shape function of the first
-(the others are called by ops that have their own):
-
-    layer_norm_native(Tensor x, float eps) -> Tensor                         csrc/cpu/normalization.cpp
-    normalize_native(...)                                                    csrc/cpu/normalization.cpp
-    step_native(...)                                                         csrc/cpu/step.cpp
-    goodness_forward_native(...), goodness_backward_native(...)              csrc/cpu/goodness.cpp
-    group_goodness_forward_native(...), group_goodness_backward_native(...)  csrc/cpu/group_goodness.cpp
-    convolution_weight_gradient_native(...)                                  csrc/cpu/convolution.cpp
-    depthwise_native(...), depthwise_backward_native(...)                    csrc/cpu/depthwise.cpp
-    layout_native(Tensor x, bool channels_last) -> Tensor                    csrc/cpu/layout.cpp
+Loading it registers the operators of csrc/cpu, whose names end in _native, under torch.ops.fastff.
 """
 
 import importlib
@@ -95,23 +85,4 @@ def _load() -> str:
         return f"fastff._C_{name} failed to load with torch {torch.__version__}: {lines[0]}"
     _avx512 = name == "avx512"
     _without_vectors = name == "baseline" and platform.machine() in ("x86_64", "AMD64")
-    torch.library.register_fake("fastff::layer_norm_native", _layer_norm_native_fake)
     return ""
-
-
-def _layer_norm_native_fake(x: torch.Tensor, eps: float) -> torch.Tensor:
-    torch._check(
-        x.dim() >= 2, lambda: f"layer_norm_native: x must be [B, ...] with at least 2 dimensions, got {x.dim()}"
-    )
-    if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    expected = 1
-    for stride, size in sorted((x.stride(d), x.size(d)) for d in range(1, x.dim()) if x.size(d) != 1):
-        if stride != expected:
-            expected = 0
-            break
-        expected *= size
-    # as in csrc: samples that fill one run of memory keep their strides, and are packed one after the other
-    if expected == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return x.new_empty_strided(x.shape, (expected, *x.stride()[1:]))

@@ -10,14 +10,12 @@ SIZES = (3, 5)
 
 
 def forward(x, weight, stride, padding):
-    """Return y."""
     if weight.shape[2] not in SIZES or x.numel() == 0:
         return torch_depthwise.forward(x, weight, stride, padding)
     return torch.ops.fastff.depthwise_native(x, weight, stride, padding)
 
 
 def backward(grad, x, weight, stride, padding, need_grad_x):
-    """Return dL/dx, or None unless it is needed, and dL/dweight."""
     if weight.shape[2] not in SIZES or x.numel() == 0:
         return torch_depthwise.backward(grad, x, weight, stride, padding, need_grad_x)
     dx, dw = torch.ops.fastff.depthwise_backward_native(grad, x, weight, stride, padding, need_grad_x)

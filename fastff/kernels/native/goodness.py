@@ -37,14 +37,12 @@ def _takes_large(weight):
 
 
 def goodness(x, projection, plan):
-    """Return g [B, K] in float32."""
     if not fits(x, projection, plan):
         return fallback.goodness(x, projection, plan)
     return torch.ops.fastff.goodness_forward_native(x, *_cut(projection, x), plan.algorithm == "second_moment")
 
 
 def goodness_backward(d, x, projection, plan, need_grad_x):
-    """Return the gradients of sum(d * g) for x, weight, bias and grid_weight: None for absent ones, and for x unless it is needed."""
     if not fits(x, projection, plan):
         return fallback.goodness_backward(d, x, projection, plan, need_grad_x)
     second_moment = plan.algorithm == "second_moment"
@@ -54,14 +52,12 @@ def goodness_backward(d, x, projection, plan, need_grad_x):
 
 
 def normalize(x, normalization):
-    """Return x normalized, or None for "none"."""
     if normalization.name == "layer_norm" and x.dtype != torch.float32:  # PyTorch's is faster
         return torch_normalization.normalize(x, normalization)
     return group_goodness.normalize(x, normalization)
 
 
 def step(local, plan):
-    """Return the StepResult of a Step, its losses not reduced."""
     x, projection = local.x, local.goodness
     if not fits(x, projection, plan):
         return fallback.step(local, plan, normalize)

@@ -10,19 +10,16 @@ from fastff.spec import NORMALIZATIONS
 
 
 def goodness(x, groups):
-    """Return g [B, K] or [B, P]."""
     return torch.ops.fastff.group_goodness_forward_native(x, *groups)
 
 
 def goodness_backward(d, x, groups):
-    """Return dL/dx from d = dL/dg."""
     return torch.ops.fastff.group_goodness_backward_native(
         x, *groups, d.to(torch.promote_types(x.dtype, torch.float32))
     )
 
 
 def normalize(x, normalization):
-    """Return x normalized, or None for "none"."""
     if normalization.name == "none":
         return None
     name, *numbers = normalization
@@ -30,7 +27,6 @@ def normalize(x, normalization):
 
 
 def step(local):
-    """Return the StepResult of a Step, its losses not reduced."""
     if local.epilogue is not None and local.x.dtype == torch.float64:
         return completed(local, step, normalize)
     return native_step.run(local)

@@ -7,12 +7,10 @@ from fastff.kernels.layout import is_channels_last
 
 
 def forward(x, weight, stride, padding):
-    """Return y."""
     return F.conv2d(x, weight, stride=stride, padding=padding, groups=len(weight))
 
 
 def backward(grad, x, weight, stride, padding, need_grad_x):
-    """Return dL/dx, or None unless it is needed, and dL/dweight."""
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # as in convolution.py
         found = backward(grad.float(), x.float(), weight.float(), stride, padding, need_grad_x)
         return tuple(t if t is None else t.to(x.dtype) for t in found)

@@ -262,14 +262,12 @@ class _Head:
 
 
 def goodness(x, projection, plan):
-    """Return g [B, K] in the dtype of the arithmetic."""
     head = _Head(x, projection, plan)
     g = [head.goodness(chunk) for _, chunk in head.chunks()]
     return _joined(g) if g else x.new_empty((0, projection.classes), dtype=head.dtype)
 
 
 def goodness_backward(d, x, projection, plan, need_grad_x):
-    """Return the gradients of sum(d * g) for x, weight, bias and grid_weight: None for absent ones, and for x unless it is needed."""
     head = _Head(x, projection, plan)
     grad_x = empty_like(x) if need_grad_x else None
     for part, chunk in head.chunks():
@@ -279,7 +277,6 @@ def goodness_backward(d, x, projection, plan, need_grad_x):
 
 
 def step(local, plan, normalize=normalize):
-    """Return the StepResult of a Step, its losses not reduced."""
     return completed(local, lambda local: _step(local, plan), normalize)
 
 

@@ -8,23 +8,19 @@ from fastff.spec import StepResult
 
 
 def goodness(x, groups):
-    """Return g [B, K] or [B, P]."""
     return reference.group_goodness(widened(x), *groups)
 
 
 def goodness_backward(d, x, groups):
-    """Return dL/dx from d = dL/dg."""
     return as_result_of(x, reference.group_goodness_gradient(d, widened(x), *groups))
 
 
 def normalize(x, normalization):
-    """Return x normalized, or None for "none"."""
     y = of_any_dtype.normalize(widened(x), normalization)
     return y if y is None else as_result_of(x, y)
 
 
 def step(local):
-    """Return the StepResult of a Step, its losses not reduced."""
     return completed(local, _step, normalize)
 
 

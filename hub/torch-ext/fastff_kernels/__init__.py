@@ -14,4 +14,5 @@ __all__ = ["layer_norm", "ops"]
 
 def layer_norm(x, eps=1e-5):
     """Return x [B, ...] less its mean and divided by its standard deviation, both of each sample, without parameters."""
-    return ops.layer_norm_native(x, eps)
+    images = x if x.dim() == 4 else x.flatten(1)[:, :, None, None]
+    return ops.normalize_native(images, 1, 1, eps).view(x.shape)
