@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ for package in ("typer", "rich", "sklearn", "matplotlib", "PIL"):
     pytest.importorskip(package)
 
 from PIL import Image  # noqa: E402
+from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import fastff  # noqa: E402
@@ -324,6 +326,27 @@ def test_a_long_epoch_says_how_far_it_is(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert re.match(r"epoch   1/1 50%, \d+ s left, [\d,]+ images/s", lines[0])
     assert lines[-1].startswith("epoch   1/1 ") and "loss" in lines[-1] and len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "width"), [(["stem", "a.very.long.path.that.ends.in.conv2"], 80), ([f"layer{i}" for i in range(40)], 60)]
+)
+def test_the_live_display_fits_into_the_terminal(names, width):
+    """A bar, and each block that has a loss, beside each other where there are many."""
+    trainer = types.SimpleNamespace(names=names, device=torch.device("cpu"), steps=0)
+    shown = report.Report(None, True)
+    shown.start(trainer, 2, 10)
+    shown.first = 0
+    totals = torch.stack([torch.arange(len(names)), torch.arange(len(names)) / 100, torch.ones(len(names))])
+    totals[:, 0] = 0  # of a block without a loss
+    state = types.SimpleNamespace(position={"epoch": 0}, totals=totals)
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=24, color_system=None)
+    shown.live = types.SimpleNamespace(console=console)
+    console.print(shown._display(state, 100.0, 5))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) < width and len(lines) < 24
+    assert names[0] not in console.file.getvalue() and f"{len(names) - 1:.3f}" in console.file.getvalue()
+    assert names[-1][-30:] in console.file.getvalue()
 
 
 def test_a_notebook_gets_lines_that_do_not_look_like_failures(monkeypatch, capsys):
