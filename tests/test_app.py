@@ -39,7 +39,7 @@ def call(*arguments, code=0):
 def runs(tmp_path_factory):
     """A folder with runs: "blocks", "backprop" and "stages"; and "compare"."""
     folder = tmp_path_factory.mktemp("runs")
-    call("train", *TINY, "--out", folder / "blocks")
+    (folder / "said.txt").write_text(call("train", *TINY, "--out", folder / "blocks")[0], "utf-8")
     call("train", *TINY, "--mode", "backprop", "--out", folder / "backprop")
     call("train", *TINY, "--epochs", "1", "--granularity", "stage", "--schedule", "greedy", "--out", folder / "stages")
     call("compare", *TINY, "--epochs", "1", "--modes", "backprop,stage", "--out", folder / "compare")
@@ -68,8 +68,13 @@ def test_evaluate_counts_as_the_trainer_did(runs, digits, name, tmp_path):
     last = (runs / name / "metrics.csv").read_text().splitlines()
     last = dict(zip(last[0].split(","), last[-1].split(","), strict=True))
     assert found["accuracy"] == pytest.approx(float(last["test vote"]))
-    blocks = [float(value) for key, value in last.items() if key.startswith("test block")]
-    assert found["blocks"] == pytest.approx(blocks)
+    blocks = {int(key.split()[-1]): float(value) for key, value in last.items() if key.startswith("test block")}
+    assert found["blocks"] == pytest.approx(list(blocks.values()))
+    names = [block.name for block in trained.load(runs / name).sff.blocks]
+    assert found["block_names"] == [names[i] for i in blocks]
+    for i, accuracy in blocks.items():  # with the defaults not all blocks vote
+        for text in (out, (runs / "said.txt").read_text("utf-8")):
+            assert re.search(rf"^ +{i} +{re.escape(names[i])} +{accuracy:.2%}", text, re.M), text
     _, wanted = images_in(trained.load(runs / name), digits)
     matrix = [[0] * 10 for _ in range(10)]
     for truth, answer in zip(digits.test_labels.tolist(), wanted.argmax(1).tolist(), strict=True):

@@ -69,12 +69,9 @@ def of_comparison(result, figure, path):
     sections = [{"text": text, "columns": columns, "rows": rows}, {"title": "Pictures", "figure": figure, "alt": alt}]
     for run in result["runs"]:
         if run["blocks"]:
-            numbered = enumerate(zip(run["block_names"], run["blocks"], strict=True))
-            rows = [(i, name, f"{accuracy:.2%}") for i, (name, accuracy) in numbered]
-            title = f"Blocks, trained {plots.STYLES[run['mode']][0]}"
-            sections.append(
-                {"title": title, "columns": ("block", "ends with", "test accuracy"), "rows": rows, "kind": "blocks"}
-            )
+            rows = [(name, f"{accuracy:.2%}") for name, accuracy in zip(run["block_names"], run["blocks"], strict=True)]
+            title = f"Blocks that vote, trained {plots.STYLES[run['mode']][0]}"
+            sections.append({"title": title, "columns": ("block", "test accuracy"), "rows": rows, "kind": "blocks"})
     sections += [_facts("Settings", s), _facts("Environment", result["environment"])]
     write(path, f"{s['model']} of width {s['width']} on {Path(s['data']).name}, trained in several ways", sections)
 
