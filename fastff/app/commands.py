@@ -324,7 +324,7 @@ def evaluate(
     show(_accuracies(f"{title}: {len(labels):,}", sff, found.blocks, found.accuracy))
     if found.early is not None:
         accuracy, computed = found.early
-        say(f"early exit at {exit_threshold:g}: {accuracy:.2%}, {computed:.1f} of {len(sff.blocks)} blocks on average\n")
+        say(f"early exit at {exit_threshold:g}: {accuracy:.2%}, {computed:.1f} of {len(sff.blocks)} blocks on average")
     say(f"{len(found.wrong):,} of {len(labels):,} are wrong")
     show(_confusions(found.confusion, classes))
     if json_file is not None:

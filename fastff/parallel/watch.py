@@ -123,7 +123,7 @@ class Watch:
 
 
 def open_report(store, rank, size):
-    """Open an empty file that all processes of the run on this machine share. When all have it, its name is removed, so that nothing is left of it."""
+    """Open an empty file that all processes of a run share on this machine, and remove its name when all have it, so that nothing is left of it."""
     global _report
     name = store.compare_set("fastff/run", "", uuid.uuid4().hex).decode()  # the same on all ranks, and no other run's
     path = Path(tempfile.gettempdir()) / f"fastff-{name}"
@@ -133,7 +133,9 @@ def open_report(store, rank, size):
     try:
         store.wait([f"fastff/opened/{other}" for other in range(size)])
     finally:
-        with contextlib.suppress(OSError):  # another process was quicker; or this is Windows, which removes no open file
+        with contextlib.suppress(
+            OSError
+        ):  # another process has done it; or this is Windows, which removes no open file
             path.unlink()
 
 
