@@ -35,7 +35,7 @@ def of_run(run, path, say):
         f"Trained {how} for {history[-1]['epoch']} epochs, {seconds:.1f} seconds. Of {len(run.dataset.test_labels):,} test images, "
         f"{found.accuracy:.2%} are classified correctly{' by the vote of the blocks' if blocks else ''}."
     )
-    curves = "Each line is a block: dark is the first, light the last. " if blocks else ""
+    curves = "Each line is a block that has a loss: dark is the first, light the last. " if blocks else ""
     sections = [
         {"text": result},
         {
