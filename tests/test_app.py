@@ -21,7 +21,7 @@ from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import fastff  # noqa: E402
-from fastff.app import experiment, export, page, trained  # noqa: E402
+from fastff.app import experiment, export, page, plots, trained  # noqa: E402
 from fastff.cli import make_app  # noqa: E402
 from fastff.training import data, report  # noqa: E402
 
@@ -116,6 +116,12 @@ def test_evaluate_on_a_folder_of_other_classes(runs, tmp_path):
             Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
     err = call("evaluate", runs / "blocks", "--data", tmp_path, code=2)[1]
     assert "data: expected classes ['0', '1', '2'" in err and "got ['cat', 'dog']" in err
+
+
+def test_the_picture_has_room_for_blocks_that_are_ahead_of_the_vote():
+    run = {"history": [{"test_accuracy": accuracy} for accuracy in (0.8, 0.9)], "blocks": [0.97, 0.85]}
+    low, high = plots._range([run])
+    assert low < 80 and high > 97
 
 
 def test_many_classes_are_told_by_their_confusions(runs):
