@@ -314,7 +314,7 @@ def test_tables_do_not_fold_in_a_pipe(runs, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "20")
     with pytest.raises(SystemExit):
         make_app()(["evaluate", str(runs / "blocks")])
-    assert re.search(r"^ +0 +conv1 +\d+\.\d\d%", capsys.readouterr().out, re.M)
+    assert re.search(r"^ +\d +layer\S+ +\d+\.\d\d%", capsys.readouterr().out, re.M)
 
 
 def test_no_colour_in_a_pipe_and_with_no_color(runs, monkeypatch):
