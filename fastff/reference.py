@@ -197,7 +197,8 @@ def forward_forward_losses(g, loss="softplus", theta=2.0, alpha=4.0, theta_gap=0
 
     f(theta - g) of positive and f(g - theta - theta_gap) of negative ones (Hinton 2022), or f(-alpha (g_positive - g_negative)) (SymBa,
     arXiv 2303.08418; Trifecta, arXiv 2311.18130); f is softplus, or z sigmoid(z) for the "swish" variants."""
-    f = F.silu if loss.startswith("swish") else F.softplus
+    # F.softplus(z) is z itself above 20, which in float64 is off by 2e-9, and does not fit the gradient below.
+    f = F.silu if loss.startswith("swish") else lambda z: -F.logsigmoid(-z)
     positive, negative = g.chunk(2)
     if loss in PAIRED_LOSSES:
         return f(-alpha * (positive - negative)).mean(1)

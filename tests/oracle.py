@@ -51,6 +51,11 @@ def eager_loss(g, target, tau=1.0, margin=0.0, label_smoothing=0.0, reduction="m
     return F.cross_entropy(u, target, label_smoothing=label_smoothing, reduction=reduction)
 
 
+def softplus(z):
+    """F.softplus without its threshold: that is z itself above 20, which in float64 is off by 2e-9."""
+    return -F.logsigmoid(-z)
+
+
 def eager_layer_norm(x, eps=1e-5):
     return F.layer_norm(x, x.shape[1:], eps=eps)
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ for package in ("typer", "rich", "sklearn", "matplotlib", "PIL"):
     pytest.importorskip(package)
 
 from PIL import Image  # noqa: E402
+from rich.console import Console  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import fastff  # noqa: E402
-from fastff.app import experiment, export, page, trained  # noqa: E402
+from fastff.app import experiment, export, page, plots, trained  # noqa: E402
 from fastff.cli import make_app  # noqa: E402
 from fastff.training import data, report  # noqa: E402
 
@@ -37,7 +39,7 @@ def call(*arguments, code=0):
 def runs(tmp_path_factory):
     """A folder with runs: "blocks", "backprop" and "stages"; and "compare"."""
     folder = tmp_path_factory.mktemp("runs")
-    call("train", *TINY, "--out", folder / "blocks")
+    (folder / "said.txt").write_text(call("train", *TINY, "--out", folder / "blocks")[0], "utf-8")
     call("train", *TINY, "--mode", "backprop", "--out", folder / "backprop")
     call("train", *TINY, "--epochs", "1", "--granularity", "stage", "--schedule", "greedy", "--out", folder / "stages")
     call("compare", *TINY, "--epochs", "1", "--modes", "backprop,stage", "--out", folder / "compare")
@@ -66,8 +68,13 @@ def test_evaluate_counts_as_the_trainer_did(runs, digits, name, tmp_path):
     last = (runs / name / "metrics.csv").read_text().splitlines()
     last = dict(zip(last[0].split(","), last[-1].split(","), strict=True))
     assert found["accuracy"] == pytest.approx(float(last["test vote"]))
-    blocks = [float(value) for key, value in last.items() if key.startswith("test block")]
-    assert found["blocks"] == pytest.approx(blocks)
+    blocks = {int(key.split()[-1]): float(value) for key, value in last.items() if key.startswith("test block")}
+    assert found["blocks"] == pytest.approx(list(blocks.values()))
+    names = [block.name for block in trained.load(runs / name).sff.blocks]
+    assert found["block_names"] == [names[i] for i in blocks]
+    for i, accuracy in blocks.items():  # with the defaults not all blocks vote
+        for text in (out, (runs / "said.txt").read_text("utf-8")):
+            assert re.search(rf"^ +{i} +{re.escape(names[i])} +{accuracy:.2%}", text, re.M), text
     _, wanted = images_in(trained.load(runs / name), digits)
     matrix = [[0] * 10 for _ in range(10)]
     for truth, answer in zip(digits.test_labels.tolist(), wanted.argmax(1).tolist(), strict=True):
@@ -109,6 +116,12 @@ def test_evaluate_on_a_folder_of_other_classes(runs, tmp_path):
             Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
     err = call("evaluate", runs / "blocks", "--data", tmp_path, code=2)[1]
     assert "data: expected classes ['0', '1', '2'" in err and "got ['cat', 'dog']" in err
+
+
+def test_the_picture_has_room_for_blocks_that_are_ahead_of_the_vote():
+    run = {"history": [{"test_accuracy": accuracy} for accuracy in (0.8, 0.9)], "blocks": [0.97, 0.85]}
+    low, high = plots._range([run])
+    assert low < 80 and high > 97
 
 
 def test_many_classes_are_told_by_their_confusions(runs):
@@ -301,7 +314,7 @@ def test_tables_do_not_fold_in_a_pipe(runs, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "20")
     with pytest.raises(SystemExit):
         make_app()(["evaluate", str(runs / "blocks")])
-    assert re.search(r"^ +0 +conv1 +\d+\.\d\d%", capsys.readouterr().out, re.M)
+    assert re.search(r"^ +\d +layer\S+ +\d+\.\d\d%", capsys.readouterr().out, re.M)
 
 
 def test_no_colour_in_a_pipe_and_with_no_color(runs, monkeypatch):
@@ -324,6 +337,27 @@ def test_a_long_epoch_says_how_far_it_is(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert re.match(r"epoch   1/1 50%, \d+ s left, [\d,]+ images/s", lines[0])
     assert lines[-1].startswith("epoch   1/1 ") and "loss" in lines[-1] and len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "width"), [(["stem", "a.very.long.path.that.ends.in.conv2"], 80), ([f"layer{i}" for i in range(40)], 60)]
+)
+def test_the_live_display_fits_into_the_terminal(names, width):
+    """A bar, and each block that has a loss, beside each other where there are many."""
+    trainer = types.SimpleNamespace(names=names, device=torch.device("cpu"), steps=0)
+    shown = report.Report(None, True)
+    shown.start(trainer, 2, 10)
+    shown.first = 0
+    totals = torch.stack([torch.arange(len(names)), torch.arange(len(names)) / 100, torch.ones(len(names))])
+    totals[:, 0] = 0  # of a block without a loss
+    state = types.SimpleNamespace(position={"epoch": 0}, totals=totals)
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=24, color_system=None)
+    shown.live = types.SimpleNamespace(console=console)
+    console.print(shown._display(state, 100.0, 5))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) < width and len(lines) < 24
+    assert names[0] not in console.file.getvalue() and f"{len(names) - 1:.3f}" in console.file.getvalue()
+    assert names[-1][-30:] in console.file.getvalue()
 
 
 def test_a_notebook_gets_lines_that_do_not_look_like_failures(monkeypatch, capsys):

@@ -74,8 +74,10 @@ def test_equal_to_one_process(ranks, tmp_path):
     ("kind", "kills", "how"),
     [("block", 10, "SIGKILL"), ("data", 4, "SIGKILL"), ("data", 1, "SIGSTOP"), ("block", 1, "SIGSTOP")],
 )
-def test_ranks_that_die(kind, kills, how, tmp_path):
-    """Each time all ranks end with a message, the checkpoint of the step before is intact, and other numbers of ranks go on to the same bits."""
+def test_ranks_that_die(kind, kills, how, tmp_path, monkeypatch):
+    """Each time all ranks end with one message and leave no file behind, the checkpoint of the step before is intact, and other numbers of ranks go
+    on to the same bits."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     ended = launched(sys.executable, TESTS / "kill_driver.py", tmp_path / "runs", kind, kills, how)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])
@@ -83,6 +85,7 @@ def test_ranks_that_die(kind, kills, how, tmp_path):
     assert all(status == 1 for attempt in found["statuses"] for status in attempt), found["statuses"]
     assert set(found["reports"]) <= {0, 1}  # none where the ranks had not come together yet
     assert sum(found["reports"]) >= kills / 2
+    assert not list(tmp_path.glob("fastff-*"))
     assert all(re.match(r"ranks? \d", line) and "ended or hangs" in line for line in found["told"])
     # A checkpoint is written after every step. Rank 0 may die while it writes one, and the other rank has counted its next step by then.
     assert max(found["lost"]) <= 2

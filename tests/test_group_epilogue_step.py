@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import EAGER, KINKS, LAYOUTS, op_arguments, operators_run, same_bits
+from oracle import EAGER, KINKS, LAYOUTS, op_arguments, operators_run, same_bits, softplus
 
 import fastff.functional as ff
 from fastff import reference
@@ -67,7 +67,7 @@ def plain_loss(g, p):
     if p["loss"] == "cross_entropy":
         u = p["tau"] * g - p["margin"] * F.one_hot(p["target"], g.shape[1]).to(g.dtype)
         return F.cross_entropy(u, p["target"], label_smoothing=p["label_smoothing"], reduction=p["reduction"])
-    f = F.silu if "swish" in p["loss"] else F.softplus
+    f = F.silu if "swish" in p["loss"] else softplus
     positive, negative = g[: len(g) // 2], g[len(g) // 2 :]
     if "symba" in p["loss"]:
         losses = f(-p["alpha"] * (positive - negative)).mean(1)
@@ -127,8 +127,9 @@ def sizes(p, exact, h, grad_h):
             centred = part - part.mean(over, keepdim=True) if "norm" in p["normalize"] else part
             squares = centred.square()
             by = squares.sum(over, True).sqrt() if "l2" in p["normalize"] else (squares.mean(over, True) + 1e-5).sqrt()
-            divisors.append(by.expand_as(part) + 1e-5)
-        found["normalized"] = size.max() / torch.cat(divisors, 1).where(x != 0, 1.0)
+            by = by.expand_as(part) + 1e-5
+            divisors.append(by if "norm" in p["normalize"] else by.where(part != 0, 1.0))  # 0 divided is 0
+        found["normalized"] = size.max() / torch.cat(divisors, 1)
     return found
 
 
@@ -149,10 +150,6 @@ def call(p, impl):
     return ff.group_tail_step(p["y"], p["target"], **p["how"], **named, impl=impl)
 
 
-# Of a result's size; for float64 because F.softplus is linear from 20 on, which is off by exp(-20).
-ROUNDINGS = {torch.float32: 4 * torch.finfo(torch.float32).eps, torch.float64: 2e-9}
-
-
 def results(step):
     """{name: result}, with the name of tail_step for the gradient of its input."""
     named = step._asdict()
@@ -162,6 +159,8 @@ def results(step):
 def assert_as_eager(step, p, exact, size):
     dtype = p["y"].dtype
     rough = eager(p, dtype)[0]
+    # In float64 rough is exact itself, and says nothing of what is rounded on the way: about sqrt(n) roundings of n terms.
+    roundings = 4 * torch.finfo(dtype).eps * (p["y"].numel() ** 0.5 if dtype == torch.float64 else 1)
     for name, got in results(step).items():
         want = exact.get(name)
         assert (got is None) == (want is None), name
@@ -169,7 +168,7 @@ def assert_as_eager(step, p, exact, size):
             continue
         assert got.shape == want.shape, name
         assert got.dtype == dtype, name
-        allowed = 4 * (rough[name].double() - want).abs().max() + ROUNDINGS[dtype] * size[name]
+        allowed = 4 * (rough[name].double() - want).abs().max() + roundings * size[name]
         excess = (got.double() - want).abs() - allowed
         assert bool((excess <= 0).all()), f"{name}: {excess.max():.3g} beyond the {allowed.max():.3g} allowed"
 

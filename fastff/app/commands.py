@@ -191,11 +191,11 @@ def _write_json(path, result):
     say(f"figures: {path}")
 
 
-def _accuracies(title, names, blocks, vote):
-    """Return the table of accuracies of the blocks and of their vote."""
+def _accuracies(title, sff, blocks, vote):
+    """Return the table of accuracies of the blocks that vote and of their vote. blocks: none of a network trained by backpropagation."""
     shown = table(">block", "ends with", ">accuracy", title=title)
-    for index, (name, accuracy) in enumerate(zip(names, blocks, strict=False)):
-        shown.add_row(str(index), name, f"{accuracy:.2%}")
+    for index, accuracy in zip(sff.plan.voters if blocks else (), blocks, strict=True):
+        shown.add_row(str(index), sff.blocks[index].name, f"{accuracy:.2%}")
     shown.add_row("", "all: their vote" if blocks else "backpropagation", f"{vote:.2%}")
     return shown
 
@@ -272,7 +272,7 @@ def _finish(run, out, save_every, distributed):
     last = history[-1]
     blocks = [value for name, value in last.items() if name.startswith("test block ")]
     title = f"{run.dataset.name}, test images, after epoch {last['epoch']}"
-    show(_accuracies(title, trainer.names, blocks, last["test vote"]))
+    show(_accuracies(title, trainer.sff, blocks, last["test vote"]))
     events = ", events for tensorboard --logdir" if (out / "events").is_dir() else ""
     report = page.of_run(run, out / "report.html", say)
     say(f"{out}: checkpoint.pt, metrics.csv{report}{events}")
@@ -320,14 +320,15 @@ def evaluate(
         _writable_file(json_file)
     title, images, labels = trained.labelled_images(network, data, root, split)
     found, classes = trained.evaluate(network, images, labels, exit_threshold), network.meta["classes"]
-    names = [block.name for block in network.sff.blocks]
-    show(_accuracies(f"{title}: {len(labels):,}", names, found.blocks, found.accuracy))
+    sff = network.sff
+    show(_accuracies(f"{title}: {len(labels):,}", sff, found.blocks, found.accuracy))
     if found.early is not None:
         accuracy, computed = found.early
-        say(f"early exit at {exit_threshold:g}: {accuracy:.2%}, {computed:.1f} of {len(names)} blocks on average\n")
+        say(f"early exit at {exit_threshold:g}: {accuracy:.2%}, {computed:.1f} of {len(sff.blocks)} blocks on average")
     say(f"{len(found.wrong):,} of {len(labels):,} are wrong")
     show(_confusions(found.confusion, classes))
     if json_file is not None:
+        names = [sff.blocks[i].name for i in sff.plan.voters] if found.blocks else []
         result = {
             "data": title, "images": len(labels), "accuracy": found.accuracy, "blocks": found.blocks, "block_names": names,
             "classes": classes, "confusion": found.confusion.tolist(), "exit_threshold": exit_threshold, "early": found.early,

@@ -51,7 +51,7 @@ def run_mode(s, dataset, mode, device, progress=True):
     augmentation. The accuracies of the blocks are those on the test images."""
     s = s | ({"mode": "backprop"} if mode == "backprop" else {"mode": "sff", "granularity": CUTS.get(mode, mode)})
     memory = step_memory(s, dataset, device)
-    trainer = experiment.build_trainer(s, experiment.build_network(s, dataset.num_classes, dataset.input_shape, device))
+    trainer = experiment.make_trainer(s, dataset, device)
     train, test = experiment.loaders(s, dataset, device)
     rows = trainer.fit(train, s["epochs"], validation=test, progress=progress)
     plain = dataset.train_loader(256, augment=None, shuffle=False, device=device, channels_last=s["channels_last"])
@@ -74,13 +74,9 @@ def run_mode(s, dataset, mode, device, progress=True):
 
 
 def step_memory(s, dataset, device):
-    """Return the peak memory of a training step in MiB. A new network is built for it, so that measuring changes no result."""
-    trainer = experiment.build_trainer(s, experiment.build_network(s, dataset.num_classes, dataset.input_shape, device))
-    images, target = next(iter(experiment.loaders(s, dataset, device)[0]))
-    trainer.train_mode()
-    for _ in range(2):
-        trainer.step(images, target)
-    return peak_memory(lambda: trainer.step(images, target), device)
+    """Return the peak memory of a training step in MiB."""
+    trainer, *batch = experiment.trained_twice(s, dataset, device)
+    return peak_memory(lambda: trainer.step(*batch), device)
 
 
 def seconds_to(run, accuracy):

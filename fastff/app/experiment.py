@@ -212,6 +212,21 @@ def build_trainer(s, sff, distributed=None):
     return Trainer(sff, make, distributed=distributed, **how, **frozen, **options)
 
 
+def make_trainer(s, dataset, device, distributed=None):
+    """Return the Trainer (or Backprop) of the settings `s` for a new network and this data set."""
+    return build_trainer(s, build_network(s, dataset.num_classes, dataset.input_shape, device), distributed)
+
+
+def trained_twice(s, dataset, device):
+    """Return (trainer, images, target) after two steps on a minibatch, by this process alone, to measure a step without changing a run."""
+    trainer = make_trainer(s, dataset, device)
+    images, target = next(iter(loaders(s, dataset, device)[0]))
+    trainer.train_mode()
+    for _ in range(2):
+        trainer.step(images, target)
+    return trainer, images, target
+
+
 def describe(s, dataset):
     """Return the dict that a checkpoint keeps as `meta`: the settings, and the facts about the data set that the network depends on."""
     return {
@@ -302,7 +317,7 @@ def resume(folder, device, distributed=None, **given):
         if meta[key] != value:
             text = f"expected the data set of the run in {folder}, whose {key} is {_short(meta[key])}"
             raise ValueError(f"data: {text}, got {_short(value)}")
-    trainer = build_trainer(asked, build_network(asked, dataset.num_classes, dataset.input_shape, device), distributed)
+    trainer = make_trainer(asked, dataset, device, distributed)
     trainer.load(Path(folder) / "checkpoint.pt")
     return Run(asked, dataset, trainer, *loaders(asked, dataset, device, trainer.ranks.data_size))
 

@@ -27,7 +27,7 @@ def of_run(run, path, say):
     network = trained.Trained(trainer.sff.eval(), experiment.describe(s, run.dataset), trainer.device)
     found = trained.evaluate(network, run.dataset.test_images, run.dataset.test_labels)
     blocks = [] if network.backprop else [block.name for block in trainer.sff.blocks]
-    curve, visits = memory(s, run.dataset, trainer.device)
+    curve, visits = by_block(*experiment.trained_twice(s | {"compile": False}, run.dataset, trainer.device))
     title = f"{s['model']} of width {s['width']} on {run.dataset.name}"
     how = "by backpropagation" if network.backprop else f"in {len(blocks)} blocks"
     seconds = sum(row["seconds"] for row in history)
@@ -35,7 +35,7 @@ def of_run(run, path, say):
         f"Trained {how} for {history[-1]['epoch']} epochs, {seconds:.1f} seconds. Of {len(run.dataset.test_labels):,} test images, "
         f"{found.accuracy:.2%} are classified correctly{' by the vote of the blocks' if blocks else ''}."
     )
-    curves = "Each line is a block: dark is the first, light the last. " if blocks else ""
+    curves = "Each line is a block that has a loss: dark is the first, light the last. " if blocks else ""
     sections = [
         {"text": result},
         {
@@ -69,25 +69,11 @@ def of_comparison(result, figure, path):
     sections = [{"text": text, "columns": columns, "rows": rows}, {"title": "Pictures", "figure": figure, "alt": alt}]
     for run in result["runs"]:
         if run["blocks"]:
-            numbered = enumerate(zip(run["block_names"], run["blocks"], strict=True))
-            rows = [(i, name, f"{accuracy:.2%}") for i, (name, accuracy) in numbered]
-            title = f"Blocks, trained {plots.STYLES[run['mode']][0]}"
-            sections.append(
-                {"title": title, "columns": ("block", "ends with", "test accuracy"), "rows": rows, "kind": "blocks"}
-            )
+            rows = [(name, f"{accuracy:.2%}") for name, accuracy in zip(run["block_names"], run["blocks"], strict=True)]
+            title = f"Blocks that vote, trained {plots.STYLES[run['mode']][0]}"
+            sections.append({"title": title, "columns": ("block", "test accuracy"), "rows": rows})
     sections += [_facts("Settings", s), _facts("Environment", result["environment"])]
     write(path, f"{s['model']} of width {s['width']} on {Path(s['data']).name}, trained in several ways", sections)
-
-
-def memory(s, dataset, device):
-    """Return the memory of a training step by fastff.memory.by_block. A new network is trained for it, by this process alone."""
-    s = s | {"compile": False}
-    trainer = experiment.build_trainer(s, experiment.build_network(s, dataset.num_classes, dataset.input_shape, device))
-    images, target = next(iter(experiment.loaders(s, dataset, device)[0]))
-    trainer.train_mode()
-    for _ in range(2):
-        trainer.step(images, target)
-    return by_block(trainer, images, target)
 
 
 def write(path, title, sections):

@@ -193,6 +193,6 @@ def _range(runs):
     curves = [_percent(row["test_accuracy"] for row in run["history"]) for run in runs]
     late = [value for curve in curves for value in curve[min(len(curve) // 5, len(curve) - 1) :]]
     shown = late + [100 * value for run in runs for value in run["blocks"]]
-    low, high = min(shown), max(max(curve) for curve in curves)
+    low, high = min(shown), max(*shown, *(max(curve) for curve in curves))
     room = max(1.0, 0.06 * (high - low))
     return max(0.0, low - room), min(high + room, 100 + room / 2)

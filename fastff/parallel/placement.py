@@ -2,6 +2,7 @@
 
 A chain is one block or several, between which gradients pass."""
 
+import functools
 import itertools
 import time
 
@@ -19,17 +20,17 @@ def balanced(seconds, parts):
     count = len(seconds)
     if not 1 <= parts <= count:
         raise ValueError(f"block_ranks: expected at most {count}, one for each chain of blocks, got {parts}")
-    # Dynamic programming: {(ranks, chains): (time of the slowest rank, chains of each rank)} for the first chains.
-    best = {(0, 0): (0.0, [])}
-    for ranks in range(1, parts + 1):
-        for end in range(ranks, count + 1):
-            options = [
-                (max(best[ranks - 1, start][0], sum(seconds[start:end])), best[ranks - 1, start][1] + [end - start])
-                for start in range(ranks - 1, end)
-                if (ranks - 1, start) in best
-            ]
-            best[ranks, end] = min(options, key=lambda option: option[0])
-    return best[parts, count][1]
+
+    @functools.cache
+    def best(ranks, end):
+        """(time of the slowest rank, chains of each rank) for the first `end` chains."""
+        if ranks == 1:
+            return sum(seconds[:end]), [end]
+        splits = ((start, *best(ranks - 1, start)) for start in range(ranks - 1, end))
+        options = [(max(slowest, sum(seconds[start:end])), [*counts, end - start]) for start, slowest, counts in splits]
+        return min(options, key=lambda option: option[0])
+
+    return best(parts, count)[1]
 
 
 def chain_seconds(engine, chains, images, target, rounds=3):

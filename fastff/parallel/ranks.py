@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastff.arguments import whole_number
-from fastff.parallel.watch import Watch, name_run
+from fastff.parallel.watch import Watch, open_report
 
 BATCH_NORMS = ("local", "synchronized")
 
@@ -99,7 +99,7 @@ def start(device, timeout):
     # After a restart, torchrun's store may still hold the addresses of processes that have ended.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    name_run(store)
+    open_report(store, rank, size)
 
 
 def leader_first(function):

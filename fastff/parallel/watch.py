@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 PERIOD = 0.5  # seconds between two heartbeats
 PATIENCE = 3.0  # seconds without a heartbeat after which a rank counts as dead
-_run: str | None = None  # the name of the run that this process belongs to, the same on all ranks
+_report: int | None = None  # a file that the processes of a run on this machine share
 NOISE = re.compile(r"^\[[^]]*\] |\. This is typically.*$")  # what gloo adds before and after its messages
 
 
@@ -122,23 +122,31 @@ class Watch:
             signal.signal(signal.SIGTERM, handler)
 
 
-def name_run(store):
-    """Agree with the other ranks on a name of this run that no other has."""
-    global _run
-    _run = store.compare_set("fastff/run", "", uuid.uuid4().hex).decode()
+def open_report(store, rank, size):
+    """Open an empty file that all processes of a run share on this machine, and remove its name when all have it, so that nothing is left of it."""
+    global _report
+    name = store.compare_set("fastff/run", "", uuid.uuid4().hex).decode()  # the same on all ranks, and no other run's
+    path = Path(tempfile.gettempdir()) / f"fastff-{name}"
+    with contextlib.suppress(OSError):  # where no file can be made, rank 0 alone prints
+        _report = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    store.set(f"fastff/opened/{rank}", "")
+    try:
+        store.wait([f"fastff/opened/{other}" for other in range(size)])
+    finally:
+        with contextlib.suppress(
+            OSError
+        ):  # another process has done it; or this is Windows, which removes no open file
+            path.unlink()
 
 
 def prints_failure():
     """Return True in one process of each machine, the first that calls this; that process prints why the run ended.
 
-    An empty file decides it, and not the store, which may have ended with rank 0."""
-    if _run is None or not dist.is_initialized():
+    The shared file decides it, and not the store, which may have ended with rank 0."""
+    if _report is None or not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
-    try:
-        (Path(tempfile.gettempdir()) / f"fastff-{_run}").touch(exist_ok=False)
-    except OSError as error:  # where no file can be made, every process prints
-        return not isinstance(error, FileExistsError)
-    return True
+    os.write(_report, b"1")
+    return os.lseek(_report, 0, os.SEEK_CUR) == 1  # behind the byte that was just appended
 
 
 def _ask_store(question):

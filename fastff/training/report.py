@@ -101,55 +101,27 @@ class Report:
         return f"{done / total:.0%}, {_clock(left)} left, {images_per_second:,.0f} images/s{_memory(self.device)}"
 
     def _display(self, state, images_per_second, done):
+        """Return a bar, and loss and accuracy of the blocks that have a loss, in as many columns as fit into the terminal."""
+        from rich.columns import Columns
         from rich.console import Group
+        from rich.constrain import Constrain
         from rich.progress_bar import ProgressBar
-        from rich.table import Table
+        from rich.table import Column, Table
+        from rich.text import Text
 
-        line = Table.grid(padding=(0, 1))
-        for _ in range(3):
-            line.add_column(no_wrap=True)
-        line.add_row(
-            f"epoch {state.position['epoch'] + 1} of {self.epochs}",
-            ProgressBar(total=self.epochs * self.batches, completed=done, width=12),
-            self._pace(images_per_second, done),
-        )
-        return Group(line, self._blocks(*means(state.totals)))
-
-    def _blocks(self, losses, accuracies):
-        """Return a table of loss and accuracy of each block, in as many columns as the terminal's height needs and its width allows."""
-        from rich import box
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        width, height = self.live.console.size
-        width -= 3  # Ctrl-C is echoed behind the last row: at the edge it would wrap and push the display up
-        columns = -(-len(self.names) // max(1, height - 5))
-        rows = -(-len(self.names) // columns)
-        room = width // columns - 10  # beside the accuracy, and the gaps around it and the name
-        show_loss = room >= 20
-        room -= 10 * show_loss
-        longest = min(max(map(len, self.names)), max(room, 4))
-        bar = min(room - longest - 2, 30)
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-        for _ in range(columns):
-            table.add_column("block", no_wrap=True)
-            if show_loss:
-                table.add_column("loss", justify="right", no_wrap=True)
-            table.add_column("acc.", justify="right", no_wrap=True)
-            if bar >= 8:
-                table.add_column("", no_wrap=True)
-        cells = []
-        for name, loss, accuracy in zip(self.names, losses, accuracies, strict=True):
-            # The end of a long path tells more than its beginning.
-            cell = [name if len(name) <= longest else "…" + name[len(name) - longest + 1 :]]
-            # NaN is of a block that is not trained, or by another rank
-            cell += ["" if loss != loss else f"{loss:.3f}"] * show_loss
-            cell += ["" if accuracy != accuracy else f"{accuracy:.1%}"]
-            done = 0.0 if accuracy != accuracy else accuracy
-            cells.append(cell + [ProgressBar(total=1.0, completed=done, width=bar)] * (bar >= 8))
-        for row in range(rows):
-            table.add_row(*(cell for entry in cells[row::rows] for cell in entry))
-        return table
+        line = Table.grid(*(Column(no_wrap=True) for _ in range(3)), padding=(0, 1))
+        bar = ProgressBar(total=self.epochs * self.batches, completed=done, width=12)
+        line.add_row(f"epoch {state.position['epoch'] + 1} of {self.epochs}", bar, self._pace(images_per_second, done))
+        width = min(30, max(map(len, self.names)))  # the end of a long path tells more than its beginning
+        blocks = [
+            Text(f"{name[-width:]:{width}} {loss:7.3f}" + ("" if accuracy != accuracy else f" {accuracy:6.1%}"))
+            for name, loss, accuracy in zip(self.names, *means(state.totals), strict=True)
+            if loss == loss  # NaN is of a block that is not trained, or by another rank
+        ]
+        title = "loss and accuracy of each block"
+        columns = Columns(blocks, padding=(0, 3), equal=True, column_first=True, title=title)
+        # Ctrl-C is echoed behind the last row: at the terminal's edge it would wrap and push the display up.
+        return Constrain(Group(line, columns), self.live.console.width - 3)
 
     def _print(self, line):
         """Print a line that stays."""
