@@ -61,9 +61,11 @@ def test_backpropagation_is_counted_likewise():
     assert 150 < launches.total < 190
 
 
-def head_step(epilogue=False, algorithm="auto", grid=0, hidden=0, loss="cross_entropy", B=8, C=16, H=8, K=10):
+def head_step(
+    epilogue=False, algorithm="auto", grid=0, hidden=0, loss="cross_entropy", B=8, C=16, H=8, K=10, dtype=torch.float32
+):  # fmt: skip
     """The Launches of one step of a head, behind an epilogue or not."""
-    x, weight = torch.randn(B, C, H, H), torch.randn(K, C, 1, 1)
+    x, weight = torch.randn(B, C, H, H, dtype=dtype), torch.randn(K, C, 1, 1)
     around = spec.Epilogue(torch.rand(C), torch.randn(C), residual=torch.randn_like(x)) if epilogue else None
     loss = spec.Loss(loss)
     if loss.name == "cross_entropy":
@@ -89,6 +91,7 @@ HIDDEN_LAYER = ["spatial", "hidden_gradient"]
         ({"algorithm": "second_moment"}, ["second_moment", *HEAD_OF_SECOND_MOMENT]),
         ({"epilogue": True}, [*BEFORE, "direct", "reduce", *AFTER]),
         ({"loss": "symba"}, ["direct", "loss_kernel", "direct", "reduce"]),
+        ({"grid": 2, "epilogue": True, "dtype": torch.bfloat16}, [*BEFORE, "direct", "reduce", *AFTER]),
         ({"grid": 2, "epilogue": True}, [*BEFORE, "direct", "spatial", "direct", "reduce", *AFTER]),
         (
             {"grid": 2, "algorithm": "second_moment"},
@@ -106,6 +109,20 @@ def test_launches_of_a_head(how, expected):
     launches = head_step(**how)
     assert [kernel.fn.__name__ for kernel, *_ in launches.recorded] == expected
     assert launches.total == len(expected), launches.count
+
+
+@pytest.mark.parametrize("arch", blocks.SHARED)
+def test_a_grid_behind_an_epilogue_is_one_sweep_where_registers_hold_it(arch):
+    """In 16 bits, with 16 classes on every device, and with 32 where products read W from shared memory."""
+    for itemsize, C, P, K in itertools.product((2, 4), (24, 64, 512), (16, 49, 1024), (10, 32)):
+        around = blocks.with_grid_inside(
+            blocks.table("direct", 64, C, P, min(K, 16 if itemsize > 2 else 32), 4, itemsize, True, arch), 64, C, K, 4, itemsize, True, arch
+        )  # fmt: skip
+        assert (around is not None) == (itemsize == 2 and (K <= 16 or arch in (90, 100)))
+        assert around is None or 16 <= around.NS * around.BP <= 32
+    alone = blocks.table("direct", 64, 64, 1024, 10, 16, 2, arch=arch)
+    assert blocks.with_grid_inside(alone, 64, 64, 10, 16, 2, arch=arch) == alone
+    assert blocks.with_grid_inside(alone, 10**5, 64, 10, 16, 2, arch=arch) is None  # too many bytes of the grid's weights
 
 
 @pytest.mark.parametrize("how", [{"K": 140, "algorithm": "second_moment"}, {"loss": "symba"}])

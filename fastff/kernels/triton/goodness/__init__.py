@@ -36,9 +36,6 @@ from fastff.kernels.triton.goodness.spatial import SpatialTerm
 from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares, strides
 
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
-GRID_BYTES = (
-    2**28
-)  # of the grid's weights that a launch reads, at most, for all its groups of samples: from L2 about 50 us
 
 
 class Launch:
@@ -55,9 +52,15 @@ class Launch:
         self.second_moment = plan.algorithm == "second_moment"
         self.source = epilogue.Source(self.x, None, None, *strides(self.x)) if around is None else around.source
         self.statistics = None if around is None else around.statistics
-        self.blocks = b = sizes or blocks.sizes(
+        b = sizes or blocks.sizes(
             x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None
         )
+        inside = None
+        if many and hidden is None and not self.second_moment:
+            arch = blocks.architecture(x.device)
+            inside = blocks.with_grid_inside(b, B, C, K, many, x.element_size(), around is not None, arch)
+        self.grid_inside, self.blocks = inside is not None, inside or b
+        b = self.blocks
         self.tiles, self.groups, self.chunks = -(-H * W // b.BP), -(-B // b.NS), -(-C // b.BC)
         self.processors = multiprocessors(x.device)
         # several programs a sample where samples are large, or leave half of the multiprocessors without any
@@ -71,9 +74,6 @@ class Launch:
             around and around.config.ACTIVATION, "tf32" if narrow else exact, "tf32" if narrow else exact, "tf32" if narrow else "tf32x3",
             0, self.parts == 1, False, False, None, False,
         )  # fmt: skip
-        again = 4 * K * C * many * self.groups * (self.chunks + 1)
-        simple = around is None and hidden is None and not self.second_moment
-        self.grid_inside = bool(many) and simple and again <= GRID_BYTES
         self.head = Head(
             weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(),
             self.grid_weight[..., : cells[0], : cells[1]].contiguous() if many else None, None if hidden is None else hidden.weight.contiguous(),
