@@ -122,7 +122,8 @@ def test_a_grid_behind_an_epilogue_is_one_sweep_where_registers_hold_it(arch):
         assert around is None or 16 <= around.NS * around.BP <= 32
     alone = blocks.table("direct", 64, 64, 1024, 10, 16, 2, arch=arch)
     assert blocks.with_grid_inside(alone, 64, 64, 10, 16, 2, arch=arch) == alone
-    assert blocks.with_grid_inside(alone, 10**5, 64, 10, 16, 2, arch=arch) is None  # too many bytes of the grid's weights
+    of_a_large_batch = blocks.with_grid_inside(alone, 10**5, 64, 10, 16, 2, arch=arch)
+    assert of_a_large_batch is None  # too many bytes of the grid's weights
 
 
 @pytest.mark.parametrize("how", [{"K": 140, "algorithm": "second_moment"}, {"loss": "symba"}])

@@ -112,8 +112,9 @@ def test_channels_in_pieces(side, activation):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("C", "side"), [(72, 3), (40, 7)])
 def test_grid_behind_an_epilogue_in_one_sweep(C, side, dtype, monkeypatch):
-    """In 16 bits, with several samples a tile and channels in pieces, and with several tiles a sample: four times the error of PyTorch's operators and a
-    rounding, which the interpreter cuts off."""
+    """In 16 bits, with several samples a tile and channels in pieces, and with several tiles a sample.
+
+    Allowed is four times the error of PyTorch's operators and a rounding, which the interpreter cuts off."""
     torch.manual_seed(0)
     x, weight = torch.randn(9, C, side, side).to(dtype), torch.randn(9, C, 1, 1) / 8
     grid_weight, loss = torch.randn(9, C, 3, 2) / 8, spec.Loss(target=torch.arange(9), learned_tau=torch.tensor(0.7))

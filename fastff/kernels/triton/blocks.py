@@ -29,8 +29,10 @@ class Blocks(NamedTuple):
 
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have, by compute capability
-CLASSES = {90: 128, 100: 64}  # that registers hold where products read W from shared memory: with more of them they spill
-GRID_BYTES = 2**28  # of the grid's weights that a sweep reads, at most, for all its groups of samples: from L2 about 50 us
+# Classes that registers hold where products read W from shared memory: with more of them these devices spill.
+CLASSES = {90: 128, 100: 64}
+# Bytes of the grid's weights that a sweep reads, at most, for all its groups of samples: from L2 about 50 us.
+GRID_BYTES = 2**28
 
 
 def power_of_2(n):

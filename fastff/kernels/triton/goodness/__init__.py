@@ -52,9 +52,7 @@ class Launch:
         self.second_moment = plan.algorithm == "second_moment"
         self.source = epilogue.Source(self.x, None, None, *strides(self.x)) if around is None else around.source
         self.statistics = None if around is None else around.statistics
-        b = sizes or blocks.sizes(
-            x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None
-        )
+        b = sizes or blocks.sizes(x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None)
         inside = None
         if many and hidden is None and not self.second_moment:
             arch = blocks.architecture(x.device)

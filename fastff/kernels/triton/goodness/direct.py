@@ -170,7 +170,8 @@ def direct(
             if config.NS > 1:
                 shape: tl.constexpr = [config.NS, config.BP, config.BK]
                 by_row = tl.reshape(tl.broadcast_to(d[:, None, :], shape), [config.NS * config.BP, config.BK])
-            cells = load_cells(scratch, span.first, c, B, config)
+            if scratch.cells is not None:
+                cells = load_cells(scratch, span.first, c, B, config)
             for p0 in range(span.start, span.end, config.BP):
                 if (not config.FIRST) or (config.P > config.BP):
                     a, _, _, _ = outputs(source, head, scratch, W, span, p0, mean, mean, mean, B, False, config)

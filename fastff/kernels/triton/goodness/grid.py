@@ -65,10 +65,9 @@ def store_means(pooled, scratch: Scratch, span: Span, c, B, config: Config):
 
 @triton.jit
 def load_cells(scratch: Scratch, first, c, B, config: Config):
-    """The gradients of the positions in each cell, [BC, NS BG], where there is a spatial term."""
-    if scratch.cells is not None:
-        at, mask = cells_at(first, c, config.C, B, config)
-        return tl.load(scratch.cells + at, mask=mask, other=0.0) * shares(config)[None, :]
+    """The gradients of the positions in each cell, [BC, NS BG]."""
+    at, mask = cells_at(first, c, config.C, B, config)
+    return tl.load(scratch.cells + at, mask=mask, other=0.0) * shares(config)[None, :]
 
 
 @triton.jit

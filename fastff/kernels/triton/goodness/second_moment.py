@@ -133,7 +133,8 @@ def second_sweep(source: Source, result: Result, head: Head, scratch: Scratch, s
         narrow = M.to(kind)
     first_sum = tl.zeros([config.BC], tl.float32)
     second_sum = tl.zeros([config.BC], tl.float32)
-    cells = load_cells(scratch, b, c, B, config)
+    if scratch.cells is not None:
+        cells = load_cells(scratch, b, c, B, config)
     for p0 in range(span.start, span.end, config.BP):
         tile = tile_at(span, p0, c, B, config)
         X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
