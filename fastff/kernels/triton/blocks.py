@@ -83,7 +83,9 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
     R = 64 if narrow else max(16, min(64, (1024 if epilogue else 2048) // BC))
-    if narrow and BC > 64 and arch not in CLASSES:  # there operands are in registers too: with 64 rows some spill
+    if (
+        narrow and (BC > 64 or (cells and epilogue)) and arch not in CLASSES
+    ):  # operands are in registers there: with 64 rows some spill
         R = 32
     BP = min(R, most)
     NS = R // BP
@@ -95,10 +97,10 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
 
 
 def with_grid_inside(blocks, B, C, K, cells, itemsize, epilogue=False, arch=90):
-    """The sizes of one sweep of `direct` that computes the grid's term too, or None where the grid's weights are large or, behind an epilogue,
-    registers do not hold all that."""
+    """The sizes of one sweep of `direct` that computes the grid's term too, or None where the grid's weights are large, and behind an epilogue where
+    x has 32 bits or products do not read W from shared memory: registers do not hold all that then."""
     if epilogue:
-        if itemsize > 2 or (blocks.BK > 16 and arch not in CLASSES):
+        if itemsize > 2 or arch not in CLASSES:
             return None
         while blocks.NS * blocks.BP > 32:
             half = {"NS": blocks.NS // 2} if blocks.NS > 1 else {"BP": blocks.BP // 2}

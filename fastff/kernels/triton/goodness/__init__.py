@@ -33,7 +33,7 @@ from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scrat
 from fastff.kernels.triton.goodness.direct import direct
 from fastff.kernels.triton.goodness.second_moment import head_second_moment, second_moment
 from fastff.kernels.triton.goodness.spatial import SpatialTerm
-from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares, strides
+from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares
 
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
 
@@ -50,7 +50,7 @@ class Launch:
         many = 0 if self.grid_weight is None else cells[0] * cells[1]
         M = C if hidden is None else len(hidden.weight)
         self.second_moment = plan.algorithm == "second_moment"
-        self.source = epilogue.Source(self.x, None, None, *strides(self.x)) if around is None else around.source
+        self.source = epilogue.Source(self.x, None, None) if around is None else around.source
         self.statistics = None if around is None else around.statistics
         b = sizes or blocks.sizes(x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None)
         inside = None
