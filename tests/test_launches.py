@@ -22,10 +22,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 FEW = 4
 
 
-def step_of(kind, granularity, optimizer=None, **options):
+def step_of(kind, granularity, optimizer=None, micro_batches=1, **options):
     """The Launches of a step of ResNet18, by default with AdamW."""
     sff = SFF(fastff.models.resnet18(10, stem="cifar", width=16), 10, granularity, readout=True, **options)
-    trainer = kind(sff, optimizer or optim.adamw())
+    trainer = kind(sff, optimizer or optim.adamw(), micro_batches=micro_batches)
     batch = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
     with as_on_a_gpu(FEW) as launches:
         trainer.step(*batch)  # makes the state of the optimizers
@@ -48,10 +48,21 @@ def test_launches_of_a_resnet18_step(granularity, optimizer):
     assert launches.total <= MOST[granularity, optimizer], launches.count.most_common()
 
 
+TWO_MICRO_BATCHES = 463
+
+
+def test_launches_of_two_micro_batches():
+    """Twice those of one, less what is done once a step; the rest adds gradients."""
+    launches = step_of(Trainer, "block", micro_batches=2, **PAPER)
+    assert launches.total <= TWO_MICRO_BATCHES, launches.count.most_common()
+    assert launches.count["triton direct"] == 2 * 9
+    assert launches.count["_fused_adamw_"] == 20
+
+
 def test_the_page_has_these_numbers():
     text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text("utf-8")
     paragraph = text.split("Launches of a step of ResNet18")[1].split("\n\n")[0]
-    assert {str(most) for most in MOST.values()} <= set(re.findall(r"\d+", paragraph))
+    assert {str(most) for most in (*MOST.values(), TWO_MICRO_BATCHES)} <= set(re.findall(r"\d+", paragraph))
 
 
 def test_backpropagation_is_counted_likewise():

@@ -83,10 +83,8 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
     R = 64 if narrow else max(16, min(64, (1024 if epilogue else 2048) // BC))
-    if (
-        narrow and (BC > 64 or (cells and epilogue)) and arch not in CLASSES
-    ):  # operands are in registers there: with 64 rows some spill
-        R = 32
+    if narrow and (BC > 64 or (cells and epilogue)) and arch not in CLASSES:
+        R = 32  # operands are in registers there: with 64 rows some spill
     BP = min(R, most)
     NS = R // BP
     while NS > 1 and NS * BP > 16 and NS // 2 >= B:
