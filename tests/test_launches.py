@@ -122,6 +122,20 @@ def test_launches_of_a_head(how, expected):
     assert launches.total == len(expected), launches.count
 
 
+@pytest.mark.parametrize(
+    ("how", "launches"),
+    [
+        ({}, 5), ({"epilogue": True}, 8), ({"algorithm": "second_moment"}, 7), ({"grid": 2}, 5), ({"grid": 2, "hidden": 8}, 7),
+        ({"grid": 2, "hidden": 8, "epilogue": True}, 10),
+    ],
+)  # fmt: skip
+def test_launches_of_few_samples(how, launches):
+    """Several programs share a sample: two sweeps, and between them a launch that joins what the first wrote of parts of samples."""
+    counted = head_step(B=1, H=24, **how)
+    assert counted.count["triton join"] == 1
+    assert counted.total == counted.kernels == launches, counted.count
+
+
 @pytest.mark.parametrize("arch", blocks.SHARED)
 def test_a_grid_behind_an_epilogue_is_one_sweep_where_registers_hold_it(arch):
     """In 16 bits, on devices whose products read W from shared memory; elsewhere there are two sweeps."""
@@ -136,14 +150,17 @@ def test_a_grid_behind_an_epilogue_is_one_sweep_where_registers_hold_it(arch):
     assert of_a_large_batch is None  # too many bytes of the grid's weights
 
 
-@pytest.mark.parametrize("how", [{"K": 140, "algorithm": "second_moment"}, {"loss": "symba"}])
+@pytest.mark.parametrize(
+    "how", [{"K": 140, "algorithm": "second_moment"}, {"loss": "symba"}, {"loss": "symba", "epilogue": True}]
+)
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_launches_of_a_grid_whose_products_are_those_of_cublas(how, hidden):
-    """Two sweeps, the loss and the reduction, three products, and three launches more of a hidden layer."""
+    """Two sweeps, the loss and the reduction, three products, and three launches more of a hidden layer, three of an epilogue."""
     launches = head_step(grid=2, hidden=hidden, **how)
     assert launches.count["addmm_"] == launches.count["triton loss_kernel"] == 1
     assert launches.count["mm"] == 2
-    assert launches.total <= 7 + (how.get("algorithm") == "second_moment") + 3 * bool(hidden), launches.count
+    more = (how.get("algorithm") == "second_moment") + 3 * bool(hidden) + 3 * how.get("epilogue", False)
+    assert launches.total <= 7 + more, launches.count
 
 
 def test_tables_of_groups_stay_where_a_recorded_step_reads_them():

@@ -239,7 +239,7 @@ def store_norm_sums(sums, statistics, total, positions, e, C):
 
 
 @triton.jit
-def added_up(partial, parts, columns: tl.constexpr, e, SIZE: tl.constexpr, PARTS: tl.constexpr):
+def added_up(partial, parts, columns, e, SIZE: tl.constexpr, PARTS: tl.constexpr):
     """Sums of partial [parts, columns] of the SIZE columns e, PARTS parts at a time."""
     part = tl.arange(0, PARTS)
     total = tl.zeros([PARTS, SIZE], tl.float32)

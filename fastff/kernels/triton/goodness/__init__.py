@@ -128,15 +128,14 @@ class Launch:
         """Compute g of the squares, with what the later stages need: sums, S and mu, means over cells, z."""
         self.sweep(("first", "head") if self.parts == 1 else ("first",))
         if self.parts > 1:
-            sums = normalization.joined_parts(
-                self.scratch.sums, self.config.C * self.config.P, self.config.C * self.positions
-            )
-            added = {
-                name: part.sum(0, keepdim=True)
-                for name in ("g", "second", "mu", "means")
-                if (part := getattr(self.scratch, name)) is not None and (name != "g" or not self.second_moment)
-            }
-            self.scratch = self.scratch._replace(sums=sums, **added)
+            scratch, names = self.scratch, ("g", "sums", "second", "mu", "means")
+            of_parts = {name: t for name in names if (t := getattr(scratch, name)) is not None}
+            self.scratch = scratch._replace(**{name: self.new(1, *t.shape[1:]) for name, t in of_parts.items()})
+            most = max(t[0].numel() for t in of_parts.values())
+            reduce.join[max(-(-self.B // reduce.ROWS.value), -(-most // reduce.COLUMNS.value)),](
+                scratch._replace(g=None) if self.second_moment else scratch, self.scratch, self.B, self.positions, self.parts,
+                constants(self.config), num_warps=4,
+            )  # fmt: skip
             if self.second_moment:
                 self.sweep(("head",), parts=1)
         if self.hidden_apart and self.scratch.z is not None:
