@@ -1,6 +1,7 @@
 """Launches of the Triton kernels, recorded on a CPU (launches.py) and compiled ahead of time as for a GPU: not again for another batch size, and,
 beside those of the goodness (test_triton.py), within its budget, with wide accesses."""
 
+import os
 import re
 
 import pytest
@@ -63,14 +64,18 @@ def goodness(x):
 
 
 def spatial(x):
-    """A hidden layer of the spatial term: what runs between the sweeps, which test_triton.py compiles, and the reduction."""
+    """A hidden layer of the spatial term: what runs between the sweeps, which test_triton.py compiles, and the reduction.
+
+    With few samples, which several programs share, and losses of pairs, the hidden layer and the loss have launches of their own."""
     from fastff.kernels.triton import goodness as module
 
     B, C, M = *x.shape[:2], 64
     layer = torch.randn(M, C), torch.ones(M), torch.zeros(M)
     head = spec.Projection(torch.randn(10, C, 1, 1), None, torch.randn(10, M, 4, 4), (0, 0), *layer)
     loss = spec.Loss(target=torch.arange(B) % 10, learned_tau=torch.tensor(1.0))
-    module.step(spec.Step(x, None, head, loss, spec.Normalization()), spec.Plan("direct", B, 10))
+    for samples, of in ((x, loss), (x[:2], spec.Loss("symba"))):
+        local = spec.Step(samples, None, head, of, spec.Normalization())
+        module.step(local, spec.Plan("direct", len(samples), 10))
 
 
 KERNELS = {"epilogue": epilogue, "layer_norm": layer_norm, "groups": groups, "depthwise": depthwise, "spatial": spatial}
@@ -85,13 +90,13 @@ def launches_of(name, B, C, H, dtype, channels_last):
     return launches.recorded
 
 
+CASES = [(90, torch.bfloat16, 24, 7, True), (86, torch.float16, 240, 14, True), (80, torch.float32, 64, 32, False)]
+if os.environ.get("FASTFF_SHAPES") == "all":
+    CASES += [(arch, torch.bfloat16, 64, 32, True) for arch in SHARED]
+
+
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize(
-    ("arch", "dtype", "C", "H", "channels_last"),
-    [
-        (90, torch.bfloat16, 24, 7, True), (86, torch.float16, 240, 14, True), (80, torch.float32, 64, 32, False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("arch", "dtype", "C", "H", "channels_last"), CASES)
 def test_fits_the_chip(name, arch, dtype, C, H, channels_last):
     for kernel, args, kwargs in launches_of(name, 8, C, H, dtype, channels_last):
         if kernel.fn.__name__ == "direct":

@@ -22,10 +22,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 FEW = 4
 
 
-def step_of(kind, granularity, optimizer=None, **options):
+def step_of(kind, granularity, optimizer=None, micro_batches=1, **options):
     """The Launches of a step of ResNet18, by default with AdamW."""
     sff = SFF(fastff.models.resnet18(10, stem="cifar", width=16), 10, granularity, readout=True, **options)
-    trainer = kind(sff, optimizer or optim.adamw())
+    trainer = kind(sff, optimizer or optim.adamw(), micro_batches=micro_batches)
     batch = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
     with as_on_a_gpu(FEW) as launches:
         trainer.step(*batch)  # makes the state of the optimizers
@@ -48,10 +48,21 @@ def test_launches_of_a_resnet18_step(granularity, optimizer):
     assert launches.total <= MOST[granularity, optimizer], launches.count.most_common()
 
 
+TWO_MICRO_BATCHES = 463
+
+
+def test_launches_of_two_micro_batches():
+    """Twice those of one, less what is done once a step; the rest adds gradients."""
+    launches = step_of(Trainer, "block", micro_batches=2, **PAPER)
+    assert launches.total <= TWO_MICRO_BATCHES, launches.count.most_common()
+    assert launches.count["triton direct"] == 2 * 9
+    assert launches.count["_fused_adamw_"] == 20
+
+
 def test_the_page_has_these_numbers():
     text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text("utf-8")
     paragraph = text.split("Launches of a step of ResNet18")[1].split("\n\n")[0]
-    assert {str(most) for most in MOST.values()} <= set(re.findall(r"\d+", paragraph))
+    assert {str(most) for most in (*MOST.values(), TWO_MICRO_BATCHES)} <= set(re.findall(r"\d+", paragraph))
 
 
 def test_backpropagation_is_counted_likewise():
@@ -61,9 +72,11 @@ def test_backpropagation_is_counted_likewise():
     assert 150 < launches.total < 190
 
 
-def head_step(epilogue=False, algorithm="auto", grid=0, hidden=0, loss="cross_entropy", B=8, C=16, H=8, K=10):
+def head_step(
+    epilogue=False, algorithm="auto", grid=0, hidden=0, loss="cross_entropy", B=8, C=16, H=8, K=10, dtype=torch.float32
+):  # fmt: skip
     """The Launches of one step of a head, behind an epilogue or not."""
-    x, weight = torch.randn(B, C, H, H), torch.randn(K, C, 1, 1)
+    x, weight = torch.randn(B, C, H, H, dtype=dtype), torch.randn(K, C, 1, 1)
     around = spec.Epilogue(torch.rand(C), torch.randn(C), residual=torch.randn_like(x)) if epilogue else None
     loss = spec.Loss(loss)
     if loss.name == "cross_entropy":
@@ -89,6 +102,7 @@ HIDDEN_LAYER = ["spatial", "hidden_gradient"]
         ({"algorithm": "second_moment"}, ["second_moment", *HEAD_OF_SECOND_MOMENT]),
         ({"epilogue": True}, [*BEFORE, "direct", "reduce", *AFTER]),
         ({"loss": "symba"}, ["direct", "loss_kernel", "direct", "reduce"]),
+        ({"grid": 2, "epilogue": True, "dtype": torch.bfloat16}, [*BEFORE, "direct", "reduce", *AFTER]),
         ({"grid": 2, "epilogue": True}, [*BEFORE, "direct", "spatial", "direct", "reduce", *AFTER]),
         (
             {"grid": 2, "algorithm": "second_moment"},
@@ -108,14 +122,45 @@ def test_launches_of_a_head(how, expected):
     assert launches.total == len(expected), launches.count
 
 
-@pytest.mark.parametrize("how", [{"K": 140, "algorithm": "second_moment"}, {"loss": "symba"}])
+@pytest.mark.parametrize(
+    ("how", "launches"),
+    [
+        ({}, 5), ({"epilogue": True}, 8), ({"algorithm": "second_moment"}, 7), ({"grid": 2}, 5), ({"grid": 2, "hidden": 8}, 7),
+        ({"grid": 2, "hidden": 8, "epilogue": True}, 10),
+    ],
+)  # fmt: skip
+def test_launches_of_few_samples(how, launches):
+    """Several programs share a sample: two sweeps, and between them a launch that joins what the first wrote of parts of samples."""
+    counted = head_step(B=1, H=24, **how)
+    assert counted.count["triton join"] == 1
+    assert counted.total == counted.kernels == launches, counted.count
+
+
+@pytest.mark.parametrize("arch", blocks.SHARED)
+def test_a_grid_behind_an_epilogue_is_one_sweep_where_registers_hold_it(arch):
+    """In 16 bits, on devices whose products read W from shared memory; elsewhere there are two sweeps."""
+    for itemsize, C, P, K in itertools.product((2, 4), (24, 64, 512), (16, 49, 1024), (10, 16)):
+        sizes = blocks.table("direct", 64, C, P, K, 4, itemsize, True, arch)
+        around = blocks.with_grid_inside(sizes, 64, C, K, 4, itemsize, True, arch)
+        assert (around is not None) == (itemsize == 2 and arch in (90, 100))
+        assert around is None or 16 <= around.NS * around.BP <= 32
+    alone = blocks.table("direct", 64, 64, 1024, 10, 16, 2, arch=arch)
+    assert blocks.with_grid_inside(alone, 64, 64, 10, 16, 2, arch=arch) == alone
+    of_a_large_batch = blocks.with_grid_inside(alone, 10**5, 64, 10, 16, 2, arch=arch)
+    assert of_a_large_batch is None  # too many bytes of the grid's weights
+
+
+@pytest.mark.parametrize(
+    "how", [{"K": 140, "algorithm": "second_moment"}, {"loss": "symba"}, {"loss": "symba", "epilogue": True}]
+)
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_launches_of_a_grid_whose_products_are_those_of_cublas(how, hidden):
-    """Two sweeps, the loss and the reduction, three products, and three launches more of a hidden layer."""
+    """Two sweeps, the loss and the reduction, three products, and three launches more of a hidden layer, three of an epilogue."""
     launches = head_step(grid=2, hidden=hidden, **how)
     assert launches.count["addmm_"] == launches.count["triton loss_kernel"] == 1
     assert launches.count["mm"] == 2
-    assert launches.total <= 7 + (how.get("algorithm") == "second_moment") + 3 * bool(hidden), launches.count
+    more = (how.get("algorithm") == "second_moment") + 3 * bool(hidden) + 3 * how.get("epilogue", False)
+    assert launches.total <= 7 + more, launches.count
 
 
 def test_tables_of_groups_stay_where_a_recorded_step_reads_them():

@@ -117,7 +117,7 @@ def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_l
 # (compute capability, dtype, algorithm, C, P, K, cells, activation, channels_last, bias, hidden); SiLU is the costliest activation but GELU
 CASES = [
     *((90, "bf16", "direct", *shape) for shape in [(64, 1024, 10), (128, 256, 100), (512, 16, 10), (24, 3136, 10)]),
-    (90, "bf16", "direct", 64, 1024, 10, 16), (90, "bf16", "direct", 64, 1024, 10, 0, "silu"),
+    (90, "bf16", "direct", 64, 1024, 10, 16), (90, "bf16", "direct", 64, 1024, 10, 0, "silu"), (90, "bf16", "direct", 512, 16, 10, 16, "gelu"),
     (90, "bf16", "direct", 64, 1024, 10, 16, "silu", True, False, 64),
     (90, "bf16", "direct", 64, 1024, 10, 0, None, False, True), (90, "fp32", "direct", 64, 1024, 10),
     (80, "bf16", "direct", 128, 256, 10), (86, "bf16", "direct", 64, 1024, 10), (100, "bf16", "direct", 128, 256, 10),
@@ -130,6 +130,10 @@ MORE = [
     *((90, "bf16", "direct", *shape, "silu") for shape in [(256, 64, 10, 0), (64, 1024, 10, 16), (128, 256, 10, 0)]),
     (90, "fp16", "direct", 128, 256, 100), (90, "fp32", "direct", 256, 64, 10), (90, "fp32", "direct", 64, 1024, 10, 0, "silu"),
     *((arch, "bf16", "direct", C, P, K) for arch in (80, 86, 100, 120) for C, P, K in [(64, 1024, 32), (256, 64, 10)]),
+    *((arch, "bf16", "direct", 64, 1024, 10, 16, "gelu") for arch in (80, 86, 90, 100, 120)),
+    (90, "fp16", "direct", 256, 64, 16, 16, "gelu"), (100, "bf16", "direct", 512, 16, 10, 16, "gelu"),
+    (90, "bf16", "direct", 64, 1024, 32, 16, "gelu"), (80, "bf16", "direct", 64, 1024, 32, 16, "gelu", True, True, 64),
+    *((arch, "bf16", "direct", 64, 1024, 10, 16, "silu", True, False, 64) for arch in (80, 86, 100, 120)),
     (100, "bf16", "direct", 128, 256, 64), (90, "fp32", "second_moment", 64, 1024, 1000),
     *((90, "bf16", "second_moment", *shape) for shape in [(24, 3136, 1000), (112, 196, 1000), (64, 1024, 100, 16)]),
     *((arch, "bf16", "second_moment", 64, 1024, 1000) for arch in (86, 100, 120)),
@@ -178,6 +182,7 @@ def test_fits_the_chip(case):
             continue
         assert not re.search(r"(ld|st)\.global\.b16", assembly), f"{name}: accesses of 2 bytes"
         if dtype != "fp32" and C >= 64 and config.SECOND.value:
-            products = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(arch, "mma.sync")
+            widest = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(arch, "mma.sync")
+            products = widest if config.NS.value * config.BP.value >= 64 or arch < 90 else "mma."  # of 64 rows
             assert assembly.count(products) >= 3, f"{name}: {products} {assembly.count(products)} times"
             assert arch != 90 or config.GH.value > 1 or algorithm != "direct" or "mma.sync" not in assembly, name

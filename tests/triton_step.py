@@ -109,6 +109,36 @@ def test_channels_in_pieces(side, activation):
         assert a is None or (a - b).abs().max() < 1e-5 * b.abs().max(), field
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("C", "side"), [(72, 3), (40, 7)])
+def test_grid_behind_an_epilogue_in_one_sweep(C, side, dtype, monkeypatch):
+    """In 16 bits, with several samples a tile and channels in pieces, and with several tiles a sample.
+
+    Allowed is four times the error of PyTorch's operators and a rounding, which the interpreter cuts off."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, C, side, side).to(dtype), torch.randn(9, C, 1, 1) / 8
+    grid_weight, loss = torch.randn(9, C, 3, 2) / 8, spec.Loss(target=torch.arange(9), learned_tau=torch.tensor(0.7))
+    sweeps = []
+    monkeypatch.setattr(goodness, "direct", recording(goodness.direct, sweeps))
+
+    def step(dtype, implementation):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        w, v, bn, tau = (t.to(wide) for t in (weight, grid_weight, torch.linspace(0.5, 2, C), loss.learned_tau))
+        around = spec.Epilogue(bn, bn - 1, residual=x.flip(0).to(dtype), activation="silu")
+        local = spec.Step(
+            x.to(dtype), around, spec.Projection(w, None, v), loss._replace(learned_tau=tau), spec.Normalization("layer_norm")
+        )  # fmt: skip
+        return implementation.step(local, spec.Plan("direct", 9, 9))
+
+    got, base, exact = step(dtype, goodness), step(dtype, plain), step(torch.float64, plain)
+    assert len(sweeps) == 1
+    for field, a, b, true in zip(spec.StepResult._fields, got, base, exact, strict=True):
+        assert (a is None) == (true is None), field
+        if a is not None:
+            a, b, true = (t.double().mean() if field == "loss" else t.double() for t in (a, b, true))
+            assert (a - true).norm() <= 4 * (b - true).norm() + 2 * torch.finfo(dtype).eps * true.norm(), field
+
+
 @pytest.mark.parametrize(
     ("B", "C", "side", "M", "cells", "algorithm", "activation", "known", "cublas"),
     [

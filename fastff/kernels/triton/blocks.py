@@ -29,10 +29,10 @@ class Blocks(NamedTuple):
 
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have, by compute capability
-CLASSES = {
-    90: 128,
-    100: 64,
-}  # that registers hold where products read W from shared memory: with more of them these devices spill
+# Classes that registers hold where products read W from shared memory: with more of them these devices spill.
+CLASSES = {90: 128, 100: 64}
+# Bytes of the grid's weights that a sweep reads, at most, for all its groups of samples: from L2 about 50 us.
+GRID_BYTES = 2**28
 
 
 def power_of_2(n):
@@ -83,8 +83,8 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
     R = 64 if narrow else max(16, min(64, (1024 if epilogue else 2048) // BC))
-    if narrow and BC > 64 and arch not in CLASSES:  # there operands are in registers too: with 64 rows some spill
-        R = 32
+    if narrow and (BC > 64 or (cells and epilogue)) and arch not in CLASSES:
+        R = 32  # operands are in registers there: with 64 rows some spill
     BP = min(R, most)
     NS = R // BP
     while NS > 1 and NS * BP > 16 and NS // 2 >= B:
@@ -92,6 +92,19 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     if cells:  # the grid's products have NS BG columns
         NS = min(NS, max(1, 16 // BP, 64 // BG))
     return Blocks(NS, BP, BC, BK, BG, 4 if few and BC <= 64 else 8, 3 if arch in CLASSES else 2)
+
+
+def with_grid_inside(blocks, B, C, K, cells, itemsize, epilogue=False, arch=90):
+    """The sizes of one sweep of `direct` that computes the grid's term too, or None where the grid's weights are large, and behind an epilogue where
+    x has 32 bits or products do not read W from shared memory: registers do not hold all that then."""
+    if epilogue:
+        if itemsize > 2 or arch not in CLASSES:
+            return None
+        while blocks.NS * blocks.BP > 32:
+            half = {"NS": blocks.NS // 2} if blocks.NS > 1 else {"BP": blocks.BP // 2}
+            blocks = blocks._replace(**half, stages=2)
+    read = 4 * K * C * cells * -(-B // blocks.NS) * (1 + -(-C // blocks.BC))
+    return blocks if read <= GRID_BYTES else None
 
 
 @functools.cache

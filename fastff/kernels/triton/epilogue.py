@@ -22,7 +22,7 @@ import triton.language as tl
 from fastff import reference, spec
 from fastff.kernels.layout import as_result_of, dense, empty_like, is_channels_last, samples, widened
 from fastff.kernels.torch.normalization import normalize
-from fastff.kernels.triton.launch import constants, multiprocessors, on_device, shares, strides
+from fastff.kernels.triton.launch import constants, multiprocessors, on_device, shares
 from fastff.kernels.triton.normalization import between, joined, joined_programs, lane_counts
 from fastff.spec import EpilogueGradients
 
@@ -34,7 +34,7 @@ POSITIONS = 64  # of a tile
 FEW_CHANNELS, PARTS = 16, 128  # channels of a program that adds up what others have left, and how many of those at once
 
 
-Source = namedtuple("Source", "x residual affine sample_stride channel_stride position_stride")
+Source = namedtuple("Source", "x residual affine")
 """What a tile of the head's input is made of: x itself (affine None), or activation((x - mean) scale + shift + residual).
 
 affine [3, C] = mean, scale, shift; residual (or None) has the strides of x."""
@@ -239,7 +239,7 @@ def store_norm_sums(sums, statistics, total, positions, e, C):
 
 
 @triton.jit
-def added_up(partial, parts, columns: tl.constexpr, e, SIZE: tl.constexpr, PARTS: tl.constexpr):
+def added_up(partial, parts, columns, e, SIZE: tl.constexpr, PARTS: tl.constexpr):
     """Sums of partial [parts, columns] of the SIZE columns e, PARTS parts at a time."""
     part = tl.arange(0, PARTS)
     total = tl.zeros([PARTS, SIZE], tl.float32)
@@ -325,7 +325,7 @@ class Launches:
         )  # fmt: skip
         self.statistics, self.mean, self.var = statistics, statistics[0], statistics[3]
         residual = None if epilogue.residual is None else self._laid_out(epilogue.residual)
-        self.source = Source(self.y, residual, statistics[:3], *strides(self.y))
+        self.source = Source(self.y, residual, statistics[:3])
 
     def _laid_out(self, tensor):
         """The tensor in the memory layout of y."""

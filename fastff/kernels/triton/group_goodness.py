@@ -297,58 +297,46 @@ def groups_of(channels, groups, device):
     return *(torch.tensor(v, dtype=torch.int32, device=device) for v in (starts, group)), max(sizes)
 
 
-class _Launch:
-    """Launches of `samples` or `positions` on x: the same sizes and buffers for each."""
-
-    def __init__(self, x, groups):
-        self.x, self.groups = dense(x), groups
-        self.sizes = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups.count
-
-    def _new(self, *shape):
-        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
-
-    def run(self, by_position, *, wanted=None, loss=None, d=None, grad_x=None, normalize=None, normalized=None):
-        """(g, losses), None where not asked for. wanted: whether g is."""
-        B, C, P, K = self.sizes
-        last, (BC, R) = is_channels_last(self.x), self._tile()
-        normalize = normalize or spec.Normalization()
-        norm = normalization.constant(normalize)
-        paired = loss is not None and loss.name in spec.PAIRED_LOSSES
-        units, parts = B // 2 if paired else B, -(-P // R) if by_position else 1
-        starts, group_of, largest = groups_of(C, K, self.x.device)
-        config = Config(
-            self.groups.power, self.groups.mean, bool(wanted), None if loss is None else losses.constant(loss),
-            1 + paired, norm, last, C, P, K, BC, R, triton.next_power_of_2(K), triton.next_power_of_2(largest),
-        )  # fmt: skip
-        columns = P if self.groups.positions else K
-        g = self._new(B, columns) if wanted else None
-        out = None if loss is None else self._new(units, parts)
-        needs_d = loss is not None and not by_position
-        scratch = Scratch(g, self._new(B, columns) if needs_d else d, None, None, starts, group_of)
-        if not by_position and (wanted or norm):
-            scratch = scratch._replace(sums=self._new(B, 3, C), factors=self._new(B, 2, K) if norm else None)
-        arguments = losses.NO_LOSS if loss is None else losses.arguments(loss, B, out)
-        kernel = positions if by_position else samples
+def _launch(x, groups, by_position, *, wanted=None, loss=None, d=None, grad_x=None, normalize=None, normalized=None):
+    """Launch `samples` or `positions`. Returns (g, losses), None where not asked for. wanted: whether g is."""
+    x, new = dense(x), functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    B, C, P, K = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups.count
+    last = is_channels_last(x)
+    BC, R = tiles(last, C, P)
+    normalize = normalize or spec.Normalization()
+    norm = normalization.constant(normalize)
+    paired = loss is not None and loss.name in spec.PAIRED_LOSSES
+    units, parts = B // 2 if paired else B, -(-P // R) if by_position else 1
+    starts, group_of, largest = groups_of(C, K, x.device)
+    config = Config(
+        groups.power, groups.mean, bool(wanted), None if loss is None else losses.constant(loss),
+        1 + paired, norm, last, C, P, K, BC, R, triton.next_power_of_2(K), triton.next_power_of_2(largest),
+    )  # fmt: skip
+    columns = P if groups.positions else K
+    g = new(B, columns) if wanted else None
+    out = None if loss is None else new(units, parts)
+    needs_d = loss is not None and not by_position
+    scratch = Scratch(g, new(B, columns) if needs_d else d, None, None, starts, group_of)
+    if not by_position and (wanted or norm):
+        scratch = scratch._replace(sums=new(B, 3, C), factors=new(B, 2, K) if norm else None)
+    arguments = losses.NO_LOSS if loss is None else losses.arguments(loss, B, out)
+    kernel = positions if by_position else samples
+    with on_device(x):
         kernel[units, parts](
-            self.x, grad_x, normalized, scratch, arguments, B, normalize.eps, constants(config), num_warps=WARPS
+            x, grad_x, normalized, scratch, arguments, B, normalize.eps, constants(config), num_warps=WARPS
         )
-        return g, None if out is None else out.sum(1) if by_position else out[:, 0]
-
-    def _tile(self):
-        return tiles(is_channels_last(self.x), *self.sizes[1:3])
+    return g, None if out is None else out.sum(1) if by_position else out[:, 0]
 
 
 def goodness(x, groups):
     """g [B, K] or [B, P] of spec.Groups."""
-    with on_device(x):
-        return _Launch(x, groups).run(groups.positions, wanted=True)[0]
+    return _launch(x, groups, groups.positions, wanted=True)[0]
 
 
 def goodness_backward(d, x, groups):
     """dL/dx as x."""
     grad_x = empty_like(x)
-    with on_device(x):
-        _Launch(x, groups).run(groups.positions, d=d.float().contiguous(), grad_x=grad_x)
+    _launch(x, groups, groups.positions, d=d.float().contiguous(), grad_x=grad_x)
     return grad_x
 
 
@@ -358,9 +346,8 @@ def normalize(x, normalization):
         return layer_norm(x, normalization.eps)
     normalized = empty_like(x)
     if x.numel():
-        with on_device(x):
-            launch = _Launch(x, spec.Groups(normalization.groups))
-            launch.run(normalization.name.endswith("_channels"), normalize=normalization, normalized=normalized)
+        by_position = normalization.name.endswith("_channels")
+        _launch(x, spec.Groups(normalization.groups), by_position, normalize=normalization, normalized=normalized)
     return normalized
 
 
@@ -376,10 +363,8 @@ def _step(step):
     one_launch = by_channels == groups.positions and (wanted.name != "group_norm" or wanted.groups == groups.count)
     grad_x = empty_like(x) if step.need_grad_x else None
     normalized = empty_like(x) if wanted.name != "none" and one_launch else None
-    with on_device(x):
-        launch = _Launch(x, groups)
-        together = {} if normalized is None else {"normalize": wanted, "normalized": normalized}
-        g, loss = launch.run(groups.positions, wanted=True, loss=step.loss, grad_x=grad_x, **together)
+    together = {} if normalized is None else {"normalize": wanted, "normalized": normalized}
+    g, loss = _launch(x, groups, groups.positions, wanted=True, loss=step.loss, grad_x=grad_x, **together)
     if normalized is None and wanted.name != "none":
         normalized = normalize(x, wanted)
     return spec.StepResult(loss, g, grad_x, normalized=normalized)

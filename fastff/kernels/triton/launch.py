@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel needs: the device, strides, and arguments bundled into named tuples.
+"""What every launch of a Triton kernel needs: the device, and arguments bundled into named tuples.
 
 Triton (3.4 and later) takes named tuples as kernel arguments and hands them on to device functions: a field is a pointer, a number, None, or a
 constant (`constants`), and each is specialised as an argument of its own would be. Subclasses of named tuples lose their names in it, and a
@@ -7,8 +7,6 @@ constant that a device function returns is no longer one.
 
 import torch
 import triton.language as tl
-
-from fastff.kernels.layout import is_channels_last
 
 # Tiles that a program adds up one after another, at most: the error of a sum does not grow with the number of positions or samples.
 MOST = 256
@@ -35,11 +33,6 @@ def shares(count, programs, times=1):
 def on_device(x):
     """Context in which kernels start on the device of x."""
     return torch.cuda.device_of(x) if x.is_cuda else torch.no_grad()
-
-
-def strides(x):
-    """Strides of samples, channels and positions of x [B, C, H, W], dense in either layout."""
-    return (x.stride(0), 1, x.shape[1]) if is_channels_last(x) else (x.stride(0), x.shape[2] * x.shape[3], 1)
 
 
 def constants(config):

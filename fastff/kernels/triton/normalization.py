@@ -1,10 +1,9 @@
 """Normalisation of the next block's input, as device functions. Names and formulas: fastff/spec.py, fastff/reference.py.
 
 A variance comes from a sum and a sum of squares about the mean, of parts that are joined (Chan, Golub and LeVeque 1983): no squares cancel, wherever
-the mean lies. `between`, `moments`, `joined` and `joined_parts` do this for two parts, a tile, lanes and programs.
+the mean lies. `between`, `moments`, `joined` and `joined_programs` do this for two parts, a tile, lanes and programs.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -68,17 +67,6 @@ def joined_programs(sums, at, STRIDE, STEP, parts, n, share, PARTS: tl.constexpr
         off = tl.load(first, mask=mask, other=0.0) / tl.maximum(count, 1.0) - (whole / n)[:, None]
         square += tl.load(first + STRIDE, mask=mask, other=0.0) + tl.where(mask, count * off * off, 0.0)
     return whole, tl.sum(square, 1)
-
-
-def joined_parts(sums, n, share):
-    """Sum and squares [2, ..] of n numbers, from those of programs that had `share` of them each (the last the rest), [programs, 2, ..]."""
-    if len(sums) == 1:
-        return sums[0]
-    count = (n - share * torch.arange(len(sums), device=sums.device)).clamp_(max=share)[:, None]
-    total, square = sums.unbind(1)
-    whole = total.sum(0)
-    off = total / count - whole / n
-    return torch.stack([whole, (square + count * off * off).sum(0)])
 
 
 @triton.jit

@@ -33,12 +33,9 @@ from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scrat
 from fastff.kernels.triton.goodness.direct import direct
 from fastff.kernels.triton.goodness.second_moment import head_second_moment, second_moment
 from fastff.kernels.triton.goodness.spatial import SpatialTerm
-from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares, strides
+from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares
 
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
-GRID_BYTES = (
-    2**28
-)  # of the grid's weights that a launch reads, at most, for all its groups of samples: from L2 about 50 us
 
 
 class Launch:
@@ -53,11 +50,15 @@ class Launch:
         many = 0 if self.grid_weight is None else cells[0] * cells[1]
         M = C if hidden is None else len(hidden.weight)
         self.second_moment = plan.algorithm == "second_moment"
-        self.source = epilogue.Source(self.x, None, None, *strides(self.x)) if around is None else around.source
+        self.source = epilogue.Source(self.x, None, None) if around is None else around.source
         self.statistics = None if around is None else around.statistics
-        self.blocks = b = sizes or blocks.sizes(
-            x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None
-        )
+        b = sizes or blocks.sizes(x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None)
+        inside = None
+        if many and hidden is None and not self.second_moment:
+            arch = blocks.architecture(x.device)
+            inside = blocks.with_grid_inside(b, B, C, K, many, x.element_size(), around is not None, arch)
+        self.grid_inside, self.blocks = inside is not None, inside or b
+        b = self.blocks
         self.tiles, self.groups, self.chunks = -(-H * W // b.BP), -(-B // b.NS), -(-C // b.BC)
         self.processors = multiprocessors(x.device)
         # several programs a sample where samples are large, or leave half of the multiprocessors without any
@@ -71,9 +72,6 @@ class Launch:
             around and around.config.ACTIVATION, "tf32" if narrow else exact, "tf32" if narrow else exact, "tf32" if narrow else "tf32x3",
             0, self.parts == 1, False, False, None, False,
         )  # fmt: skip
-        again = 4 * K * C * many * self.groups * (self.chunks + 1)
-        simple = around is None and hidden is None and not self.second_moment
-        self.grid_inside = bool(many) and simple and again <= GRID_BYTES
         self.head = Head(
             weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(),
             self.grid_weight[..., : cells[0], : cells[1]].contiguous() if many else None, None if hidden is None else hidden.weight.contiguous(),
@@ -130,15 +128,14 @@ class Launch:
         """Compute g of the squares, with what the later stages need: sums, S and mu, means over cells, z."""
         self.sweep(("first", "head") if self.parts == 1 else ("first",))
         if self.parts > 1:
-            sums = normalization.joined_parts(
-                self.scratch.sums, self.config.C * self.config.P, self.config.C * self.positions
-            )
-            added = {
-                name: part.sum(0, keepdim=True)
-                for name in ("g", "second", "mu", "means")
-                if (part := getattr(self.scratch, name)) is not None and (name != "g" or not self.second_moment)
-            }
-            self.scratch = self.scratch._replace(sums=sums, **added)
+            scratch, names = self.scratch, ("g", "sums", "second", "mu", "means")
+            of_parts = {name: t for name in names if (t := getattr(scratch, name)) is not None}
+            self.scratch = scratch._replace(**{name: self.new(1, *t.shape[1:]) for name, t in of_parts.items()})
+            most = max(t[0].numel() for t in of_parts.values())
+            reduce.join[max(-(-self.B // reduce.ROWS.value), -(-most // reduce.COLUMNS.value)),](
+                scratch._replace(g=None) if self.second_moment else scratch, self.scratch, self.B, self.positions, self.parts,
+                constants(self.config), num_warps=4,
+            )  # fmt: skip
             if self.second_moment:
                 self.sweep(("head",), parts=1)
         if self.hidden_apart and self.scratch.z is not None:

@@ -30,6 +30,7 @@ from fastff.kernels.triton.goodness.arguments import (
 from fastff.kernels.triton.goodness.grid import (
     cell_sums,
     hidden_inputs,
+    load_cells,
     spatial_cells,
     spatial_term,
     spread_cells,
@@ -122,7 +123,9 @@ def direct(
     dL/dW the piece j of channels."""
     kind = source.x.dtype.element_ty
     k = tl.arange(0, config.BK)
-    c = tl.program_id(1) * config.BC + tl.arange(0, config.BC)
+    c = tl.arange(0, config.BC)
+    if config.C > config.BC:  # else the compiler sees that this piece is the one that `outputs` has loaded
+        c += tl.program_id(1) * config.BC
     W = class_weights(head, k, c, config).to(kind)
     grad_weight = tl.zeros([config.BC, config.BK], tl.float32)
     grad_bias = tl.zeros([config.BK], tl.float32)
@@ -167,6 +170,8 @@ def direct(
             if config.NS > 1:
                 shape: tl.constexpr = [config.NS, config.BP, config.BK]
                 by_row = tl.reshape(tl.broadcast_to(d[:, None, :], shape), [config.NS * config.BP, config.BK])
+            if scratch.cells is not None:
+                cells = load_cells(scratch, span.first, c, B, config)
             for p0 in range(span.start, span.end, config.BP):
                 if (not config.FIRST) or (config.P > config.BP):
                     a, _, _, _ = outputs(source, head, scratch, W, span, p0, mean, mean, mean, B, False, config)
@@ -183,7 +188,7 @@ def direct(
                 if result.grad_x is not None:
                     grad = tl.trans(dot(e, W, None, config.PRECISION)) * (largest * 2 / config.P)
                     if scratch.cells is not None:
-                        grad += spread_cells(tile.p, scratch, span.first, c, B, config)
+                        grad += spread_cells(cells, tile.p, config)
                     grad, off = store_gradient(grad, tile, c, source, result, config)
                     if source.affine is not None:
                         first_sum += tl.sum(grad, 1)

@@ -3,6 +3,9 @@
 Cells have the edges of adaptive average pooling, [i H // GH, ceil((i + 1) H / GH)), so they overlap where the grid does not divide. The products of
 the means [B, C GH GW] with the grid's weights are the sweep's own (`spatial_term`, `spatial_cells`: 16 rows, of which NS are samples) where the
 weights are small enough to be read again for each group of samples, and there is no hidden layer; else they are between the sweeps (spatial.py).
+
+`first`, the first sample of a group, is at least 0, but the compiler does not know it: with tl.minimum(first, 0) added to the numbers of classes, the
+addresses of these products are computed for each group, and not once, to be kept in registers that the sweeps need.
 """
 
 import triton
@@ -18,19 +21,23 @@ HIDDEN = tl.constexpr(32)  # channels of a hidden layer at a time
 
 @triton.jit
 def members(p, config: Config):
-    """Whether row r (sample r // BP, position p[r]) lies in cell col % BG of sample col // BG; [R, NS BG], and 1 / |cell| [NS BG]."""
-    R: tl.constexpr = config.NS * config.BP
+    """Whether row r (sample r // BP, position p[r]) lies in cell col % BG of sample col // BG, [R, NS BG]; what is said of rows and cells that do
+    not exist is never used."""
     col = tl.arange(0, config.NS * config.BG)
-    cell = col % config.BG
+    cell, lane = col % config.BG, tl.arange(0, config.NS * config.BP)
+    i, j = cell // config.GW * config.H, cell % config.GW * config.W
+    row, column = i[None, :] - (p // config.W * config.GH)[:, None], j[None, :] - (p % config.W * config.GW)[:, None]
+    inside = (row > -config.H) & (row < config.GH) & (column > -config.W) & (column < config.GW)
+    return inside & ((lane // config.BP)[:, None] == (col // config.BG)[None, :])
+
+
+@triton.jit
+def shares(config: Config):
+    """1 / |cell| of each column, [NS BG]."""
+    cell = tl.arange(0, config.NS * config.BG) % config.BG
     i, j = cell // config.GW, cell % config.GW
-    top, bottom = i * config.H // config.GH, ((i + 1) * config.H + config.GH - 1) // config.GH
-    left, right = j * config.W // config.GW, ((j + 1) * config.W + config.GW - 1) // config.GW
-    row, column = (p // config.W)[:, None], (p % config.W)[:, None]
-    inside = (row >= top[None, :]) & (row < bottom[None, :]) & (column >= left[None, :]) & (column < right[None, :])
-    same = (tl.arange(0, R) // config.BP)[:, None] == (col // config.BG)[None, :]
-    exists = (cell < config.GH * config.GW)[None, :] & (p < config.P)[:, None]
-    area = tl.maximum((bottom - top) * (right - left), 1).to(tl.float32)
-    return inside & same & exists, 1 / area
+    rows = ((i + 1) * config.H + config.GH - 1) // config.GH - i * config.H // config.GH
+    return 1 / (rows * (((j + 1) * config.W + config.GW - 1) // config.GW - j * config.W // config.GW)).to(tl.float32)
 
 
 @triton.jit
@@ -45,26 +52,28 @@ def cells_at(first, c, C, B, config: Config):
 @triton.jit
 def cell_sums(X, p, config: Config):
     """Sums of a tile's rows by cell, [BC, NS BG]."""
-    inside, _ = members(p, config)
-    return dot(X, inside.to(tl.float32).to(X.dtype), None, config.PRECISION)
+    return dot(X, members(p, config).to(tl.float32).to(X.dtype), None, config.PRECISION)
 
 
 @triton.jit
 def store_means(pooled, scratch: Scratch, span: Span, c, B, config: Config):
     """Write means of the span's part from sums over cells."""
     at, mask = cells_at(span.first, c, config.C, B, config)
-    _, share = members(tl.arange(0, config.NS * config.BP), config)
     offset = span.part.to(tl.int64) * B * (config.C * config.GH * config.GW)
-    tl.store(scratch.means + offset + at, pooled * share[None, :], mask=mask)
+    tl.store(scratch.means + offset + at, pooled * shares(config)[None, :], mask=mask)
 
 
 @triton.jit
-def spread_cells(p, scratch: Scratch, first, c, B, config: Config):
-    """The gradient of a tile by way of its cells, [BC, R]."""
-    inside, share = members(p, config)
+def load_cells(scratch: Scratch, first, c, B, config: Config):
+    """The gradients of the positions in each cell, [BC, NS BG]."""
     at, mask = cells_at(first, c, config.C, B, config)
-    cell = tl.load(scratch.cells + at, mask=mask, other=0.0)
-    return dot(cell * share[None, :], tl.trans(inside.to(tl.float32)), None, config.CELL_PRECISION)
+    return tl.load(scratch.cells + at, mask=mask, other=0.0) * shares(config)[None, :]
+
+
+@triton.jit
+def spread_cells(cells, p, config: Config):
+    """The gradient of a tile by way of its cells, [BC, R]."""
+    return dot(cells, tl.trans(members(p, config).to(tl.float32)), None, config.CELL_PRECISION)
 
 
 @triton.jit
@@ -86,7 +95,7 @@ def hidden_weights(head: Head, m, c, config: Config):
 def spatial_term(head: Head, scratch: Scratch, first, B, config: Config):
     """The term of g [NS, BK], from the means of the group, which other threads wrote."""
     columns: tl.constexpr = config.C * config.GH * config.GW
-    k, row = tl.arange(0, config.BK), tl.arange(0, 16)
+    k, row = tl.arange(0, config.BK) + tl.minimum(first, 0), tl.arange(0, 16)
     here = (row < config.NS) & (first + row < B)
     term = tl.zeros([16, config.BK], tl.float32)
     tl.debug_barrier()
@@ -109,7 +118,7 @@ def spatial_cells(head: Head, scratch: Scratch, first, c, B, config: Config):
     columns: tl.constexpr = config.C * config.GH * config.GW
     begin = tl.program_id(1) * (config.BC * config.GH * config.GW)
     end = tl.minimum(begin + config.BC * config.GH * config.GW, columns)
-    k, row = tl.arange(0, config.BK), tl.arange(0, 16)
+    k, row = tl.arange(0, config.BK) + tl.minimum(first, 0), tl.arange(0, 16)
     here = (row < config.NS) & (first + row < B)
     tl.debug_barrier()
     at = scratch.d + (first + row)[:, None] * config.K + k[None, :]

@@ -1,16 +1,43 @@
-"""One small launch at the end of a step: what the programs of other launches wrote is added up in their order, and dL/dV = d^T a of the grid."""
+"""One small launch at the end of a step: what the programs of other launches wrote is added up in their order, and dL/dV = d^T a of the grid. Where
+several programs share a sample, one more behind the first sweep."""
 
 import triton
 import triton.language as tl
 
 from fastff.kernels.triton.epilogue import added_up, store_norm_sums
-from fastff.kernels.triton.goodness.arguments import Config, Result, Scratch, dot
+from fastff.kernels.triton.goodness.arguments import Config, Result, Scratch, dot, store_moments
 from fastff.kernels.triton.loss import SWISH_SYMBA, SYMBA, LossArguments
+from fastff.kernels.triton.normalization import joined_programs
 
 COLUMNS = tl.constexpr(128)  # that a program adds up
 ROWS = tl.constexpr(16)  # that it adds up at a time
 CELLS = tl.constexpr(64)  # columns of dL/dV of a program
 LOSSES = tl.constexpr(1024)
+
+
+@triton.jit
+def join_columns(partial, whole, parts, columns):
+    """Columns of the i-th program of whole [columns], from partial [parts, columns]."""
+    e = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(whole + e, added_up(partial, parts, columns, e, COLUMNS, ROWS), mask=e < columns)
+
+
+@triton.jit(do_not_specialize=["B", "positions", "parts"])
+def join(scratch: Scratch, whole: Scratch, B, positions, parts, config: Config):
+    """What the first sweep wrote of whole samples, from that of parts of `positions` positions; g only where the sweep computes it."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    elements = tl.zeros([], tl.int64) + config.C * config.P  # of a sample
+    total, square = joined_programs(scratch.sums, n, B, 2 * B, parts, elements, positions * config.C, ROWS, ROWS)
+    store_moments(whole, 0, n, total, square, B)
+    batch = B.to(tl.int64)
+    if scratch.g is not None:
+        join_columns(scratch.g, whole.g, parts, batch * config.K)
+    if scratch.second is not None:
+        join_columns(scratch.second, whole.second, parts, batch * (config.C * config.C))
+    if scratch.mu is not None:
+        join_columns(scratch.mu, whole.mu, parts, batch * config.C)
+    if scratch.means is not None:
+        join_columns(scratch.means, whole.means, parts, batch * (config.C * config.GH * config.GW))
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from fastff.kernels.triton.goodness.arguments import (
     store_moments,
     tile_at,
 )
-from fastff.kernels.triton.goodness.grid import cell_sums, hidden_inputs, spread_cells, store_means
+from fastff.kernels.triton.goodness.grid import cell_sums, hidden_inputs, load_cells, spread_cells, store_means
 from fastff.kernels.triton.loss import LossArguments, losses_of
 from fastff.kernels.triton.normalization import LAYER_NORM, NONE, store_normalized
 
@@ -133,13 +133,15 @@ def second_sweep(source: Source, result: Result, head: Head, scratch: Scratch, s
         narrow = M.to(kind)
     first_sum = tl.zeros([config.BC], tl.float32)
     second_sum = tl.zeros([config.BC], tl.float32)
+    if scratch.cells is not None:
+        cells = load_cells(scratch, b, c, B, config)
     for p0 in range(span.start, span.end, config.BP):
         tile = tile_at(span, p0, c, B, config)
         X = load_tile(source, tile.at, c, config.C, tile.mask, config.ACTIVATION)
         if result.grad_x is not None:
             grad = (dot(narrow, X, None, config.PRECISION) * largest + constant[:, None]) * (2 / config.P)
             if scratch.cells is not None:
-                grad += spread_cells(tile.p, scratch, b, c, B, config)
+                grad += spread_cells(cells, tile.p, config)
             grad, off = store_gradient(grad, tile, c, source, result, config)
             if source.affine is not None:
                 first_sum += tl.sum(grad, 1)
