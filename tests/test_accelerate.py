@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fastff
 import fastff.functional as ff
 from benchmarks.strangers import CONVOLUTIONAL, STYLES, difference
-from fastff.swap_in import calls
+from fastff.swap_in import calls, layouts, limits, optimizers
 
 B, C, K = 4, 12, 3
 
@@ -24,9 +25,9 @@ B, C, K = 4, 12, 3
 @pytest.fixture
 def everywhere(monkeypatch):
     """All that can be done otherwise is, at any size and in float64, where the results can be told from wrong ones."""
-    monkeypatch.setattr(calls, "DTYPES", (torch.float32, torch.float64))
+    monkeypatch.setattr(limits, "DTYPES", (torch.float32, torch.float64))
     for name, least in (("SMALLEST", 1), ("FEWEST_POSITIONS", 1), ("FEWEST_CHANNELS", 1)):
-        monkeypatch.setattr(calls, name, least)
+        monkeypatch.setattr(limits, name, least)
 
 
 def length(x, dim, eps=1e-4):
@@ -403,7 +404,7 @@ def test_a_step_that_fails(everywhere):
     assert net.optimizer.param_groups[0]["fused"] is None
     assert sum(e.calls for e in report.replaced if e.pattern == "convolution") == 2
     with calls.Faster(lambda *_: None) as mode:
-        assert mode.paused is None
+        assert mode.step.unseen is None
 
 
 def test_hooks_checkpoints_and_own_functions(everywhere):
@@ -459,10 +460,10 @@ def test_other_objects_files_and_copies():
     other.load_state_dict(torch.load(file, weights_only=True))
 
 
-@pytest.mark.parametrize("missing", ["USES", "ENGINE"])
-def test_without_undocumented_functions(missing, everywhere, monkeypatch):
+@pytest.mark.parametrize(("module", "name", "instead"), [(layouts, "USES", None), (optimizers, "UNSEEN", nullcontext)])
+def test_without_undocumented_functions(module, name, instead, everywhere, monkeypatch):
     """Where PyTorch lacks a function that it does not document, the same is trained."""
-    monkeypatch.setattr(calls, missing, None)
+    monkeypatch.setattr(module, name, instead)
     torch.manual_seed(0)
     trainer = Trainer()
     for layer in trainer.layers:

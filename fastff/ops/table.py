@@ -10,6 +10,8 @@ import torch
 
 NAMES = ("cuda", "triton", "native", "torch", "reference")
 ALIASES = {"composed": "torch"}  # former names, still accepted
+# PyTorch does not document it. Where it is missing, every call is taken for one in a transform, which costs time and changes no value.
+TRANSFORMED = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, str, tuple, type(None)}  # types of arguments in eager mode
 
 
@@ -97,6 +99,11 @@ def dispatched(x, *others):
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta:
         return True
     return not PLAIN.issuperset(map(type, (x, *others)))
+
+
+def transformed():
+    """Return whether a transform of torch.func, such as grad or vmap, is at work: functions without a rule for it cannot run then."""
+    return TRANSFORMED()
 
 
 def without_autocast(x):

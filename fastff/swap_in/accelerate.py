@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastff.swap_in.calls import Faster, current
+from fastff.swap_in.optimizers import is_pytorchs, quick
 
 
 class Entry(NamedTuple):
@@ -118,10 +119,9 @@ class Report:
 
         @functools.wraps(function)
         def run(*args, **kwargs):
-            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-                return function(*args, **kwargs)
             if current() is not None:
-                current().resume()
+                current().step.after()
+            if current() is not None or torch.compiler.is_compiling():
                 return function(*args, **kwargs)
             if not self._convolutions or not self.measure:
                 with Faster(self._record, self._convolutions):
@@ -148,12 +148,18 @@ class Report:
     def _enclose(self, found):
         """Give an object a class whose methods run in the mode."""
         original = type(found)
+        if isinstance(found, torch.optim.Optimizer):
+            return self._becomes(found, quick(original, current))
         methods = {"forward": original.forward} if original.__module__.startswith(("torch.", "fastff.")) else {}
         for owner in reversed(original.__mro__):
             if owner is not object and not owner.__module__.startswith(("torch.", "fastff.")):
                 methods |= {name: m for name, m in vars(owner).items() if _is_method(name, m)}
+        self._becomes(found, {name: self._runs(method) for name, method in methods.items()})
+
+    def _becomes(self, found, methods):
+        original = type(found)
         attributes = {"_fastff_original": original, "__module__": original.__module__, "__reduce_ex__": _reduce}
-        attributes |= {"__deepcopy__": _deepcopy} | {name: self._runs(method) for name, method in methods.items()}
+        attributes |= {"__deepcopy__": _deepcopy} | methods
         try:
             found.__class__ = type(original.__name__, (original,), attributes)
         except TypeError:  # the class has __slots__, or may have no subclasses
@@ -200,7 +206,7 @@ def accelerate(module):
         p.dim() == 4 for each in found.values() if isinstance(each, nn.Module) for p in each.parameters()
     )
     for path, each in found.items():
-        torchs = type(each).__module__.startswith("torch.")
+        torchs = type(each).__module__.startswith("torch.") and not isinstance(each, torch.optim.Optimizer)
         if not torchs or (path == "" and isinstance(each, nn.Sequential) and _convolutions(each) > 1):
             report._enclose(each)
     return report
@@ -222,6 +228,9 @@ def _objects(root):
             items = enumerate(value)
         elif isinstance(value, dict):
             items = value.items()
+        elif isinstance(value, torch.optim.Optimizer) and is_pytorchs(value):
+            found[path] = value
+            return
         elif isinstance(value, nn.Module) or (top and hasattr(value, "__dict__")):
             found[path] = value
             items = [*getattr(value, "_modules", {}).items(), *vars(value).items()]
