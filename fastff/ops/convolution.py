@@ -182,8 +182,8 @@ class _Convolve(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-def convolve(x, weight, bias, stride, padding, groups):
-    """Compute conv2d of x [B, C, H, W] with k x k filters, with the values and gradients of PyTorch, as fast as can be here."""
-    how = way(x, weight, stride, padding, groups)
+def convolve(x, weight, bias, stride, padding, groups, how=None):
+    """Compute conv2d of x [B, C, H, W] with k x k filters, with the values and gradients of PyTorch, as fast as can be here. `how`: the way."""
+    how = how or way(x, weight, stride, padding, groups)
     run = _Convolve.apply if how == KERNEL and torch.is_grad_enabled() else forward
     return run(x, weight, bias, stride, padding, groups, how)

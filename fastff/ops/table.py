@@ -10,8 +10,8 @@ import torch
 
 NAMES = ("cuda", "triton", "native", "torch", "reference")
 ALIASES = {"composed": "torch"}  # former names, still accepted
-# PyTorch does not document it. Where it is missing, every call is taken for one in a transform, which costs time and changes no value.
-TRANSFORMED = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+# PyTorch does not document it. Where it is missing, transforms of torch.func raise PyTorch's error about functions without a rule for them.
+TRANSFORMED = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, str, tuple, type(None)}  # types of arguments in eager mode
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastff.ops.table import transformed
 from fastff.swap_in.calls import Faster, current
 from fastff.swap_in.optimizers import is_pytorchs, quick
 
@@ -75,7 +76,12 @@ class Report:
 
     @property
     def entries(self):
-        return [Entry(*key, calls) for key, calls in self._calls.items()]
+        found: dict = {}
+        for (weight, code, line, *rest), calls in self._calls.items():
+            place = f"{code.co_name}, {code.co_filename.rpartition('/')[2]}:{line}"
+            key = self._names.get(weight, ""), place, *rest
+            found[key] = found.get(key, 0) + calls
+        return [Entry(*key, calls) for key, calls in found.items()]
 
     @property
     def replaced(self):
@@ -107,9 +113,7 @@ class Report:
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "fastff.")):
             frame = frame.f_back
-        code = frame.f_code
-        place = f"{code.co_name}, {code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
-        key = self._names.get(id(weight), ""), place, pattern, result
+        key = id(weight), frame.f_code, frame.f_lineno, pattern, result
         self._calls[key] = self._calls.get(key, 0) + 1
 
     def _runs(self, function):
@@ -121,7 +125,7 @@ class Report:
         def run(*args, **kwargs):
             if current() is not None:
                 current().step.after()
-            if current() is not None or torch.compiler.is_compiling():
+            if current() is not None or torch.compiler.is_compiling() or transformed():
                 return function(*args, **kwargs)
             if not self._convolutions or not self.measure:
                 with Faster(self._record, self._convolutions):
@@ -146,20 +150,14 @@ class Report:
         return run
 
     def _enclose(self, found):
-        """Give an object a class whose methods run in the mode."""
+        """Give an object a class whose methods run in the mode, or an optimizer one whose step is quick."""
         original = type(found)
         if isinstance(found, torch.optim.Optimizer):
-            return self._becomes(found, quick(original, current))
-        methods = {"forward": original.forward} if original.__module__.startswith(("torch.", "fastff.")) else {}
-        for owner in reversed(original.__mro__):
-            if owner is not object and not owner.__module__.startswith(("torch.", "fastff.")):
-                methods |= {name: m for name, m in vars(owner).items() if _is_method(name, m)}
-        self._becomes(found, {name: self._runs(method) for name, method in methods.items()})
-
-    def _becomes(self, found, methods):
-        original = type(found)
-        attributes = {"_fastff_original": original, "__module__": original.__module__, "__reduce_ex__": _reduce}
-        attributes |= {"__deepcopy__": _deepcopy} | methods
+            attributes = quick(original, current)
+        else:
+            attributes = {name: self._runs(method) for name, method in _methods(original).items()}
+        attributes |= {"_fastff_original": original, "__module__": original.__module__}
+        attributes |= {"__reduce_ex__": _reduce, "__deepcopy__": _deepcopy}
         try:
             found.__class__ = type(original.__name__, (original,), attributes)
         except TypeError:  # the class has __slots__, or may have no subclasses
@@ -244,8 +242,15 @@ def _objects(root):
     return found
 
 
-def _is_method(name, value):
-    return isinstance(value, types.FunctionType) and (name == "__call__" or not name.startswith("__"))
+def _methods(original):
+    """Return {name: function} of the methods that are not PyTorch's or fastff's, and forward, if the class is theirs."""
+    libraries = ("torch.", "fastff.")
+    found = {"forward": original.forward} if original.__module__.startswith(libraries) else {}
+    for owner in reversed(original.__mro__):
+        if owner is not object and not owner.__module__.startswith(libraries):
+            functions = {name: value for name, value in vars(owner).items() if isinstance(value, types.FunctionType)}
+            found |= {name: f for name, f in functions.items() if name == "__call__" or not name.startswith("__")}
+    return found
 
 
 def _reduce(self, protocol):

@@ -86,8 +86,9 @@ def _after_step(optimizer, args, kwargs):
 
 
 def _backward(mode, function, args, kwargs):
-    """Run a backward pass in this mode, which PyTorch would leave for it: it calls Python code, such as hooks and what is checkpointed. That it starts
-    from edges of the graph instead of tensors changes nothing, but PyTorch does not ask the mode about it again."""
+    """Run a backward pass in this mode, which PyTorch would leave for it: it calls Python code, such as hooks and what is checkpointed.
+
+    It starts from the tensors' edges in the graph, which is the same, since PyTorch would ask the mode again what to do about tensors."""
     mode.forget()
     try:
         tensors = args[0] if isinstance(args[0], (tuple, list)) else args[:1]

@@ -1,8 +1,8 @@
 """Goodness in accelerated code: a mean or sum of squares, or of a view, of x [B, C, H, W] is one op each way if nothing else can have that square.
 
-    mean, sum    of x.square(), x.view(...) or both: ff.group_goodness
-    split        and a loop over the parts: their goodness at once
-    std          of what needs no gradient: as the length of x - mean
+mean, sum    of x.square(), x.view(...) or both: ff.group_goodness
+split        and a loop over the parts: their goodness at once
+std          of what needs no gradient: as the length of x - mean
 """
 
 import sys

@@ -1,15 +1,15 @@
 """Tensors that are in channels_last in accelerated code and would be contiguous without it: convolutions, views, and what goes through memory.
 
-    conv2d             in channels_last, with fastff's gradients (fastff/ops/convolution.py)
-    view, reshape      of a tensor in channels_last: of a contiguous copy. What is written to one is written to the other
-    dropout, rand_like and others that go through memory in its order: on contiguous tensors, so that they draw the same numbers
+conv2d             in channels_last, with fastff's gradients (fastff/ops/convolution.py)
+view, reshape      of a tensor in channels_last: of a contiguous copy. What is written to one is written to the other
+dropout, rand_like and others that go through memory in its order: on contiguous tensors, so that they draw the same numbers
 """
 
 import torch
 import torch.nn.functional as F
 
 from fastff.kernels.layout import laid
-from fastff.ops.convolution import KERNEL, convolve, way
+from fastff.ops.convolution import PYTORCH, convolve, way
 from fastff.ops.gradients import GroupNormGuard
 from fastff.ops.table import transformed
 from fastff.swap_in import limits
@@ -111,12 +111,13 @@ def _convolution(mode, function, input, weight, bias=None, stride=1, padding=0, 
     channels, (filters, _, k, width) = input.shape[1], weight.shape
     plain = high == across and left in ([], [top]) and top != "s" and k == width and _pair(dilation) == (1, 1)
     plain = plain and (groups == 1 or groups == channels == filters and top < k)
-    if few and not (plain and way(input, weight, high, top, groups) == KERNEL):
+    how = way(input, weight, high, top, groups) if plain else PYTORCH
+    if few and how == PYTORCH:
         reason = f"at {input.numel() // channels} positions of the batch: pays from {limits.FEWEST_POSITIONS} on"
     mode.record("convolution", reason or "replaced", weight)
-    if plain:
-        return convolve(input, weight, bias, high, top, groups)
-    return function(input, weight, bias, stride, padding, dilation, groups)
+    if how == PYTORCH:
+        return function(input, weight, bias, stride, padding, dilation, groups)
+    return convolve(input, weight, bias, high, top, groups, how)
 
 
 def _why_as_written(x, weight):

@@ -8,8 +8,8 @@ import inspect
 
 import torch
 
-from fastff.swap_in.limits import TENSORS
 from fastff.swap_in.layouts import in_channels_last
+from fastff.swap_in.limits import TENSORS
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 # PyTorch does not document it: without it, each call of an optimizer's step is looked at, which costs time alone.
@@ -65,10 +65,10 @@ def quick(original, current):
 
     def zero_grad(self, set_to_none=True):
         if current() is None or not set_to_none:
-            return original.zero_grad(self, set_to_none)
-        with UNSEEN():
-            for group in self.param_groups:
-                for parameter in group["params"]:
+            original.zero_grad(self, set_to_none)
+        else:
+            with UNSEEN():
+                for parameter in (p for group in self.param_groups for p in group["params"]):
                     parameter.grad = None
 
     step.hooked = True  # else PyTorch would put around it what is left out here
