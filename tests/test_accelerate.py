@@ -191,7 +191,12 @@ def test_other_objects_files_and_copies():
     other.load_state_dict(torch.load(file, weights_only=True))
 
 
-MISSING = [(layouts, "USES", None), (optimizers, "UNSEEN", nullcontext), (table, "TRANSFORMED", lambda: False)]
+MISSING = [
+    (layouts, "USES", None),
+    (optimizers, "UNSEEN", nullcontext),
+    (optimizers, "EVERYWHERE", [None]),
+    (table, "TRANSFORMED", lambda: False),
+]
 
 
 @pytest.mark.parametrize(("module", "name", "instead"), MISSING)

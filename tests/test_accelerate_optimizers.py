@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerated import Conv, equal
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fastff
 from fastff.swap_in import calls
@@ -94,7 +95,9 @@ def doubled(optimizer, args, kwargs):
         group["lr"] *= 2
 
 
-@pytest.mark.parametrize("extra", ["nothing", "hook", "scheduler", "closure", "state_dict", "copy", "pickle"])
+@pytest.mark.parametrize(
+    "extra", ["nothing", "hook", "hook of all", "scheduler", "closure", "state_dict", "copy", "pickle"]
+)
 def test_what_else_an_optimizer_has(extra):
     """Hooks, schedulers, closures, states that are loaded, copies and pickles work as with PyTorch's own step, and undo() gives that back."""
     torch.manual_seed(0)
@@ -111,6 +114,7 @@ def test_what_else_an_optimizer_has(extra):
             net.optimizer.load_state_dict(copy.deepcopy(net.optimizer.state_dict()))
         elif extra == "closure":
             net.optimizer.step(lambda: 1.0)
+    everywhere = [register_optimizer_step_pre_hook(doubled)] if extra == "hook of all" else []
     if extra == "copy":
         one = copy.deepcopy(one)
     elif extra == "pickle":
@@ -122,6 +126,8 @@ def test_what_else_an_optimizer_has(extra):
         if extra == "scheduler":
             net.scheduler.step()
         net.train_batch(x)
+    for hook in everywhere:
+        hook.remove()
     equal(one.parameters(), other.parameters())
     groups, wanted = (net.optimizer.state_dict()["param_groups"] for net in (one, other))
     assert groups == wanted
@@ -141,3 +147,14 @@ def test_the_quick_step_is_taken(monkeypatch):
     assert not names
     net.optimizer.step()  # outside accelerated code it is PyTorch's
     assert names == ["Optimizer.step#Adam.step"]
+
+
+def test_an_optimizer_of_two_objects():
+    """Objects that share an optimizer can be accelerated one after the other."""
+    one, other = Two(torch.optim.Adam, {"lr": 0.01}), nn.Module()
+    other.optimizer, other.layer = one.optimizer, nn.Linear(2, 2)
+    reports = fastff.accelerate(one), fastff.accelerate(other)
+    one.train_batch(torch.randn(2, 3, 8, 8))
+    for report in reports:
+        report.undo()
+    assert type(one.optimizer) is torch.optim.Adam

@@ -136,12 +136,11 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
     } else {
       float some[wide];
       FASTFF_UNROLL for (int j = 0; j < N; ++j) write(some + j * kLanes, sum[i][j]);
-      for (int64_t l = 0; l < lanes; ++l) {
+      for (int64_t l = 0; l < lanes; ++l)
         if (row.first)
           row.sum[l] = some[l];
         else
           add(row.sum[l], row.lost[l], some[l]);
-      }
     }
   }
 }

@@ -227,7 +227,8 @@ def _objects(root):
         elif isinstance(value, dict):
             items = value.items()
         elif isinstance(value, torch.optim.Optimizer) and is_pytorchs(value):
-            found[path] = value
+            if not hasattr(type(value), "_fastff_original"):  # else of another object that is accelerated
+                found[path] = value
             return
         elif isinstance(value, nn.Module) or (top and hasattr(value, "__dict__")):
             found[path] = value

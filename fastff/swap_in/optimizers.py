@@ -14,6 +14,8 @@ from fastff.swap_in.limits import TENSORS
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 # PyTorch does not document it: without it, each call of an optimizer's step is looked at, which costs time alone.
 UNSEEN = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
+# Nor these: hooks of every optimizer. Without them, the whole step is made.
+EVERYWHERE = [getattr(torch.optim.optimizer, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")]
 
 
 class Step:
@@ -48,13 +50,19 @@ def is_pytorchs(optimizer):
     return type(optimizer).__module__.startswith("torch.optim.") and not any(hooks)
 
 
+def _only_ours():
+    """Whether no hook of every optimizer is the user's: one before and one after a step are those of the mode."""
+    return all(hooks is not None and len(hooks) == 1 for hooks in EVERYWHERE)
+
+
 def quick(original, current):
     """Return the methods step and zero_grad for an optimizer of the class `original`; current() is the mode, or None outside accelerated code."""
     own = inspect.unwrap(original.step)
 
     def step(self, closure=None):
         mode = current()
-        if mode is None or closure is not None or not is_pytorchs(self) or self.defaults.get("differentiable"):
+        whole = mode is None or closure is not None or not is_pytorchs(self) or not _only_ours()
+        if whole or self.defaults.get("differentiable"):
             return original.step(self, closure)
         mode.step.before(self)
         try:
