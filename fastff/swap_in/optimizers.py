@@ -7,6 +7,7 @@ import contextlib
 import inspect
 
 import torch
+from torch.optim import optimizer as every
 
 from fastff.swap_in.layouts import in_channels_last
 from fastff.swap_in.limits import TENSORS
@@ -15,7 +16,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 # PyTorch does not document it: without it, each call of an optimizer's step is looked at, which costs time alone.
 UNSEEN = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
 # Nor these: hooks of every optimizer. Without them, the whole step is made.
-EVERYWHERE = [getattr(torch.optim.optimizer, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")]
+EVERYWHERE = [getattr(every, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")]
 
 
 class Step:
