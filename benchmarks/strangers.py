@@ -17,7 +17,7 @@ import fastff
 from benchmarks import tables
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, ratios
-from fastff.swap_in import calls
+from fastff.swap_in import limits
 
 CONVOLUTIONAL = ("splits", "views", "contrasts", "predictions", "decoders", "samples", "positions")
 FULLY_CONNECTED = ("lengths", "sums", "suite")
@@ -49,14 +49,14 @@ def parameters(net):
 def everything():
     """Within it, all is done otherwise that can be, at any size and in float64."""
     wanted = {"DTYPES": (torch.float32, torch.float64), "SMALLEST": 1, "FEWEST_POSITIONS": 1, "FEWEST_CHANNELS": 1}
-    before = {name: getattr(calls, name) for name in wanted}
+    before = {name: getattr(limits, name) for name in wanted}
     for name, value in wanted.items():
-        setattr(calls, name, value)
+        setattr(limits, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(calls, name, value)
+            setattr(limits, name, value)
 
 
 def difference(style, steps=2, batch=None):

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+import torch
+
 NEED = {
     "benchmarks": ("test_accelerate.py", "test_benchmarks.py", "test_report.py", "test_scale.py", "test_swap_in.py"),
     "csrc": ("test_cuda.py", "test_step_native.py"),
@@ -10,3 +13,13 @@ NEED = {
 }
 ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [name for folder, names in NEED.items() if not (ROOT / folder).exists() for name in names]
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """All that can be done otherwise is, at any size and in float64, where the results can be told from wrong ones."""
+    from fastff.swap_in import limits
+
+    monkeypatch.setattr(limits, "DTYPES", (torch.float32, torch.float64))
+    for name, least in (("SMALLEST", 1), ("FEWEST_POSITIONS", 1), ("FEWEST_CHANNELS", 1)):
+        monkeypatch.setattr(limits, name, least)

@@ -1,210 +1,24 @@
-"""accelerate runs code as it is written and gets the same: the expressions that people write, each both ways; layouts; reports; verify."""
+"""accelerate runs code as it is written and gets the same: what can be given; layouts; reports; programs of public styles."""
 
 import copy
 import io
 import pickle
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerated import Around, Conv, equal
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fastff
-import fastff.functional as ff
 from benchmarks.strangers import CONVOLUTIONAL, STYLES, difference
-from fastff.swap_in import calls
-
-B, C, K = 4, 12, 3
-
-
-@pytest.fixture
-def everywhere(monkeypatch):
-    """All that can be done otherwise is, at any size and in float64, where the results can be told from wrong ones."""
-    monkeypatch.setattr(calls, "DTYPES", (torch.float32, torch.float64))
-    for name, least in (("SMALLEST", 1), ("FEWEST_POSITIONS", 1), ("FEWEST_CHANNELS", 1)):
-        monkeypatch.setattr(calls, name, least)
-
-
-def length(x, dim, eps=1e-4):
-    return x / (x.norm(2, dim, keepdim=True) + eps)
-
-
-def reassigned(y):
-    g = y.view(len(y), K, -1)
-    g = g.mean(dim=2)
-    return g, g.softmax(1)
-
-
-def in_place_in_a_view(y):
-    y = y * 1
-    flat = y.view(len(y), -1)
-    flat[:, :5] = 0
-    flat += 1
-    return y.sin(), flat
-
-
-def in_place_behind_a_view(y):
-    y = y * 1
-    flat = y.view(len(y), -1)
-    part = flat[:, 3:9]
-    y.mul_(2)
-    return part.exp(), y
-
-
-def slice_of_a_view(y):
-    y = y * 1
-    part = y.view(len(y), -1)[:, 3:9]
-    part.zero_()
-    return y
-
-
-def gradient_of_the_square(y):
-    z = y.pow(2)
-    return torch.autograd.grad(z.mean((1, 2, 3)).exp().sum(), z)[0], y
-
-
-def gradient_of_a_named_view(y):
-    g = y.view(len(y), -1)
-    return torch.autograd.grad(g.pow(2).mean(1).exp().sum(), g)[0], y
-
-
-def written_between(y):
-    y = y.detach().clone()
-    return [y.pow(2), y.mul_(3)][0].mean(1), y
-
-
-def split_loop(y):
-    return torch.stack([s.pow(2).mean((1, 2, 3)) for s in torch.split(y, C // K, dim=1)], 1), y
-
-
-def split_twice(y):
-    parts = torch.chunk(y, K, 1)
-    return [p.square().sum((1, 2, 3)) + p.pow(2).mean((1, 2, 3)) for p in parts]
-
-
-def gradient_of_a_part(y):
-    parts = torch.split(y, C // K, dim=1)
-    g = torch.stack([s.pow(2).mean((1, 2, 3)) for s in parts], 1)
-    return torch.autograd.grad(g.sin().sum(), parts[1], create_graph=True)[0], y
-
-
-def second_derivative(y):
-    g = y.pow(2).mean((1, 2, 3))
-    (grad,) = torch.autograd.grad(g.exp().sum(), y, create_graph=True)
-    return grad.square().sum(), g
-
-
-# What people write of an activation [B, C, H, W], section 2 of the trial: {name: (function, whether its goodness is computed by fastff)}
-EXPRESSIONS = {
-    "mean of squares at positions": (lambda y: y.pow(2).mean(1), True),
-    "sum of squares at positions": (lambda y: torch.sum(y**2, dim=1), True),
-    "of a sample": (lambda y: y.pow(2).mean(dim=(1, 2, 3)), True),
-    "of a sample, torch": (lambda y: torch.mean(torch.square(y), dim=(1, 2, 3)), True),
-    "of a sample, negative": (lambda y: (y * y).sum((-1, -2, -3)), True),
-    "flattened": (lambda y: y.pow(2).flatten(1).mean(1), True),
-    "flattened before": (lambda y: y.view(len(y), -1).pow(2).mean(-1), True),
-    "reshaped": (lambda y: y.reshape(len(y), -1).square().sum(1), True),
-    "classes": (lambda y: y.view(len(y), K, -1).pow(2).mean(2), True),
-    "classes, five dimensions": (lambda y: y.view(len(y), K, C // K, *y.shape[2:]).pow(2).mean((2, 3, 4)), True),
-    "classes of means": (lambda y: y.reshape(len(y), K, -1).mean(-1), True),
-    "channels": (lambda y: y.pow(2).mean((2, 3)), True),
-    "keepdim": (lambda y: y.pow(2).mean((1, 2, 3), keepdim=True), False),
-    "another dtype": (lambda y: y.pow(2).mean((1, 2, 3), dtype=torch.float64), False),
-    "across channels": (lambda y: y.reshape(len(y), 8, -1).pow(2).mean(2), False),
-    "over channels of groups": (lambda y: y.view(len(y), K, C // K, -1).pow(2).mean(2), False),
-    "cubes": (lambda y: y.pow(3).mean((1, 2, 3)), False),
-    "all": (lambda y: y.pow(2).mean(), False),
-    "named square": (lambda y: [z.mean((1, 2, 3)) + z.sum((1, 2, 3)) for z in [y.pow(2)]], False),
-    "g reassigned": (reassigned, False),
-    "split loop": (split_loop, True),
-    "split twice": (split_twice, True),
-    "uneven split": (lambda y: [s.pow(2).mean((1, 2, 3)) for s in torch.split(y, 5, 1)], None),
-    "gradient of a part": (gradient_of_a_part, True),
-    "gradient of the square": (gradient_of_the_square, False),
-    "gradient of a named view": (gradient_of_a_named_view, False),
-    "written between": (written_between, False),
-    "second derivative": (second_derivative, True),
-    "length of a vector": (lambda y: length(y.mean((2, 3)), 1), None),
-    "length of a sample": (lambda y: length(y, (1, 2, 3)), None),
-    "eps first": (lambda y: y / (1e-4 + torch.linalg.vector_norm(y, dim=1, keepdim=True)), None),
-    "root mean square": (lambda y: y / (torch.sqrt(torch.mean(y**2, dim=1, keepdim=True)) + 1e-8), None),
-    "group norm": (lambda y: F.group_norm(y, K), None),
-    "group norm of a detached one": (lambda y: F.group_norm(y.detach(), K, torch.ones(C).to(y).requires_grad_()), None),
-    "layer norm": (lambda y: F.layer_norm(y, y.shape[1:]), None),
-    "softplus by hand": (lambda y: torch.log(1 + torch.exp(y.pow(2).mean((1, 2, 3)) - 1)).mean(), True),
-    "standardised": (lambda y: (y - y.view(len(y), -1).mean(1)[:, None, None, None]) / y.view(len(y), -1).std(1)[:, None, None, None], None),
-    "deviation of a sample": (lambda y: y.detach().std((1, 2, 3)) + torch.std(y, dim=(1, 2, 3), correction=0), None),
-    "deviation, dimension kept": (lambda y: y.detach().std(1, unbiased=False, keepdim=True), None),
-    "deviation of one": (lambda y: y.detach()[:, :1].std(1), None),
-    "dropout": (lambda y: F.dropout(y, 0.5) + torch.rand_like(y), None),
-    "noise in place": (lambda y: torch.empty_like(y).normal_() + torch.zeros_like(y).uniform_(), None),
-    "strides": (lambda y: (y * 1).as_strided((5, 7), (11, 2)), None),
-    "in place in a view": (in_place_in_a_view, None),
-    "in place behind a view": (in_place_behind_a_view, None),
-    "slice of a view": (slice_of_a_view, None),
-    "numpy": (lambda y: torch.from_numpy(y.detach().numpy().copy()).flatten(), None),
-}  # fmt: skip
-
-
-class Around(nn.Module):
-    """A convolution, an expression of its output, and what only runs in eager mode as it should: another convolution behind it."""
-
-    def __init__(self, expression):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, C, 3, padding=1), nn.Conv2d(C, 5, (3, 1), (1, 2), padding="valid")
-        self.expression = expression
-
-    def forward(self, x):
-        y = torch.tanh(self.first(x))
-        return self.expression(y), self.second(y), y
-
-
-@pytest.mark.parametrize("name", EXPRESSIONS)
-def test_expressions(name, everywhere, monkeypatch):
-    """Values, gradients and random numbers are those of the code as it is, in float64, and so are the layouts of what it returns."""
-    expression, goodness = EXPRESSIONS[name]
-    computed, group_goodness = [], ff.group_goodness
-    monkeypatch.setattr(ff, "group_goodness", lambda *a, **k: computed.append(0) or group_goodness(*a, **k))
-    torch.manual_seed(0)
-    module = Around(expression).double()
-    before, x = copy.deepcopy(module), torch.randn(B, 3, 6, 6, dtype=torch.float64)
-    report = fastff.accelerate(module)
-    found = fastff.verify(before, module, x, tolerance=1e-11)
-    assert found, f"{found}\n{report}"
-    if goodness is not None:
-        assert bool(computed) == goodness
-    assert any(e.pattern == "convolution" for e in report.replaced), str(report)
-    torch.manual_seed(1)
-    returned = module(x)
-    torch.manual_seed(1)
-    for got, want in zip(
-        torch.utils._pytree.tree_leaves(returned), torch.utils._pytree.tree_leaves(before(x)), strict=True
-    ):
-        assert got.stride() == want.stride()
-        assert got.requires_grad == want.requires_grad
-
-
-class Conv(nn.Conv2d):
-    """A layer that is a convolution and trains itself: returns what people return."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, 3, padding=1, bias=False)
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
-
-    def forward(self, x):
-        return torch.relu(self._conv_forward(x, self.weight, self.bias))
-
-    def fit(self, x):
-        y = self.forward(x)
-        self.optimizer.zero_grad()
-        y.view(len(y), -1).pow(2).mean(1).sub(1).exp().mean().backward()
-        self.optimizer.step()
-        self.seen = y.detach()
-        return y.detach()
+from fastff.ops import table
+from fastff.swap_in import calls, layouts, optimizers
 
 
 def train(layers, x):
@@ -221,11 +35,6 @@ class Trainer:
 
     def train_batch(self, x):
         return train(self.layers, x)
-
-
-def equal(one, other):
-    for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("way", ["object", "list", "function", "net", "each"])
@@ -329,83 +138,6 @@ def test_a_gradient_can_be_differentiated(everywhere, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
 
 
-def test_fused_updates_only_of_what_lies_alike(everywhere):
-    """The fused kernel goes through memory in its order: a state or gradient in another layout is left to PyTorch's loop."""
-    torch.manual_seed(0)
-    layers = [Conv(3, 8), Conv(3, 8)]
-    layers[1].load_state_dict(layers[0].state_dict())
-    fastff.accelerate(layers[1])
-    for layer in layers:
-        layer.weight.grad = torch.ones(8, 3, 3, 3).cumsum(0).contiguous(memory_format=torch.channels_last)
-        layer.step = lambda optimizer=layer.optimizer: optimizer.step()
-    with calls.Faster(lambda *_: None):
-        layers[1].optimizer.step()
-    layers[0].optimizer.step()
-    torch.testing.assert_close(layers[0].weight, layers[1].weight)
-
-
-class Two(nn.Module):
-    """Two convolutions, one of which learns from the second step on only."""
-
-    def __init__(self, kind, options):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
-        self.optimizer = kind(self.parameters(), **options)
-
-    def train_batch(self, x):
-        self.optimizer.zero_grad()
-        y = self.one(x)
-        (self.two(y) if self.optimizer.state else y).pow(2).mean().backward()
-        self.optimizer.step()
-
-
-OPTIMIZERS = [
-    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
-    (torch.optim.SGD, {"lr": 0.1}),
-    (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
-    (torch.optim.RMSprop, {"lr": 0.01}),
-]
-
-
-@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
-def test_optimizers(kind, options, everywhere):
-    """The same parameters and settings after four steps in float64, also where some parameters have no gradient at first."""
-    torch.manual_seed(0)
-    one = Two(kind, options).double()
-    other, x = copy.deepcopy(one), torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    report = fastff.accelerate(one)
-    for _ in range(4):
-        one.train_batch(x)
-        other.train_batch(x)
-    equal(one.parameters(), other.parameters())
-    assert one.optimizer.state_dict()["param_groups"] == other.optimizer.state_dict()["param_groups"]
-    assert any(e.pattern.endswith(".step") for e in report.replaced) == (kind is not torch.optim.RMSprop)
-
-
-def test_a_step_that_fails(everywhere):
-    """An optimizer's step that raises an error leaves its settings as they were, and the calls after it are looked at again."""
-
-    class Net(Two):
-        def train_batch(self, x):
-            self.one(x).sum().backward()
-            self.optimizer.state[self.one.weight] = {"step": "wrong"}
-            with pytest.raises(Exception, match=r"."):
-                self.optimizer.step()
-            return self.again(x)
-
-        def again(self, x):
-            y = self.one(x)
-            return y.view(len(y), -1)
-
-    net = Net(torch.optim.Adam, {"lr": 0.01})
-    report = fastff.accelerate(net)
-    assert net.train_batch(torch.randn(2, 3, 8, 8)).shape == (2, 288)
-    assert net.optimizer.param_groups[0]["fused"] is None
-    assert sum(e.calls for e in report.replaced if e.pattern == "convolution") == 2
-    with calls.Faster(lambda *_: None) as mode:
-        assert mode.paused is None
-
-
 def test_hooks_checkpoints_and_own_functions(everywhere):
     """Python code that runs in the backward pass sees tensors that can be viewed."""
 
@@ -459,10 +191,18 @@ def test_other_objects_files_and_copies():
     other.load_state_dict(torch.load(file, weights_only=True))
 
 
-@pytest.mark.parametrize("missing", ["USES", "ENGINE"])
-def test_without_undocumented_functions(missing, everywhere, monkeypatch):
+MISSING = [
+    (layouts, "USES", None),
+    (optimizers, "UNSEEN", nullcontext),
+    (optimizers, "EVERYWHERE", [None]),
+    (table, "TRANSFORMED", lambda: False),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "instead"), MISSING)
+def test_without_undocumented_functions(module, name, instead, everywhere, monkeypatch):
     """Where PyTorch lacks a function that it does not document, the same is trained."""
-    monkeypatch.setattr(calls, missing, None)
+    monkeypatch.setattr(module, name, instead)
     torch.manual_seed(0)
     trainer = Trainer()
     for layer in trainer.layers:
@@ -529,88 +269,6 @@ def test_bad_input():
     fastff.accelerate(module)
     with pytest.raises(ValueError, match="module: expected one that is not accelerated yet"):
         fastff.accelerate(module)
-
-
-class Returns(nn.Module):
-    """A linear layer and a function of its output."""
-
-    def __init__(self, function, detached=False):
-        super().__init__()
-        self.linear, self.function, self.detached = nn.Linear(4, 6), function, detached
-
-    def forward(self, x):
-        return self.function(self.linear(x.detach() if self.detached else x))
-
-
-def test_verify_finds_differences():
-    torch.manual_seed(0)
-    before, off, x = Returns(lambda y: y), Returns(lambda y: 1.001 * y), torch.randn(3, 4)
-    found = fastff.verify(before, off, x)
-    assert not found
-    assert "differs" in str(found)
-    assert "not the same" in str(found)
-    assert fastff.verify(before, off, x, tolerance=1e-2)
-    state = [p.clone() for p in before.parameters()]
-    assert fastff.verify(before, Returns(lambda y: y), (x,), loss=lambda y: y.square().sum())
-    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), state, strict=True))
-    assert all(p.grad is None for p in before.parameters())
-
-
-class Trains(nn.Module):
-    """Trains itself in its forward and returns a detached loss."""
-
-    def __init__(self, lr):
-        super().__init__()
-        self.l, self.lr = nn.Linear(4, 2), lr
-
-    def forward(self, x):
-        loss = self.l(x).pow(2).mean()
-        (grad,) = torch.autograd.grad(loss, self.l.weight)
-        with torch.no_grad():
-            self.l.weight -= self.lr * grad
-        return loss.detach()
-
-    def train_(self, x):
-        self.forward(x)
-
-
-def test_verify_compares_what_training_leaves_behind():
-    x = torch.rand(3, 4)
-    found = fastff.verify(Trains(0.1), Trains(10.0), x)
-    assert not found
-    assert [row.name for row in found.rows if row.difference > row.allowed] == ["parameter l.weight"]
-    assert fastff.verify(Trains(0.1), Trains(0.1), x)
-    for lr, same in ((0.1, True), (10.0, False)):
-        assert bool(fastff.verify(Trains(0.1), Trains(lr), x, call=lambda m, x: m.train_(x))) == same
-
-
-def test_verify_says_what_only_one_has():
-    """A gradient that is None, an output too many, another size, a normalised output."""
-    torch.manual_seed(0)
-    x = torch.rand(3, 4)
-    found = fastff.verify(Returns(lambda y: y, detached=True), Returns(lambda y: y), x)
-    assert [(r.name, r.note) for r in found.rows if r.difference > r.allowed] == [
-        ("gradient of input 0", "none before")
-    ]
-    pair = Returns(lambda y: (y, y.pow(2).mean(1)))
-    found = fastff.verify(Returns(lambda y: y), pair, x)
-    assert ("output 1", "none before") in [(r.name, r.note) for r in found.rows]
-    assert fastff.verify(Returns(lambda y: y), pair, x, outputs=(None, lambda returned: returned[0]))
-    found = fastff.verify(Returns(lambda y: y[:, :2]), Returns(lambda y: y), x)
-    assert found.rows[0].note == "[3, 2] before, [3, 6] after"
-    found = fastff.verify(Returns(lambda y: F.layer_norm(y, y.shape[1:])), Returns(lambda y: y), x)
-    assert found.rows[0].note == "the same if that of after is normalized by layer_norm"
-    assert fastff.verify(Returns(lambda y: None), Returns(lambda y: None), x)
-
-
-def test_verify_bad_input():
-    x = torch.randn(2, 4)
-    with pytest.raises(ValueError, match="after: expected the parameters of before"):
-        fastff.verify(Returns(lambda y: y), Trains(0.1), x)
-    with pytest.raises(TypeError, match=r"before, after: expected nn\.Modules, got function"):
-        fastff.verify(lambda x: x, Trains(0.1), x)
-    with pytest.raises(TypeError, match="outputs: expected a function or a pair of functions, got 1"):
-        fastff.verify(Trains(0.1), Trains(0.1), x, outputs=1)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -9,8 +9,10 @@ from oracle import LAYOUTS, same_bits
 from torch import nn
 
 from fastff.graph.fused import Convolution
-from fastff.ops.convolution import ROWS, convolve
+from fastff.kernels import native
+from fastff.ops.convolution import KERNEL, PYTORCH, ROWS, _has_kernel, convolve, way
 
+LAYOUTS_OF_A_BATCH = (torch.contiguous_format, torch.channels_last)
 RUNS = [
     (dtype, row.name)
     for row in ROWS
@@ -85,6 +87,25 @@ def test_the_stand_in_is_the_convolution(kernel, stride, channels, bias, need_x,
     wanted = torch.autograd.grad(want, [*wide.parameters()] + [wide_x] * need_x, grad.double())
     for a, b in zip(torch.autograd.grad(got, leaves, grad), wanted, strict=True):
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layouts", [(a, b) for a in LAYOUTS_OF_A_BATCH for b in LAYOUTS_OF_A_BATCH])
+def test_the_kernel_takes_few_positions_in_each_layout(layouts):
+    """At few positions the compiled kernel computes the weight's gradient, in the layout of the weight, so that autograd copies nothing."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 32, 4, 4), torch.randn(48, 32, 3, 3)
+    x, weight = (t.contiguous(memory_format=layout) for t, layout in zip((x, weight), layouts, strict=True))
+    weight.requires_grad_()
+    expected = KERNEL if _has_kernel("convolution", ROWS, x) else PYTORCH
+    assert way(x, weight, 1, 1, 1) == expected
+    contiguous = layouts[0] == torch.contiguous_format
+    many = PYTORCH if contiguous or native.has_avx512() else expected
+    assert way(x.repeat(64, 1, 1, 1).contiguous(memory_format=layouts[0]), weight, 1, 1, 1) == many
+    grad = torch.randn(8, 48, 4, 4)
+    convolve(x, weight, None, 1, 1, 1).backward(grad)
+    assert weight.grad.stride() == weight.stride()
+    exact = exact_gradient(grad, x, 3, 1, 1)
+    assert (weight.grad - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_which_convolutions_have_a_stand_in():

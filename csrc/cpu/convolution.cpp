@@ -87,11 +87,13 @@ void pack_dy(const Shape& s, const Tile& t, const float* dy, float* blocks) {
   }
 }
 
-// What tiles are added up in: sum - lost is the sum so far.
+// What tiles are added up in: sum - lost is the sum so far. The first tile is written: at few positions, where there is no other, passes through
+// sums and what they lost would take as long as the products.
 struct Sums {
   float *sum, *lost;
+  bool first;
 
-  Sums at(int64_t i) const { return {sum + i, lost + i}; }
+  Sums at(int64_t i) const { return {sum + i, lost + i, first}; }
 };
 template <typename T>
 FASTFF_INLINE void add(T& sum, T& lost, T term) {
@@ -122,7 +124,9 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
   }
   FASTFF_UNROLL for (int i = 0; i < M; ++i) {
     const Sums row = out.at(i * ldo);
-    if (lanes == wide) {
+    if (lanes == wide && row.first) {
+      FASTFF_UNROLL for (int j = 0; j < N; ++j) write(row.sum + j * kLanes, sum[i][j]);
+    } else if (lanes == wide) {
       FASTFF_UNROLL for (int j = 0; j < N; ++j) {
         Vector total = read(row.sum + j * kLanes), lost = read(row.lost + j * kLanes);
         add(total, lost, sum[i][j]);
@@ -132,7 +136,11 @@ FASTFF_INLINE void accumulate(const Shape& s, const Tile& t, const float* dy, co
     } else {
       float some[wide];
       FASTFF_UNROLL for (int j = 0; j < N; ++j) write(some + j * kLanes, sum[i][j]);
-      for (int64_t l = 0; l < lanes; ++l) add(row.sum[l], row.lost[l], some[l]);
+      for (int64_t l = 0; l < lanes; ++l)
+        if (row.first)
+          row.sum[l] = some[l];
+        else
+          add(row.sum[l], row.lost[l], some[l]);
     }
   }
 }
@@ -186,14 +194,15 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
   const int64_t images = rows < s.P || columns < s.Q ? 1 : std::clamp<int64_t>(most / (s.P * s.Q), 1, s.B);
   const int64_t groups = std::clamp<int64_t>((1 << 22) / size, 1, std::min<int64_t>(16, (s.B + images - 1) / images));
   const int64_t shares = groups >= 8 ? 1 : std::min(panels, (8 + groups - 1) / groups);  // tasks of a group, by panels
-  Buffer<float> partial((groups - 1) * size, 0.0f), lost(groups * size, 0.0f);
-  std::fill_n(dw, size, 0.0f);
+  const bool single = (s.B + groups - 1) / groups <= images && rows == s.P && columns == s.Q;  // tile of each group
+  Buffer<float> partial((groups - 1) * size), lost(single ? 0 : groups * size, 0.0f);
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     Buffer<float> blocks(images * rows * columns * s.D),
         panel(images * padded_rows(s, rows) * padded_columns(s, columns) * wide);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / shares, share = task % shares;
-      const Sums own{group ? partial.data() + (group - 1) * size : dw, lost.data() + group * size};
+      float* const sum = group ? partial.data() + (group - 1) * size : dw;
+      Sums own{sum, single ? sum : lost.data() + group * size, true};
       const int64_t last = (group + 1) * s.B / groups;
       for (int64_t image = group * s.B / groups; image < last; image += images) {
         for (int64_t first = 0; first < s.P; first += rows) {
@@ -205,6 +214,7 @@ Tensor convolution_weight_gradient_native(Tensor grad, Tensor x, int64_t kernel,
               const int64_t c = i * wide;
               (vectors(s, c) == 2 ? panel_of<2> : panel_of<1>)(s, t, source, blocks.data(), c, panel.data(), own);
             }
+            own.first = false;
           }
         }
       }

@@ -3,14 +3,14 @@
     grad [B, D, P, Q], x [B, C, H, W], kernel k, stride, padding -> dL/dweight [D, C, k, k]
 
 Rows: the compiled kernel (with AVX2 1.1 to 2.2 times as fast as oneDNN's at 3 x 3 and 5 x 5 from 16 channels on, channels_last; with AVX-512 for
-large filters alone), PyTorch's own, which defines the op.
+few positions or many weights alone), PyTorch's own, which defines the op.
 """
 
 import torch
 import torch.nn.functional as F
 
 from fastff.kernels import native
-from fastff.kernels.layout import is_channels_last
+from fastff.kernels.layout import is_channels_last, laid
 from fastff.kernels.native.depthwise import SIZES
 from fastff.kernels.torch.convolution import weight_gradient
 from fastff.ops import depthwise
@@ -18,8 +18,10 @@ from fastff.ops import gradients as partial
 from fastff.ops.table import Implementation, always, choose, concerns, dispatched, register
 
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
-# Weights from which on the compiled kernel is quicker than oneDNN's with AVX-512 (1.7 to 2.4 times; below 0.6 to 1.1, one thread of an EPYC 9005).
-LEAST_WEIGHTS_AVX512 = 1 << 20
+# With AVX-512 the compiled kernel is quicker than oneDNN's, which passes through the weights more often, at few positions of a minibatch (one thread
+# of an EPYC 9005: 1.4 to 8 times at 32 to 512 positions, 0.7 to 1.0 at 2,048) or with many weights (2 to 5 times). Contiguous tensors are brought
+# into the layout and the gradient back: 1.2 to 2.9 times at 128 and 256 positions, with fewer than 2^17 weights 0.95 to 1.5; 1.0 to 1.1 at 512.
+FEW_POSITIONS, FEW_POSITIONS_CONTIGUOUS, MANY_WEIGHTS = 512, 256, 1 << 20
 # Multiply-adds up to which a 1 x 1 convolution is quicker as a matrix product (1.1 to 1.7 times; 2^26: 0.8).
 LARGEST_PRODUCT = 1 << 25
 
@@ -33,7 +35,7 @@ ROWS = [
         "native",
         native.takes(torch.float32, empty=False),
         _native,
-        "fewer than 16 channels, contiguous tensors, and with AVX-512 less than 2^20 weights by oneDNN",
+        "fewer than 16 channels, and of more than 256 positions contiguous ones and with AVX-512 less than 2^20 weights, by oneDNN",
         native.slow,
     ),
     Implementation("torch", always, weight_gradient),
@@ -78,13 +80,20 @@ def way(x, weight, stride, padding, groups):
     k, channels = weight.shape[2], x.shape[1]
     if groups > 1:
         return KERNEL if k in SIZES and _has_kernel("depthwise", depthwise.ROWS, x) else PYTORCH
-    if channels == 1 or not is_channels_last(x):
+    laid_out = is_channels_last(x)
+    if channels == 1 or not (laid_out or x.is_contiguous()):
         return PYTORCH
-    if k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
+    if laid_out and k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
         return PRODUCT
     if k == 1 or channels < FEWEST_CHANNELS or not _has_kernel("convolution", ROWS, x):
         return PYTORCH
-    return PYTORCH if native.has_avx512() and weight.numel() < LEAST_WEIGHTS_AVX512 else KERNEL
+    height, width = ((n + 2 * padding - k) // stride + 1 for n in x.shape[2:])
+    positions = len(x) * height * width
+    if laid_out:
+        few = positions <= FEW_POSITIONS or weight.numel() >= MANY_WEIGHTS or not native.has_avx512()
+    else:
+        few = positions <= FEW_POSITIONS_CONTIGUOUS
+    return KERNEL if few else PYTORCH
 
 
 def _has_kernel(op, rows, x):
@@ -120,6 +129,8 @@ def gradients(grad, x, weight, stride, padding, groups, how, wanted):
         need_grad_x = need_weight = False
     elif how == KERNEL and need_weight:
         grad_weight = _weight_gradient(grad, x, weight.shape[2], stride, padding)
+        if weight.is_contiguous():  # autograd would copy it, and slowly
+            grad_weight = laid(grad_weight, False)
         need_weight = False
     elif how == PRODUCT and need_weight:
         flat_grad = grad.permute(0, 2, 3, 1).flatten(0, 2)
@@ -155,8 +166,8 @@ class _Convolve(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-def convolve(x, weight, bias, stride, padding, groups):
-    """Compute conv2d of x [B, C, H, W] with k x k filters, with the values and gradients of PyTorch, as fast as can be here."""
-    how = way(x, weight, stride, padding, groups)
+def convolve(x, weight, bias, stride, padding, groups, how=None):
+    """Compute conv2d of x [B, C, H, W] with k x k filters, with the values and gradients of PyTorch, as fast as can be here. `how`: the way."""
+    how = how or way(x, weight, stride, padding, groups)
     run = _Convolve.apply if how == KERNEL and torch.is_grad_enabled() else forward
     return run(x, weight, bias, stride, padding, groups, how)

@@ -15,7 +15,7 @@ from fastff.kernels.layout import as_result_of, empty_like, is_channels_last, sa
 from fastff.kernels.native import group_goodness as native_group_goodness
 from fastff.kernels.torch import group_goodness as torch_group_goodness
 from fastff.kernels.torch import normalization as of_pytorch
-from fastff.ops.table import Implementation, Lazy, always, choose, concerns, dispatched, register
+from fastff.ops.table import Implementation, Lazy, always, choose, concerns, dispatched, register, transformed
 from fastff.spec import Groups, Normalization
 
 NATIVE = Implementation(
@@ -168,7 +168,7 @@ def _direct(op, run, differentiate):
         backward = staticmethod(differentiate)
 
     def call(x, *options):
-        if dispatched(x) or torch._C._are_functorch_transforms_active():
+        if dispatched(x) or transformed():
             return op(x, *options)
         return Direct.apply(x, *options)
 

@@ -10,6 +10,8 @@ import torch
 
 NAMES = ("cuda", "triton", "native", "torch", "reference")
 ALIASES = {"composed": "torch"}  # former names, still accepted
+# PyTorch does not document it. Where it is missing, transforms of torch.func raise PyTorch's error about functions without a rule for them.
+TRANSFORMED = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, str, tuple, type(None)}  # types of arguments in eager mode
 
 
@@ -97,6 +99,11 @@ def dispatched(x, *others):
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta:
         return True
     return not PLAIN.issuperset(map(type, (x, *others)))
+
+
+def transformed():
+    """Return whether a transform of torch.func, such as grad or vmap, is at work: functions without a rule for it cannot run then."""
+    return TRANSFORMED()
 
 
 def without_autocast(x):

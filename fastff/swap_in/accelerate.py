@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastff.ops.table import transformed
 from fastff.swap_in.calls import Faster, current
+from fastff.swap_in.optimizers import is_pytorchs, quick
 
 
 class Entry(NamedTuple):
@@ -74,7 +76,12 @@ class Report:
 
     @property
     def entries(self):
-        return [Entry(*key, calls) for key, calls in self._calls.items()]
+        found: dict = {}
+        for (weight, code, line, *rest), calls in self._calls.items():
+            place = f"{code.co_name}, {code.co_filename.rpartition('/')[2]}:{line}"
+            key = self._names.get(weight, ""), place, *rest
+            found[key] = found.get(key, 0) + calls
+        return [Entry(*key, calls) for key, calls in found.items()]
 
     @property
     def replaced(self):
@@ -106,9 +113,7 @@ class Report:
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "fastff.")):
             frame = frame.f_back
-        code = frame.f_code
-        place = f"{code.co_name}, {code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
-        key = self._names.get(id(weight), ""), place, pattern, result
+        key = id(weight), frame.f_code, frame.f_lineno, pattern, result
         self._calls[key] = self._calls.get(key, 0) + 1
 
     def _runs(self, function):
@@ -118,10 +123,9 @@ class Report:
 
         @functools.wraps(function)
         def run(*args, **kwargs):
-            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-                return function(*args, **kwargs)
             if current() is not None:
-                current().resume()
+                current().step.after()
+            if current() is not None or torch.compiler.is_compiling() or transformed():
                 return function(*args, **kwargs)
             if not self._convolutions or not self.measure:
                 with Faster(self._record, self._convolutions):
@@ -146,14 +150,14 @@ class Report:
         return run
 
     def _enclose(self, found):
-        """Give an object a class whose methods run in the mode."""
+        """Give an object a class whose methods run in the mode, or an optimizer one whose step is quick."""
         original = type(found)
-        methods = {"forward": original.forward} if original.__module__.startswith(("torch.", "fastff.")) else {}
-        for owner in reversed(original.__mro__):
-            if owner is not object and not owner.__module__.startswith(("torch.", "fastff.")):
-                methods |= {name: m for name, m in vars(owner).items() if _is_method(name, m)}
-        attributes = {"_fastff_original": original, "__module__": original.__module__, "__reduce_ex__": _reduce}
-        attributes |= {"__deepcopy__": _deepcopy} | {name: self._runs(method) for name, method in methods.items()}
+        if isinstance(found, torch.optim.Optimizer):
+            attributes = quick(original, current)
+        else:
+            attributes = {name: self._runs(method) for name, method in _methods(original).items()}
+        attributes |= {"_fastff_original": original, "__module__": original.__module__}
+        attributes |= {"__reduce_ex__": _reduce, "__deepcopy__": _deepcopy}
         try:
             found.__class__ = type(original.__name__, (original,), attributes)
         except TypeError:  # the class has __slots__, or may have no subclasses
@@ -200,7 +204,7 @@ def accelerate(module):
         p.dim() == 4 for each in found.values() if isinstance(each, nn.Module) for p in each.parameters()
     )
     for path, each in found.items():
-        torchs = type(each).__module__.startswith("torch.")
+        torchs = type(each).__module__.startswith("torch.") and not isinstance(each, torch.optim.Optimizer)
         if not torchs or (path == "" and isinstance(each, nn.Sequential) and _convolutions(each) > 1):
             report._enclose(each)
     return report
@@ -222,6 +226,10 @@ def _objects(root):
             items = enumerate(value)
         elif isinstance(value, dict):
             items = value.items()
+        elif isinstance(value, torch.optim.Optimizer) and is_pytorchs(value):
+            if not hasattr(type(value), "_fastff_original"):  # else of another object that is accelerated
+                found[path] = value
+            return
         elif isinstance(value, nn.Module) or (top and hasattr(value, "__dict__")):
             found[path] = value
             items = [*getattr(value, "_modules", {}).items(), *vars(value).items()]
@@ -235,8 +243,15 @@ def _objects(root):
     return found
 
 
-def _is_method(name, value):
-    return isinstance(value, types.FunctionType) and (name == "__call__" or not name.startswith("__"))
+def _methods(original):
+    """Return {name: function} of the methods that are not PyTorch's or fastff's, and forward, if the class is theirs."""
+    libraries = ("torch.", "fastff.")
+    found = {"forward": original.forward} if original.__module__.startswith(libraries) else {}
+    for owner in reversed(original.__mro__):
+        if owner is not object and not owner.__module__.startswith(libraries):
+            functions = {name: value for name, value in vars(owner).items() if isinstance(value, types.FunctionType)}
+            found |= {name: f for name, f in functions.items() if name == "__call__" or not name.startswith("__")}
+    return found
 
 
 def _reduce(self, protocol):
