@@ -57,6 +57,7 @@ EXPERIMENTS = {
 TASKS = {
     "CIFAR-10, 50,000 images, 12 epochs": (PART | {"subset": None, "epochs": 12}, 3),
     "CIFAR-100, 50,000 images, 4 epochs": (PART | {"data": "cifar100", "subset": None}, 1),
+    "CIFAR-100, 50,000 images, 12 epochs": (PART | {"data": "cifar100", "subset": None, "epochs": 12}, 1),
     "CIFAR-10, 5,000 images": (FEW, 3),
     "CIFAR-10, 1,000 images": (FEW | {"subset": 1000, "epochs": 40}, 3),
     "CIFAR-10, 500 images": (FEW | {"subset": 500, "epochs": 40}, 3),
