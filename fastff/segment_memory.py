@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastff.memory import phases
 
 SIZES = 4, 8  # samples of the minibatches that are measured
+UPDATE = 2.25  # bytes of a block's gradients and of what Muon makes of them, in those of the gradients
 
 
 class SegmentEstimate:
@@ -85,9 +86,10 @@ class SegmentMemory:
         for block in blocks:
             peak = max(peak, held + block.forward)
             held += block.kept
-        for block in reversed(blocks):
-            peak = max(peak, held - block.kept + block.backward + blocks[-1].output)
+        for index, block in reversed([*enumerate(blocks, first)]):
             held -= block.kept
+            update = UPDATE * self.gradients[index]
+            peak = max(peak, held + max(block.backward, update) + blocks[-1].output)
         if parts > 1:  # what the other parts left, or wait with: gradients, outputs and inputs
             given = self._block(samples, first - 1, False, False).output if first else 0.0
             peak += sum(self.gradients[first : last + 1]) + (parts - 1) * max(given, blocks[-1].output)
