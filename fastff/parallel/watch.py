@@ -133,9 +133,8 @@ def open_report(store, rank, size):
     try:
         store.wait([f"fastff/opened/{other}" for other in range(size)])
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # another process has done it; or this is Windows, which removes no open file
+        # Another process has done it; or this is Windows, which removes no open file.
+        with contextlib.suppress(OSError):
             path.unlink()
 
 
