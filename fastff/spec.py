@@ -374,8 +374,11 @@ class EpilogueGradients(NamedTuple):
 
     def of_parameters(self, epilogue):
         """The gradients of weight and bias in their dtypes, None where the Epilogue has none."""
-        pairs = ((epilogue.weight, self.weight), (epilogue.bias, self.bias))
-        return tuple(None if parameter is None else grad.to(parameter.dtype) for parameter, grad in pairs)
+        return _like(self.weight, epilogue.weight), _like(self.bias, epilogue.bias)
+
+
+def _like(grad, parameter):
+    return None if parameter is None else grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
 
 
 class Normalization(NamedTuple):

@@ -139,15 +139,16 @@ std::vector<Tensor> backward(const Backward& given) {
   return {grad_y, need_grad_h ? grad_h : absent(y), grad_weight, grad_bias};
 }
 
-// running [C], contiguous float32, moves by `momentum` towards the batch's mean and its unbiased variance.
-void update_running_statistics(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, double momentum,
-                               double count) {
+// running [C], contiguous float32, moves by `momentum` towards the batch's mean and its unbiased variance; tracked, of one int64, counts the batch.
+void update_running_statistics(Tensor running_mean, Tensor running_var, MaybeTensor tracked, Tensor mean, Tensor var,
+                               double momentum, double count) {
   const float m = static_cast<float>(momentum), unbiased = static_cast<float>(count / (count - 1));
   float *const to_mean = writable(running_mean), *const to_var = writable(running_var);
   for (int64_t c = 0; c < running_mean.size(0); ++c) {
     to_mean[c] += m * (floats(mean)[c] - to_mean[c]);
     to_var[c] += m * (floats(var)[c] * unbiased - to_var[c]);
   }
+  if (tracked) ++*static_cast<int64_t*>(tracked->mutable_data_ptr());
 }
 
 }  // namespace
@@ -159,8 +160,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
                                "(Tensor grad_y, Tensor grad_h, Tensor grad_weight, Tensor grad_bias)")
             .c_str());
   m.def(
-      "update_running_statistics_native(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
-      "float momentum, float count) "
+      "update_running_statistics_native(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? tracked, "
+      "Tensor mean, Tensor var, float momentum, float count) "
       "-> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) {

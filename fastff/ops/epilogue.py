@@ -43,26 +43,20 @@ def kernel(y):
     return None if found is torch_epilogue else found
 
 
-@torch.no_grad()
 def update_running_statistics(running_mean, running_var, tracked, mean, var, momentum, count):
     """Move running statistics [C] by `momentum` towards the batch's mean and variance, of which `var` is the biased one of `count` values, and
-    count the batch in `tracked`, a tensor of one int64, or None."""
-    # Like PyTorch's batch norm, unseen by autograd: a former call of the same module in this graph keeps its buffers for its backward pass.
-    running_mean, running_var = running_mean.data, running_var.data
+    count the batch in `tracked`, a tensor of one int64, or None.
+
+    As in PyTorch's batch norm, autograd does not see it: a former call of the same module in this graph keeps its buffers for its backward pass."""
     tensors = (running_mean, running_var, mean, var)
-    plain = not torch.compiler.is_compiling() and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-    if plain and triton.reason(mean) is None:
-        Lazy("fastff.kernels.triton.epilogue").update_running_statistics(
-            running_mean, running_var, tracked, mean, var, momentum, count
-        )
-        return
-    if tracked is not None:
-        tracked.add_(1)
-    if plain and mean.is_cpu and native.reason() == "":
-        native_epilogue.update_running_statistics(*tensors, momentum, count)
+    plain = all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors) and not torch.compiler.is_compiling()
+    if plain and (triton.INTERPRETED or not mean.is_cpu) and triton.reason(mean) is None:
+        run = Lazy("fastff.kernels.triton.epilogue").update_running_statistics
+    elif plain and mean.is_cpu and (tracked is None or tracked.dtype is torch.int64) and native.reason() == "":
+        run = native_epilogue.update_running_statistics
     else:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        run = torch_epilogue.update_running_statistics
+    run(running_mean, running_var, tracked, mean, var, momentum, count)
 
 
 def _forward(y, *arguments):

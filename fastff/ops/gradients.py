@@ -38,7 +38,8 @@ def add_gradient(parameter, grad):
     """Add grad to parameter.grad, or to those of what it was computed from (by a parametrization), where there is a parameter and it learns."""
     if parameter is None or grad is None or not parameter.requires_grad:
         return
-    grad = grad.to(parameter.dtype)
+    if grad.dtype != parameter.dtype:
+        grad = grad.to(parameter.dtype)
     if not parameter.is_leaf:
         parameter.backward(grad)
     else:

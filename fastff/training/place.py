@@ -8,7 +8,8 @@ from fastff.parallel.ranks import Ranks
 from fastff.parallel.reduce import Reduction, ShardedReduction
 from fastff.training.muon import Muon
 
-TOGETHER = 1 << 18  # bytes of gradients: blocks with fewer wait, and Muon updates them together
+# Bytes of gradients: blocks with fewer wait, and Muon updates them together. With 2^18, a step of a ResNet18 of width 16 (2.8 MB) took 6 % longer.
+TOGETHER = 1 << 22
 
 
 class Alone:

@@ -8,6 +8,8 @@ from fastff import spec
 from fastff.kernels.torch import epilogue as fallback
 from fastff.spec import EpilogueGradients
 
+ACTIVATIONS = {name: number for number, name in enumerate(spec.ACTIVATIONS)}
+
 
 def forward(y, epilogue, normalization=None, need_x=True, statistics=None):
     """Return x or None, the normalized x or None, mean, var; `statistics` (mean, var) where they are known already."""
@@ -36,11 +38,14 @@ def backward(
     return EpilogueGradients(grad_y, grad_residual if epilogue.wants_residual else None, grad_weight, grad_bias)
 
 
-def update_running_statistics(running_mean, running_var, mean, var, momentum, count):
-    """Move running statistics [C], contiguous float32, towards the batch's."""
-    torch.ops.fastff.update_running_statistics_native(running_mean, running_var, mean, var, momentum, count)
+def update_running_statistics(running_mean, running_var, tracked, mean, var, momentum, count):
+    """Move running statistics [C], contiguous float32, by `momentum` towards mean and var, the biased variance of `count` values; count the batch."""
+    torch.ops.fastff.update_running_statistics_native(running_mean, running_var, tracked, mean, var, momentum, count)
 
 
 def _fields(e):
-    weight, bias, residual = (None if t is None else t.float() for t in (e.weight, e.bias, e.residual))
-    return weight, bias, e.eps, residual, e.need_grad_residual, spec.ACTIVATIONS.index(e.activation)
+    return _float(e.weight), _float(e.bias), e.eps, _float(e.residual), e.need_grad_residual, ACTIVATIONS[e.activation]
+
+
+def _float(t):
+    return t if t is None or t.dtype is torch.float32 else t.float()

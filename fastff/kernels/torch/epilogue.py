@@ -46,6 +46,15 @@ def backward(
     )
 
 
+@torch.no_grad()
+def update_running_statistics(running_mean, running_var, tracked, mean, var, momentum, count):
+    """Move running statistics [C] by `momentum` towards mean and var, the biased variance of `count` values; count the batch."""
+    if tracked is not None:
+        tracked.add_(1)
+    running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.data.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
 def _before_activation(y, epilogue, statistics=None):
     """Return h = batch_norm(y) + residual, and the mean and the biased variance [C] of the batch."""
     wide = widened(y)
