@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import fastff
+from fastff.kernels.torch.muon import COEFFICIENTS, STEPS, orthogonalizers
 from fastff.training import Backprop, Trainer, optim
-from fastff.training.muon import COEFFICIENTS, STEPS, Muon, orthogonalizers, splits
+from fastff.training.muon import Muon, splits
 
 
 def plainly(matrix):

@@ -1,6 +1,6 @@
 """The ops: schema, plan (which algorithm, why), dispatch and autograd, one file per op. Users call fastff.functional."""
 
-from fastff.ops import convolution, depthwise, epilogue, goodness, group_goodness, step
+from fastff.ops import convolution, depthwise, epilogue, goodness, group_goodness, muon, step
 
 __all__ = ["TABLES", "step"]
 
@@ -12,4 +12,5 @@ TABLES = {
     "layer_norm": group_goodness.ROWS,
     "convolution": convolution.ROWS,
     "depthwise": depthwise.ROWS,
+    "muon": muon.ROWS,
 }

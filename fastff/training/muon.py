@@ -1,39 +1,13 @@
 """Muon: momentum whose updates of convolution weights are orthogonalised. The other parameters are updated by AdamW.
 
-A convolution's weight [D, C, k, k] is a matrix [D, C k k]. Its update is the momentum with all singular values pushed towards one, so that
-directions with small gradients are learned as fast as those with large ones. Matrices of many rows are taken in parts of up to ROWS rows, each for
-itself: the work grows with the square of the rows, and for the last convolutions of a ResNet18 of width 64 it would be as much as theirs. (With parts
-of 32 rows, in a run of benchmarks/plans.py, backpropagation learned two points less and local training half a point.) Sources:
-Jordan et al. 2024 (kellerjordan.github.io/posts/muon), and Liu et al. 2025 (arXiv 2502.16982) for the scale, by which an update is about as large
-as AdamW's.
+An update is the momentum with all singular values pushed towards one, so that directions with small gradients are learned as fast as those with large
+ones; for which matrices, and by which iteration: fastff/kernels/torch/muon.py. Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), and
+Liu et al. 2025 (arXiv 2502.16982) for the scale, by which an update is about as large as AdamW's.
 """
 
 import torch
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-STEPS = 5
-ROWS = 64
-
-
-def orthogonalizers(grams):
-    """Return matrices T [n, m, m] for Gram matrices A = X X^T [n, m, m] of matrices X: all singular values of T X are near one (0.7 to 1.2).
-
-    The iteration X <- (a + b A + c A^2) X, from X / |X| on, only ever multiplies X by polynomials in A from the left. So it is run on A, which is
-    small, and on all matrices with as many rows at once. X itself is multiplied once, which for a 3 x 3 convolution takes less than half the time."""
-    a, b, c = COEFFICIENTS
-    squares = grams.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-14
-    gram, product = grams / squares, None
-    for step in range(STEPS):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # without a on its diagonal
-        if product is None:
-            product = factor.clone()
-            product.diagonal(dim1=1, dim2=2).add_(a)
-        else:
-            product = torch.baddbmm(product, factor, product, beta=a)
-        if step + 1 < STEPS:
-            gram = torch.baddbmm(gram, factor, gram, beta=a)
-            gram = torch.baddbmm(gram, gram, factor, beta=a)
-    return product.div_(squares.sqrt())
+from fastff.ops import muon as ops
 
 
 def splits(parameters, heads):
@@ -50,12 +24,6 @@ def splits(parameters, heads):
         {"params": groups["rest"], "weight_decay": 0.0},
     ]
     return [group for group in made if group["params"]]
-
-
-def _matrices(p, other):
-    """A parameter [D, ...] and a tensor of its shape as [D, N], in the order in which the parameter lies in memory: of it itself a view."""
-    order = sorted(range(1, p.dim()), key=p.stride, reverse=True)
-    return p.permute(0, *order).view(len(p), -1), other.permute(0, *order).flatten(1)
 
 
 class Muon(torch.optim.Optimizer):
@@ -82,7 +50,7 @@ class Muon(torch.optim.Optimizer):
 
 @torch.no_grad()
 def step_together(optimizers):
-    """Take a step of each of these Muon optimisers. Matrices with as many rows are orthogonalised at once, whichever optimiser they belong to."""
+    """Take a step of each of these Muon optimisers, with parameters of like settings together, whichever optimiser they belong to."""
     alike = {}  # {settings of a group, device and dtype: ([parameter], [its state])}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -92,35 +60,12 @@ def step_together(optimizers):
                     params, states = alike.setdefault((*settings, p.device, p.dtype), ([], []))
                     params.append(p)
                     states.append(optimizer.state[p])
-    by_rows = {}  # {(rows or columns, whichever are fewer, device, dtype): [(matrix, its momentum, factors of the two, learning rate)]}
-    for (orthogonal, lr, momentum, weight_decay, betas, eps, *kind), (params, states) in alike.items():
+    for (orthogonal, lr, momentum, weight_decay, betas, eps, *_), (params, states) in alike.items():
         if orthogonal:
-            for weight, update, decay in _parts(params, states, lr, momentum, weight_decay):
-                if len(update) > update.shape[1]:
-                    weight, update = weight.mT, update.mT
-                by_rows.setdefault((len(update), *kind), []).append((weight, update, decay, lr))
+            momenta = _kept("momentum", params, states)
+            ops.update(params, [p.grad for p in params], momenta, lr, momentum, weight_decay)
         else:
             _adamw(params, states, lr, weight_decay, betas, eps)
-    for parts in by_rows.values():
-        products = orthogonalizers(torch.stack([update @ update.mT for _, update, *_ in parts]))
-        for (weight, update, decay, lr), product in zip(parts, products, strict=True):
-            if isinstance(lr, torch.Tensor):  # no factor that addmm_ takes
-                product, lr = product.mul_(lr), 1.0
-            weight.addmm_(product, update, beta=decay, alpha=-0.2 * lr * update.shape[1] ** 0.5)
-
-
-def _parts(params, states, lr, momentum, weight_decay):
-    """(part of a weight of up to ROWS rows, its momentum with Nesterov's look ahead, what the weight is multiplied by) of convolutions' weights."""
-    decay = 1 - lr * weight_decay
-    if isinstance(decay, torch.Tensor):
-        torch._foreach_mul_(params, decay)
-        decay = 1.0
-    averages, grads = _kept("momentum", params, states), [p.grad for p in params]
-    torch._foreach_lerp_(averages, grads, 1 - momentum)
-    for p, update in zip(params, torch._foreach_lerp(grads, averages, momentum), strict=True):
-        count = -(-len(p) // ROWS)
-        for part in zip(*(t.tensor_split(count) for t in _matrices(p, update)), strict=True):
-            yield *part, decay
 
 
 def _adamw(params, states, lr, weight_decay, betas, eps):

@@ -1,0 +1,128 @@
+// fastff::muon_native: a step of Muon for the weights of convolutions, float32 on the CPU. Formulas: fastff/kernels/torch/muon.py.
+//
+//   momentum += (1 - beta) (grad - momentum), u = grad + beta (momentum - grad)    reads both, writes the momentum
+//   A = u u^T (of the smaller side), T = the iteration's polynomial in A           in the cache
+//   weight = decay weight - rate T u                                               reads and writes the weight
+//
+// A task is a part of a weight: some of its rows, of which there are at most `rows`. Its u stays in the cache.
+
+#include <algorithm>
+#include <cmath>
+
+#include <torch/csrc/stable/library.h>
+
+#include "gemm.h"
+#include "tensors.h"
+
+namespace {
+
+constexpr int kSteps = 5;
+constexpr float kA = 3.4445f, kB = -4.7750f, kC = 2.0315f;
+constexpr int64_t kGroups = 16;  // of parts, as even as can be, whatever the number of threads
+
+struct Part {
+  float* weight;
+  const float* grad;
+  float* momentum;
+  int64_t rows, columns;
+
+  int64_t size() const { return rows * columns; }
+};
+
+// All parts, the largest first.
+std::vector<Part> parts_of(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+                           const std::vector<Tensor>& momenta, int64_t most) {
+  std::vector<Part> parts;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t rows = weights[i].size(0), columns = weights[i].numel() / std::max<int64_t>(1, rows);
+    const int64_t count = (rows + most - 1) / most;
+    for (int64_t part = 0, row = 0; part < count; ++part) {
+      const int64_t some = rows / count + (part < rows % count), at = row * columns;
+      parts.push_back({writable(weights[i]) + at, floats(grads[i]) + at, writable(momenta[i]) + at, some, columns});
+      row += some;
+    }
+  }
+  std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.size() > b.size(); });
+  return parts;
+}
+
+// t = a x + t, for n numbers.
+void add_scaled(float* __restrict t, float a, const float* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) t[i] += a * x[i];
+}
+
+// to = a x + y z for symmetric matrices [n, n] that commute.
+void multiply_add(int64_t n, float a, const float* x, const float* y, const float* z, float* to) {
+  gemm::multiply(n, n, n, y, n, 1, z, n, to, n);
+  add_scaled(to, a, x, n * n);
+}
+
+// The matrix `gram` [n, n] becomes scale T. `scratch` has room for four of its size.
+void orthogonalizer(int64_t n, float* gram, float* scratch, float scale) {
+  const int64_t size = n * n;
+  float *factor = scratch, *product = scratch + size, *next = scratch + 2 * size, *a = scratch + 3 * size;
+  float trace = 1e-14f;
+  for (int64_t i = 0; i < n; ++i) trace += gram[i * n + i];
+  for (int64_t i = 0; i < size; ++i) a[i] = gram[i] / trace;
+  for (int step = 0; step < kSteps; ++step) {
+    gemm::multiply(n, n, n, a, n, 1, a, n, factor, n);  // b A + c A^2, without a on its diagonal
+    for (int64_t i = 0; i < size; ++i) factor[i] = kB * a[i] + kC * factor[i];
+    if (step == 0) {
+      std::copy_n(factor, size, product);
+      for (int64_t i = 0; i < n; ++i) product[i * n + i] += kA;
+    } else {
+      multiply_add(n, kA, product, factor, product, next);
+      std::swap(product, next);
+    }
+    if (step + 1 == kSteps) break;
+    multiply_add(n, kA, a, factor, a, next);
+    multiply_add(n, kA, next, next, factor, a);
+  }
+  const float last = scale / std::sqrt(trace);
+  for (int64_t i = 0; i < size; ++i) gram[i] = last * product[i];
+}
+
+void update(const Part& part, float beta, float decay, float rate, Buffer<float>& u, Buffer<float>& square) {
+  const int64_t M = part.rows, N = part.columns, size = part.size(), n = std::min(M, N);
+  float *const to = u.data(), *const gram = square.data(), *const momentum = part.momentum;
+  for (int64_t i = 0; i < size; ++i) {
+    const float grad = part.grad[i], average = momentum[i] + (1 - beta) * (grad - momentum[i]);
+    momentum[i] = average;
+    to[i] = grad + beta * (average - grad);
+  }
+  if (M <= N)
+    gemm::dots(M, M, N, to, N, to, N, gram, M);
+  else
+    gemm::multiply(N, N, M, to, 1, N, to, N, gram, N);
+  orthogonalizer(n, gram, gram + n * n, -rate * std::sqrt(static_cast<float>(std::max(M, N))));
+  for (int64_t i = 0; i < size; ++i) part.weight[i] *= decay;
+  if (M <= N)
+    gemm::multiply(M, N, M, gram, M, 1, to, N, part.weight, N, true);
+  else
+    gemm::multiply(M, N, N, to, N, 1, gram, N, part.weight, N, true);
+}
+
+// All three of one dtype, shape and layout, in which rows of the matrix [D, N] lie behind each other.
+void muon_native(std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> momenta, int64_t rows,
+                 double beta, double decay, double rate) {
+  const std::vector<Part> parts = parts_of(weights, grads, momenta, rows);
+  if (parts.empty()) return;
+  int64_t side = 0;
+  for (const Part& part : parts) side = std::max(side, std::min(part.rows, part.columns));
+  const int64_t count = parts.size(), groups = std::min(kGroups, count);
+  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> u(parts[begin].size()), square(5 * side * side);
+    for (int64_t group = begin; group < end; ++group)
+      for (int64_t i = group; i < count; i += groups)
+        update(parts[i], static_cast<float>(beta), static_cast<float>(decay), static_cast<float>(rate), u, square);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastff, m) {
+  m.def(
+      "muon_native(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, int rows, float momentum, float decay, "
+      "float rate) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastff, CPU, m) { m.impl("muon_native", TORCH_BOX(&muon_native)); }
