@@ -10,7 +10,8 @@ from torch import nn
 
 from fastff.graph.fused import Convolution
 from fastff.kernels import native
-from fastff.ops.convolution import KERNEL, PYTORCH, ROWS, _has_kernel, convolve, way
+from fastff.ops.convolution import KERNEL, PYTORCH, ROWS, convolve, way
+from fastff.ops.table import kernel_for
 
 LAYOUTS_OF_A_BATCH = (torch.contiguous_format, torch.channels_last)
 RUNS = [
@@ -96,7 +97,7 @@ def test_the_kernel_takes_few_positions_in_each_layout(layouts):
     x, weight = torch.randn(8, 32, 4, 4), torch.randn(48, 32, 3, 3)
     x, weight = (t.contiguous(memory_format=layout) for t, layout in zip((x, weight), layouts, strict=True))
     weight.requires_grad_()
-    expected = KERNEL if _has_kernel("convolution", ROWS, x) else PYTORCH
+    expected = KERNEL if kernel_for("convolution", ROWS, x) else PYTORCH
     assert way(x, weight, 1, 1, 1) == expected
     contiguous = layouts[0] == torch.contiguous_format
     many = PYTORCH if contiguous or native.has_avx512() else expected

@@ -24,12 +24,21 @@ READS = {
 }
 
 
+def _weight_and_bias(module):
+    """What module.weight and module.bias are, without nn.Module's __getattr__, which is slow."""
+    own = module.__dict__["_parameters"]
+    try:
+        return own["weight"], own["bias"]
+    except KeyError:  # parametrized, or no parameter
+        return module.weight, module.bias
+
+
 def update_statistics(norm, mean, var, count):
     """Update the running statistics of a batch norm module from the batch's mean and biased variance [C] of `count` values."""
-    tracked = norm.num_batches_tracked
-    if norm.track_running_stats and norm.running_mean is not None:
+    running_mean, tracked = norm.running_mean, norm.num_batches_tracked
+    if norm.track_running_stats and running_mean is not None:
         rate = norm.momentum if norm.momentum is not None else 1 / (float(tracked) + 1)
-        epilogue_op.update_running_statistics(norm.running_mean, norm.running_var, tracked, mean, var, rate, count)
+        epilogue_op.update_running_statistics(running_mean, norm.running_var, tracked, mean, var, rate, count)
     elif norm.track_running_stats and tracked is not None:
         tracked.add_(1)
 
@@ -104,7 +113,7 @@ class Convolution(StandIn):
         return Convolution(module) if module.groups == 1 or depthwise else None
 
     def learned(self):
-        return self.convolution.weight, self.convolution.bias
+        return _weight_and_bias(self.convolution)
 
     def output_shape(self, x):
         stride, padding, _ = self.options
@@ -142,7 +151,7 @@ class Epilogue(StandIn):
         return " + ".join(["batch norm"] + ["residual"] * self.has_residual + activation)
 
     def learned(self):
-        return self.batch_norm.weight, self.batch_norm.bias
+        return _weight_and_bias(self.batch_norm)
 
     def ready(self):
         """Whether batch norm normalizes with the statistics of the batch, and updates running ones as `update_statistics` does."""
@@ -180,8 +189,7 @@ class Epilogue(StandIn):
 
     def description(self, residual=None, need_grad_residual=False):
         """The spec.Epilogue with this residual (or None)."""
-        norm = self.batch_norm
-        return spec.Epilogue(norm.weight, norm.bias, norm.eps, residual, need_grad_residual, self.activation)
+        return spec.Epilogue(*self.learned(), self.batch_norm.eps, residual, need_grad_residual, self.activation)
 
     def update(self, y, mean, var):
         """Update the running statistics from those of the batch."""

@@ -15,7 +15,7 @@ from fastff.kernels.native.depthwise import SIZES
 from fastff.kernels.torch.convolution import weight_gradient
 from fastff.ops import depthwise
 from fastff.ops import gradients as partial
-from fastff.ops.table import Implementation, always, choose, concerns, dispatched, register
+from fastff.ops.table import Implementation, always, choose, dispatched, kernel_for, register
 
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
 # With AVX-512 the compiled kernel is quicker than oneDNN's, which passes through the weights more often, at few positions of a minibatch (one thread
@@ -44,7 +44,7 @@ ROWS = [
 
 
 def _run(grad, x, kernel, stride, padding, impl):
-    if x.dim() != 4 or grad.dim() != 4 or len(x) != len(grad):
+    if x.dim() != 4 or grad.dim() != 4 or x.shape[0] != grad.shape[0]:
         raise ValueError(f"grad: expected [B, D, P, Q] for x [B, C, H, W], got {list(grad.shape)} and {list(x.shape)}")
     if grad.dtype != x.dtype:
         raise TypeError(f"grad: expected {x.dtype} as x is, got {grad.dtype}")
@@ -79,26 +79,21 @@ def way(x, weight, stride, padding, groups):
         return PYTORCH
     k, channels = weight.shape[2], x.shape[1]
     if groups > 1:
-        return KERNEL if k in SIZES and _has_kernel("depthwise", depthwise.ROWS, x) else PYTORCH
+        return KERNEL if k in SIZES and kernel_for("depthwise", depthwise.ROWS, x) else PYTORCH
     laid_out = is_channels_last(x)
     if channels == 1 or not (laid_out or x.is_contiguous()):
         return PYTORCH
-    if laid_out and k == 1 and stride == 1 and padding == 0 and x.numel() * len(weight) <= LARGEST_PRODUCT:
+    if laid_out and k == 1 and stride == 1 and padding == 0 and x.numel() * weight.shape[0] <= LARGEST_PRODUCT:
         return PRODUCT
-    if k == 1 or channels < FEWEST_CHANNELS or not _has_kernel("convolution", ROWS, x):
+    if k == 1 or channels < FEWEST_CHANNELS or not kernel_for("convolution", ROWS, x):
         return PYTORCH
     height, width = ((n + 2 * padding - k) // stride + 1 for n in x.shape[2:])
-    positions = len(x) * height * width
+    positions = x.shape[0] * height * width
     if laid_out:
         few = positions <= FEW_POSITIONS or weight.numel() >= MANY_WEIGHTS or not native.has_avx512()
     else:
         few = positions <= FEW_POSITIONS_CONTIGUOUS
     return KERNEL if few else PYTORCH
-
-
-def _has_kernel(op, rows, x):
-    """Return whether the op's table chooses something else than PyTorch's own."""
-    return concerns(rows) and choose(op, rows, "auto", x).name != "torch"
 
 
 def _weight_gradient(grad, x, kernel, stride, padding):
@@ -140,7 +135,9 @@ def gradients(grad, x, weight, stride, padding, groups, how, wanted):
         grad_bias, need_bias = grad.sum((0, 2, 3)), False
     if need_grad_x or need_weight or need_bias:
         pairs, mask = ([stride] * 2, [padding] * 2, [1, 1]), [need_grad_x, need_weight, need_bias]
-        found = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *pairs, False, [0, 0], groups, mask)
+        found = torch.ops.aten.convolution_backward(
+            grad, x, weight, [weight.shape[0]], *pairs, False, [0, 0], groups, mask
+        )
         grad_x, grad_weight, grad_bias = (
             a if b is None else b for a, b in zip((grad_x, grad_weight, grad_bias), found, strict=True)
         )

@@ -15,7 +15,7 @@ from fastff.kernels import native, triton
 from fastff.kernels.layout import empty_like
 from fastff.kernels.native import epilogue as native_epilogue
 from fastff.kernels.torch import epilogue as torch_epilogue
-from fastff.ops.table import Implementation, Lazy, always, choose, concerns, register
+from fastff.ops.table import Implementation, Lazy, always, choose, kernel_for, register
 
 ROWS = [
     Implementation(
@@ -39,8 +39,8 @@ def implementation(y):
 
 def kernel(y):
     """Return the implementation that "auto" chooses for y if it is a kernel of fastff, else None: PyTorch's operators are as fast then."""
-    found = choose("epilogue", ROWS, "auto", y).run if concerns(ROWS) else torch_epilogue
-    return None if found is torch_epilogue else found
+    row = kernel_for("epilogue", ROWS, y)
+    return None if row is None else row.run
 
 
 def update_running_statistics(running_mean, running_var, tracked, mean, var, momentum, count):

@@ -5,7 +5,7 @@ import torch
 from fastff.kernels import native
 from fastff.kernels.native import muon as native_muon
 from fastff.kernels.torch import muon as torch_muon
-from fastff.ops.table import Implementation, always, choose, concerns
+from fastff.ops.table import Implementation, always, kernel_for
 
 ROWS = [
     Implementation(
@@ -22,5 +22,5 @@ ROWS = [
 
 def update(params, *arguments):
     """Update weights of one device and dtype; the arguments are those of fastff.kernels.torch.muon.update."""
-    run = choose("muon", ROWS, "auto", params[0]).run if concerns(ROWS) else torch_muon
-    run.update(params, *arguments)
+    row = kernel_for("muon", ROWS, params[0])
+    (torch_muon if row is None else row.run).update(params, *arguments)

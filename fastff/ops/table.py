@@ -92,6 +92,14 @@ def concerns(rows):
     return wanted == ["auto"] or any(row.name in wanted for row in rows)
 
 
+def kernel_for(op, rows, x):
+    """The implementation that "auto" chooses for x, or None where that is PyTorch's own or FASTFF_IMPL names none of this op's."""
+    if "FASTFF_IMPL" in os.environ and not concerns(rows):
+        return None
+    row = choose(op, rows, "auto", x)
+    return None if row.name in ("torch", "reference") else row
+
+
 def dispatched(x, *others):
     """Return whether an op on these values must go through PyTorch's dispatcher, which costs about 0.1 ms.
 
