@@ -1,6 +1,7 @@
 """Measures the peak memory of a step: what it allocates in addition to what is allocated when it starts (parameters, optimizer state)."""
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -70,8 +71,9 @@ def _cuda_phases(step, device):
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    step(mark)
-    mark()
+    with _without_collecting():
+        step(mark)
+        mark()
     return found
 
 
@@ -80,7 +82,11 @@ def timeline(step):
 
     Returns: ([(ns, bytes allocated since the start)], which begins with (0, 0), and [(ns, name)] of the `record_function` ranges whose
     names begin with MARK, in the order of time)."""
-    with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with (
+        _quiet_stderr(),
+        _without_collecting(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
+    ):
         step()
     events = recorded.profiler.kineto_results.events()
     marks = sorted((event.start_ns(), event.name()) for event in events if event.name().startswith(MARK))
@@ -129,6 +135,18 @@ def by_block(trainer, images, target):
     start = min([time for time, _ in allocated[1:]] + [time for time, _ in visits])
     curve = [(max(0, time - start), value / 2**20) for time, value in allocated]
     return curve, [(time - start, index) for time, index in visits]
+
+
+@contextlib.contextmanager
+def _without_collecting():
+    """Keep Python's garbage collector from freeing, in the middle of a step, tensors from before it: the step would seem to need so much less."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

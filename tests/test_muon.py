@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 import fastff
+from fastff.kernels import native
+from fastff.kernels.native import muon as native_muon
+from fastff.kernels.torch import muon as torch_muon
 from fastff.kernels.torch.muon import COEFFICIENTS, STEPS, orthogonalizers
 from fastff.training import Backprop, Trainer, optim
 from fastff.training.muon import Muon, splits
@@ -105,6 +108,26 @@ def test_wide_weights_are_taken_in_parts_whatever_their_layout(layout):
         part = before.flatten(1)[rows : rows + 60]
         expected[rows : rows + 60] -= 0.1 * 0.2 * 60**0.5 * plainly(part)
     torch.testing.assert_close(p.detach().flatten(1), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(bool(native.reason()), reason=native.reason() or "available")
+@pytest.mark.parametrize(
+    "shape", [(300, 4, 3, 3), (130, 5, 1, 1), (7, 70, 1, 1), (2, 2, 1, 1), (65, 64, 3, 3), (3, 4, 2, 2, 2)]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_compiled_update_is_that_of_float64(shape, layout):
+    """Weights, momenta and gradients in several layouts, some of which PyTorch's operators take; two steps, since the first has no momentum."""
+    if layout == torch.channels_last and len(shape) == 5:
+        layout = torch.channels_last_3d
+    torch.manual_seed(0)
+    weight = torch.randn(shape).contiguous(memory_format=layout)
+    exact, average, ours = weight.double(), torch.zeros(shape, dtype=torch.float64), torch.zeros_like(weight)
+    for _ in range(2):
+        grad = torch.randn(shape)
+        native_muon.update([weight], [grad], [ours], 0.1, 0.9, 0.5)
+        torch_muon.update([exact], [grad.double()], [average], 0.1, 0.9, 0.5)
+    torch.testing.assert_close(ours.double(), average, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weight.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_a_recorded_step_reads_the_rate_from_a_tensor():

@@ -6,10 +6,10 @@
 //
 // A task is a part of a weight: some of its rows, of which there are at most `rows`. Its u stays in the cache.
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <cmath>
-
-#include <torch/csrc/stable/library.h>
 
 #include "gemm.h"
 #include "tensors.h"
