@@ -46,15 +46,18 @@ std::vector<Part> parts_of(const std::vector<Tensor>& weights, const std::vector
   return parts;
 }
 
-// t = a x + t, for n numbers.
-void add_scaled(float* __restrict t, float a, const float* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) t[i] += a * x[i];
+// What lies below the diagonal of a symmetric matrix [n, n], from what lies above.
+void mirror(int64_t n, float* matrix) {
+  for (int64_t i = 1; i < n; ++i)
+    for (int64_t j = 0; j < i; ++j) matrix[i * n + j] = matrix[j * n + i];
 }
 
-// to = a x + y z for symmetric matrices [n, n] that commute.
-void multiply_add(int64_t n, float a, const float* x, const float* y, const float* z, float* to) {
-  gemm::multiply(n, n, n, y, n, 1, z, n, to, n);
-  add_scaled(to, a, x, n * n);
+// to = a x + b y z for symmetric matrices [n, n] of which y and z commute.
+void multiply_add(int64_t n, float a, const float* x, float b, const float* y, const float* z, float* to) {
+  gemm::multiply(n, n, n, y, n, 1, z, n, to, n, false, true);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = i; j < n; ++j) to[i * n + j] = a * x[i * n + j] + b * to[i * n + j];
+  mirror(n, to);
 }
 
 // The matrix `gram` [n, n] becomes scale T. `scratch` has room for four of its size.
@@ -65,18 +68,17 @@ void orthogonalizer(int64_t n, float* gram, float* scratch, float scale) {
   for (int64_t i = 0; i < n; ++i) trace += gram[i * n + i];
   for (int64_t i = 0; i < size; ++i) a[i] = gram[i] / trace;
   for (int step = 0; step < kSteps; ++step) {
-    gemm::multiply(n, n, n, a, n, 1, a, n, factor, n);  // b A + c A^2, without a on its diagonal
-    for (int64_t i = 0; i < size; ++i) factor[i] = kB * a[i] + kC * factor[i];
+    multiply_add(n, kB, a, kC, a, a, factor);  // without a on its diagonal
     if (step == 0) {
       std::copy_n(factor, size, product);
       for (int64_t i = 0; i < n; ++i) product[i * n + i] += kA;
     } else {
-      multiply_add(n, kA, product, factor, product, next);
+      multiply_add(n, kA, product, 1, factor, product, next);
       std::swap(product, next);
     }
     if (step + 1 == kSteps) break;
-    multiply_add(n, kA, a, factor, a, next);
-    multiply_add(n, kA, next, next, factor, a);
+    multiply_add(n, kA, a, 1, factor, a, next);
+    multiply_add(n, kA, next, 1, next, factor, a);
   }
   const float last = scale / std::sqrt(trace);
   for (int64_t i = 0; i < size; ++i) gram[i] = last * product[i];
@@ -91,9 +93,10 @@ void update(const Part& part, float beta, float decay, float rate, Buffer<float>
     to[i] = grad + beta * (average - grad);
   }
   if (M <= N)
-    gemm::dots(M, M, N, to, N, to, N, gram, M);
+    gemm::dots(M, M, N, to, N, to, N, gram, M, true);
   else
-    gemm::multiply(N, N, M, to, 1, N, to, N, gram, N);
+    gemm::multiply(N, N, M, to, 1, N, to, N, gram, N, false, true);
+  mirror(n, gram);
   orthogonalizer(n, gram, gram + n * n, -rate * std::sqrt(static_cast<float>(std::max(M, N))));
   for (int64_t i = 0; i < size; ++i) part.weight[i] *= decay;
   if (M <= N)
