@@ -22,6 +22,7 @@ TABLES = {
     "epilogue": of("epilogue"),
     "depthwise": of("depthwise"),
     "convolution": of("convolution"),
+    "muon": of("muon"),
     "layer-norm": of("layer_norm"),
     "group-goodness": of("group_goodness"),
     "roofline": of("roofline"),
