@@ -154,7 +154,8 @@ class Launch:
             share, parts = shares(self.B, 2 * self.processors // tiles, times=4)
             self.weights = self.new(parts, K * C + K)
             head_second_moment[tiles, parts](
-                self.head, self.scratch, self.weights, self.B, share, constants(self.config._replace(BK=b.HK)), num_warps=b.head_warps
+                self.head, self.scratch, self.weights, self.B, share, constants(self.config._replace(BK=b.HK)),
+                **blocks.options(b._replace(warps=b.head_warps)),
             )  # fmt: skip
         term, sums, hidden = self.grid, self.sums, self.grid and self.grid.weights
         computed = term and term.grad_weight  # by cuBLAS
