@@ -44,7 +44,7 @@ def refusal(algorithm, C, K, itemsize, epilogue=False, arch=90):
     """Why the kernels do not take a step by this algorithm, or None: the plan (ops/plan.py), `table` and `goodness.reason` all ask here.
 
     Direct: g, d, a row of a and a column of dL/dW for each class are in registers; where C is large, W, which does not stay on chip then, would be
-    read too often, and x again for each piece of channels. Second moment: S [C, C] is in registers, in float32 beside the operands of its products."""
+    read too often, and x again for each piece of channels. Second moment: S [C, C] is in registers, in float32 beside operands."""
     if algorithm == "second_moment":
         most = 128 if SHARED[arch] >= 128 and itemsize == 2 else 64
         why = f"with {SHARED[arch]} KiB of shared memory" if itemsize == 2 else "in float32"
