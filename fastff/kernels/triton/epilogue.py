@@ -246,11 +246,13 @@ def added_up(partial, parts, columns, e, SIZE: tl.constexpr, PARTS: tl.constexpr
 
 
 @triton.jit
-def norm_gradients(partial, parts, statistics, c, C, SIZE: tl.constexpr):
-    """Gradients of a batch norm's bias and weight, of the channels c [SIZE], from partial [parts, 2, C]: sums of dL/dh and of dL/dh (x - mean)."""
+def norm_gradients(partial, parts, statistics, c, C, n, SIZE: tl.constexpr):
+    """Of a batch norm of n values and the channels c [SIZE], from partial [parts, 2, C], the sums of dL/dh and of dL/dh (x - mean): the gradients of
+    its bias and weight, and the means of dL/dh and of dL/dh (x - mean) / var."""
     first = added_up(partial, parts, 2 * C, c, SIZE, PARTS)
     rstd = tl.load(statistics + 4 * C + c, mask=c < C, other=0.0)
-    return first, added_up(partial, parts, 2 * C, c + C, SIZE, PARTS) * rstd
+    second = added_up(partial, parts, 2 * C, c + C, SIZE, PARTS) * rstd
+    return first, second, first / n, second * rstd / n
 
 
 Finish = namedtuple("Finish", "y grad_h grad_y statistics")
@@ -264,13 +266,12 @@ def finish_share(program, tensors: Finish, partial, parts, grads, positions, til
     blocks: tl.constexpr = (tile.C + tile.BC - 1) // tile.BC
     c = program % blocks * tile.BC + tl.arange(0, tile.BC)
     has_c = c < tile.C
-    first, second = norm_gradients(partial, parts, tensors.statistics, c, tile.C, tile.BC)
-    if program < blocks:
-        store_pair(grads, 0, first, second, c, tile.C)
     n = positions.to(tl.float32)
+    bias, weight, first, second = norm_gradients(partial, parts, tensors.statistics, c, tile.C, n, tile.BC)
+    if program < blocks:
+        store_pair(grads, 0, bias, weight, c, tile.C)
     mean = tl.load(tensors.statistics + c, mask=has_c, other=0.0)
     scale = tl.load(tensors.statistics + tile.C + c, mask=has_c, other=0.0)
-    first, second = first / n, second * tl.load(tensors.statistics + 4 * tile.C + c, mask=has_c, other=0.0) / n
     start = (program // blocks).to(tl.int64) * tiles * tile.R
     end = tl.minimum(start + tiles * tile.R, positions)
     for r0 in range(0, tiles * tile.R, tile.R):

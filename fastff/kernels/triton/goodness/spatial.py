@@ -28,7 +28,7 @@ MOST_BYTES = 2**21  # of V that each of its programs reads twice, in about 40 us
 
 Hidden = namedtuple("Hidden", "a grad sums grads")
 """What is made of a hidden layer beside its statistics: a and the gradient of what ReLU is applied to, [B, M, cells]; sums [programs, 2, M] of this
-gradient and of its product with z - mean; grads [4, M]: those of batch norm's bias and weight, and both divided by the number of values."""
+gradient and of its product with z - mean; grads [4, M] (epilogue.norm_gradients)."""
 
 
 @triton.jit
@@ -131,7 +131,6 @@ def before_norm(scratch: Scratch, norm: Norm, layer: Hidden, first, m, B, config
         off = (
             tl.load(scratch.z + at, mask=mask, other=0.0) - tl.load(norm.statistics + m, mask=known, other=0.0)[:, None]
         )
-        off *= tl.load(norm.statistics + 4 * config.M + m, mask=known, other=0.0)[:, None]
         grad -= tl.load(layer.grads + 2 * config.M + m, mask=known, other=0.0)[:, None]
         grad -= off * tl.load(layer.grads + 3 * config.M + m, mask=known, other=0.0)[:, None]
     scale = tl.load(norm.statistics + config.M + m, mask=known, other=0.0)
@@ -145,9 +144,9 @@ def hidden_gradient(head: Head, scratch: Scratch, norm: Norm, layer: Hidden, wei
     count = B.to(tl.float32) * (config.GH * config.GW)
     for m0 in range(0, config.M, CHANNELS):
         m = m0 + tl.arange(0, CHANNELS)
-        first, second = norm_gradients(layer.sums, parts, norm.statistics, m, config.M, CHANNELS)
-        store_pair(layer.grads, 0, first, second, m, config.M)
-        store_pair(layer.grads, 1, first / count, second / count, m, config.M)
+        bias, weight, first, second = norm_gradients(layer.sums, parts, norm.statistics, m, config.M, count, CHANNELS)
+        store_pair(layer.grads, 0, bias, weight, m, config.M)
+        store_pair(layer.grads, 1, first, second, m, config.M)
     tl.debug_barrier()
     c = tl.program_id(1) * config.BC + tl.arange(0, config.BC)
     groups = tl.cdiv(B, config.NS)
@@ -244,7 +243,7 @@ class SpatialTerm:
         _, programs = shares(groups, 2 * launch.processors // pieces, times=4)
         self.weights = launch.new(programs, M * C)
         hidden_gradient[programs, pieces](
-            launch.head, launch.scratch, self.norm, self.layer, self.weights, launch.B, self.programs, constants(config), num_warps=4
+            launch.head, launch.scratch, self.norm, self.layer, self.weights, launch.B, self.programs, constants(config), num_warps=8
         )  # fmt: skip
 
     def padded(self, grad):
