@@ -37,18 +37,18 @@ def step_of(kind, granularity, optimizer=None, micro_batches=1, **options):
 PAPER = {"grid": 0, "window": 1}
 # Today's numbers, by granularity and optimizer, of the settings of the paper and ("auto") of the defaults. Lower them with every launch that goes.
 MOST = {
-    ("block", "adamw"): 193, ("layer", "adamw"): 225, ("auto", "adamw"): 381, ("block", "muon"): 391, ("auto", "muon"): 598
+    ("block", "adamw"): 175, ("layer", "adamw"): 191, ("auto", "adamw"): 353, ("block", "muon"): 373, ("auto", "muon"): 570
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("granularity", "optimizer"), MOST)
 def test_launches_of_a_resnet18_step(granularity, optimizer):
     launches = step_of(Trainer, granularity, getattr(optim, optimizer)(), **({} if granularity == "auto" else PAPER))
-    assert launches.kernels > 50  # the kernels of fastff are what runs
+    assert launches.kernels > 30  # the kernels of fastff are what runs
     assert launches.total <= MOST[granularity, optimizer], launches.count.most_common()
 
 
-TWO_MICRO_BATCHES = 463
+TWO_MICRO_BATCHES = 409
 
 
 def test_launches_of_two_micro_batches():
@@ -57,6 +57,7 @@ def test_launches_of_two_micro_batches():
     assert launches.total <= TWO_MICRO_BATCHES, launches.count.most_common()
     assert launches.count["triton direct"] == 2 * 9
     assert launches.count["_fused_adamw_"] == 20
+    assert launches.count["full"] == 0  # the shares of micro-batches are kept from step to step
 
 
 def test_the_page_has_these_numbers():
@@ -89,7 +90,7 @@ def head_step(
     return launches
 
 
-BEFORE, AFTER = ["channel_sums", "finalize"], ["finish"]  # of an epilogue
+EPILOGUE = ["channel_sums"]  # the sweep and the reduction do the rest
 HEAD_OF_SECOND_MOMENT = ["head_second_moment", "reduce"]
 HIDDEN_LAYER = ["spatial", "hidden_gradient"]
 
@@ -100,16 +101,16 @@ HIDDEN_LAYER = ["spatial", "hidden_gradient"]
         ({}, ["direct", "reduce"]),
         ({"grid": 2}, ["direct", "reduce"]),
         ({"algorithm": "second_moment"}, ["second_moment", *HEAD_OF_SECOND_MOMENT]),
-        ({"epilogue": True}, [*BEFORE, "direct", "reduce", *AFTER]),
+        ({"epilogue": True}, [*EPILOGUE, "direct", "reduce"]),
         ({"loss": "symba"}, ["direct", "loss_kernel", "direct", "reduce"]),
-        ({"grid": 2, "epilogue": True, "dtype": torch.bfloat16}, [*BEFORE, "direct", "reduce", *AFTER]),
-        ({"grid": 2, "epilogue": True}, [*BEFORE, "direct", "spatial", "direct", "reduce", *AFTER]),
+        ({"grid": 2, "epilogue": True, "dtype": torch.bfloat16}, [*EPILOGUE, "direct", "reduce"]),
+        ({"grid": 2, "epilogue": True}, [*EPILOGUE, "direct", "spatial", "direct", "reduce"]),
         (
             {"grid": 2, "algorithm": "second_moment"},
             ["second_moment", "spatial", "second_moment", *HEAD_OF_SECOND_MOMENT],
         ),
         ({"grid": 2, "hidden": 8}, ["direct", *HIDDEN_LAYER, "direct", "reduce"]),
-        ({"grid": 2, "hidden": 8, "epilogue": True}, [*BEFORE, "direct", *HIDDEN_LAYER, "direct", "reduce", *AFTER]),
+        ({"grid": 2, "hidden": 8, "epilogue": True}, [*EPILOGUE, "direct", *HIDDEN_LAYER, "direct", "reduce"]),
         (
             {"grid": 2, "hidden": 8, "algorithm": "second_moment"},
             ["second_moment", *HIDDEN_LAYER, "second_moment", *HEAD_OF_SECOND_MOMENT],
@@ -125,8 +126,8 @@ def test_launches_of_a_head(how, expected):
 @pytest.mark.parametrize(
     ("how", "launches"),
     [
-        ({}, 5), ({"epilogue": True}, 8), ({"algorithm": "second_moment"}, 7), ({"grid": 2}, 5), ({"grid": 2, "hidden": 8}, 7),
-        ({"grid": 2, "hidden": 8, "epilogue": True}, 10),
+        ({}, 5), ({"epilogue": True}, 6), ({"algorithm": "second_moment"}, 7), ({"grid": 2}, 5), ({"grid": 2, "hidden": 8}, 7),
+        ({"grid": 2, "hidden": 8, "epilogue": True}, 8),
     ],
 )  # fmt: skip
 def test_launches_of_few_samples(how, launches):
@@ -155,11 +156,11 @@ def test_a_grid_behind_an_epilogue_is_one_sweep_where_registers_hold_it(arch):
 )
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_launches_of_a_grid_whose_products_are_those_of_cublas(how, hidden):
-    """Two sweeps, the loss and the reduction, three products, and three launches more of a hidden layer, three of an epilogue."""
+    """Two sweeps, the loss and the reduction, three products, and three launches more of a hidden layer, one of an epilogue."""
     launches = head_step(grid=2, hidden=hidden, **how)
     assert launches.count["addmm_"] == launches.count["triton loss_kernel"] == 1
     assert launches.count["mm"] == 2
-    more = (how.get("algorithm") == "second_moment") + 3 * bool(hidden) + 3 * how.get("epilogue", False)
+    more = (how.get("algorithm") == "second_moment") + 3 * bool(hidden) + how.get("epilogue", False)
     assert launches.total <= 7 + more, launches.count
 
 
@@ -261,7 +262,7 @@ def test_products_of_many_classes(arch, K, products, monkeypatch):
     with as_on_a_gpu(FEW) as launches, launches:
         ops_step.run(step)
     assert (launches.count["triton direct"] == 0) == products
-    assert launches.count["triton finalize"] == 1
+    assert launches.count["triton channel_sums"] == 1
 
 
 def test_gpus_of_amd_are_refused_with_the_reason(monkeypatch):

@@ -141,16 +141,17 @@ MORE = [
 
 
 def of_all_shapes():
-    """A case for each size of tile that a step at any of SHAPES has on any architecture, by the algorithms that take it."""
+    """A case for each size of tile that a step at any of SHAPES has on any architecture, by the algorithms that take it; behind an epilogue too."""
     from fastff.kernels.triton import blocks
 
     found = {}
-    for arch, (dtype, itemsize), (B, C, H, K), algorithm in itertools.product(
-        SHARED, (("bf16", 2), ("fp16", 2), ("fp32", 4)), SHAPES, ("direct", "second_moment")
+    types = ("bf16", 2, ()), ("fp16", 2, ()), ("fp32", 4, ()), ("bf16", 2, (0, "silu")), ("fp32", 4, (0, "silu"))
+    for arch, (dtype, itemsize, around), (B, C, H, K), algorithm in itertools.product(
+        SHARED, types, SHAPES, ("direct", "second_moment")
     ):
-        if sizes := blocks.table(algorithm, B, C, H * H, K, 0, itemsize, arch=arch):
-            padded = blocks.power_of_2(C) > C
-            found.setdefault((arch, dtype, algorithm, padded, sizes), (arch, dtype, algorithm, C, H * H, K))
+        if sizes := blocks.table(algorithm, B, C, H * H, K, 0, itemsize, bool(around), arch):
+            key = arch, dtype, algorithm, blocks.power_of_2(C) > C, sizes, around
+            found.setdefault(key, (arch, dtype, algorithm, C, H * H, K, *around))
     return list(found.values())
 
 

@@ -63,6 +63,7 @@ class LocalStep:
     def __init__(self, blocks, micro_batches, autocast, scalers, place, classifier=None):
         self.blocks, self.micro_batches = blocks, micro_batches
         self.autocast, self.scalers, self.place, self.classifier = autocast, scalers, place, classifier
+        self.scales = {}  # tensors of `_grad_scale`
 
     def run(self, segments, images, target):
         """(losses [L], right answers [L], samples) of a minibatch; None for both tensors on ranks that get theirs from another.
@@ -185,8 +186,10 @@ class LocalStep:
         scaler, weight = self.scalers[index], part.share * self.weight
         if weight == 1 and scaler is None:
             return None
-        scale = torch.full((), weight, device=self.zero.device, dtype=self.zero.dtype)
-        return scale if scaler is None else scaler.scale(scale)
+        key = weight, self.zero.device, self.zero.dtype
+        if key not in self.scales:  # a launch, and a tensor that a recorded step reads
+            self.scales[key] = torch.full((), weight, device=self.zero.device, dtype=self.zero.dtype)
+        return self.scales[key] if scaler is None else scaler.scale(self.scales[key])
 
     def _back(self, route, segment, waiting, update):
         """Carry a loss's gradient back through its segment. Blocks that no later loss trains get their parameters' gradients, and are done."""

@@ -44,9 +44,10 @@ def refusal(algorithm, C, K, itemsize, epilogue=False, arch=90):
     """Why the kernels do not take a step by this algorithm, or None: the plan (ops/plan.py), `table` and `goodness.reason` all ask here.
 
     Direct: g, d, a row of a and a column of dL/dW for each class are in registers; where C is large, W, which does not stay on chip then, would be
-    read too often, and x again for each piece of channels. Second moment: S [C, C] is in registers."""
+    read too often, and x again for each piece of channels. Second moment: S [C, C] is in registers, in float32 beside operands."""
     if algorithm == "second_moment":
-        most, why = (128 if SHARED[arch] >= 128 else 64), f"with {SHARED[arch]} KiB of shared memory"
+        most = 128 if SHARED[arch] >= 128 and itemsize == 2 else 64
+        why = f"with {SHARED[arch]} KiB of shared memory" if itemsize == 2 else "in float32"
     elif algorithm == "direct":
         most, why = 1024, "which it reads again in pieces"
     else:
@@ -76,9 +77,10 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
         return None
     if algorithm == "second_moment":
         warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
-        positions = (64 if narrow and not cells else 32) // (2 if epilogue else 1)
-        HK = min(128 if BC <= 64 else 64, max(16, power_of_2(K)))
-        return Blocks(1, min(max(16, most), positions), BC, 16 if BC > 64 else 32, BG, warps, 3, HK, 8)
+        positions = (64 if narrow and not cells else 32) // ((4 if BC > 64 else 2) if epilogue else 1)
+        HK = min(128 if BC <= 64 and narrow else 64, max(16, power_of_2(K)))
+        BP = max(16, min(most, positions))
+        return Blocks(1, BP, BC, 16 if BC > 64 else 32, BG, warps, 3 if narrow else 2, HK, 8)
     BK = max(16, power_of_2(K))
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)

@@ -3,12 +3,12 @@
     channel_sums   partial sums of each channel by program                                                    reads y
     finalize       mean and variance, joined in a fixed order, and what batch norm makes of them
     apply          x                                                                                         reads y, residual; writes x
-    derive         dL/dh and its two sums by channel, h before the activation                  reads y, residual, dL/dx; writes dL/dh
-    add_up         the two sums of all programs, and the gradients of batch norm's parameters
+    derive         dL/dh and its two sums by channel and program, h before the activation      reads y, residual, dL/dx; writes dL/dh
     finish         dL/dy = scale (dL/dh - mean(dL/dh) - (y - mean) mean(dL/dh (y - mean)) / var)             reads y, dL/dh; writes dL/dy
 
-The goodness kernels (goodness/) make x of every tile that they load and never write it; dL/dh and its sums leave with their second sweep, and
-their reduction adds these up (store_norm_sums), so only channel_sums, finalize and finish run beside them.
+The goodness kernels (goodness/) make x of every tile that they load and never write it. Each program of their first sweep does at its begin what
+`finalize` does. dL/dh and its sums leave with their second sweep, and their reduction does what `finish` does. So only channel_sums runs beside them.
+A program that adds up what others have left reads about a quarter of a megabyte from L2 for it, in the time of a launch.
 
 Formulas: fastff/reference.py. Never run on a GPU yet: interpreted and compiled ahead of time only (tests/test_triton.py).
 """
@@ -30,8 +30,8 @@ RELU, RELU6, HARDSWISH, SILU, GELU = (
     tl.constexpr(spec.ACTIVATIONS.index(name)) for name in ("relu", "relu6", "hardswish", "silu", "gelu")
 )
 
-POSITIONS = 64  # of a tile
-FEW_CHANNELS, PARTS = 16, 128  # channels of a program that adds up what others have left, and how many of those at once
+POSITIONS, LEAST = 64, 256  # of a tile, and of a program that takes several
+CHANNELS, PARTS = tl.constexpr(32), tl.constexpr(128)  # of sums that others have left: what a program adds up at a time
 
 
 Source = namedtuple("Source", "x residual affine")
@@ -40,8 +40,11 @@ Source = namedtuple("Source", "x residual affine")
 affine [3, C] = mean, scale, shift; residual (or None) has the strides of x."""
 
 
-Known = namedtuple("Known", "mean var")
-"""Mean and variance [C] in float32, or None."""
+Norm = namedtuple("Norm", "weight bias mean var eps partial statistics")
+"""A batch norm: weight, bias and known mean and var [C] (or None), eps; where mean is None, partial [parts, 2, C] of the values that are normalized:
+their sums and squares about the mean by program; statistics [5, C]: mean, scale, shift, variance and 1 / deviation (`store_statistics`)."""
+
+NO_NORM = Norm(None, None, None, None, 0.0, None, None)
 
 
 Tile = namedtuple("Tile", "ACTIVATION LAST C P R BC")
@@ -140,10 +143,9 @@ def tile_at(start, end, c, tile: Tile):
 
 @triton.jit(do_not_specialize=["positions", "tiles"])
 def channel_sums(x, partial, positions, tiles, tile: Tile):
-    """Program (i, j): sum of x - x[first position] and squares about the mean of the j-th `tiles` tiles of R positions; [parts, 2, C]."""
+    """Program (i, j): sum of x and squares about the mean of the j-th `tiles` tiles of R positions; [parts, 2, C]."""
     part = tl.program_id(1)
     c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
-    pivot = first_position(x, c, tile)
     total = tl.zeros([tile.BC, tile.R], tl.float32)
     square = tl.zeros([tile.BC, tile.R], tl.float32)
     start = part.to(tl.int64) * tiles * tile.R
@@ -151,68 +153,70 @@ def channel_sums(x, partial, positions, tiles, tile: Tile):
     for r0 in range(0, tiles * tile.R, tile.R):
         at, mask = tile_at(start + r0, end, c, tile)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        off = tl.where(mask, value - pivot[:, None], 0.0)
-        square += tl.where(mask, between(total, r0 / tile.R, off, 1.0), 0.0)
-        total += off
+        square += tl.where(mask, between(total, r0 / tile.R, value, 1.0), 0.0)
+        total += value
     own = end - start
     whole, squares = joined(total, square, lane_counts(own, tl.arange(0, tile.R), tile.R)[None, :], own)
     store_pair(partial, part, whole, squares, c, tile.C)
 
 
 @triton.jit
-def first_position(x, c, tile: Tile):
-    """x of the channels c at the first position, the point from which their sums are counted."""
-    at = c if tile.LAST else c * tile.P
-    return tl.load(x + at, mask=c < tile.C, other=0.0).to(tl.float32)
+def store_statistics(norm: Norm, c, C, parts, share, n):
+    """Write columns c [CHANNELS] of norm.statistics, of n values of each channel of which every program had `share`."""
+    has_c = c < C
+    if norm.mean is None:
+        whole, square = joined_programs(norm.partial, c, C, 2 * C, parts, n, share, PARTS, CHANNELS)
+        mean, var = whole / n, square / n
+    else:
+        mean = tl.load(norm.mean + c, mask=has_c, other=0.0).to(tl.float32)
+        var = tl.load(norm.var + c, mask=has_c, other=0.0).to(tl.float32)
+    rstd = 1 / tl.sqrt(var + norm.eps)
+    scale, shift = rstd, tl.zeros_like(mean)
+    if norm.weight is not None:
+        scale *= tl.load(norm.weight + c, mask=has_c, other=0.0).to(tl.float32)
+    if norm.bias is not None:
+        shift = tl.load(norm.bias + c, mask=has_c, other=0.0).to(tl.float32)
+    store_pair(norm.statistics, 0, mean, scale, c, C)
+    store_pair(norm.statistics, 1, shift, var, c, C)
+    tl.store(norm.statistics + 4 * C + c, rstd, mask=has_c)
 
 
 @triton.jit
-def store_statistics(statistics, mean, var, weight, bias, eps, c, C):
-    """Write the columns c of statistics [5, C]: mean, scale, shift, variance and 1 / deviation of a batch norm."""
-    has_c = c < C
-    own = statistics + c
-    tl.store(own, mean, mask=has_c)
-    tl.store(own + 3 * C, var, mask=has_c)
-    rstd = 1 / tl.sqrt(var + eps)
-    scale = rstd
-    if weight is not None:
-        scale *= tl.load(weight + c, mask=has_c, other=0.0).to(tl.float32)
-    shift = tl.zeros_like(mean)
-    if bias is not None:
-        shift = tl.load(bias + c, mask=has_c, other=0.0).to(tl.float32)
-    tl.store(own + C, scale, mask=has_c)
-    tl.store(own + 2 * C, shift, mask=has_c)
-    tl.store(own + 4 * C, rstd, mask=has_c)
+def store_all_statistics(norm: Norm, C, parts, share, n):
+    """Write norm.statistics: every program does, all of them the same, and reads what it wrote."""
+    for c0 in range(0, C, CHANNELS):
+        store_statistics(norm, c0 + tl.arange(0, CHANNELS), C, parts, share, n)
+    tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["positions", "share", "parts", "eps"])
-def finalize(
-    x, partial, known: Known, weight, bias, statistics, positions, share, parts, eps, tile: Tile, PARTS: tl.constexpr
-):  # fmt: skip
-    """statistics [5, C] (store_statistics) of BC channels, from the sums of programs or what is known."""
-    c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
-    has_c = c < tile.C
-    if partial is None:
-        mean = tl.load(known.mean + c, mask=has_c, other=0.0)
-        var = tl.load(known.var + c, mask=has_c, other=0.0)
-    else:
-        whole, square = joined_programs(partial, c, tile.C, 2 * tile.C, parts, positions, share, PARTS, tile.BC)
-        mean = first_position(x, c, tile) + whole / positions
-        var = square / positions
-    store_statistics(statistics, mean, var, weight, bias, eps, c, tile.C)
+@triton.jit
+def store_known_statistics(norm: Norm, c0, tile: Tile):
+    """The same of BC channels from c0 on, if their mean and variance are known: it takes no sum, and so no launch before this one."""
+    if norm.mean is not None:
+        for i in range(0, tile.BC, CHANNELS):
+            store_statistics(norm, c0 + i + tl.arange(0, CHANNELS), tile.C, 0, 0, 0)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["positions", "share", "parts"])
+def finalize(norm: Norm, positions, share, parts, tile: Tile):
+    """Program i: the statistics of CHANNELS channels."""
+    store_statistics(norm, tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tile.C, parts, share, positions)
 
 
 @triton.jit(do_not_specialize=["positions"])
-def apply(source: Source, x, positions, tile: Tile):
+def apply(source: Source, norm: Norm, x, positions, tile: Tile):
     """x of R positions and BC channels."""
+    store_known_statistics(norm, tl.program_id(1) * tile.BC, tile)
     c = tl.program_id(1) * tile.BC + tl.arange(0, tile.BC)
     at, mask = tile_at(tl.program_id(0).to(tl.int64) * tile.R, positions, c, tile)
     tl.store(x + at, load_tile(source, at, c, tile.C, mask, tile.ACTIVATION), mask=mask)
 
 
 @triton.jit(do_not_specialize=["positions", "tiles"])
-def derive(source: Source, grad_x, grad_h, partial, positions, tiles, tile: Tile):
+def derive(source: Source, norm: Norm, grad_x, grad_h, partial, positions, tiles, tile: Tile):
     """dL/dh from dL/dx (in the same memory, perhaps), and by program, as in channel_sums, the sums of dL/dh and of dL/dh (x - mean)."""
+    store_known_statistics(norm, tl.program_id(0) * tile.BC, tile)
     part = tl.program_id(1)
     c = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
     total = tl.zeros([tile.BC, tile.R], tl.float32)
@@ -230,15 +234,6 @@ def derive(source: Source, grad_x, grad_h, partial, positions, tiles, tile: Tile
 
 
 @triton.jit
-def store_norm_sums(sums, statistics, total, positions, e, C):
-    """Write columns e of sums [4, C], dL/d(batch norm's bias), dL/d(its weight), and the means of dL/dh and of dL/dh (x - mean) / var, from totals:
-    column c < C is that of dL/dh, C + c that of dL/dh (x - mean)."""
-    rstd = tl.load(statistics + 3 * C + e, mask=(e >= C) & (e < 2 * C), other=1.0)
-    tl.store(sums + e, total * rstd, mask=e < 2 * C)
-    tl.store(sums + 2 * C + e, total * rstd * rstd / positions, mask=e < 2 * C)
-
-
-@triton.jit
 def added_up(partial, parts, columns, e, SIZE: tl.constexpr, PARTS: tl.constexpr):
     """Sums of partial [parts, columns] of the SIZE columns e, PARTS parts at a time."""
     part = tl.arange(0, PARTS)
@@ -250,28 +245,47 @@ def added_up(partial, parts, columns, e, SIZE: tl.constexpr, PARTS: tl.constexpr
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["positions", "parts"])
-def add_up(partial, statistics, sums, positions, parts, tile: Tile, PARTS: tl.constexpr):
-    """Columns of sums [4, C] (`store_norm_sums`), from partial [parts, 2, C]."""
-    e = tl.program_id(0) * tile.BC + tl.arange(0, tile.BC)
-    total = added_up(partial, parts, 2 * tile.C, e, tile.BC, PARTS)
-    store_norm_sums(sums, statistics, total, positions, e, tile.C)
+@triton.jit
+def norm_gradients(partial, parts, statistics, c, C, n, SIZE: tl.constexpr):
+    """Of a batch norm of n values and the channels c [SIZE], from partial [parts, 2, C], the sums of dL/dh and of dL/dh (x - mean): the gradients of
+    its bias and weight, and the means of dL/dh and of dL/dh (x - mean) / var."""
+    first = added_up(partial, parts, 2 * C, c, SIZE, PARTS)
+    rstd = tl.load(statistics + 4 * C + c, mask=c < C, other=0.0)
+    second = added_up(partial, parts, 2 * C, c + C, SIZE, PARTS) * rstd
+    return first, second, first / n, second * rstd / n
 
 
-@triton.jit(do_not_specialize=["positions"])
-def finish(source: Source, grad_h, grad_y, sums, positions, tile: Tile):
-    """dL/dy of R positions and BC channels, from the means in sums [4, C]; grad_y may be grad_h."""
-    c = tl.program_id(1) * tile.BC + tl.arange(0, tile.BC)
+Finish = namedtuple("Finish", "y grad_h grad_y statistics")
+"""Tensors of `finish`: y, dL/dh, dL/dy (in the memory of dL/dh, perhaps) and the statistics [5, C]."""
+
+
+@triton.jit
+def finish_share(program, tensors: Finish, partial, parts, grads, positions, tiles, tile: Tile):
+    """Write dL/dy of BC channels and `tiles` tiles of R positions, from the sums in partial (`norm_gradients`). The first programs write grads
+    [2, C], those of bias and weight."""
+    blocks: tl.constexpr = (tile.C + tile.BC - 1) // tile.BC
+    c = program % blocks * tile.BC + tl.arange(0, tile.BC)
     has_c = c < tile.C
-    at, mask = tile_at(tl.program_id(0).to(tl.int64) * tile.R, positions, c, tile)
-    mean = tl.load(source.affine + c, mask=has_c, other=0.0)
-    scale = tl.load(source.affine + tile.C + c, mask=has_c, other=0.0)
-    first = tl.load(sums + 2 * tile.C + c, mask=has_c, other=0.0)
-    second = tl.load(sums + 3 * tile.C + c, mask=has_c, other=0.0)
-    off = tl.load(source.x + at, mask=mask, other=0.0).to(tl.float32) - mean[:, None]
-    grad = tl.load(grad_h + at, mask=mask, other=0.0).to(tl.float32)
-    grad = (grad - first[:, None] - off * second[:, None]) * scale[:, None]
-    tl.store(grad_y + at, grad.to(grad_y.dtype.element_ty), mask=mask)
+    n = positions.to(tl.float32)
+    bias, weight, first, second = norm_gradients(partial, parts, tensors.statistics, c, tile.C, n, tile.BC)
+    if program < blocks:
+        store_pair(grads, 0, bias, weight, c, tile.C)
+    mean = tl.load(tensors.statistics + c, mask=has_c, other=0.0)
+    scale = tl.load(tensors.statistics + tile.C + c, mask=has_c, other=0.0)
+    start = (program // blocks).to(tl.int64) * tiles * tile.R
+    end = tl.minimum(start + tiles * tile.R, positions)
+    for r0 in range(0, tiles * tile.R, tile.R):
+        at, mask = tile_at(start + r0, end, c, tile)
+        off = tl.load(tensors.y + at, mask=mask, other=0.0).to(tl.float32) - mean[:, None]
+        grad = tl.load(tensors.grad_h + at, mask=mask, other=0.0).to(tl.float32)
+        grad = (grad - first[:, None] - off * second[:, None]) * scale[:, None]
+        tl.store(tensors.grad_y + at, grad.to(tensors.grad_y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["parts", "positions", "tiles"])
+def finish(tensors: Finish, partial, parts, grads, positions, tiles, tile: Tile):
+    """`finish_share` of each program."""
+    finish_share(tl.program_id(0), tensors, partial, parts, grads, positions, tiles, tile)
 
 
 @triton.jit(do_not_specialize=["rate", "correction"])
@@ -312,18 +326,13 @@ class Launches:
         # a sample's positions matter to the layout of contiguous memory alone: images of other sizes need no kernels of their own
         self.config = Tile(activation, last, C, None if last else H * W, POSITIONS, channels_of_a_tile(C))
         self.blocks = -(-C // self.config.BC)
-        self.few = constants(self.config._replace(BC=FEW_CHANNELS)), -(-C // FEW_CHANNELS)
         statistics = torch.empty(5, C, device=y.device, dtype=torch.float32)
-        partial, parts, share = None, 0, 0
+        partial, self.counts = None, (0, 0)  # the parts that sums are made of, and the positions of one
         if mean is None:
-            partial, share = self._sums(channel_sums, self.y)
-            parts = len(partial)
-        tile, programs = self.few
-        finalize[(programs,)](
-            self.y, partial, Known(mean, var), epilogue.weight, epilogue.bias, statistics, self.positions, share, parts, epilogue.eps, tile,
-            PARTS=PARTS, num_warps=4,
-        )  # fmt: skip
-        self.statistics, self.mean, self.var = statistics, statistics[0], statistics[3]
+            partial, share = self._sums(channel_sums, self.config._replace(R=POSITIONS * 4 // y.element_size()), self.y)
+            self.counts = len(partial), share
+        self.norm = Norm(epilogue.weight, epilogue.bias, mean, var, epilogue.eps, partial, statistics)
+        self.mean, self.var = statistics[0], statistics[3]
         residual = None if epilogue.residual is None else self._laid_out(epilogue.residual)
         self.source = Source(self.y, residual, statistics[:3])
 
@@ -332,46 +341,54 @@ class Launches:
         tensor = dense(tensor)
         return tensor if is_channels_last(tensor) == is_channels_last(self.y) else empty_like(self.y).copy_(tensor)
 
-    def _tiles(self, kernel, *tensors):
-        grid = -(-self.positions // POSITIONS), self.blocks
-        kernel[grid](self.source, *tensors, self.positions, constants(self.config), num_warps=4)
+    def _divided(self, R):
+        """(tiles of R positions that a program takes, programs for the same channels)."""
+        programs = min(2 * multiprocessors(self.y.device) // self.blocks, -(-self.positions // LEAST))
+        return shares(-(-self.positions // R), programs)
 
-    def _sums(self, kernel, *tensors):
+    def _sums(self, kernel, tile, *tensors):
         """Partial sums [parts, 2, C], and the number of positions of a part."""
-        tiles = -(-self.positions // POSITIONS)
-        share, parts = shares(tiles, min(4 * multiprocessors(self.y.device) // self.blocks, -(-tiles // 4)))
-        partial = torch.empty((parts, 2, self.config.C), device=self.y.device, dtype=torch.float32)
-        kernel[self.blocks, parts](*tensors, partial, self.positions, share, constants(self.config), num_warps=8)
-        return partial, share * POSITIONS
+        share, parts = self._divided(tile.R)
+        partial = torch.empty((parts, 2, tile.C), device=self.y.device, dtype=torch.float32)
+        kernel[self.blocks, parts](*tensors, partial, self.positions, share, constants(tile), num_warps=8)
+        return partial, share * tile.R
 
     def forward(self):
         """x, as y."""
-        x = empty_like(self.y)
-        self._tiles(apply, x)
+        x, tile = empty_like(self.y), constants(self.config)
+        if self.norm.mean is None:
+            parts, share = self.counts
+            finalize[-(-self.config.C // CHANNELS.value),](self.norm, self.positions, share, parts, tile, num_warps=4)
+        apply[-(-self.positions // POSITIONS), self.blocks](
+            self.source, self.norm, x, self.positions, tile, num_warps=4
+        )
         return x
 
     def backward(self, grad_x, overwrite=False, added=None):
         """EpilogueGradients from grad_x, in whose memory the result may lie; `added` are those of another loss."""
         grad_x = self._laid_out(grad_x)
         grad_h = grad_x if overwrite else empty_like(self.y)
-        partial, _ = self._sums(derive, self.source, grad_x, grad_h)
+        partial, _ = self._sums(derive, self.config, self.source, self.norm, grad_x, grad_h)
         if added is not None:
             grad_h.add_(added.residual)
-            own = torch.stack([added.bias, added.weight / self.statistics[4]])
+            own = torch.stack([added.bias, added.weight / self.norm.statistics[4]])
             partial = torch.cat([partial, own[None]])
-        sums = torch.empty(4, self.config.C, device=self.y.device, dtype=torch.float32)
-        tile, parts = self.few[0], partial.numel() // (2 * self.config.C)
-        add_up[(-(-2 * self.config.C // FEW_CHANNELS),)](
-            partial, self.statistics, sums, self.positions, parts, tile, PARTS=PARTS, num_warps=4
-        )
-        return self.finish(grad_h, sums)
+        tensors, programs, *rest = self.finish(grad_h)
+        grads = torch.empty(2, self.config.C, device=self.y.device, dtype=torch.float32)
+        finish[programs,](tensors, partial, len(partial), grads, self.positions, *rest, num_warps=8)
+        return self.gradients(tensors, grads)
 
-    def finish(self, grad_h, sums):
-        """The same from grad_h (overwritten) and sums [4, C] (`store_norm_sums`)."""
-        keep = self.epilogue.wants_residual
-        grad_y = empty_like(self.y) if keep else grad_h
-        self._tiles(finish, grad_h, grad_y, sums)
-        return EpilogueGradients(grad_y, grad_h if keep else None, sums[1], sums[0])
+    def finish(self, grad_h):
+        """(Finish, number of programs, tiles of each, constants) of the launch that makes dL/dy, in the memory of grad_h if that is not wanted."""
+        share, parts = self._divided(POSITIONS)
+        grad_y = empty_like(self.y) if self.epilogue.wants_residual else grad_h
+        tensors = Finish(self.y, grad_h, grad_y, self.norm.statistics)
+        return tensors, parts * self.blocks, share, constants(self.config)
+
+    def gradients(self, tensors, grads):
+        """EpilogueGradients after this launch, which wrote grads [2, C]."""
+        residual = tensors.grad_h if self.epilogue.wants_residual else None
+        return EpilogueGradients(tensors.grad_y, residual, grads[1], grads[0])
 
 
 def forward(y, epilogue, normalization=None, need_x=True, statistics=None):

@@ -55,18 +55,18 @@ def joined_programs(sums, at, STRIDE, STEP, parts, n, share, PARTS: tl.constexpr
     sums + at + STRIDE of the first program, STEP further for each of the others."""
     lane = tl.arange(0, PARTS)
     total = tl.zeros([SIZE, PARTS], tl.float32)
-    for i in range(0, parts, PARTS):
-        mask = ((i + lane) < parts)[None, :] & (at < STRIDE)[:, None]
-        total += tl.load(sums + at[:, None] + (i + lane)[None, :] * STEP, mask=mask, other=0.0)
-    whole = tl.sum(total, 1)
     square = tl.zeros([SIZE, PARTS], tl.float32)
+    seen = tl.zeros([1, PARTS], tl.float32)
     for i in range(0, parts, PARTS):
-        mask = ((i + lane) < parts)[None, :] & (at < STRIDE)[:, None]
-        first = sums + at[:, None] + (i + lane)[None, :] * STEP
-        count = tl.minimum(tl.maximum(n - (i + lane).to(tl.int64) * share, 0), share).to(tl.float32)[None, :]
-        off = tl.load(first, mask=mask, other=0.0) / tl.maximum(count, 1.0) - (whole / n)[:, None]
-        square += tl.load(first + STRIDE, mask=mask, other=0.0) + tl.where(mask, count * off * off, 0.0)
-    return whole, tl.sum(square, 1)
+        part = (i + lane).to(tl.int64)
+        mask = (part < parts)[None, :] & (at < STRIDE)[:, None]
+        first = sums + at[:, None] + part[None, :] * STEP
+        count = tl.minimum(tl.maximum(n - part * share, 0), share).to(tl.float32)[None, :]
+        more, squares = tl.load(first, mask=mask, other=0.0), tl.load(first + STRIDE, mask=mask, other=0.0)
+        square += squares + between(total, seen, more, count)
+        total += more
+        seen += count
+    return joined(total, square, seen, n)
 
 
 @triton.jit

@@ -35,6 +35,7 @@ from fastff.kernels.triton.goodness.second_moment import head_second_moment, sec
 from fastff.kernels.triton.goodness.spatial import SpatialTerm
 from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares
 
+NO_END = epilogue.Finish(None, None, None, None)
 NORMALIZATIONS = ("none", "layer_norm", "layer_norm_channels")  # fused here; the others run by themselves
 
 
@@ -50,8 +51,10 @@ class Launch:
         many = 0 if self.grid_weight is None else cells[0] * cells[1]
         M = C if hidden is None else len(hidden.weight)
         self.second_moment = plan.algorithm == "second_moment"
-        self.source = epilogue.Source(self.x, None, None) if around is None else around.source
-        self.statistics = None if around is None else around.statistics
+        self.source, self.norm, self.counts = (
+            (epilogue.Source(self.x, None, None), epilogue.NO_NORM, (0, 0)) if around is None else (around.source, around.norm, around.counts)
+        )  # fmt: skip
+        self.around = around
         b = sizes or blocks.sizes(x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None)
         inside = None
         if many and hidden is None and not self.second_moment:
@@ -103,7 +106,7 @@ class Launch:
         if "second" in stages:
             C, K = self.config.C, self.config.K
             self.weights = None if self.second_moment else self.new(programs, K * C + K)
-            self.sums = None if self.statistics is None else self.new(programs, 2, C)
+            self.sums = None if self.around is None else self.new(programs, 2, C)
         else:
             scratch = scratch._replace(cells=None)
         if "first" not in stages:
@@ -120,7 +123,7 @@ class Launch:
         )
         kernel = second_moment if self.second_moment else direct
         kernel[programs, self.chunks](
-            self.source, self.head, scratch, result, arguments, self.B, self.positions, parts, eps, constants(config),
+            self.source, self.norm, self.head, scratch, result, arguments, self.B, self.positions, parts, *self.counts, eps, constants(config),
             **blocks.options(b),
         )  # fmt: skip
 
@@ -142,35 +145,38 @@ class Launch:
             programs = self.groups, -(-self.config.M // grid.HIDDEN.value)
             grid.hidden_layer[programs](self.head, self.scratch, self.B, constants(self.config), num_warps=4)
 
-    def reduced(self, arguments=loss.NO_LOSS, number=None):
-        """(dL/dW [K, C, 1, 1], dL/dbeta, dL/dV, sums [4, C] of an epilogue (epilogue.store_norm_sums), gradients of a hidden layer's weight and batch
-        norm, the reduced loss, dL/dtau), after the second sweep; None where there is no such parameter. number: of the loss of `arguments`."""
+    def reduced(self, arguments=loss.NO_LOSS, number=None, grad_x=None):
+        """(dL/dW [K, C, 1, 1], dL/dbeta, dL/dV, EpilogueGradients, dL/d(a hidden layer's weight), the reduced loss, dL/dtau), after the second sweep;
+        None where there is no such parameter. number: of the loss of `arguments`; grad_x: what this sweep has written."""
         C, K, M, b = self.config.C, self.config.K, self.config.M, self.blocks
         if self.second_moment:
             tiles = -(-K // b.HK)
             share, parts = shares(self.B, 2 * self.processors // tiles, times=4)
             self.weights = self.new(parts, K * C + K)
             head_second_moment[tiles, parts](
-                self.head, self.scratch, self.weights, self.B, share, constants(self.config._replace(BK=b.HK)), num_warps=b.head_warps
+                self.head, self.scratch, self.weights, self.B, share, constants(self.config._replace(BK=b.HK)),
+                **blocks.options(b._replace(warps=b.head_warps)),
             )  # fmt: skip
         term, sums, hidden = self.grid, self.sums, self.grid and self.grid.weights
         computed = term and term.grad_weight  # by cuBLAS
         grad_grid = self.new(*self.head.grid_weight.shape) if term and computed is None else None
-        columns = [K * C + K, 0 if sums is None else 2 * C, 0 if hidden is None else M * C]
-        programs = 1 + sum(-(-n // 128) for n in columns) + (0 if grad_grid is None else -(-grad_grid[0].numel() // 64))
-        out = self.new(K * C + K + 4 * C + M * C + 2)
-        reduce.reduce[programs,](
+        end, of_end, *rest = (NO_END, 0, 0, None) if sums is None else self.around.finish(grad_x)
+        columns = K * C + K, 0 if hidden is None else M * C
+        programs = sum(-(-n // 128) for n in columns) + (0 if grad_grid is None else -(-grad_grid[0].numel() // 64))
+        out = self.new(K * C + K + 2 * C + M * C + 2)
+        reduce.reduce[programs + 1 + of_end,](
             Result(None, None, self.weights, sums, hidden), *(0 if t is None else len(t) for t in (self.weights, sums, hidden)), out,
-            self.statistics, self.scratch, arguments, term and term.inputs, grad_grid, self.B,
-            constants(self.config._replace(BK=max(16, self.config.LK), LOSS=number)), num_warps=4,
+            self.scratch, arguments, term and term.inputs, grad_grid, self.B, end, rest[0],
+            constants(self.config._replace(BK=max(16, self.config.LK), LOSS=number)), rest[1], num_warps=8,
         )  # fmt: skip
-        weight, bias, sums, hidden, (value, grad_tau) = out.split([K * C, K, 4 * C, M * C, 2])
+        weight, bias, norm, hidden, (value, grad_tau) = out.split([K * C, K, 2 * C, M * C, 2])
+        gradients = None if sums is None else self.around.gradients(end, norm.view(2, C))
         grads = weight.view(K, C, 1, 1), None if self.head.bias is None else bias
         grads += (None if term is None else term.padded(grad_grid if computed is None else computed),)
-        return *grads, sums.view(4, C), hidden.view(M, C), value, grad_tau
+        return *grads, gradients, hidden.view(M, C), value, grad_tau
 
     def step(self, wanted, normalize, grad_x):
-        """(StepResult of a spec.Loss and a spec.Normalization, sums of an epilogue); grad_x, where there is one, is written."""
+        """(StepResult of a spec.Loss and a spec.Normalization, EpilogueGradients or None); grad_x, where there is one, is written."""
         losses, of_tau = loss.buffers(wanted, self.scratch.g[0])
         arguments = loss.arguments(wanted, self.B, losses, of_tau)
         normalized = None if normalize.name == "none" else empty_like(self.x)
@@ -187,13 +193,13 @@ class Launch:
             else:
                 self.grid.step(wanted, losses, of_tau)
             self.sweep(("second",), parts=self.parts, **second)
-        *grads, sums, hidden, value, grad_tau = self.reduced(arguments, number)
+        *grads, around, hidden, value, grad_tau = self.reduced(arguments, number, grad_x)
         losses, grad_tau = losses if wanted.reduction == "none" else value, None if of_tau is None else grad_tau
         result = spec.StepResult(losses, self.scratch.g[0], grad_x, *grads, grad_tau, normalized)
         if self.scratch.z is not None:
-            norm = self.grid.norm
-            result = result.with_hidden((hidden, norm.grads[1], norm.grads[0]), norm.statistics[0], norm.statistics[3])
-        return result, sums
+            statistics, grads = self.grid.norm.statistics, self.grid.layer.grads
+            result = result.with_hidden((hidden, grads[1], grads[0]), statistics[0], statistics[3])
+        return result, around
 
 
 def reason(x, projection, plan, epilogue=False):
@@ -265,7 +271,6 @@ def _step_with_epilogue(step, plan):
     """A step whose sweeps make x of y."""
     with on_device(step.x):
         around = epilogue.Launches(step.x, step.epilogue)
-        inner, sums = Launch(around.y, step.goodness, plan, around).step(
-            step.loss, step.normalization, empty_like(around.y)
-        )
-        return inner.before_epilogue(around.finish(inner.grad_x, sums), around.mean, around.var)
+        launch = Launch(around.y, step.goodness, plan, around)
+        inner, gradients = launch.step(step.loss, step.normalization, empty_like(around.y))
+        return inner.before_epilogue(gradients, around.mean, around.var)

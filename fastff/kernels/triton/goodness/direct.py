@@ -8,7 +8,7 @@ pieces of BC, and writes dL/dx, the next input and dL/dW of piece j alone.
 import triton
 import triton.language as tl
 
-from fastff.kernels.triton.epilogue import Source, load_tile, store_pair
+from fastff.kernels.triton.epilogue import Norm, Source, load_tile, store_all_statistics, store_pair
 from fastff.kernels.triton.goodness.arguments import (
     Config,
     Head,
@@ -114,13 +114,15 @@ def first_sweep(source: Source, head: Head, scratch: Scratch, W, span: Span, B, 
     return g, a, whole, squares
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "norm_parts", "norm_share"])
 def direct(
-    source: Source, head: Head, scratch: Scratch, result: Result, loss: LossArguments, B, positions, parts, eps,
-    config: Config,
+    source: Source, norm: Norm, head: Head, scratch: Scratch, result: Result, loss: LossArguments, B, positions, parts, norm_parts, norm_share,
+    eps, config: Config,
 ):  # fmt: skip
     """Program (i, j): groups of NS samples, or parts of `positions` positions of them; items i, i + programs, ... and of dL/dx, the next input and
     dL/dW the piece j of channels."""
+    if config.FIRST and (source.affine is not None):
+        store_all_statistics(norm, config.C, norm_parts, norm_share, B.to(tl.int64) * config.P)
     kind = source.x.dtype.element_ty
     k = tl.arange(0, config.BK)
     c = tl.arange(0, config.BC)

@@ -4,7 +4,7 @@ several programs share a sample, one more behind the first sweep."""
 import triton
 import triton.language as tl
 
-from fastff.kernels.triton.epilogue import added_up, store_norm_sums
+from fastff.kernels.triton.epilogue import Finish, Tile, added_up, finish_share
 from fastff.kernels.triton.goodness.arguments import Config, Result, Scratch, dot, store_moments
 from fastff.kernels.triton.loss import SWISH_SYMBA, SYMBA, LossArguments
 from fastff.kernels.triton.normalization import joined_programs
@@ -71,36 +71,35 @@ def store_grid_gradient(grad_grid, scratch: Scratch, a, e, B, config: Config):
     tl.store(grad_grid + k[:, None] * columns + e[None, :], grad, mask=mask)
 
 
-@triton.jit(do_not_specialize=["weight_rows", "sum_rows", "hidden_rows", "B"])
+@triton.jit(do_not_specialize=["weight_rows", "sum_rows", "hidden_rows", "B", "tiles"])
 def reduce(
-    result: Result, weight_rows, sum_rows, hidden_rows, out, statistics, scratch: Scratch, loss: LossArguments, a, grad_grid, B, config: Config
+    result: Result, weight_rows, sum_rows, hidden_rows, out, scratch: Scratch, loss: LossArguments, a, grad_grid, B, end: Finish, tiles,
+    config: Config, tile: Tile,
 ):  # fmt: skip
-    """out [K C + K + 4 C + M C + 2]: sums over programs of result.weights; with an epilogue, whose `statistics` say how far y deviates, what
-    `epilogue.finish` reads [4, C]; sums of result.hidden; the reduced loss and dL/dtau. grad_grid [K, M GH GW] or None, from a [B, M GH GW]."""
+    """out [K C + K + 2 C + M C + 2]: sums over programs of result.weights; with an epilogue, whose `finish` the last programs run, gradients of its
+    batch norm; sums of result.hidden; the reduced loss and dL/dtau. grad_grid [K, M GH GW] or None, from a [B, M GH GW]."""
     weights: tl.constexpr = config.K * config.C + config.K
-    pairs: tl.constexpr = 2 * config.C if statistics is not None else 0
     hidden: tl.constexpr = config.M * config.C if result.hidden is not None else 0
-    end: tl.constexpr = weights + 4 * config.C + config.M * config.C
+    cells: tl.constexpr = config.M * config.GH * config.GW if grad_grid is not None else 0
     of_weights: tl.constexpr = (weights + COLUMNS - 1) // COLUMNS
-    of_pairs: tl.constexpr = of_weights + (pairs + COLUMNS - 1) // COLUMNS
-    of_hidden: tl.constexpr = of_pairs + (hidden + COLUMNS - 1) // COLUMNS
+    of_hidden: tl.constexpr = of_weights + (hidden + COLUMNS - 1) // COLUMNS
+    of_grid: tl.constexpr = of_hidden + (cells + CELLS - 1) // CELLS
+    at_hidden = out + weights + 2 * config.C
     i = tl.program_id(0)
-    if i == of_hidden:
-        if loss.losses is not None:
-            half: tl.constexpr = (config.LOSS == SYMBA) or (config.LOSS == SWISH_SYMBA)
-            store_losses(out + end, loss, B // 2 if half else B)
-    elif i < of_weights:
+    if i < of_weights:
         e = i * COLUMNS + tl.arange(0, COLUMNS)
         tl.store(out + e, added_up(result.weights, weight_rows, weights, e, COLUMNS, ROWS), mask=e < weights)
-    elif i < of_pairs:
-        if statistics is not None:
-            e = (i - of_weights) * COLUMNS + tl.arange(0, COLUMNS)
-            total = added_up(result.sums, sum_rows, 2 * config.C, e, COLUMNS, ROWS)
-            store_norm_sums(out + weights, statistics, total, B.to(tl.float32) * config.P, e, config.C)
     elif i < of_hidden:
         if result.hidden is not None:
-            e = (i - of_pairs) * COLUMNS + tl.arange(0, COLUMNS)
-            total = added_up(result.hidden, hidden_rows, hidden, e, COLUMNS, ROWS)
-            tl.store(out + weights + 4 * config.C + e, total, mask=e < hidden)
-    elif grad_grid is not None:
-        store_grid_gradient(grad_grid, scratch, a, (i - of_hidden - 1) * CELLS + tl.arange(0, CELLS), B, config)
+            e = (i - of_weights) * COLUMNS + tl.arange(0, COLUMNS)
+            tl.store(at_hidden + e, added_up(result.hidden, hidden_rows, hidden, e, COLUMNS, ROWS), mask=e < hidden)
+    elif i < of_grid:
+        if grad_grid is not None:
+            store_grid_gradient(grad_grid, scratch, a, (i - of_hidden) * CELLS + tl.arange(0, CELLS), B, config)
+    elif i == of_grid:
+        if loss.losses is not None:
+            half: tl.constexpr = (config.LOSS == SYMBA) or (config.LOSS == SWISH_SYMBA)
+            store_losses(at_hidden + config.M * config.C, loss, B // 2 if half else B)
+    elif end.y is not None:
+        positions = B.to(tl.int64) * config.P
+        finish_share(i - of_grid - 1, end, result.sums, sum_rows, out + weights, positions, tiles, tile)

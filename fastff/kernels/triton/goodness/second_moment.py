@@ -6,7 +6,7 @@ A program takes samples as that of `direct` does, but dL/dW = 2 sum d[b] S_b w, 
 import triton
 import triton.language as tl
 
-from fastff.kernels.triton.epilogue import Source, load_tile, store_pair
+from fastff.kernels.triton.epilogue import Norm, Source, load_tile, store_all_statistics, store_pair
 from fastff.kernels.triton.goodness.arguments import (
     Config,
     Head,
@@ -151,13 +151,15 @@ def second_sweep(source: Source, result: Result, head: Head, scratch: Scratch, s
     return first_sum, second_sum
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "norm_parts", "norm_share"])
 def second_moment(
-    source: Source, head: Head, scratch: Scratch, result: Result, loss: LossArguments, B, positions, parts, eps,
-    config: Config,
+    source: Source, norm: Norm, head: Head, scratch: Scratch, result: Result, loss: LossArguments, B, positions, parts, norm_parts, norm_share,
+    eps, config: Config,
 ):  # fmt: skip
     """Program i: samples, or parts of `positions` positions of them, i, i + programs, ... FIRST sweeps for S and mu; HEAD computes g from them, with
     several parts in a launch of its own, after their sum."""
+    if config.FIRST and (source.affine is not None):
+        store_all_statistics(norm, config.C, norm_parts, norm_share, B.to(tl.int64) * config.P)
     c = tl.arange(0, config.BC)
     first_sum = tl.zeros([config.BC], tl.float32)
     second_sum = tl.zeros([config.BC], tl.float32)

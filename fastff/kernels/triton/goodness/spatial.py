@@ -15,44 +15,20 @@ import triton.language as tl
 
 from fastff import spec
 from fastff.kernels.triton import loss
-from fastff.kernels.triton.epilogue import FEW_CHANNELS, PARTS, added_up, store_norm_sums, store_pair, store_statistics
+from fastff.kernels.triton.epilogue import CHANNELS, NO_NORM, Norm, norm_gradients, store_all_statistics, store_pair
 from fastff.kernels.triton.goodness.arguments import Config, Head, Scratch, dot
 from fastff.kernels.triton.goodness.grid import COLUMNS, HIDDEN, cells_at, grid_weights, hidden_weights
 from fastff.kernels.triton.launch import constants, shares
 from fastff.kernels.triton.loss import LossArguments, of_goodness
-from fastff.kernels.triton.normalization import joined_programs
 
 ROWS = tl.constexpr(16)  # samples of a product with V
-FEW, MANY = tl.constexpr(FEW_CHANNELS), tl.constexpr(PARTS)
 MOST_CLASSES = 128  # that `spatial` keeps in registers
 MOST_BYTES = 2**21  # of V that each of its programs reads twice, in about 40 us
 
 
-Norm = namedtuple("Norm", "weight bias mean var eps statistics a grad sums grads")
-"""Batch norm of a hidden layer and what is made of it: weight, bias, known mean and var [M] (or None), eps; statistics [5, M]
-(epilogue.store_statistics), None without a hidden layer; a and the gradient of what ReLU is applied to, [B, M, cells]; sums [programs, 2, M] of this
-gradient and of its product with z - mean, and grads [4, M], which follow from them (epilogue.store_norm_sums)."""
-
-NO_NORM = Norm(None, None, None, None, 0.0, None, None, None, None, None)
-
-
-@triton.jit
-def store_batch_statistics(scratch: Scratch, norm: Norm, B, config: Config):
-    """Write norm.statistics: every program computes them, all the same."""
-    cells: tl.constexpr = config.GH * config.GW
-    for m0 in range(0, config.M, FEW):
-        m = m0 + tl.arange(0, FEW)
-        if norm.mean is None:
-            n = B * cells
-            groups = tl.cdiv(B, config.NS)
-            whole, square = joined_programs(
-                scratch.moments, m, config.M, 2 * config.M, groups, n, config.NS * cells, MANY, FEW
-            )
-            mean, var = whole / n, square / n
-        else:
-            mean = tl.load(norm.mean + m, mask=m < config.M, other=0.0).to(tl.float32)
-            var = tl.load(norm.var + m, mask=m < config.M, other=0.0).to(tl.float32)
-        store_statistics(norm.statistics, mean, var, norm.weight, norm.bias, norm.eps, m, config.M)
+Hidden = namedtuple("Hidden", "a grad sums grads")
+"""What is made of a hidden layer beside its statistics: a and the gradient of what ReLU is applied to, [B, M, cells]; sums [programs, 2, M] of this
+gradient and of its product with z - mean; grads [4, M] (epilogue.norm_gradients)."""
 
 
 @triton.jit
@@ -80,14 +56,14 @@ def before_relu(z, norm: Norm, m, config: Config):
 
 
 @triton.jit(do_not_specialize=["B"])
-def spatial(head: Head, scratch: Scratch, norm: Norm, loss: LossArguments, B, config: Config):
+def spatial(head: Head, scratch: Scratch, norm: Norm, layer: Hidden, loss: LossArguments, B, config: Config):
     """Program i: ROWS samples from ROWS i on, and so on. FIRST: a of a hidden layer, and with LOSS the term, the loss and d. SECOND: the gradient of
-    the means, or of what a hidden layer's ReLU is applied to, with its sums; from d with LOSS, else from dL/da in norm.grad."""
+    the means, or of what a hidden layer's ReLU is applied to, with its sums; from d with LOSS, else from dL/da in layer.grad."""
     columns: tl.constexpr = config.M * config.GH * config.GW
     k = tl.arange(0, config.BK)
     if (norm.statistics is not None) and config.FIRST:
-        store_batch_statistics(scratch, norm, B, config)
-        tl.debug_barrier()
+        cells: tl.constexpr = config.GH * config.GW
+        store_all_statistics(norm, config.M, tl.cdiv(B, config.NS), config.NS * cells, B.to(tl.int64) * cells)
     items = tl.cdiv(B, ROWS)
     if config.FIRST:
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -101,7 +77,7 @@ def spatial(head: Head, scratch: Scratch, norm: Norm, loss: LossArguments, B, co
                 else:
                     h, _ = before_relu(tl.load(scratch.z + at, mask=mask, other=0.0), norm, m, config)
                     a = tl.where(mask & ~(h < 0), h, 0.0)  # a NaN stays one
-                    tl.store(norm.a + at, a, mask=mask)
+                    tl.store(layer.a + at, a, mask=mask)
                 if config.LOSS is not None:
                     term = dot(a, tl.trans(grid_weights(head, k, e, config)), term, config.CELL_PRECISION)
             if config.LOSS is not None:
@@ -126,7 +102,7 @@ def spatial(head: Head, scratch: Scratch, norm: Norm, loss: LossArguments, B, co
                 n = samples_at(item)
                 at, mask = n[:, None] * columns + e[None, :], (n < B)[:, None] & here[None, :]
                 if config.LOSS is None:
-                    grad = tl.load(norm.grad + at, mask=mask, other=0.0)
+                    grad = tl.load(layer.grad + at, mask=mask, other=0.0)
                 else:
                     known = (n < B)[:, None] & (k < config.K)[None, :]
                     d = tl.load(scratch.d + n[:, None] * config.K + k[None, :], mask=known, other=0.0)
@@ -136,39 +112,41 @@ def spatial(head: Head, scratch: Scratch, norm: Norm, loss: LossArguments, B, co
                 else:
                     h, off = before_relu(tl.load(scratch.z + at, mask=mask, other=0.0), norm, m, config)
                     grad = tl.where(mask & (h > 0), grad, 0.0)
-                    tl.store(norm.grad + at, grad, mask=mask)
+                    tl.store(layer.grad + at, grad, mask=mask)
                     first_sum += tl.sum(grad, 0)
                     second_sum += tl.sum(tl.where(mask, grad * off, 0.0), 0)
             if norm.statistics is not None:
                 shape: tl.constexpr = [config.BC, config.BG]
                 first, second = tl.sum(tl.reshape(first_sum, shape), 1), tl.sum(tl.reshape(second_sum, shape), 1)
-                store_pair(norm.sums, tl.program_id(0), first, second, m0 + tl.arange(0, config.BC), config.M)
+                store_pair(layer.sums, tl.program_id(0), first, second, m0 + tl.arange(0, config.BC), config.M)
 
 
 @triton.jit
-def before_norm(scratch: Scratch, norm: Norm, first, m, B, config: Config):
+def before_norm(scratch: Scratch, norm: Norm, layer: Hidden, first, m, B, config: Config):
     """dL/dz of NS samples and the channels m, [HIDDEN, NS BG]."""
     at, mask = cells_at(first, m, config.M, B, config)
     known = m < config.M
-    grad = tl.load(norm.grad + at, mask=mask, other=0.0)
+    grad = tl.load(layer.grad + at, mask=mask, other=0.0)
     if norm.mean is None:
         off = (
             tl.load(scratch.z + at, mask=mask, other=0.0) - tl.load(norm.statistics + m, mask=known, other=0.0)[:, None]
         )
-        grad -= tl.load(norm.grads + 2 * config.M + m, mask=known, other=0.0)[:, None]
-        grad -= off * tl.load(norm.grads + 3 * config.M + m, mask=known, other=0.0)[:, None]
+        grad -= tl.load(layer.grads + 2 * config.M + m, mask=known, other=0.0)[:, None]
+        grad -= off * tl.load(layer.grads + 3 * config.M + m, mask=known, other=0.0)[:, None]
     scale = tl.load(norm.statistics + config.M + m, mask=known, other=0.0)
     return tl.where(mask, grad * scale[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["B", "parts"])
-def hidden_gradient(head: Head, scratch: Scratch, norm: Norm, weights, B, parts, config: Config):
+def hidden_gradient(head: Head, scratch: Scratch, norm: Norm, layer: Hidden, weights, B, parts, config: Config):
     """Program (i, j): groups i, i + programs, ... of NS samples and BC channels of the means: their gradient, and its row of weights [programs, M C].
-    Every program computes norm.grads, all the same, from sums [parts, 2, M]."""
-    for e0 in range(0, 2 * config.M, FEW):
-        e = e0 + tl.arange(0, FEW)
-        total = added_up(norm.sums, parts, 2 * config.M, e, FEW, MANY)
-        store_norm_sums(norm.grads, norm.statistics, total, B.to(tl.float32) * (config.GH * config.GW), e, config.M)
+    Every program computes layer.grads, all the same, from sums [parts, 2, M]."""
+    count = B.to(tl.float32) * (config.GH * config.GW)
+    for m0 in range(0, config.M, CHANNELS):
+        m = m0 + tl.arange(0, CHANNELS)
+        bias, weight, first, second = norm_gradients(layer.sums, parts, norm.statistics, m, config.M, count, CHANNELS)
+        store_pair(layer.grads, 0, bias, weight, m, config.M)
+        store_pair(layer.grads, 1, first, second, m, config.M)
     tl.debug_barrier()
     c = tl.program_id(1) * config.BC + tl.arange(0, config.BC)
     groups = tl.cdiv(B, config.NS)
@@ -177,7 +155,7 @@ def hidden_gradient(head: Head, scratch: Scratch, norm: Norm, weights, B, parts,
         cells = tl.zeros([config.BC, config.NS * config.BG], tl.float32)
         for m0 in range(0, config.M, HIDDEN):
             m = m0 + tl.arange(0, HIDDEN)
-            grad = before_norm(scratch, norm, first, m, B, config)
+            grad = before_norm(scratch, norm, layer, first, m, B, config)
             cells = dot(tl.trans(hidden_weights(head, m, c, config)), grad, cells, config.CELL_PRECISION)
         at, mask = cells_at(first, c, config.C, B, config)
         tl.store(scratch.cells + at, cells, mask=mask)
@@ -188,7 +166,9 @@ def hidden_gradient(head: Head, scratch: Scratch, norm: Norm, weights, B, parts,
             first = tl.zeros([], tl.int64) + item * config.NS
             at, mask = cells_at(first, c, config.C, B, config)
             mean = tl.load(scratch.means + at, mask=mask, other=0.0)
-            total = dot(before_norm(scratch, norm, first, m, B, config), tl.trans(mean), total, config.CELL_PRECISION)
+            total = dot(
+                before_norm(scratch, norm, layer, first, m, B, config), tl.trans(mean), total, config.CELL_PRECISION
+            )
         at = weights + tl.program_id(0) * (config.M * config.C) + m[:, None] * config.C + c[None, :]
         tl.store(at, total, mask=(m < config.M)[:, None] & (c < config.C)[None, :])
 
@@ -198,18 +178,19 @@ class SpatialTerm:
 
     def __init__(self, launch, hidden):
         self.launch, self.hidden = launch, hidden
-        self.norm, self.weights, self.grad_weight = NO_NORM, None, None
+        self.norm, self.layer = NO_NORM, Hidden(None, None, None, None)
+        self.weights = self.grad_weight = None
         self.programs = min(-(-launch.B // ROWS.value), launch.processors)
         if hidden is not None:
             _, weight, bias, eps, mean, var = hidden
-            z, M = launch.scratch.z, launch.config.M
-            new = [launch.new(*shape) for shape in ((5, M), z.shape, z.shape, (self.programs, 2, M), (4, M))]
-            self.norm = Norm(weight, bias, mean, var, eps, *new)
+            z, M, new = launch.scratch.z, launch.config.M, launch.new
+            self.norm = Norm(weight, bias, mean, var, eps, launch.scratch.moments, new(5, M))
+            self.layer = Hidden(new(*z.shape), new(*z.shape), new(self.programs, 2, M), new(4, M))
 
     @property
     def inputs(self):
         """What the grid's weights V are multiplied with, [B, M cells]."""
-        return (self.launch.scratch.means[0] if self.hidden is None else self.norm.a).flatten(1)
+        return (self.launch.scratch.means[0] if self.hidden is None else self.layer.a).flatten(1)
 
     @property
     def weight(self):
@@ -226,7 +207,7 @@ class SpatialTerm:
         """Write the gradients from d: of V by cuBLAS, and of the means over cells in scratch.cells."""
         scratch = self.launch.scratch
         self.grad_weight = (scratch.d.T @ self.inputs).view(self.launch.head.grid_weight.shape)
-        target = scratch.cells if self.hidden is None else self.norm.grad
+        target = scratch.cells if self.hidden is None else self.layer.grad
         torch.mm(scratch.d, self.weight, out=target.flatten(1))
         if self.hidden is not None:
             self._run(SECOND=True)
@@ -251,7 +232,7 @@ class SpatialTerm:
         config = launch.config._replace(FIRST=False, LOSS=None, SECOND=False)._replace(**stages)
         config = config._replace(BC=max(1, COLUMNS.value // BG), BG=BG, BK=max(16, config.LK))
         spatial[self.programs,](
-            launch.head, launch.scratch, self.norm, arguments, launch.B, constants(config), num_warps=4
+            launch.head, launch.scratch, self.norm, self.layer, arguments, launch.B, constants(config), num_warps=4
         )
 
     def _hidden_gradient(self):
@@ -262,7 +243,7 @@ class SpatialTerm:
         _, programs = shares(groups, 2 * launch.processors // pieces, times=4)
         self.weights = launch.new(programs, M * C)
         hidden_gradient[programs, pieces](
-            launch.head, launch.scratch, self.norm, self.weights, launch.B, self.programs, constants(config), num_warps=4
+            launch.head, launch.scratch, self.norm, self.layer, self.weights, launch.B, self.programs, constants(config), num_warps=8
         )  # fmt: skip
 
     def padded(self, grad):
