@@ -255,6 +255,10 @@ def test_the_page_of_a_run_has_its_figures(runs, digits):
     voters = [network.sff.blocks[i] for i in network.sff.plan.voters]
     for block, accuracy in zip(voters, found.blocks, strict=True):
         assert f"<td>{block.name}</td>" in text and f"<td>{accuracy:.2%}</td>" in text
+    for i, block in enumerate(network.sff.blocks):  # a head without a loss learns nothing, and does not count
+        head = network.sff.heads[i].parameters() if i in network.sff.plan.voters else ()
+        count = sum(p.numel() for p in (*block.parameters(), *head))
+        assert f"<td>{block.name}</td><td>{count:,}</td>" in text
     index, given, sure = found.wrong[0]
     assert f"{int(digits.test_labels[index])}, taken for {given} ({sure:.0%})" in text
     assert text.count("data:image/png") == page.SHOWN < len(found.wrong)

@@ -93,7 +93,7 @@ def _table_of_blocks(names, found, sff, curve, visits):
         peaks[index] = max(peaks[index], max((v for t, v in curve if start <= t < end), default=0.0))
     right = {i: f"{accuracy:.2%}" for i, accuracy in zip(sff.plan.voters, found.blocks, strict=True)} if names else {}
     rows = [
-        (i, name, f"{sum(p.numel() for p in sff.block_parameters(i)):,}", right.get(i, "no loss"), f"{peaks[i]:.1f}")
+        (i, name, f"{sum(p.numel() for p in sff.learned_parameters(i)):,}", right.get(i, "no loss"), f"{peaks[i]:.1f}")
         for i, name in enumerate(names)
     ]
     columns = ("block", "ends with", "parameters", "test accuracy", "peak memory, MiB")
