@@ -390,14 +390,11 @@ def bench(
     where = experiment.device_named(device)
     if tune:
         benchmark.tune(where, say)
-    on_gpu = torch.device(where).type == "cuda"
     columns = ("op", "B, C, H = W, K", "runs as", ">faster than eager", ">20 to 80 %", ">milliseconds")
-    title = f"{here.environment(where)['device']}, torch {torch.__version__}"
-    shown = table(*(columns if on_gpu else columns[:-1]), title=title)
+    shown = table(*columns, title=f"{here.environment(where)['device']}, torch {torch.__version__}")
     for row in benchmark.run(where, rounds):
         cells = (row.op, row.shape.strip("()"), row.implementation, f"{row.speedup:.2f} x")
-        time = [f"{row.milliseconds:.3f}"] if on_gpu else []
-        shown.add_row(*cells, f"{row.low:.2f} to {row.high:.2f}", *time)
+        shown.add_row(*cells, f"{row.low:.2f} to {row.high:.2f}", f"{row.milliseconds:.3f}")
     show(shown)
 
 
@@ -408,7 +405,6 @@ def info():
     if source == "default":
         source = f"default; bench --tune measures it here and keeps it in {cache.file(plan.FILE)}"
     lines = {"second moment": f"counted cost times {factor:.2f} ({source})", "Triton sizes": here.tuned_sizes()}
-    lines |= {"goodness on GPUs": here.gpu_algorithms(), "CUDA graphs": here.graphs()}
     for name, value in (here.versions() | lines).items():
         say(f"{name:17} {value}")
     shown = table("op", "implementation", "on", "here", title="Implementations, in the order they are tried")

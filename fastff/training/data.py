@@ -3,7 +3,6 @@
 `load` returns a `Dataset`, whose loaders (loader.py) make minibatches. The file formats are read in readers.py.
 """
 
-import hashlib
 import tarfile
 import tempfile
 from dataclasses import dataclass, replace
@@ -257,8 +256,7 @@ def _digits():
     labels = torch.from_numpy(bunch.target).long()
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
-        indices = (labels == label).nonzero().flatten()
-        test[indices] = torch.tensor(held_out(len(indices)))
+        test[held_out((labels == label).nonzero().flatten())] = True
     return images[~test], labels[~test], images[test], labels[test], DIGITS, None
 
 
@@ -316,16 +314,14 @@ def _archive_folder(source: Source, place: Path, download: bool, needed: list[st
             return place / folder
         if any(found):
             missing = place / folder / needed[found.index(False)]
-            raise DataError(
-                f"{missing}: no such file or folder, though others of the data set are. {_manual_download(source)}"
-            )
+            text = "no such file or folder, though others of the data set are"
+            raise DataError(f"{missing}: {text}. {_manual_download(source)}")
     [(archive, md5)] = source.md5.items()
     if download:
         _fetch(source, place, archive)
     elif not (place / archive).is_file():
-        raise DataError(
-            f"{place / needed[0]}: no such file or folder, nor is {archive} there. {_manual_download(source)}"
-        )
+        text = f"no such file or folder, nor is {archive} there"
+        raise DataError(f"{place / needed[0]}: {text}. {_manual_download(source)}")
     else:
         _check_md5(place / archive, md5)
     return _unpack(place / archive, place / source.folders[0], needed)
@@ -344,11 +340,7 @@ def _fetch(source: Source, place: Path, file: str) -> Path:
 
 
 def _check_md5(path: Path, expected: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:  # piece by piece: archives of images do not fit into memory everywhere
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    found = digest.hexdigest()
+    found = optional("pooch", "the check of an archive").file_hash(path, "md5")
     if found != expected:
         text = f"expected MD5 {expected}, found {found} ({path.stat().st_size} bytes)"
         raise DataError(f"{path}: wrong or incomplete: {text}. Delete it and fetch it again.")
