@@ -16,23 +16,14 @@ import torch
 for package in ("typer", "rich", "sklearn", "matplotlib", "PIL"):
     pytest.importorskip(package)
 
+from command_line import TINY, call  # noqa: E402
 from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
 
 import fastff  # noqa: E402
 from fastff.app import experiment, export, page, plots, trained  # noqa: E402
 from fastff.cli import make_app  # noqa: E402
 from fastff.training import data, report  # noqa: E402
-
-TINY = ["--data", "digits", "--subset", "96", "--width", "2", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
-
-
-def call(*arguments, code=0):
-    """Run a command in this process; returns (stdout, stderr)."""
-    found = CliRunner(env={"TERM": "dumb"}).invoke(make_app(), [str(a) for a in arguments])
-    assert found.exit_code == code, f"exit code {found.exit_code}: {found.output} {found.exception!r}"
-    return found.stdout, found.stderr
 
 
 @pytest.fixture(scope="module")
