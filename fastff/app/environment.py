@@ -78,12 +78,10 @@ def implementations():
             except (RuntimeError, ValueError) as error:
                 chosen, problem = None, str(error)
             for row in rows:
-                reason = row.can_run(x)
-                runs = "runs, auto takes it" if row is chosen else "runs"
+                skipped = row.skip_reason(x)
+                runs = f"runs; auto skips it: {skipped}" if skipped else "runs" + ", auto takes it" * (row is chosen)
                 note = f"; {row.note}" if row.note else ""
-                passed = row.skip_reason(x)
-                state = reason or (f"runs; auto skips it: {passed}" if passed else runs) + note
-                found.append((op, row.name, device, state))
+                found.append((op, row.name, device, row.can_run(x) or runs + note))
             if problem:
                 found.append((op, "auto", device, problem))
     return found

@@ -262,7 +262,7 @@ def _digits():
 
 def _published(name: str, root: str | Path | None, image_size: int | None, download: bool):
     """Read one of `SOURCES` from `root` or from the cache folder."""
-    source = SOURCES[name]
+    source, download = SOURCES[name], download and root is None
     if root is not None:
         folder = Path(root).expanduser()
         if not folder.is_dir():
@@ -271,20 +271,18 @@ def _published(name: str, root: str | Path | None, image_size: int | None, downl
         folder = Path(optional("pooch", "the download of data sets").os_cache("fastff")) / name
     if name in CIFAR_FILES:
         train_files, test_file, label_classes = CIFAR_FILES[name]
-        unpacked = _archive_folder(source, folder, root is None and download, [*train_files, test_file])
+        unpacked = _archive_folder(source, folder, download, [*train_files, test_file])
         parts = [read_cifar(unpacked / file, label_classes) for file in train_files]
         images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         classes = CIFAR10 if name == "cifar10" else CIFAR100
         return images, labels, *read_cifar(unpacked / test_file, label_classes), classes, source.augment
     if name == "imagenette":
         size = image_size or 160
-        unpacked = _archive_folder(source, folder, root is None and download, ["train", "val"])
+        unpacked = _archive_folder(source, folder, download, ["train", "val"])
         *tensors, class_folders = read_folder(unpacked, size)
         classes = tuple(IMAGENETTE.get(name, name) for name in class_folders)
         return *tensors, classes, replace(source.augment, padding=size // 8)
-    train, train_labels, test, test_labels = (
-        _idx_file(source, folder, root is None and download, file) for file in source.md5
-    )
+    train, train_labels, test, test_labels = (_idx_file(source, folder, download, file) for file in source.md5)
     classes = DIGITS if name == "mnist" else FASHION
     return *read_idx_pair(train, train_labels, 10), *read_idx_pair(test, test_labels, 10), classes, source.augment
 
