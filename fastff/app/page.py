@@ -72,7 +72,8 @@ def of_comparison(result, figure, path):
             rows = [(name, f"{accuracy:.2%}") for name, accuracy in zip(run["block_names"], run["blocks"], strict=True)]
             title = f"Blocks that vote, trained {plots.STYLES[run['mode']][0]}"
             sections.append({"title": title, "columns": ("block", "test accuracy"), "rows": rows})
-    sections += [_facts("Settings", s), _facts("Environment", result["environment"])]
+    common = s | {"mode": None, "granularity": None}  # which the rows differ in
+    sections += [_facts("Settings", common), _facts("Environment", result["environment"])]
     write(path, f"{s['model']} of width {s['width']} on {Path(s['data']).name}, trained in several ways", sections)
 
 
