@@ -22,6 +22,7 @@ from fastff.app import compare as comparison
 from fastff.app import environment as here
 from fastff.app import experiment, page, plots, trained
 from fastff.app import export as exporting
+from fastff.arguments import whole_number
 from fastff.ops import plan
 from fastff.parallel.watch import RankFailed, prints_failure
 from fastff.training import checkpoint
@@ -238,8 +239,7 @@ def train(
             given["window"] = 1
     elif block_ranks > 1:
         raise ValueError(f"block_ranks: expected 1 for one process (torchrun starts several), got {block_ranks}")
-    if save_every < 1:
-        raise ValueError(f"save_every: expected a whole number of at least 1, got {save_every}")
+    whole_number("save_every", save_every)
     if resume is not None and (start_from is not None or out is not None):
         raise ValueError("resume: expected neither --from nor --out beside it; a run goes on in its own folder")
     out = resume or out or Path("runs/train")
@@ -385,8 +385,7 @@ def bench(
     device: Device = None,
 ):
     """Time the kernels against eager PyTorch on this machine."""
-    if rounds < 1:
-        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    whole_number("rounds", rounds)
     where = experiment.device_named(device)
     if tune:
         benchmark.tune(where, say)
