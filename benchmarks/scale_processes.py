@@ -100,7 +100,7 @@ def _sff_blocks(engine, images, target):
                 visit.backward()
                 del visit
             backward = clock()
-            _Bucket({index: []}, engine.parameters[index], 1.0).average()
+            _Bucket({index: []}, [[p for p in engine.parameters[index] if p.grad is not None]], 1.0).average()
             bucket = clock()
             engine.place.updated(index, engine.step.weight)
             times.append((forward, backward, clock(), bucket))

@@ -150,6 +150,10 @@ class SFF(nn.Module):
         """The parameters that block `index` trains: its own and its head's."""
         return [*self.blocks[index].parameters(), *self.heads[index].parameters()]
 
+    def learned_parameters(self, index):
+        """The parameters of block `index` that a loss trains: its own, and its head's if it ends a segment."""
+        return self.block_parameters(index) if index in self.plan.voters else self.blocks[index].parameters()
+
     def outputs(self, images):
         """Yields (main output, goodness [B, K]) block by block; the goodness is None for blocks that do not vote."""
         alive, voters = (self.check_images(images),), self.plan.voters
@@ -244,9 +248,9 @@ class SFF(nn.Module):
         for i, block in enumerate(self.local_blocks):
             name, called = block.module.name, block.module.modules_called
             modules = name if called == [name] or len(called) < 2 else f"{name} ({len(called)} modules)"
-            votes = i in self.plan.voters  # otherwise a later block's loss trains it, and its head is not used
-            count = sum(p.numel() for p in (self.block_parameters(i) if votes else self.blocks[i].parameters()))
-            shape, goodness = " x ".join(map(str, block.module.output_shape)), _algorithm(block) if votes else "none"
+            goodness = _algorithm(block) if i in self.plan.voters else "none"  # a later block's loss trains it
+            count = sum(p.numel() for p in self.learned_parameters(i))
+            shape = " x ".join(map(str, block.module.output_shape))
             total += count
             rows.append((str(i), modules, f"{count:,}", shape, goodness, str(block.epilogue or "none")))
         name, blocks = type(self.model).__name__, f"{len(self.blocks)} blocks ({self.granularity})"
@@ -273,7 +277,11 @@ class SFF(nn.Module):
         return "\n".join([head, *_aligned(rows), options, *self._segments(), *notes])
 
     def _segments(self):
-        """Lines about the memory of the plan's segments, where it was counted."""
+        """Lines about the plan's segments: that there is one alone, and their memory where it was counted."""
+        (first, last, parts), *others = self.plan.at(0)
+        if (first, last) == (0, len(self.blocks) - 1) and not others and self.plan.voters == (last,):
+            share = {1: "", 2: ", half a minibatch at a time"}.get(parts, f", a minibatch in {parts} parts")
+            yield f"this plan is backpropagation through the whole model{share}"
         if not isinstance(getattr(self.plan, "memory", None), SegmentMemory):
             return
         counted, segments = self.plan.memory, self.plan.at(0)

@@ -16,23 +16,14 @@ import torch
 for package in ("typer", "rich", "sklearn", "matplotlib", "PIL"):
     pytest.importorskip(package)
 
+from command_line import TINY, call  # noqa: E402
 from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
 
 import fastff  # noqa: E402
 from fastff.app import experiment, export, page, plots, trained  # noqa: E402
 from fastff.cli import make_app  # noqa: E402
 from fastff.training import data, report  # noqa: E402
-
-TINY = ["--data", "digits", "--subset", "96", "--width", "2", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
-
-
-def call(*arguments, code=0):
-    """Run a command in this process; returns (stdout, stderr)."""
-    found = CliRunner(env={"TERM": "dumb"}).invoke(make_app(), [str(a) for a in arguments])
-    assert found.exit_code == code, f"exit code {found.exit_code}: {found.output} {found.exception!r}"
-    return found.stdout, found.stderr
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +246,10 @@ def test_the_page_of_a_run_has_its_figures(runs, digits):
     voters = [network.sff.blocks[i] for i in network.sff.plan.voters]
     for block, accuracy in zip(voters, found.blocks, strict=True):
         assert f"<td>{block.name}</td>" in text and f"<td>{accuracy:.2%}</td>" in text
+    for i, block in enumerate(network.sff.blocks):  # a head without a loss learns nothing, and does not count
+        head = network.sff.heads[i].parameters() if i in network.sff.plan.voters else ()
+        count = sum(p.numel() for p in (*block.parameters(), *head))
+        assert f"<td>{block.name}</td><td>{count:,}</td>" in text
     index, given, sure = found.wrong[0]
     assert f"{int(digits.test_labels[index])}, taken for {given} ({sure:.0%})" in text
     assert text.count("data:image/png") == page.SHOWN < len(found.wrong)

@@ -8,13 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+import types
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastff import Distributed, Trainer
+from fastff.parallel import link
 from fastff.parallel.placement import balanced
+from fastff.parallel.watch import Watch
 from fastff.training.checkpoint import load
 from fastff.training.loader import Augment, Loader
 
@@ -233,3 +237,32 @@ def test_without_a_launcher(monkeypatch):
         Trainer(made(), distributed=2)
     with pytest.raises(ValueError, match="cuda_graph: expected False with distributed"):
         Trainer(made(), distributed="data", cuda_graph=True)
+
+
+def test_messages_bring_what_was_sent(monkeypatch):
+    """Values of every kind, and memory formats, over a wire of queues; the second part is larger than the first, the third smaller."""
+    wires = {"control": deque(), "messages": deque()}
+    calls = types.SimpleNamespace(
+        isend=lambda t, to, group: wires[group].append(t.clone()) or types.SimpleNamespace(wait=lambda: None),
+        irecv=lambda t, source, group: types.SimpleNamespace(wait=lambda: t.copy_(wires[group].popleft())),
+    )
+    monkeypatch.setattr(link, "dist", calls)
+    sender, receiver = (link.Link.__new__(link.Link) for _ in range(2))
+    for end in (sender, receiver):
+        end.ranks = types.SimpleNamespace(rank=0, watch=Watch(), control="control", messages="messages")
+        end.device, end.previous, end.next, end.capacity, end.in_flight, end.posted = "cpu", 0, 1, 0, [], None
+    images = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    mask, values = torch.rand(4, 1) < 0.5, (torch.Size([4, 3]), (2, 1.5), None, True)
+    sent = [
+        link.Part((images[:n], images[:n, :1].expand(-1, 3, -1, -1), mask[:n], *values), torch.arange(n), n / 9, 9)
+        for n in (3, 4, 2)
+    ]
+    for part in sent:
+        sender.send(part, len(sent))
+    for part, (got, count) in zip(sent, receiver.minibatch(), strict=True):
+        assert count == 3 and got.alive[3:] == values and list(map(type, got.alive[3:])) == list(map(type, values))
+        assert (got.share, got.samples) == (part.share, part.samples) and torch.equal(got.target, part.target)
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got.alive[:3], part.alive[:3], strict=True))
+        assert got.alive[0].stride() == part.alive[0].stride()
+    with pytest.raises(ValueError, match="sff: 2000 tensors are alive behind the last block of rank 0, more than"):
+        sender.send(sent[0]._replace(alive=(mask,) * 2000), 1)

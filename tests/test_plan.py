@@ -285,6 +285,21 @@ def test_parts_need_less_memory(counted):
     assert memory(0, 3, 2) < 0.6 * memory(0, 3)
 
 
+def test_one_segment_is_called_backpropagation(counted):
+    """As the plan of MobileNetV3-large with memory=0.4 is, in halves."""
+    said = "this plan is backpropagation through the whole model"
+    sff = copy.deepcopy(counted)
+    sff.set_plan(memory=1, batch_size=32)  # counted already, so that the line stands before the table
+    assert sff.plan.at(0) == (Segment(0, 8),) and f"{said}\nsegment" in repr(sff)
+    for parts, text in ((1, "\n"), (2, ", half a minibatch at a time\n"), (3, ", a minibatch in 3 parts\n")):
+        sff.set_plan([Segment(0, 8, parts)])
+        assert said + text in repr(sff) + "\n"
+    for plan in ([3, 8], [Segment(3, 8)], "drawn", "pairs", [[8], [3, 8]]):
+        sff.set_plan(plan)
+        assert said not in repr(sff)
+    assert said not in repr(counted)
+
+
 def test_counting_leaves_the_network_as_it_is():
     sff = small(window=1)
     before, state = copy.deepcopy(sff.state_dict()), torch.get_rng_state()

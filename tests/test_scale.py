@@ -151,7 +151,7 @@ def test_message_is_the_links():
     """The size of what fastff.parallel.link sends for one tensor and its labels."""
     tensor, target = torch.zeros(7, 5, 3, 3), torch.zeros(7, dtype=torch.int64)
     block = Block(0.0, 0.0, 0.0, tensor.numel() * 4, 0.0)
-    assert message_bytes(block, 7) == link.HEADER + sum(link._aligned_bytes(link._layout(t)) for t in (target, tensor))
+    assert message_bytes(block, 7) == link.HEADER + sum(link._room(t) for t in (target, tensor))
 
 
 def test_cores_are_shared():

@@ -22,6 +22,7 @@ from fastff.app import compare as comparison
 from fastff.app import environment as here
 from fastff.app import experiment, page, plots, trained
 from fastff.app import export as exporting
+from fastff.arguments import whole_number
 from fastff.ops import plan
 from fastff.parallel.watch import RankFailed, prints_failure
 from fastff.training import checkpoint
@@ -238,8 +239,7 @@ def train(
             given["window"] = 1
     elif block_ranks > 1:
         raise ValueError(f"block_ranks: expected 1 for one process (torchrun starts several), got {block_ranks}")
-    if save_every < 1:
-        raise ValueError(f"save_every: expected a whole number of at least 1, got {save_every}")
+    whole_number("save_every", save_every)
     if resume is not None and (start_from is not None or out is not None):
         raise ValueError("resume: expected neither --from nor --out beside it; a run goes on in its own folder")
     out = resume or out or Path("runs/train")
@@ -385,19 +385,15 @@ def bench(
     device: Device = None,
 ):
     """Time the kernels against eager PyTorch on this machine."""
-    if rounds < 1:
-        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    whole_number("rounds", rounds)
     where = experiment.device_named(device)
     if tune:
         benchmark.tune(where, say)
-    on_gpu = torch.device(where).type == "cuda"
     columns = ("op", "B, C, H = W, K", "runs as", ">faster than eager", ">20 to 80 %", ">milliseconds")
-    title = f"{here.environment(where)['device']}, torch {torch.__version__}"
-    shown = table(*(columns if on_gpu else columns[:-1]), title=title)
+    shown = table(*columns, title=f"{here.environment(where)['device']}, torch {torch.__version__}")
     for row in benchmark.run(where, rounds):
         cells = (row.op, row.shape.strip("()"), row.implementation, f"{row.speedup:.2f} x")
-        time = [f"{row.milliseconds:.3f}"] if on_gpu else []
-        shown.add_row(*cells, f"{row.low:.2f} to {row.high:.2f}", *time)
+        shown.add_row(*cells, f"{row.low:.2f} to {row.high:.2f}", f"{row.milliseconds:.3f}")
     show(shown)
 
 
@@ -408,7 +404,6 @@ def info():
     if source == "default":
         source = f"default; bench --tune measures it here and keeps it in {cache.file(plan.FILE)}"
     lines = {"second moment": f"counted cost times {factor:.2f} ({source})", "Triton sizes": here.tuned_sizes()}
-    lines |= {"goodness on GPUs": here.gpu_algorithms(), "CUDA graphs": here.graphs()}
     for name, value in (here.versions() | lines).items():
         say(f"{name:17} {value}")
     shown = table("op", "implementation", "on", "here", title="Implementations, in the order they are tried")

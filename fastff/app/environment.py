@@ -10,11 +10,8 @@ import torch
 
 import fastff
 from fastff import cache
-from fastff.kernels.triton import blocks
 from fastff.ops import TABLES
-from fastff.ops.plan import Gpu, on_gpu
 from fastff.ops.table import choose, concerns
-from fastff.training.graph import WARM_UP
 
 
 def commit():
@@ -81,12 +78,10 @@ def implementations():
             except (RuntimeError, ValueError) as error:
                 chosen, problem = None, str(error)
             for row in rows:
-                reason = row.can_run(x)
-                runs = "runs, auto takes it" if row is chosen else "runs"
+                skipped = row.skip_reason(x)
+                runs = f"runs; auto skips it: {skipped}" if skipped else "runs" + ", auto takes it" * (row is chosen)
                 note = f"; {row.note}" if row.note else ""
-                passed = row.skip_reason(x)
-                state = reason or (f"runs; auto skips it: {passed}" if passed else runs) + note
-                found.append((op, row.name, device, state))
+                found.append((op, row.name, device, row.can_run(x) or runs + note))
             if problem:
                 found.append((op, "auto", device, problem))
     return found
@@ -116,21 +111,6 @@ def versions():
         "GPU": ", ".join(gpus) or "none that this torch can use",
         "FASTFF_IMPL": os.environ.get("FASTFF_IMPL") or "not set",
     }
-
-
-def graphs():
-    """Return a sentence about the recording of training steps."""
-    here = "" if torch.cuda.is_available() else "; there is none here"
-    return f"steps are recorded after {WARM_UP} of a shape on a GPU, unless cuda_graph=False; print(trainer) says whether or why not{here}"
-
-
-def gpu_algorithms():
-    """Return a sentence about the algorithms of a goodness step that the model of a GPU chooses, for 10, 100 and 1000 classes in bfloat16."""
-    gpu, found = Gpu(2, blocks.architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))), []
-    for C, H in ((64, 32), (128, 16), (256, 8), (512, 4)):
-        names = [next(iter(on_gpu(128, C, H * H, K, gpu))).replace("_", " ") for K in (10, 100, 1000)]
-        found.append(f"{' / '.join(names)} for C = {C}, H = {H}")
-    return f"by a model, not measured, for K = 10 / 100 / 1000: {'; '.join(found)}"
 
 
 def tuned_sizes():

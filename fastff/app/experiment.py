@@ -9,7 +9,7 @@ import torch
 
 from fastff import models
 from fastff.app.environment import check_implementations
-from fastff.arguments import whole_number
+from fastff.arguments import number_between, whole_number
 from fastff.graph.cut import GRANULARITIES
 from fastff.parallel.ranks import BATCH_NORMS, leader_first
 from fastff.plan import ending_at
@@ -38,7 +38,9 @@ CHOICES = {
     "optimizer": ("adamw", "muon"),
 }  # fmt: skip
 # Smallest allowed value of each whole number. Batch norm needs two values of each channel, and a channel may have one position.
-LEAST = {"epochs": 1, "batch_size": 2, "width": 1, "micro_batches": 1, "grid": 0, "hidden": 0, "freeze": 0, "seed": 0}
+LEAST = {
+    "epochs": 1, "batch_size": 2, "width": 1, "micro_batches": 1, "grid": 0, "hidden": 0, "freeze": 0, "seed": 0, "window": 1,
+}  # fmt: skip
 # The weight gradient of a strided 1 x 1 convolution in channels_last writes past the end of oneDNN's buffer if the
 # convolution has fewer channels than a vector register has floats (oneDNN issue 6035; seen with torch 2.13 and AVX2 at 2
 # to 6 channels). The process crashes then, possibly later. The shortcuts of a ResNet are such convolutions. The longest
@@ -77,18 +79,13 @@ def settings(**given):
         if s[key] not in allowed:
             raise ValueError(f"{key}: expected one of {', '.join(map(str, filter(None, allowed)))}, got {s[key]!r}")
     for key, least in LEAST.items():
-        s[key] = whole_number(key, s[key], least)
-    if s["window"] is not None:
-        s["window"] = whole_number("window", s["window"])
+        s[key] = None if s[key] is None else whole_number(key, s[key], least)
+    for key, zero in (("lr", False), ("clip", False), ("weight_decay", True)):
+        s[key] = None if s[key] is None else number_between(key, s[key], 0, math.inf, low_allowed=zero)
     if s["hidden"] and not s["grid"]:
         if "hidden" in given:
             raise ValueError(f"hidden: expected 0 without a spatial term (grid 0), got {s['hidden']}")
         s["hidden"] = 0
-    for key in ("lr", "clip"):
-        if s[key] is not None and not 0 < s[key] < math.inf:
-            raise ValueError(f"{key}: expected a positive number, got {s[key]!r}")
-    if not 0 <= s["weight_decay"] < math.inf:
-        raise ValueError(f"weight_decay: expected a number of at least 0, got {s['weight_decay']!r}")
     if min(_micro_batch_sizes(s["batch_size"], s["micro_batches"])) < 2:
         got = f"{s['micro_batches']} parts of a batch of {s['batch_size']}"
         raise ValueError(f"micro_batches: expected parts of at least 2 images each, got {got}")
@@ -315,8 +312,8 @@ def resume(folder, device, distributed=None, **given):
     found = describe(s, dataset)
     for key, value in found.items():
         if meta[key] != value:
-            text = f"expected the data set of the run in {folder}, whose {key} is {_short(meta[key])}"
-            raise ValueError(f"data: {text}, got {_short(value)}")
+            text = f"expected the data set of the run in {folder}, whose {key} is {short(meta[key])}"
+            raise ValueError(f"data: {text}, got {short(value)}")
     trainer = make_trainer(asked, dataset, device, distributed)
     trainer.load(Path(folder) / "checkpoint.pt")
     return Run(asked, dataset, trainer, *loaders(asked, dataset, device, trainer.ranks.data_size))
@@ -331,9 +328,10 @@ def restarted(folder):
     return os.environ[LAUNCH] != "none" and read_run(folder)[1].get("launch") == os.environ[LAUNCH]
 
 
-def _short(value):
+def short(value):
+    """Return what an error shows of a value that may be long."""
     text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def read_run(folder, device="cpu"):
@@ -361,23 +359,18 @@ def transfer(sff, folder):
 
     Raises CheckpointError: `folder` holds no run, or a block is missing in it or has another shape."""
     state, meta = read_run(folder)
-    has_heads = any(
-        key.startswith("model.") for key in state["module"]
-    )  # backpropagation saves the model without heads
-    source = state["module"] if has_heads else {f"model.{key}": value for key, value in state["module"].items()}
-    if has_heads:
-        indices = {name: index for index, name in enumerate(state["names"])}
-        heads = {str(i): f"heads.{indices[b.name]}" for i, b in enumerate(sff.blocks) if b.name in indices}
+    saved = state["module"]
+    if not any(key.startswith("model.") for key in saved):  # backpropagation saves the model without heads
+        saved = {f"model.{key}": value for key, value in saved.items()}
+    places = {name: f"heads.{index}." for index, name in enumerate(state["names"])}
+    heads = {f"heads.{index}.": places.get(block.name) for index, block in enumerate(sff.blocks)}
     in_blocks = tuple({f"model.{name}." for block in sff.blocks for name in block.modules_called})
     same_classes = meta["num_classes"] == sff.num_classes
     wanted, missing = sff.state_dict(), []
     for key, value in wanted.items():
+        head = next((head for head in heads if key.startswith(head)), "")
+        found = saved.get(key.replace(head, heads[head] or "none.", 1) if head else key)
         of_block = key.startswith(in_blocks)
-        source_key = key
-        if key.startswith("heads."):
-            head, _, rest = key.removeprefix("heads.").partition(".")
-            source_key = f"{heads.get(head)}.{rest}" if has_heads else None
-        found = source.get(source_key)
         if found is not None and found.shape == value.shape and (of_block or same_classes):
             wanted[key] = found
         elif of_block:

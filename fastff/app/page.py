@@ -72,7 +72,8 @@ def of_comparison(result, figure, path):
             rows = [(name, f"{accuracy:.2%}") for name, accuracy in zip(run["block_names"], run["blocks"], strict=True)]
             title = f"Blocks that vote, trained {plots.STYLES[run['mode']][0]}"
             sections.append({"title": title, "columns": ("block", "test accuracy"), "rows": rows})
-    sections += [_facts("Settings", s), _facts("Environment", result["environment"])]
+    common = s | {"mode": None, "granularity": None}  # which the rows differ in
+    sections += [_facts("Settings", common), _facts("Environment", result["environment"])]
     write(path, f"{s['model']} of width {s['width']} on {Path(s['data']).name}, trained in several ways", sections)
 
 
@@ -93,7 +94,7 @@ def _table_of_blocks(names, found, sff, curve, visits):
         peaks[index] = max(peaks[index], max((v for t, v in curve if start <= t < end), default=0.0))
     right = {i: f"{accuracy:.2%}" for i, accuracy in zip(sff.plan.voters, found.blocks, strict=True)} if names else {}
     rows = [
-        (i, name, f"{sum(p.numel() for p in sff.block_parameters(i)):,}", right.get(i, "no loss"), f"{peaks[i]:.1f}")
+        (i, name, f"{sum(p.numel() for p in sff.learned_parameters(i)):,}", right.get(i, "no loss"), f"{peaks[i]:.1f}")
         for i, name in enumerate(names)
     ]
     columns = ("block", "ends with", "parameters", "test accuracy", "peak memory, MiB")

@@ -15,22 +15,16 @@ STYLES = {
 }
 LOOK = {
     "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": "#dddddd",
+    "legend.frameon": False,
 }  # fmt: skip
 
 
 @contextlib.contextmanager
 def _drawn(width, height):
     """Yields a matplotlib figure of so many inches. Raises ImportError: matplotlib is not installed."""
-    optional("matplotlib", "the picture").use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(LOOK):
-        figure = plt.figure(figsize=(width, height), layout="constrained")
-        try:
-            yield figure
-        finally:
-            plt.close(figure)
+    with optional("matplotlib", "the picture").rc_context(LOOK):
+        yield optional("matplotlib.figure", "the picture").Figure(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure):
@@ -46,24 +40,15 @@ def picture(result, path):
     Raises ImportError: matplotlib is not installed."""
     runs, s = result["runs"], result["settings"]
     with _drawn(16, 5.6) as figure:
-        grid = figure.add_gridspec(1, 4, width_ratios=[3, 3, 3, 1.9])
-        epochs = figure.add_subplot(grid[0])
-        seconds, blocks = (figure.add_subplot(grid[i], sharey=epochs) for i in (1, 2))
-        memory = figure.add_subplot(grid[3])
+        epochs, seconds, blocks, memory = figure.subplots(1, 4, width_ratios=[3, 3, 3, 1.9])
         _curves(epochs, seconds, runs)
         _by_block(blocks, runs)
         _memory(memory, runs)
-        low, high = _range(runs)
-        epochs.set_ylim(low, high)
         for axis in (epochs, seconds, blocks):
-            axis.grid(color="#dddddd", linewidth=0.8)
-        handles, labels = epochs.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=12)
-        figure.suptitle(
-            f"{s['model']} of width {s['width']} on {Path(s['data']).name}: the same network, weights and batches",
-            fontsize=13,
-        )
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+            axis.set_ylim(*_range(runs))
+        figure.legend(*epochs.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), fontsize=12)
+        title = f"{s['model']} of width {s['width']} on {Path(s['data']).name}"
+        figure.suptitle(f"{title}: the same network, weights and batches", fontsize=13)
         figure.savefig(path, dpi=110)
         return _svg(figure)
 
@@ -94,21 +79,19 @@ def learning(history, names):
             unit = " (%)" if factor == 100 else " (cross-entropy)"
             axis.set(title=title, xlabel="epoch", ylabel=title.split()[0].lower() + unit)
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(color="#dddddd", linewidth=0.8)
         vote = [100 * row.get("test vote", nan) for row in history]
         label = "all blocks' vote" if len(names) > 1 else "network"
         axes[2].plot(epochs, vote, color="black", linestyle="--", linewidth=2, label=label)
         axes[0].set_yscale("log")
         axes[0].yaxis.set_major_formatter("{x:g}")
-        figure.legend(loc="outside lower center", ncols=min(6, len(names) + 1), frameon=False, fontsize=10)
+        figure.legend(loc="outside lower center", ncols=min(6, len(names) + 1), fontsize=10)
         return _svg(figure)
 
 
 def _by_depth(count):
     """Return a colour for each block, from dark (the first) to light."""
-    import matplotlib
-
-    return matplotlib.colormaps["viridis"]([0.9 * i / max(1, count - 1) for i in range(count)])
+    depths = [0.9 * i / max(1, count - 1) for i in range(count)]
+    return optional("matplotlib", "the picture").colormaps["viridis"](depths)
 
 
 def step_memory(curve, visits, names):
@@ -129,26 +112,19 @@ def step_memory(curve, visits, names):
             axis.axvline(start, color="#888888", linewidth=0.6)
             if end - start > times[-1] / 60:
                 axis.text(start, 1.01, f" {index}", transform=axis.get_xaxis_transform(), fontsize=10)
-        axis.set(
-            xlabel="time within the step; a number is the block that starts",
-            ylabel="MiB above parameters\nand optimizer state",
-        )
-        axis.set_xlim(0, times[-1])
+        axis.set(xlabel="time within the step; a number is the block that starts", xticks=[], xlim=(0, times[-1]))
+        axis.set_ylabel("MiB above parameters\nand optimizer state")
         axis.set_ylim(bottom=0)
-        axis.set_xticks([])
+        axis.grid(False)
         return _svg(figure)
-
-
-def _percent(values):
-    return [100 * value for value in values]
 
 
 def _curves(epochs, seconds, runs):
     for run in runs:
         name, colour, marker = STYLES[run["mode"]]
         history = run["history"]
-        accuracy = _percent(row["test_accuracy"] for row in history)
-        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 2, "alpha": 0.9, "clip_on": True}
+        accuracy = [100 * row["test_accuracy"] for row in history]
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 2, "alpha": 0.9}
         epochs.plot([row["epoch"] for row in history], accuracy, label=f"{name}: {accuracy[-1]:.1f} %", **style)
         seconds.plot([row["seconds"] for row in history], accuracy, **style)
     epochs.set(title="After each epoch", xlabel="epoch", ylabel="test accuracy (%)")
@@ -166,7 +142,8 @@ def _by_block(axis, runs):
         count = len(run["blocks"])
         if count:
             depth = [(i + 1) / count for i in range(count)]
-            axis.plot(depth, _percent(run["blocks"]), color=colour, marker=marker, markersize=5, linewidth=2, alpha=0.9)
+            alone = [100 * accuracy for accuracy in run["blocks"]]
+            axis.plot(depth, alone, color=colour, marker=marker, markersize=5, linewidth=2, alpha=0.9)
         vote = 100 * run["test_accuracy"]
         shift = 1.18 + 0.03 * (runs.index(run) - (len(runs) - 1) / 2)
         axis.plot([shift], [vote], color=colour, marker=marker, markersize=9, markeredgecolor="white", clip_on=False)
@@ -176,21 +153,18 @@ def _by_block(axis, runs):
 
 def _memory(axis, runs):
     """Draw bars of what a training step allocates."""
-    for position, run in enumerate(runs):
-        name, colour, _ = STYLES[run["mode"]]
-        axis.bar(position, run["peak_memory_mb"], color=colour, width=0.7)
-        axis.text(
-            position, run["peak_memory_mb"], f"{run['peak_memory_mb']:.1f}", ha="center", va="bottom", fontsize=11
-        )
+    names, colours, _ = zip(*(STYLES[run["mode"]] for run in runs), strict=True)
+    names = [name.replace("backpropagation", "back-\nprop.").replace("-wise", "") for name in names]
+    bars = axis.bar(names, [run["peak_memory_mb"] for run in runs], color=colours, width=0.7)
+    axis.bar_label(bars, fmt="{:.1f}", fontsize=11)
     axis.set(title="Memory of a step", ylabel="peak, MiB above parameters\nand optimizer state")
-    names = [STYLES[run["mode"]][0].replace("backpropagation", "back-\nprop.").replace("-wise", "") for run in runs]
-    axis.set_xticks(range(len(runs)), names)
+    axis.grid(False)
     axis.margins(y=0.12)
 
 
 def _range(runs):
     """Return the limits of the accuracy axis. They hold all values except those of the first fifth of the epochs, which may lie below."""
-    curves = [_percent(row["test_accuracy"] for row in run["history"]) for run in runs]
+    curves = [[100 * row["test_accuracy"] for row in run["history"]] for run in runs]
     late = [value for curve in curves for value in curve[min(len(curve) // 5, len(curve) - 1) :]]
     shown = late + [100 * value for run in runs for value in run["blocks"]]
     low, high = min(shown), max(*shown, *(max(curve) for curve in curves))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastff.app.experiment import build_network, read_run
+from fastff.app.experiment import build_network, read_run, short
 from fastff.training import data
 from fastff.training.checkpoint import CheckpointError
 
@@ -170,9 +170,6 @@ def labelled_images(network, name, root=None, split="test"):
         ("classes", list(found.classes), meta["classes"]), ("images of shape", list(found.input_shape), meta["input_shape"])
     ):  # fmt: skip
         if value != wanted:
-            shown = (text if len(text := str(v)) < 100 else f"{text[:97]}..." for v in (wanted, value))
-            wanted, value = shown
-            raise ValueError(f"data: expected {what} {wanted}, as the run has, got {value} in {Path(name).name}")
-    return f"{found.name}, {split} images", *(
-        (found.test_images, found.test_labels) if split == "test" else (found.train_images, found.train_labels)
-    )
+            got = f"{short(value)} in {Path(name).name}"
+            raise ValueError(f"data: expected {what} {short(wanted)}, as the run has, got {got}")
+    return f"{found.name}, {split} images", getattr(found, f"{split}_images"), getattr(found, f"{split}_labels")

@@ -1,27 +1,20 @@
 """Sends activations from a rank to the rank with the next blocks: the normalized outputs of its last block, before that block's backward pass.
 
-A message is a header (JSON on the CPU: shapes, strides, dtypes) and one buffer that holds all tensors. The receiver posts its receive calls in
-advance, so that the next message arrives while it computes on this one. For that it must know the size of the buffer. So the size only grows: a
-smaller minibatch leaves the end of the buffer unused, and a message without data announces a larger size. Nothing is sent back, and a rank waits
-only for its data.
+A message is a header (pickled: the part, with tensors on the device "meta" in the place of its own) and one buffer that holds all tensors. The
+receiver posts its receive calls in advance, so that the next message arrives while it computes on this one. For that it must know the size of the
+buffer. So the size only grows: a smaller minibatch leaves the end of the buffer unused, and a message without data announces a larger size. Nothing
+is sent back, and a rank waits only for its data.
 """
 
-import json
-import math
+import pickle
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from fastff.parallel.ranks import dense_strides
-
-HEADER = 8192  # bytes of a header, padded with spaces
+HEADER = 8192  # bytes of a header
 ALIGN = 256  # bytes; every tensor in the buffer starts at a multiple of it
 IN_FLIGHT = 2  # messages that may be sent before the receiver has taken the first of them
-DTYPES = {
-    str(dtype): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
-}
 
 
 class Part(NamedTuple):
@@ -53,30 +46,25 @@ class Link:
 
     def send(self, part, count):
         """Send `part` to the next rank. `count` is the number of parts that its minibatch has."""
-        tensors = [t for t in (part.target, *part.alive) if isinstance(t, torch.Tensor)]
-        layouts = [_layout(t) for t in tensors]
-        size = sum(map(_aligned_bytes, layouts))
+        likes = [torch.empty_like(t, device="meta") for t in _tensors(part)]
+        size = sum(map(_room, likes))
         with self.ranks.watch.guard():
             if size > self.capacity:
-                self._send({"capacity": size})
+                # the receive call that is posted for the tensors still expects the old size
+                self._send(size, torch.empty(self.capacity, dtype=torch.uint8, device=self.device))
                 self.capacity = size
             buffer = torch.empty(self.capacity, dtype=torch.uint8, device=self.device)
-            torch._foreach_copy_(_views(buffer, layouts), tensors)
-            target, *rest = layouts
-            rest = iter(rest)
-            alive = [next(rest) if isinstance(t, torch.Tensor) else {"value": t} for t in part.alive]
-            header = {"alive": alive, "target": target, "share": part.share, "samples": part.samples}
-            self._send(header | {"parts": count}, buffer)
+            torch._foreach_copy_(_views(buffer, likes), _tensors(part))
+            self._send((_with_tensors(part, likes), count), buffer)
 
-    def _send(self, header, buffer=None):
-        text = json.dumps(header).encode()
+    def _send(self, header, buffer):
+        """Send (part, number of parts) with its buffer, or the size that buffers have from the next message on."""
+        text = pickle.dumps(header)
         if len(text) > HEADER:
             raise ValueError(
-                f"sff: {len(header['alive'])} tensors are alive behind the last block of rank {self.ranks.rank}, more than a message describes"
+                f"sff: {len(header[0].alive)} tensors are alive behind the last block of rank {self.ranks.rank}, more than a message describes"
             )
         text = torch.frombuffer(bytearray(text.ljust(HEADER)), dtype=torch.uint8)
-        if buffer is None:  # the receive call that is posted for the tensors still expects the old size
-            buffer = torch.empty(self.capacity, dtype=torch.uint8, device=self.device)
         while len(self.in_flight) >= IN_FLIGHT:
             for work, _ in self.in_flight.pop(0):
                 work.wait()
@@ -87,30 +75,23 @@ class Link:
 
     def minibatch(self):
         """Receive the next minibatch: yields (Part, number of parts) for each part of it."""
-        parts, index = 1, 0
-        while index < parts:
-            part, parts = self._receive()
-            yield part, parts
-            index += 1
+        part, count = self._receive()
+        yield part, count
+        for _ in range(count - 1):
+            yield self._receive()
 
     def _receive(self):
-        while True:
-            if self.posted is None:
-                self._post_receive(0)
-            text, buffer, works = self.posted
-            with self.ranks.watch.guard():
-                for work in works:
-                    work.wait()
-            header = json.loads(text.numpy().tobytes())
-            if "capacity" not in header:
-                break
-            self._post_receive(header["capacity"])
+        if self.posted is None:
+            self._post_receive(0)
+        text, buffer, works = self.posted
+        self.ranks.watch.wait(works)
+        header = pickle.loads(text.numpy())
+        if isinstance(header, int):
+            self._post_receive(header)
+            return self._receive()
         self._post_receive(len(buffer))
-        layouts = [header["target"], *(item for item in header["alive"] if "shape" in item)]
-        target, *tensors = _views(buffer, layouts)
-        tensors = iter(tensors)
-        alive = tuple(next(tensors) if "shape" in item else item["value"] for item in header["alive"])
-        return Part(alive, target, header["share"], header["samples"]), header["parts"]
+        part, count = header
+        return _with_tensors(part, _views(buffer, _tensors(part))), count
 
     def _post_receive(self, capacity):
         """Start to receive the next message, whose buffer has `capacity` bytes, without waiting for it."""
@@ -123,24 +104,26 @@ class Link:
         self.posted = text, buffer, works
 
 
-def _layout(t):
-    """A header's entry for tensor t. The strides are those of a copy without gaps."""
-    return {"shape": list(t.shape), "stride": list(dense_strides(t)), "dtype": str(t.dtype)}
+def _tensors(part):
+    return [t for t in (part.target, *part.alive) if isinstance(t, torch.Tensor)]
 
 
-def _bytes(layout):
-    return math.prod(layout["shape"]) * DTYPES[layout["dtype"]].itemsize
+def _with_tensors(part, tensors):
+    """The part with these in the place of its own tensors, in their order."""
+    rest = iter(tensors)
+    target, *alive = (next(rest) if isinstance(t, torch.Tensor) else t for t in (part.target, *part.alive))
+    return part._replace(target=target, alive=tuple(alive))
 
 
-def _aligned_bytes(layout):
-    return -(-_bytes(layout) // ALIGN) * ALIGN
+def _room(t):
+    """Bytes of the buffer that hold a tensor."""
+    return -(-t.nbytes // ALIGN) * ALIGN
 
 
-def _views(buffer, layouts):
-    """Tensors with these layouts that lie in `buffer` one after the other."""
+def _views(buffer, likes):
+    """Tensors that lie in `buffer` one after the other, with the shapes, strides and dtypes of these, which are without gaps."""
     views, start = [], 0
-    for layout in layouts:
-        values = buffer[start : start + _bytes(layout)].view(DTYPES[layout["dtype"]])
-        views.append(values.as_strided(layout["shape"], layout["stride"]))
-        start += _aligned_bytes(layout)
+    for t in likes:
+        views.append(buffer[start : start + t.nbytes].view(t.dtype).as_strided(t.shape, t.stride()))
+        start += _room(t)
     return views

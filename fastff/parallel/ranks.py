@@ -165,41 +165,26 @@ class Ranks:
         self.messages = dist.new_group(timeout=limit) if self.block_size > 1 else None
         self.watch = Watch(self.rank, self.size)
 
-    def gather(self, value):
-        """Return the list of every rank's `value`, a picklable object, on every rank."""
+    def gather(self, value, everywhere=True):
+        """Return the list of every rank's `value`, a picklable object, on every rank, or on rank 0 alone and None on the others."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        values = [None] * self.size if everywhere or self.leads else None
         with self.watch.guard():
-            dist.all_gather_object(values, value, group=self.control)
+            if everywhere:
+                dist.all_gather_object(values, value, group=self.control)
+            else:
+                dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
-    def collect(self, value):
-        """Return the list of every rank's `value`, a picklable object, on rank 0, and None on the others."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size if self.leads else None
-        with self.watch.guard():
-            dist.gather_object(value, values, dst=0, group=self.control)
-        return values
-
-    def sum(self, tensor):
-        """Return the sum of every rank's `tensor`, on every rank. The shapes must agree."""
+    def sum(self, tensor, group=None):
+        """Return the sum of every rank's `tensor`, on every rank of `group` (None: of all processes). The shapes must agree."""
         if self.size == 1:
             return tensor
         tensor = tensor.clone()
         with self.watch.guard():
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=group)
         return tensor
-
-    def from_leader(self, value):
-        """Return rank 0's `value`, a picklable object, on every rank."""
-        if self.size == 1:
-            return value
-        box = [value]
-        with self.watch.guard():
-            dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
 
     @torch.no_grad()
     def mean_(self, tensors):
@@ -220,16 +205,7 @@ class Ranks:
                 torch._foreach_copy_(same_dtype, views)
 
 
-def views_like(flat, tensors):
-    """Views of the vector `flat`, one after the other, with the shapes of `tensors` and their strides (`dense_strides`)."""
-    views, start = [], 0
-    for t in tensors:
-        views.append(flat[start : start + t.numel()].as_strided(t.shape, dense_strides(t)))
-        start += t.numel()
-    return views
-
-
-def dense_strides(t):
+def _dense_strides(t):
     """Strides of a copy of t without gaps: those of t if it is contiguous or channels_last, else contiguous ones."""
     dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
     return t.stride() if dense else torch.empty(t.shape, device="meta").stride()
@@ -247,8 +223,10 @@ def flattened(tensors, value=lambda t: t, spare=0):
     buffers = []
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         same_dtype = [t for t in tensors if t.dtype == dtype]
-        flat = same_dtype[0].new_empty(sum(t.numel() for t in same_dtype) + spare)
-        views = views_like(flat, same_dtype)
+        sizes = [t.numel() for t in same_dtype]
+        flat = same_dtype[0].new_empty(sum(sizes) + spare)
+        pieces = flat.split([*sizes, spare])
+        views = [piece.as_strided(t.shape, _dense_strides(t)) for piece, t in zip(pieces, same_dtype, strict=False)]
         torch._foreach_copy_(views, [value(t) for t in same_dtype])
         buffers.append((flat, views, same_dtype))
     return buffers

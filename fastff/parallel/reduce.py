@@ -14,7 +14,7 @@ gloo a third more.
 import torch
 import torch.distributed as dist
 
-from fastff.parallel.ranks import flattened, views_like
+from fastff.parallel.ranks import flattened
 
 # Bytes: blocks with fewer are reduced together with those that are trained after them in the same step.
 MESSAGE = 1 << 20
@@ -25,23 +25,23 @@ class _Bucket:
 
     Args:
         rates: {index of a block: learning rates of its parameter groups when its gradients were complete}.
-        parameters: those of the blocks; the ones without a gradient are left out.
+        parameters: those of the blocks that have a gradient, a list for each rank that updates some of them, or one list.
         share: this rank's number of samples, in units common to all ranks. The gradients are averaged with this weight."""
 
     def __init__(self, rates, parameters, share):
-        self.rates = rates
-        self.parameters = [p for p in parameters if p.grad is not None]
-        self.flats = []
+        self.rates, self.works = rates, []
+        self.flats = []  # [(number of the list, vector of the gradients and the share, views of the gradients, parameters)]
         # The layout is that of the parameters, which is the same on all ranks; the gradients' strides may differ between ranks.
-        for flat, views, same_dtype in flattened(self.parameters, lambda p: p.grad, spare=1):
-            flat[-1] = share
-            for p, view in zip(same_dtype, views, strict=True):
-                p.grad = view
-            self.flats.append((flat, same_dtype))
+        for number, some in enumerate(parameters):
+            for flat, views, same_dtype in flattened(some, lambda p: p.grad, spare=1):
+                flat[-1] = share
+                for p, view in zip(same_dtype, views, strict=True):
+                    p.grad = view
+                self.flats.append((number, flat, views, same_dtype))
 
     def average(self):
         """Divide the summed gradients by the sum of the shares, which is the last element of each vector."""
-        for flat, _ in self.flats:
+        for _, flat, *_ in self.flats:
             flat.div_(flat[-1].clone())
 
 
@@ -56,29 +56,32 @@ class Reduction:
     def __init__(self, ranks, optimizers, update):
         self.ranks, self.optimizers, self.update = ranks, optimizers, update
         self.group, self.queue = ranks.data_group, []
-        self.small = []  # [(index, parameters, share, rates)] of blocks of this step that wait for others to share a bucket with
+        self.rates, self.parameters, self.share = (
+            {},
+            [],
+            0.0,
+        )  # of blocks of this step that wait for others to share a bucket with
 
     def start(self, index, parameters, share):
         """Start to reduce the gradients of block `index`, without waiting for the result."""
-        self.small.append((index, parameters, share, self._rates(index)))
-        elements = [p for _, some, *_ in self.small for p in some if p.grad is not None]
-        if sum(p.numel() * p.element_size() for p in elements) >= MESSAGE:
+        self.rates[index], self.share = self._rates(index), share
+        self.parameters += [p for p in parameters if p.grad is not None]
+        if sum(p.numel() * p.element_size() for p in self.parameters) >= MESSAGE:
             self.send()
         self._progress()
 
     def send(self):
         """Start to reduce the gradients of the blocks that still wait for others. To be called when a step ends, too."""
-        if self.small:
-            indices, parameters, (share, *_), rates = zip(*self.small, strict=True)
-            bucket = _Bucket(dict(zip(indices, rates, strict=True)), [p for some in parameters for p in some], share)
-            self.small = []
+        if self.rates:
+            bucket = _Bucket(self.rates, self._lists(self.parameters), self.share)
+            self.rates, self.parameters = {}, []
             with self.ranks.watch.guard():
-                bucket.works = [dist.all_reduce(flat, group=self.group, async_op=True) for flat, _ in bucket.flats]
+                bucket.works = [self._reduce(flat, number) for number, flat, *_ in bucket.flats]
             self.queue.append(bucket)
 
     def settle(self, index=None):
         """Wait for the update of block `index` and those started before it, or for all updates if `index` is None."""
-        if index is None or any(index == waiting for waiting, *_ in self.small):
+        if index is None or index in self.rates:
             self.send()
         while self.queue and (index is None or any(index in bucket.rates for bucket in self.queue)):
             self._finish(self.queue.pop(0))
@@ -86,22 +89,20 @@ class Reduction:
     def _rates(self, index):
         return [group["lr"] for group in self.optimizers[index].param_groups]
 
+    def _lists(self, parameters):
+        return [parameters]
+
+    def _reduce(self, flat, number):
+        return dist.all_reduce(flat, group=self.group, async_op=True)
+
     def _progress(self):
         """Apply the updates whose gradients have arrived, which frees these gradients."""
         while self.queue and all(work.is_completed() for work in self.queue[0].works):
             self._finish(self.queue.pop(0))
 
-    def _wait(self, works):
-        with self.ranks.watch.guard():
-            for work in works:
-                work.wait()
-
     def _finish(self, bucket):
-        self._wait(bucket.works)
+        self.ranks.watch.wait(bucket.works)
         bucket.average()
-        self._apply(bucket)
-
-    def _apply(self, bucket):
         for index, rates in bucket.rates.items():
             groups, now = self.optimizers[index].param_groups, self._rates(index)
             for group, rate in zip(groups, rates, strict=True):
@@ -114,7 +115,7 @@ class Reduction:
 class ShardedReduction(Reduction):
     """Reduction for a sharded optimizer: each parameter is updated on one rank, which broadcasts it.
 
-    All ranks must call collectives in the same order. Therefore a reduction is always finished when the next block starts its own, even if it
+    All ranks must call collectives in the same order. Therefore a reduction is always finished when the next one has started, even if it
     has arrived earlier."""
 
     def __init__(self, ranks, optimizers, update, parameters):
@@ -126,50 +127,40 @@ class ShardedReduction(Reduction):
         """Whether this rank keeps the optimizer state of `parameter`."""
         return self.owner[parameter] == self.ranks.data_rank
 
-    def start(self, index, parameters, share):
-        by_owner = [[p for p in parameters if self.owner[p] == rank] for rank in range(self.ranks.data_size)]
-        parts = [_Bucket({index: self._rates(index)}, owned, share) for owned in by_owner]
-        bucket = parts[self.ranks.data_rank]
-        bucket.parts = parts
-        with self.ranks.watch.guard():
-            bucket.works = [
-                dist.reduce(flat, group=self.group, group_dst=rank, async_op=True)
-                for rank, part in enumerate(parts)
-                for flat, _ in part.flats
-            ]
-        self.queue.append(bucket)
+    def settle(self, index=None):
+        super().settle(index)
+        while self.sending and (index is None or any(index in bucket.rates for bucket in self.sending)):
+            self._receive(self.sending.pop(0))
+
+    def _lists(self, parameters):
+        return [[p for p in parameters if self.owner[p] == rank] for rank in range(self.ranks.data_size)]
+
+    def _reduce(self, flat, number):
+        return dist.reduce(flat, group=self.group, group_dst=number, async_op=True)
+
+    def _progress(self):
         while len(self.queue) > 1:
             self._finish(self.queue.pop(0))
 
-    def settle(self, index=None):
-        super().settle(index)
-        while self.sending and (index is None or any(number == index for number, *_ in self.sending)):
-            self._receive(*self.sending.pop(0))
-
     def _finish(self, bucket):
-        self._wait(bucket.works)
-        bucket.average()
-        for rank, part in enumerate(bucket.parts):
-            if rank != self.ranks.data_rank:
-                for p in part.parameters:
-                    p.grad = None
-        self._apply(bucket)
-        works = []
-        for rank, part in enumerate(bucket.parts):
-            for flat, same_dtype in part.flats:
-                if rank == self.ranks.data_rank:
-                    torch._foreach_copy_(views_like(flat, same_dtype), [p.detach() for p in same_dtype])
-                with self.ranks.watch.guard():
-                    works.append(dist.broadcast(flat, group=self.group, group_src=rank, async_op=True))
-        self.sending.append((*bucket.rates, bucket.parts, works))
+        others = [p for rank, *_, same_dtype in bucket.flats if rank != self.ranks.data_rank for p in same_dtype]
+        for p in others:  # the optimizer leaves out what has no gradient
+            p.grad = None
+        super()._finish(bucket)
+        bucket.works = []
+        for rank, flat, views, same_dtype in bucket.flats:
+            if rank == self.ranks.data_rank:
+                torch._foreach_copy_(views, [p.detach() for p in same_dtype])
+            with self.ranks.watch.guard():
+                bucket.works.append(dist.broadcast(flat, group=self.group, group_src=rank, async_op=True))
+        self.sending.append(bucket)
 
     @torch.no_grad()
-    def _receive(self, index, parts, works):
-        self._wait(works)
-        for rank, part in enumerate(parts):
-            for flat, same_dtype in part.flats:
-                if rank != self.ranks.data_rank:
-                    torch._foreach_copy_([p.detach() for p in same_dtype], views_like(flat, same_dtype))
+    def _receive(self, bucket):
+        self.ranks.watch.wait(bucket.works)
+        for rank, _, views, same_dtype in bucket.flats:
+            if rank != self.ranks.data_rank:
+                torch._foreach_copy_([p.detach() for p in same_dtype], views)
 
 
 def _owners(parameters, size):

@@ -73,6 +73,12 @@ class Watch:
         finally:
             self.waiting = False
 
+    def wait(self, works):
+        """Wait for these calls of torch.distributed, as `guard` does."""
+        with self.guard():
+            for work in works:
+                work.wait()
+
     def report(self, reason):
         """Tell the other ranks in one line why this rank ends. Only the first report of all ranks is kept."""
         if self.store is not None:

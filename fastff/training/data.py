@@ -3,7 +3,6 @@
 `load` returns a `Dataset`, whose loaders (loader.py) make minibatches. The file formats are read in readers.py.
 """
 
-import hashlib
 import tarfile
 import tempfile
 from dataclasses import dataclass, replace
@@ -257,14 +256,13 @@ def _digits():
     labels = torch.from_numpy(bunch.target).long()
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
-        indices = (labels == label).nonzero().flatten()
-        test[indices] = torch.tensor(held_out(len(indices)))
+        test[held_out((labels == label).nonzero().flatten())] = True
     return images[~test], labels[~test], images[test], labels[test], DIGITS, None
 
 
 def _published(name: str, root: str | Path | None, image_size: int | None, download: bool):
     """Read one of `SOURCES` from `root` or from the cache folder."""
-    source = SOURCES[name]
+    source, download = SOURCES[name], download and root is None
     if root is not None:
         folder = Path(root).expanduser()
         if not folder.is_dir():
@@ -273,20 +271,18 @@ def _published(name: str, root: str | Path | None, image_size: int | None, downl
         folder = Path(optional("pooch", "the download of data sets").os_cache("fastff")) / name
     if name in CIFAR_FILES:
         train_files, test_file, label_classes = CIFAR_FILES[name]
-        unpacked = _archive_folder(source, folder, root is None and download, [*train_files, test_file])
+        unpacked = _archive_folder(source, folder, download, [*train_files, test_file])
         parts = [read_cifar(unpacked / file, label_classes) for file in train_files]
         images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         classes = CIFAR10 if name == "cifar10" else CIFAR100
         return images, labels, *read_cifar(unpacked / test_file, label_classes), classes, source.augment
     if name == "imagenette":
         size = image_size or 160
-        unpacked = _archive_folder(source, folder, root is None and download, ["train", "val"])
+        unpacked = _archive_folder(source, folder, download, ["train", "val"])
         *tensors, class_folders = read_folder(unpacked, size)
         classes = tuple(IMAGENETTE.get(name, name) for name in class_folders)
         return *tensors, classes, replace(source.augment, padding=size // 8)
-    train, train_labels, test, test_labels = (
-        _idx_file(source, folder, root is None and download, file) for file in source.md5
-    )
+    train, train_labels, test, test_labels = (_idx_file(source, folder, download, file) for file in source.md5)
     classes = DIGITS if name == "mnist" else FASHION
     return *read_idx_pair(train, train_labels, 10), *read_idx_pair(test, test_labels, 10), classes, source.augment
 
@@ -316,16 +312,14 @@ def _archive_folder(source: Source, place: Path, download: bool, needed: list[st
             return place / folder
         if any(found):
             missing = place / folder / needed[found.index(False)]
-            raise DataError(
-                f"{missing}: no such file or folder, though others of the data set are. {_manual_download(source)}"
-            )
+            text = "no such file or folder, though others of the data set are"
+            raise DataError(f"{missing}: {text}. {_manual_download(source)}")
     [(archive, md5)] = source.md5.items()
     if download:
         _fetch(source, place, archive)
     elif not (place / archive).is_file():
-        raise DataError(
-            f"{place / needed[0]}: no such file or folder, nor is {archive} there. {_manual_download(source)}"
-        )
+        text = f"no such file or folder, nor is {archive} there"
+        raise DataError(f"{place / needed[0]}: {text}. {_manual_download(source)}")
     else:
         _check_md5(place / archive, md5)
     return _unpack(place / archive, place / source.folders[0], needed)
@@ -344,11 +338,7 @@ def _fetch(source: Source, place: Path, file: str) -> Path:
 
 
 def _check_md5(path: Path, expected: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:  # piece by piece: archives of images do not fit into memory everywhere
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    found = digest.hexdigest()
+    found = optional("pooch", "the check of an archive").file_hash(path, "md5")
     if found != expected:
         text = f"expected MD5 {expected}, found {found} ({path.stat().st_size} bytes)"
         raise DataError(f"{path}: wrong or incomplete: {text}. Delete it and fetch it again.")

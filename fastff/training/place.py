@@ -78,7 +78,7 @@ class Place:
             counts = placement.checked(ranks.distributed.placement, chains, ranks.block_size)
             ends = list(itertools.accumulate(counts))
         else:
-            counts = placement.balanced(ranks.from_leader(measure() if ranks.leads else None), ranks.block_size)
+            counts = placement.balanced(ranks.gather(measure() if ranks.leads else None)[0], ranks.block_size)
             ends = [chains[end - 1].stop for end in itertools.accumulate(counts)]
         return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
 

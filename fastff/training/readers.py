@@ -18,11 +18,7 @@ from torch import Tensor
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 TEST_FOLDERS = ("test", "val", "valid", "validation")
-NOT_IMAGES = (
-    "thumbs.db",
-    "desktop.ini",
-    "__macosx",
-)  # what systems leave in folders; so are names that begin with a dot
+NOT_IMAGES = ("thumbs.db", "desktop.ini", "__macosx")  # what systems leave in folders, like names that begin with a dot
 AGAIN = "Delete it and fetch it again."
 
 
@@ -222,11 +218,9 @@ def _files_by_class(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def held_out(count: int) -> list[bool]:
-    """Return which of the `count` items of a class become test data if a data set has none: every fifth.
-
-    Returns: [count] bools, True for test data."""
-    return [index % 5 == 1 for index in range(count)]
+def held_out(items):
+    """Return those items of a class that become test data if a data set has none: every fifth."""
+    return items[1::5]
 
 
 def _split(root: Path, by_class: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
@@ -235,8 +229,8 @@ def _split(root: Path, by_class: dict[str, list[Path]]) -> tuple[dict[str, list[
         if len(files) < 2:
             text = "one image cannot be split into train and test"
             raise DataError(f"{root / name}: {text}. Add images, or make folders train and test of classes.")
-        test[name] = [file for file, out in zip(files, held_out(len(files)), strict=True) if out]
-        train[name] = [file for file, out in zip(files, held_out(len(files)), strict=True) if not out]
+        test[name] = held_out(files)
+        train[name] = sorted({*files} - {*test[name]})
     return train, test
 
 

@@ -65,7 +65,7 @@ def save(path, trainer):
     scalers = {k: engine.scalers[k].state_dict() for k in place.own if engine.scalers[k] is not None}
     totals = None if state.totals is None else ranks.sum(state.totals)
     needed = ranks.data_rank == 0 or ranks.distributed.shard_optimizer  # other replicas have the same
-    if (parts := ranks.collect((optimizers, scalers) if needed else ({}, {}))) is None:
+    if (parts := ranks.gather((optimizers, scalers) if needed else ({}, {}), everywhere=False)) is None:
         return
     scalers = {k: saved for _, part in parts for k, saved in part.items()}
     checkpoint.save(path, {
