@@ -15,7 +15,8 @@
 
 namespace {
 
-constexpr int64_t kPanel = gemm::Panels::kWidth, kRows = 24;  // rows of w of a task: two register blocks of AVX-512, four of AVX2
+constexpr int64_t kPanel = gemm::Panels::kWidth,
+                  kRows = 24;  // rows of w of a task: two register blocks of AVX-512, four of AVX2
 
 // x with zeros around each channel, and where the elements of a column lie in it: column[r, p] = padded[rows[r] + positions[p]].
 struct Columns {
@@ -50,8 +51,9 @@ int64_t positions_along(int64_t size, int64_t kernel, int64_t stride, int64_t pa
 // x [B, C, H, W], weight [D, C, k, k] float32 on the CPU, not empty -> y [B, D, P, Q], contiguous.
 Tensor convolution_few_native(Tensor x, Tensor weight, int64_t stride, int64_t padding) {
   x = with_layout(x, false), weight = with_layout(weight, false);
-  const int64_t B = x.size(0), D = weight.size(0), k = weight.size(2), P = positions_along(x.size(2), k, stride, padding),
-                Q = positions_along(x.size(3), k, stride, padding), R = x.size(1) * k * k, N = B * P * Q;
+  const int64_t B = x.size(0), D = weight.size(0), k = weight.size(2),
+                P = positions_along(x.size(2), k, stride, padding), Q = positions_along(x.size(3), k, stride, padding),
+                R = x.size(1) * k * k, N = B * P * Q;
   const Columns columns(x, k, stride, padding, P, Q);
   gemm::Panels panels(R, N);
   parallel_for(0, (N + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {

@@ -6,7 +6,6 @@ for "none", and step(step) -> StepResult, its losses not reduced, for fastff/ops
 """
 
 import torch
-import torch.nn.functional as F
 
 from fastff import reference
 from fastff.kernels import native, triton
@@ -151,7 +150,9 @@ def normalize_gradient(grad, x, name, groups, eps):
         share = factor**3 / n
     else:
         x, grad = (t - t.mean(dims, keepdim=True) for t in (x, grad))
-        factor = (x.square().mean(dims, keepdim=True) + eps).rsqrt()  # var_mean takes ten times as long over channels that lie apart
+        factor = (
+            x.square().mean(dims, keepdim=True) + eps
+        ).rsqrt()  # var_mean takes ten times as long over channels that lie apart
         share = factor**3 / n
     return torch.addcmul(grad * factor, x, (grad * x).sum(dims, keepdim=True) * -share)
 
@@ -232,7 +233,7 @@ _normalize_directly = _direct(torch.ops.fastff.normalize, _normalize, _different
 def normalize(x, name, groups, eps, impl):
     """Normalize x [B, C, H, W], or [B, C], by PyTorch's own operators where they are the fastest.
 
-    They are for means and variances of equal groups; of whole samples if there is a backward pass, for which they keep them, or few elements."""
+    They are for means and variances of equal groups, and if there is a backward pass, for which they keep them, or few elements, of others."""
     if impl == "auto" and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and concerns([NATIVE]):
         learns, y = x.requires_grad and torch.is_grad_enabled(), None
         if name == "group_norm" and x.shape[1] % groups == 0:
@@ -240,6 +241,8 @@ def normalize(x, name, groups, eps, impl):
         elif name == "layer_norm" and (learns or x.numel() < FEW_ELEMENTS):
             whole = x.is_contiguous()
             y = torch.layer_norm(x, x.shape[1:], None, None, eps) if whole else of_pytorch.layer_norm(x, eps)
+        elif name == "layer_norm_channels" and learns and x.dim() == 4 and is_channels_last(x):
+            y = of_pytorch.layer_norm_channels(x, eps)
         elif _in_passes(x, name, eps) and not dispatched(x) and not transformed():
             y = _InPasses.apply(x, name, eps) if learns else x / _divisor(x, name, eps)[0]
         if y is not None:  # one position has any layout, and as_strided a slow gradient

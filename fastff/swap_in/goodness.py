@@ -160,7 +160,7 @@ class _Mean(torch.autograd.Function):
 
 def _mean(x, dim=None, keepdim=False, **other):
     """Return the mean of a large x that needs a gradient, or None."""
-    if other or keepdim or x.numel() < limits.SMALLEST or not (torch.is_grad_enabled() and x.requires_grad):
+    if other or keepdim or x.numel() < 4 * limits.SMALLEST or not (torch.is_grad_enabled() and x.requires_grad):
         return None
     dims = tuple(range(x.dim())) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
     over = {d % x.dim() for d in dims}
