@@ -243,13 +243,15 @@ def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):
             "_channels" over C at each position; "group_norm" over each of `groups` groups of neighbouring channels; "none" gives x itself.
         eps: is added to the variance, or to the length."""
     x4 = arguments.canonical_x(x, channel_dim)
-    Groups.checked(x4, groups)
+    Groups(groups).check(x4)
     normalization = Normalization.checked(how, x4.shape[1], groups, eps, called="how")
     return x if normalization.name == "none" else _normalized(x, x4, normalization, channel_dim, impl)
 
 
 def _normalized(x, x4, normalization, channel_dim, impl):
     check_impl(impl)
+    if x.dim() == 2:
+        return ops.group_goodness.normalize(x, *normalization, impl)
     return arguments.restore(ops.group_goodness.normalize(x4, *normalization, impl), x, channel_dim)
 
 

@@ -149,6 +149,28 @@ def test_the_quick_step_is_taken(monkeypatch):
     assert names == ["Optimizer.step#Adam.step"]
 
 
+def test_a_pytorch_that_does_not_know_the_quick_step(monkeypatch):
+    """Where PyTorch no longer looks for what marks a step as complete, it puts its hooks around the quick one: they run once, as without it."""
+    torch.manual_seed(0)
+    one, x = Two(torch.optim.Adam, {"lr": 0.01}).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    other = copy.deepcopy(one)
+    fastff.accelerate(one)
+    quick, calls = type(one.optimizer).step, []
+    del quick.hooked
+    for net in (one, other):
+        net.optimizer.load_state_dict(copy.deepcopy(net.optimizer.state_dict()))
+        net.optimizer.register_step_pre_hook(doubled)
+    one.optimizer.register_step_post_hook(lambda *_: calls.append(0))
+    assert type(one.optimizer).step is not quick
+    for net in (one, other):
+        for _ in range(3):
+            net.train_batch(x)
+    one.optimizer.step(lambda: 1.0)
+    other.optimizer.step(lambda: 1.0)
+    equal(one.parameters(), other.parameters())
+    assert len(calls) == 4
+
+
 def test_an_optimizer_of_two_objects():
     """Objects that share an optimizer can be accelerated one after the other."""
     one, other = Two(torch.optim.Adam, {"lr": 0.01}), nn.Module()

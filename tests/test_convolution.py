@@ -10,7 +10,7 @@ from torch import nn
 
 from fastff.graph.fused import Convolution
 from fastff.kernels import native
-from fastff.ops.convolution import KERNEL, PYTORCH, ROWS, convolve, way
+from fastff.ops.convolution import KERNEL, PANELS, PYTORCH, ROWS, convolve, way
 from fastff.ops.table import kernel_for
 
 LAYOUTS_OF_A_BATCH = (torch.contiguous_format, torch.channels_last)
@@ -143,3 +143,61 @@ def test_bad_arguments_are_named():
         with pytest.raises((ValueError, TypeError), match=error):
             run(grad, x, *how, "auto")
     torch.library.opcheck(run.default, (torch.randn(2, 4, 8, 8), x, 3, 1, 1, "auto"))
+
+
+@pytest.mark.skipif(bool(native.reason()), reason=native.reason())
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_convolutions_of_few_positions(data):
+    """Both products with panels of columns, of any sizes and layouts, against PyTorch's in float64."""
+    draw = data.draw
+    B, C, D = draw(st.integers(1, 5)), draw(st.integers(1, 60)), draw(st.integers(1, 60))
+    kernel, stride = draw(st.sampled_from([1, 2, 3, 5])), draw(st.sampled_from([1, 2, 3]))
+    padding = draw(st.integers(0, kernel))
+    H, W = (draw(st.integers(max(1, kernel - 2 * padding), 9)) for _ in range(2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    layout = lambda: LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]  # noqa: E731
+    x, x_memory = layout()(torch.randn(B, C, H, W, generator=generator))
+    weight, weight_memory = layout()(torch.randn(D, C, kernel, kernel, generator=generator))
+    exact = F.conv2d(x.double(), weight.double(), None, stride, padding)
+    grad, grad_memory = layout()(torch.randn(exact.shape, generator=generator))
+    memories = (x_memory, weight_memory, grad_memory)
+    before = [t.clone() for t in memories]
+
+    def run():
+        y = torch.ops.fastff.convolution_few_native(x, weight, stride, padding)
+        return y, torch.ops.fastff.convolution_few_gradient_native(grad, x, kernel, stride, padding)
+
+    got = run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    other = run()
+    torch.set_num_threads(threads)
+    size = F.conv2d(x.double().abs(), weight.double().abs(), None, stride, padding)
+    of_weight = [exact_gradient(*map(f, (grad, x)), kernel, stride, padding) for f in (torch.clone, torch.abs)]
+    lengths = C * kernel**2, grad[:, 0].numel()
+    for y, (right, largest), length in zip(got, ((exact, size), of_weight), lengths, strict=True):
+        assert y.is_contiguous()
+        error = (y.double() - right).abs()
+        assert bool((error <= 4 * torch.finfo(torch.float32).eps * length**0.5 * largest).all())
+    assert all(same_bits(a, b) for a, b in zip(got, other, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(before, memories, strict=True))
+
+
+@pytest.mark.skipif(bool(native.reason()), reason=native.reason())
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_weights_at_few_positions_are_taken_in_panels(bias):
+    """Values and gradients of the whole convolution; a weight or a bias that does not fit raises PyTorch's error."""
+    torch.manual_seed(0)
+    x, conv = torch.randn(4, 160, 4, 4, requires_grad=True), nn.Conv2d(160, 192, 3, padding=1, bias=bias)
+    assert way(x, conv.weight, 1, 1, 1) == (PANELS if kernel_for("convolution", ROWS, x) else PYTORCH)
+    got, want = convolve(x, conv.weight, conv.bias, 1, 1, 1), conv(x)
+    torch.testing.assert_close(got, want)
+    grad, leaves = torch.randn_like(want), [x, *conv.parameters()]
+    found, expected = (torch.autograd.grad(y, leaves, grad) for y in (got, want))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert a.stride() == b.stride()
+    for wrong in ((conv.weight[:, :150], None), (conv.weight, torch.zeros(1))):
+        with pytest.raises(RuntimeError):
+            convolve(x, *wrong, 1, 1, 1)

@@ -308,6 +308,15 @@ def test_gradients_of_normalize(how, shape, groups):
         y = normalize(narrow)
         assert y.stride() == narrow.stride()
         torch.testing.assert_close(y, normalize(x).float())
+        torch.testing.assert_close(normalize(narrow.detach()), y.detach())
         torch.testing.assert_close(torch.autograd.grad(y, narrow, seed.float())[0], want.float(), rtol=1e-4, atol=1e-5)
+        second, wanted = (second_derivative(normalize, t, seed.to(t)) for t in (narrow, x))
+        torch.testing.assert_close(second, wanted.float(), rtol=1e-3, atol=1e-4)
     zero = torch.zeros(shape, requires_grad=True)
-    assert not torch.autograd.grad(ff.normalize(zero, "l2"), zero, torch.ones(shape))[0].any()
+    for length in ("l2", "l2_channels"):
+        assert not torch.autograd.grad(ff.normalize(zero, length), zero, torch.ones(shape))[0].any()
+
+
+def second_derivative(normalize, x, seed):
+    (grad,) = torch.autograd.grad(normalize(x), x, seed, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), x)[0]

@@ -3,8 +3,6 @@
 
 #include "gemm.h"
 
-#include "vec.h"
-
 namespace gemm {
 namespace {
 
@@ -25,7 +23,7 @@ constexpr int kNear =
 #else
 constexpr int kMR = 6, kDotMR = 3, kNear = 6;
 #endif
-constexpr int64_t kKC = 256, kPanel = 2 * kLanes;
+constexpr int64_t kKC = 256, kPanel = Panels::kWidth;
 constexpr int64_t kFarApart = 32;  // col_stride from which a transposed a is packed
 constexpr int64_t kWhole =
     16;  // `upper` keeps columns from a multiple of this on: a vector of AVX-512, a panel of AVX2
@@ -275,7 +273,7 @@ void transpose(int64_t M, int64_t N, const float* a, int64_t lda, float* b, int6
 }
 
 Panels::Panels(int64_t K, int64_t N, const float* source, int64_t row_stride, int64_t col_stride, int64_t padded_N)
-    : K(K), N(padded_N), data((padded_N + kPanel - 1) / kPanel * kPanel * K, 0.0f) {
+    : Panels(K, padded_N) {
   for (int64_t n = 0; n < N; n += kPanel) {
     const int64_t width = std::min(kPanel, N - n);
     float* target = data.data() + n * K;

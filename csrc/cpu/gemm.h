@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common.h"
+#include "vec.h"
 
 namespace gemm {
 
@@ -23,10 +24,12 @@ void transpose(int64_t M, int64_t N, const float* a, int64_t lda, float* b, int6
 // b[k, n] = source[k * row_stride + n * col_stride], where one of the strides is 1. With padded_N > N zeros follow: products that may write whole
 // vectors do not pick single lanes out of registers (a third of the time at 10 classes).
 struct Panels {
+  static constexpr int64_t kWidth = 2 * vec::kLanes;
   int64_t K = 0, N = 0;
-  Buffer<float> data;
+  Buffer<float> data;  // b[k, n] at (n / kWidth * K + k) * kWidth + n % kWidth
 
   Panels() = default;
+  Panels(int64_t K, int64_t N) : K(K), N(N), data((N + kWidth - 1) / kWidth * kWidth * K, 0.0f) {}
   Panels(int64_t K, int64_t N, const float* source, int64_t row_stride, int64_t col_stride, int64_t padded_N);
 };
 

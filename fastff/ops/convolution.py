@@ -22,6 +22,10 @@ FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
 # of an EPYC 9005: 1.4 to 8 times at 32 to 512 positions, 0.7 to 1.0 at 2,048) or with many weights (2 to 5 times). Contiguous tensors are brought
 # into the layout and the gradient back: 1.2 to 2.9 times at 128 and 256 positions, with fewer than 2^17 weights 0.95 to 1.5; 1.0 to 1.1 at 512.
 FEW_POSITIONS, FEW_POSITIONS_CONTIGUOUS, MANY_WEIGHTS = 512, 256, 1 << 20
+# Weights from which on a contiguous convolution of few positions is quicker as products with panels of columns, both ways (one thread of an
+# EPYC 9005, forward and gradient against oneDNN: 256 channels 2.5 and 3.5 times at 32 positions, 1.4 and 2.4 at 128, 1.1 and 1.4 at 256; 512
+# channels 7.0 and 9.9, 1.7 and 3.6, 1.2 and 1.5; 128 channels 1.2, 0.9 and 0.8 forward).
+WEIGHTS_OF_PANELS = 1 << 18
 # Multiply-adds up to which a 1 x 1 convolution is quicker as a matrix product (1.1 to 1.7 times; 2^26: 0.8).
 LARGEST_PRODUCT = 1 << 25
 
@@ -68,11 +72,12 @@ register(
     _fake,
 )
 
-PYTORCH, PRODUCT, KERNEL = "pytorch", "product", "kernel"
+PYTORCH, PRODUCT, KERNEL, PANELS = "pytorch", "product", "kernel", "panels"
 
 
 def way(x, weight, stride, padding, groups):
-    """Return how a convolution of x and its gradients are fastest: PYTORCH, PRODUCT (of matrices) or KERNEL (the ops of fastff)."""
+    """Return how a convolution of x and its gradients are fastest: PYTORCH, PRODUCT (of matrices), KERNEL (the ops of fastff)
+    or PANELS (csrc/cpu/convolution_few.cpp)."""
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
         return PYTORCH
     if torch.is_autocast_enabled("cpu"):
@@ -93,6 +98,9 @@ def way(x, weight, stride, padding, groups):
         few = positions <= FEW_POSITIONS or weight.numel() >= MANY_WEIGHTS or not native.has_avx512()
     else:
         few = positions <= FEW_POSITIONS_CONTIGUOUS
+        fits = min(height, width) > 0 and weight.shape[1] == channels and weight.is_contiguous()
+        if few and fits and weight.numel() >= WEIGHTS_OF_PANELS and not dispatched(x, weight):
+            return PANELS
     return KERNEL if few else PYTORCH
 
 
@@ -110,6 +118,9 @@ def forward(x, weight, bias, stride, padding, groups, how):
     if how == KERNEL and groups > 1:
         y = depthwise.output(x, weight, stride, padding)
         return y if bias is None else y.add_(bias[:, None, None])
+    if how == PANELS and (bias is None or bias.shape == weight.shape[:1]):
+        y = torch.ops.fastff.convolution_few_native(x.detach(), weight.detach(), stride, padding)
+        return y if bias is None else y.add_(bias.detach()[:, None, None])
     return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 
 
@@ -122,10 +133,10 @@ def gradients(grad, x, weight, stride, padding, groups, how, wanted):
     if how == KERNEL and groups > 1:
         grad_x, grad_weight = depthwise.gradients(grad, x, weight, stride, padding, need_grad_x)
         need_grad_x = need_weight = False
-    elif how == KERNEL and need_weight:
-        grad_weight = _weight_gradient(grad, x, weight.shape[2], stride, padding)
-        if weight.is_contiguous():  # autograd would copy it, and slowly
-            grad_weight = laid(grad_weight, False)
+    elif how in (KERNEL, PANELS) and need_weight:
+        run = _weight_gradient if how == KERNEL else torch.ops.fastff.convolution_few_gradient_native
+        grad_weight = run(grad, x, weight.shape[2], stride, padding)
+        grad_weight = laid(grad_weight, not weight.is_contiguous())  # autograd would copy it, and slowly
         need_weight = False
     elif how == PRODUCT and need_weight:
         flat_grad = grad.permute(0, 2, 3, 1).flatten(0, 2)
@@ -166,5 +177,5 @@ class _Convolve(torch.autograd.Function):
 def convolve(x, weight, bias, stride, padding, groups, how=None):
     """Compute conv2d of x [B, C, H, W] with k x k filters, with the values and gradients of PyTorch, as fast as can be here. `how`: the way."""
     how = how or way(x, weight, stride, padding, groups)
-    run = _Convolve.apply if how == KERNEL and torch.is_grad_enabled() else forward
+    run = _Convolve.apply if how in (KERNEL, PANELS) and torch.is_grad_enabled() else forward
     return run(x, weight, bias, stride, padding, groups, how)

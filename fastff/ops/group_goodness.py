@@ -6,7 +6,6 @@ for "none", and step(step) -> StepResult, its losses not reduced, for fastff/ops
 """
 
 import torch
-import torch.nn.functional as F
 
 from fastff import reference
 from fastff.kernels import native, triton
@@ -27,6 +26,9 @@ ROWS = [
     Implementation("torch", always, torch_group_goodness),
     Implementation("reference", always, reference_kernels),
 ]
+
+
+FEW_ELEMENTS = 1 << 16  # up to which PyTorch's layer norm takes no longer than a call of the kernel
 
 
 def _goodness(x, groups, power, mean, positions, impl):
@@ -54,13 +56,52 @@ def _normalize(x, name, groups, eps, impl):
     on_cpu = impl == "auto" and x.device.type == "cpu" and concerns([NATIVE])
     if on_cpu and name == "layer_norm" and x.element_size() == 2:  # PyTorch's is faster
         return as_result_of(x, of_pytorch.layer_norm(x, eps))
-    if on_cpu and x.shape[2:] == (1, 1) and x.dtype == torch.float32 and eps > 0:
-        if name.startswith("l2"):  # rows of a matrix: the kernel's passes are for samples of many positions
-            return as_result_of(x, x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + eps))
-        if name.startswith("rms"):
-            return as_result_of(x, x * (x.square().mean(1, keepdim=True) + eps).rsqrt())
+    if on_cpu and _in_passes(x, name, eps):
+        return as_result_of(x, x / _divisor(x, name, eps)[0])
     normalization = Normalization(name, groups, eps)
     return as_result_of(x, choose("group_goodness", ROWS, impl, x).run.normalize(x, normalization))
+
+
+def _in_passes(x, name, eps):
+    """Whether normalizing x by PyTorch's length and product takes no longer than the kernel does."""
+    return name in ("l2", "rms", "l2_channels", "rms_channels") and x.dtype == torch.float32 and eps > 0
+
+
+def _divisor(x, name, eps):
+    """Return by what x [B, C] or [B, C, H, W] is divided for length or mean square 1, and its length, each for the elements that share them."""
+    dims = (1,) if x.dim() == 2 or name.endswith("_channels") else (1, 2, 3)
+    if dims == (1,) and x.dim() == 4 and not is_channels_last(x):  # where vector_norm takes ten times as long
+        length = x.square().sum(1, keepdim=True).sqrt_()
+    else:
+        length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    if name.startswith("l2"):
+        return length + eps, length
+    return (length.square() * (length.numel() / x.numel())).add_(eps).sqrt_(), length
+
+
+class _InPasses(torch.autograd.Function):
+    """x [B, C] or [B, C, H, W] normalized to length or mean square 1."""
+
+    @staticmethod
+    def forward(ctx, x, name, eps):
+        divisor, length = _divisor(x, name, eps)
+        ctx.save_for_backward(x, divisor, length)
+        ctx.options = name, 1, eps
+        return x / divisor
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, divisor, length = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            x4, grad4 = (t.view(*t.shape, *[1] * (4 - t.dim())) for t in (x, grad))
+            return normalize_gradient(grad4, x4, *ctx.options).view(x.shape), None, None
+        factor, dims = divisor.reciprocal(), [d for d in range(1, x.dim()) if divisor.shape[d] == 1]
+        if ctx.options[0].startswith("l2"):
+            factor.masked_fill_(length == 0, 0)  # what is all zero gets no gradient
+            share = factor.square().div_(length.clamp_min(torch.finfo(x.dtype).tiny))
+        else:
+            share = factor.pow(3).mul_(length.numel() / x.numel())
+        return torch.addcmul(grad * factor, x, share.mul_((grad * x).sum(dims, keepdim=True)), value=-1), None, None
 
 
 def _save(ctx, inputs, output):
@@ -108,9 +149,11 @@ def normalize_gradient(grad, x, name, groups, eps):
         factor = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
         share = factor**3 / n
     else:
-        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-        factor = (var + eps).rsqrt()
-        x, grad, share = x - mean, grad - grad.mean(dims, keepdim=True), factor**3 / n
+        x, grad = (t - t.mean(dims, keepdim=True) for t in (x, grad))
+        factor = (
+            x.square().mean(dims, keepdim=True) + eps
+        ).rsqrt()  # var_mean takes ten times as long over channels that lie apart
+        share = factor**3 / n
     return torch.addcmul(grad * factor, x, (grad * x).sum(dims, keepdim=True) * -share)
 
 
@@ -184,20 +227,26 @@ def _differentiate_directly(ctx, d):
 goodness = _direct(torch.ops.fastff.group_goodness, _goodness, _differentiate_directly)
 
 
-def _as_result_of(x, y):
-    """Return y laid out as a result of x. One position has any layout, and as_strided a slow gradient."""
-    return y if x.is_contiguous() and y.is_contiguous() else as_result_of(x, y)
-
-
 _normalize_directly = _direct(torch.ops.fastff.normalize, _normalize, _differentiate_normalize)
 
 
 def normalize(x, name, groups, eps, impl):
-    """Normalize x [B, C, H, W]. PyTorch's own kernels are the fastest for means and variances of whole samples and of equal groups."""
+    """Normalize x [B, C, H, W], or [B, C], by PyTorch's own operators where they are the fastest.
+
+    They are for means and variances of equal groups, and if there is a backward pass, for which they keep them, or few elements, of others."""
     if impl == "auto" and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and concerns([NATIVE]):
-        # it keeps mean and variance for the backward pass
-        if name == "layer_norm" and x.requires_grad and torch.is_grad_enabled():
-            return _as_result_of(x, of_pytorch.layer_norm(x, eps))
+        learns, y = x.requires_grad and torch.is_grad_enabled(), None
         if name == "group_norm" and x.shape[1] % groups == 0:
-            return _as_result_of(x, F.group_norm(x, groups, eps=eps))
+            y = torch.group_norm(x, groups, None, None, eps)
+        elif name == "layer_norm" and (learns or x.numel() < FEW_ELEMENTS):
+            whole = x.is_contiguous()
+            y = torch.layer_norm(x, x.shape[1:], None, None, eps) if whole else of_pytorch.layer_norm(x, eps)
+        elif name == "layer_norm_channels" and learns and x.dim() == 4 and is_channels_last(x):
+            y = of_pytorch.layer_norm_channels(x, eps)
+        elif _in_passes(x, name, eps) and not dispatched(x) and not transformed():
+            y = _InPasses.apply(x, name, eps) if learns else x / _divisor(x, name, eps)[0]
+        if y is not None:  # one position has any layout, and as_strided a slow gradient
+            return y if x.dim() == 2 or (x.is_contiguous() and y.is_contiguous()) else as_result_of(x, y)
+    if x.dim() == 2:
+        return _normalize_directly(x[:, :, None, None], name, groups, eps, impl)[:, :, 0, 0]
     return _normalize_directly(x, name, groups, eps, impl)

@@ -58,13 +58,15 @@ def _only_ours():
 
 def quick(original, current):
     """Return the methods step and zero_grad for an optimizer of the class `original`; current() is the mode, or None outside accelerated code."""
-    own = inspect.unwrap(original.step)
+    own, whole_step = inspect.unwrap(original.step), original.step
 
     def step(self, closure=None):
+        if type(self).step is not step:  # PyTorch has put around this one what its own has around it: the hooks
+            return getattr(whole_step, "__wrapped__", whole_step)(self, closure)
         mode = current()
         whole = mode is None or closure is not None or not is_pytorchs(self) or not _only_ours()
         if whole or self.defaults.get("differentiable"):
-            return original.step(self, closure)
+            return whole_step(self, closure)
         mode.step.before(self)
         try:
             with torch.no_grad():
@@ -80,7 +82,8 @@ def quick(original, current):
                 for parameter in (p for group in self.param_groups for p in group["params"]):
                     parameter.grad = None
 
-    step.hooked = True  # else PyTorch would put around it what is left out here
+    # PyTorch does not document it: without it, PyTorch puts around it what is left out here when a state is loaded.
+    step.hooked = True
     return {"step": step, "zero_grad": zero_grad}
 
 
