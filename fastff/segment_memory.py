@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastff.memory import phases
 
 SIZES = 4, 8  # samples of the minibatches that are measured
-UPDATE = 2.25  # bytes of a block's gradients and of what Muon makes of them, in those of the gradients
+UPDATE = 2.25  # bytes of a block's gradients and of what Muon makes of them by PyTorch's operators, in those of the gradients
 
 
 class SegmentEstimate:

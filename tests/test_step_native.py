@@ -31,7 +31,7 @@ def eager_normalized(x, normalization):
 
 
 def eager_step(step):
-    """StepResult by autograd, in the dtype of x, with losses unreduced."""
+    """StepResult by autograd, in the dtype of x."""
     wide = step.x.dtype
 
     def leaf(t):
@@ -72,7 +72,8 @@ def eager_step(step):
     found = iter(torch.autograd.grad((losses * scale).sum(), wanted, allow_unused=True))
     grads = [None if leaf is None else next(found) for leaf in leaves]
     normalized = eager_normalized(h.detach(), step.normalization)
-    return StepResult(losses, g, *grads[:5], normalized, *grads[5:8], mean, var, *grads[8:], *statistics)
+    reduced = reference.reduced(losses, loss.reduction)
+    return StepResult(reduced, g, *grads[:5], normalized, *grads[5:8], mean, var, *grads[8:], *statistics)
 
 
 def to(step, dtype):

@@ -35,6 +35,14 @@ void check_labels(const spec::Step& step, int64_t classes) {
   STD_TORCH_CHECK(inside, "step_native: target must be in 0 .. ", classes - 1);
 }
 
+// The mean or the sum of losses, as they are summed up in doubles.
+template <typename T>
+void reduce(const Tensor& losses, spec::Reduction reduction, const Tensor& to) {
+  double total = 0;
+  for (int64_t i = 0; i < losses.numel(); ++i) total += writable<T>(losses)[i];
+  *writable<T>(to) = static_cast<T>(reduction == spec::Reduction::mean ? total / losses.numel() : total);
+}
+
 std::vector<Tensor> step_native(const spec::Step& given) {
   check(given);
   const Tensor &x = given.x, none = absent(x);
@@ -81,6 +89,12 @@ std::vector<Tensor> step_native(const spec::Step& given) {
       *writable<double>(r.grad_tau) = total;
     else
       *writable(r.grad_tau) = static_cast<float>(total);
+  }
+  if (given.loss.reduction != spec::Reduction::none) {
+    const Tensor losses = r.loss;
+    r.loss = empty(x, {}, dtype);
+    const bool wide = dtype == aoti_torch_dtype_float64();
+    wide ? reduce<double>(losses, given.loss.reduction, r.loss) : reduce<float>(losses, given.loss.reduction, r.loss);
   }
   return r.all();
 }

@@ -23,7 +23,7 @@ struct Step : Part {
   bool second_moment = flag("second_moment");
 };
 
-// Results of a step in the order of fastff/spec.py, empty where absent. loss: [B], or [B / 2] of pairs, unreduced; grad_tau: one element, the sum
+// Results of a step in the order of fastff/spec.py, empty where absent. loss: reduced, or [B], or [B / 2] of pairs; grad_tau: one element, the sum
 // over the batch.
 class StepResult {
   Tensor none;

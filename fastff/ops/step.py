@@ -54,13 +54,15 @@ def _run(step, impl):
             result = row.step(step, goodness.planned(row, x, head, step.algorithm))
         else:
             result = choose("group_goodness", group_goodness.ROWS, impl, x).run.step(step)
-    found = result._asdict()
-    found |= {name: as_result_of(x, found[name]) if asked else None for name, asked in _as_x(step).items()}
-    for name, parameter in _parameters(step).items():
-        found[name] = None if parameter is None else found[name].to(parameter.dtype).contiguous()
     reduced = result.loss if result.loss.dim() == 0 else reference.reduced(result.loss, loss.reduction)
-    found |= {"loss": reduced, "goodness": result.goodness.contiguous()}
-    return StepResult(**found)
+    found = {"loss": reduced, "goodness": result.goodness.contiguous()}
+    for name, asked in _as_x(step).items():
+        found[name] = as_result_of(x, getattr(result, name)) if asked else None
+    for name, parameter in _parameters(step).items():
+        grad = None if parameter is None else getattr(result, name)
+        exact = grad is None or (grad.dtype == parameter.dtype and grad.is_contiguous())
+        found[name] = grad if exact else grad.to(parameter.dtype).contiguous()
+    return result._replace(**found)
 
 
 def _packed(part):

@@ -19,7 +19,7 @@ _PARAMETERS = [
 
 
 def run(local, second_moment=False):
-    """Return the StepResult of a Step, its losses not reduced."""
+    """Return the StepResult of a Step."""
     wide = local.epilogue is not None or isinstance(local.goodness, Projection)
     values = flat.flatten(local)
     for place, names in _CHOICES.items():
