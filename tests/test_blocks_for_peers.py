@@ -1,5 +1,7 @@
 """Blocks that stand in for the layers of other people's code: their eps, thresholds, devices, names, and what they want to log."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,13 +120,48 @@ def test_verify_on_a_block_of_theirs():
     assert fastff.verify(Theirs(), ours, x, outputs=lambda returned: returned[1])
 
 
-def test_normalize_none_is_fused_where_it_can_be():
-    """Without a normalization the block's own graph still runs batch norm and activation as one op."""
-    block = FFBlock(
-        nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()), 16, 2, goodness="class_group", normalize=None
-    )
-    assert block.epilogue is None
-    assert block.graph is not None
+@pytest.mark.parametrize("last", ["batch norm", "activation"])
+@pytest.mark.parametrize("goodness", ["class_group", "sff"])
+def test_without_a_normalization_the_epilogue_is_fused(goodness, last):
+    """Batch norm, activation and goodness are one op also where the next block gets the output as it is; values are those of plain PyTorch."""
+    torch.manual_seed(0)
+    ending = [nn.ReLU(), nn.BatchNorm2d(16)] if last == "batch norm" else [nn.BatchNorm2d(16), nn.ReLU()]
+    block = FFBlock(nn.Sequential(nn.Conv2d(3, 16, 3), *ending), 16, 2, goodness=goodness, normalize=None)
+    wide, x, label = copy.deepcopy(block).double(), torch.randn(4, 3, 8, 8), torch.randint(2, (4,))
+    assert "batch norm" in str(block.epilogue)
+    following, loss = block.local_step(x, label)
+    y, g = wide(x.double())
+    want = wide.head.loss(g, label) if goodness == "sff" else F.cross_entropy(g, label)
+    want.backward()
+    torch.testing.assert_close(loss, want.detach().float())
+    torch.testing.assert_close(following, y.detach().float(), rtol=1e-4, atol=1e-5)
+    for (name, p), q in zip(block.named_parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad.float(), rtol=1e-3, atol=1e-5, msg=name)
+    for p, q in zip(block.buffers(), wide.buffers(), strict=True):
+        torch.testing.assert_close(p, q.to(p.dtype))
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-9)])
+def test_training_without_a_normalization(window, dtype, tolerance):
+    """A block behind a fused epilogue gets its output, and gives back the gradient of that: training is that of the modules as they are."""
+    torch.manual_seed(0)
+    layers = [
+        layer for c in (3, 6, 6) for layer in (nn.Conv2d(c, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+    ]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).to(dtype)
+    batches = [(torch.randn(4, 3, 8, 8, dtype=dtype), torch.randint(4, (4,))) for _ in range(3)]
+    states, options = [], {"granularity": "layer", "window": window, "normalize": None, "hidden": 0}
+    for fuse in (True, False):
+        torch.manual_seed(1)
+        sff = fastff.SFF(copy.deepcopy(net), 4, input_shape=(3, 8, 8), fuse=fuse, **options)
+        assert all((block.epilogue is not None) == fuse for block in sff.local_blocks)
+        trainer = fastff.Trainer(sff, lambda parameters: torch.optim.SGD(parameters, 0.01))
+        for batch in batches:
+            trainer.step(*batch)
+        states.append(sff.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("normalize", [None, "layer_norm"])

@@ -89,7 +89,7 @@ class LocalBlock(nn.Module):
     def epilogue(self):
         """The fused.Epilogue that the step op computes, or None."""
         ending = None if self.graph is None else self.graph.ending
-        images = self.head.takes_epilogue and self.head.channel_dim == 1 and self.normalize is not None
+        images = self.head.takes_epilogue and self.head.channel_dim == 1
         return ending if images and isinstance(ending, Epilogue) else None
 
     def compile_forward(self):
@@ -187,17 +187,25 @@ class LocalBlock(nn.Module):
     def _epilogue_visit(self, tape, loss, ending):
         y, residual, *others = tape.outputs
         y, description = y.detach(), ending.description(residual, tape.needed[1])
-        normalization = spec.Normalization(self.normalize, self.head.groups, self.eps)
+        normalization = spec.Normalization(self.normalize or "none", self.head.groups, self.eps)
         if loss is None:
-            with torch.no_grad():
-                _, following, mean, var = implementation(y).forward(y, description, normalization, need_x=False)
-            step = spec.StepResult(None, None, normalized=following, mean=mean, var=var)
+            step = self._after_epilogue(spec.StepResult(None, None), y, description, normalization)
         else:
             target, scale = loss
             options = {"eps": self.eps, "grad_scale": scale, "epilogue": description}
             step = self.head.local_step(y, target, self.normalize, **options)
+            if self.normalize is None:
+                step = self._after_epilogue(step, y, description, normalization)
         ending.update(y, step.mean, step.var)
         return EpilogueVisit(tape, step, (step.normalized, *detached(others)), ending, description, normalization)
+
+    @torch.no_grad()
+    def _after_epilogue(self, step, y, description, normalization):
+        """Return the step's result with what is passed on, which the step op does not compute where it is not normalized."""
+        plain, known = normalization.name == "none", None if step.mean is None else (step.mean, step.var)
+        options = {"need_x": plain, "statistics": known}
+        x, normalized, mean, var = implementation(y).forward(y, description, None if plain else normalization, **options)
+        return step._replace(normalized=x if plain else normalized, mean=mean, var=var)
 
     def local_step(self, x, target=None, details=False):
         """One local training step: (next block's input, loss), both detached; with `details` (next block's input, loss, goodness). x gets no
@@ -220,7 +228,7 @@ class FFBlock(LocalBlock):
             arXiv 2501.09238), whose positions are given as grid=(H, W); or without weights "class_group", "class_group_mean",
             "sum_of_squares", "mean_of_squares", "position" (GroupGoodness). Further keywords (grid, tau, loss, theta, ...) are the head's.
         normalize: of the output passed on: "layer_norm", "layer_norm_channels", "l2", "rms", ... as in fastff.functional.normalize ("group_norm"
-            with a group for each class), or None. Batch norm and activation at the end are one op with the goodness unless it is None.
+            with a group for each class), or None.
         eps: of that normalization.
         device, dtype: of the head's parameters.
     """

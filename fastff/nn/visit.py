@@ -98,9 +98,10 @@ class EpilogueVisit(Visit):
 
     def _epilogue_backward(self, grad, added=None):
         y, step = self.tape.outputs[0].detach(), self.step
+        grads = (grad, None) if self.normalization.name == "none" else (None, grad)
         with torch.no_grad():
             return implementation(y).backward(
-                y, self.epilogue, step.mean, step.var, None, grad, self.normalization, added, overwrite=True
+                y, self.epilogue, step.mean, step.var, *grads, self.normalization, added, overwrite=True
             )
 
     def _to_outputs(self, grads):

@@ -24,7 +24,7 @@ FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
 FEW_POSITIONS, FEW_POSITIONS_CONTIGUOUS, MANY_WEIGHTS = 512, 256, 1 << 20
 # Weights from which on a contiguous convolution of few positions is quicker as products with panels of columns, both ways (one thread of an
 # EPYC 9005, forward and gradient against oneDNN: 256 channels 2.5 and 3.5 times at 32 positions, 1.4 and 2.4 at 128, 1.1 and 1.4 at 256; 512
-# channels 7.0 and 9.9, 1.7 and 3.6, 1.2 and 1.5; 128 channels 1.2, 0.9 and 0.8 forward).
+# channels 7.0 and 9.9, 1.7 and 3.6, 1.2 and 1.5; 128 channels 1.2, 0.9 and 0.8 forward). With AVX2 1.1 to 1.8 and 1.3 to 14 times.
 WEIGHTS_OF_PANELS = 1 << 18
 # Multiply-adds up to which a 1 x 1 convolution is quicker as a matrix product (1.1 to 1.7 times; 2^26: 0.8).
 LARGEST_PRODUCT = 1 << 25
