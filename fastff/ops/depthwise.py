@@ -3,8 +3,9 @@
     depthwise(x, weight, stride, padding)           x [B, C, H, W], weight [C, 1, k, k] -> y [B, C, H', W'] laid out as x
     depthwise_backward(grad, x, weight, ..., need_grad_x) -> (dL/dx or an empty tensor, dL/dweight)
 
-The first convolution of a block never needs dL/dx. Rows: the compiled kernel, PyTorch's own, which defines the op. An implementation has forward(x, weight, stride, padding) -> y and backward(grad, x, weight, stride, padding,
-need_grad_x) -> dL/dx, or None unless it is needed, and dL/dweight.
+The first convolution of a block never needs dL/dx. Rows: the compiled kernel, PyTorch's own, which defines the op. An implementation has
+forward(x, weight, stride, padding) -> y and backward(grad, x, weight, stride, padding, need_grad_x) -> dL/dx, or None unless it is needed, and
+dL/dweight.
 """
 
 import torch
