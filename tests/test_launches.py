@@ -142,6 +142,12 @@ def test_launches_of_few_samples(how, launches):
     assert counted.total == counted.kernels == launches, counted.count
 
 
+def test_a_batch_that_leaves_some_multiprocessors_idle_is_one_sweep():
+    """Programs share samples, in three launches more, only where they leave half of the multiprocessors idle."""
+    assert head_step(B=FEW // 2 + 1, H=24).total == 2
+    assert head_step(B=FEW // 2, H=24).total == 5
+
+
 @pytest.mark.parametrize("arch", blocks.SHARED)
 def test_a_grid_behind_an_epilogue_is_one_sweep_where_registers_hold_it(arch):
     """In 16 bits, on devices whose products read W from shared memory; elsewhere there are two sweeps."""
