@@ -105,9 +105,14 @@ HIDDEN_LAYER = ["spatial", "hidden_gradient"]
         ({"loss": "symba"}, ["direct", "loss_kernel", "direct", "reduce"]),
         ({"grid": 2, "epilogue": True, "dtype": torch.bfloat16}, [*EPILOGUE, "direct", "reduce"]),
         ({"grid": 2, "epilogue": True}, [*EPILOGUE, "direct", "spatial", "direct", "reduce"]),
+        ({"grid": 2, "algorithm": "second_moment"}, ["second_moment", *HEAD_OF_SECOND_MOMENT]),
         (
-            {"grid": 2, "algorithm": "second_moment"},
-            ["second_moment", "spatial", "second_moment", *HEAD_OF_SECOND_MOMENT],
+            {"grid": 2, "algorithm": "second_moment", "epilogue": True, "dtype": torch.bfloat16},
+            [*EPILOGUE, "second_moment", *HEAD_OF_SECOND_MOMENT],
+        ),
+        (
+            {"grid": 2, "algorithm": "second_moment", "epilogue": True},
+            [*EPILOGUE, "second_moment", "spatial", "second_moment", *HEAD_OF_SECOND_MOMENT],
         ),
         ({"grid": 2, "hidden": 8}, ["direct", *HIDDEN_LAYER, "direct", "reduce"]),
         ({"grid": 2, "hidden": 8, "epilogue": True}, [*EPILOGUE, "direct", *HIDDEN_LAYER, "direct", "reduce"]),
@@ -137,6 +142,12 @@ def test_launches_of_few_samples(how, launches):
     assert counted.total == counted.kernels == launches, counted.count
 
 
+def test_a_batch_that_leaves_some_multiprocessors_idle_is_one_sweep():
+    """Programs share samples, in three launches more, only where they leave half of the multiprocessors idle."""
+    assert head_step(B=FEW // 2 + 1, H=24).total == 2
+    assert head_step(B=FEW // 2, H=24).total == 5
+
+
 @pytest.mark.parametrize("arch", blocks.SHARED)
 def test_a_grid_behind_an_epilogue_is_one_sweep_where_registers_hold_it(arch):
     """In 16 bits, on devices whose products read W from shared memory; elsewhere there are two sweeps."""
@@ -155,8 +166,9 @@ def test_a_grid_behind_an_epilogue_is_one_sweep_where_registers_hold_it(arch):
     "how", [{"K": 140, "algorithm": "second_moment"}, {"loss": "symba"}, {"loss": "symba", "epilogue": True}]
 )
 @pytest.mark.parametrize("hidden", [0, 8])
-def test_launches_of_a_grid_whose_products_are_those_of_cublas(how, hidden):
+def test_launches_of_a_grid_whose_products_are_those_of_cublas(how, hidden, monkeypatch):
     """Two sweeps, the loss and the reduction, three products, and three launches more of a hidden layer, one of an epilogue."""
+    monkeypatch.setattr(blocks, "GRID_BYTES", 0)
     launches = head_step(grid=2, hidden=hidden, **how)
     assert launches.count["addmm_"] == launches.count["triton loss_kernel"] == 1
     assert launches.count["mm"] == 2

@@ -110,8 +110,8 @@ def test_channels_in_pieces(side, activation):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("C", "side"), [(72, 3), (40, 7)])
-def test_grid_behind_an_epilogue_in_one_sweep(C, side, dtype, monkeypatch):
+@pytest.mark.parametrize(("C", "side", "algorithm"), [(72, 3, "direct"), (40, 7, "direct"), (40, 7, "second_moment")])
+def test_grid_behind_an_epilogue_in_one_sweep(C, side, algorithm, dtype, monkeypatch):
     """In 16 bits, with several samples a tile and channels in pieces, and with several tiles a sample.
 
     Allowed is four times the error of PyTorch's operators and a rounding, which the interpreter cuts off."""
@@ -119,7 +119,7 @@ def test_grid_behind_an_epilogue_in_one_sweep(C, side, dtype, monkeypatch):
     x, weight = torch.randn(9, C, side, side).to(dtype), torch.randn(9, C, 1, 1) / 8
     grid_weight, loss = torch.randn(9, C, 3, 2) / 8, spec.Loss(target=torch.arange(9), learned_tau=torch.tensor(0.7))
     sweeps = []
-    monkeypatch.setattr(goodness, "direct", recording(goodness.direct, sweeps))
+    monkeypatch.setattr(goodness, algorithm, recording(getattr(goodness, algorithm), sweeps))
 
     def step(dtype, implementation):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -128,7 +128,7 @@ def test_grid_behind_an_epilogue_in_one_sweep(C, side, dtype, monkeypatch):
         local = spec.Step(
             x.to(dtype), around, spec.Projection(w, None, v), loss._replace(learned_tau=tau), spec.Normalization("layer_norm")
         )  # fmt: skip
-        return implementation.step(local, spec.Plan("direct", 9, 9))
+        return implementation.step(local, spec.Plan(algorithm, 9, 9))
 
     got, base, exact = step(dtype, goodness), step(dtype, plain), step(torch.float64, plain)
     assert len(sweeps) == 1
@@ -154,6 +154,7 @@ def test_spatial_term(B, C, side, M, cells, algorithm, activation, known, cublas
     """Between the sweeps, with a hidden layer of M channels or without one, by kernels of its own and by products of cuBLAS."""
     if cublas:
         monkeypatch.setattr(spatial, "MOST_BYTES", 0)
+        monkeypatch.setattr(blocks, "GRID_BYTES", 0)
     torch.manual_seed(0)
     given = (
         torch.randn(B, C, side, side),
@@ -178,6 +179,28 @@ def test_spatial_term(B, C, side, M, cells, algorithm, activation, known, cublas
     monkeypatch.setattr(spatial, "hidden_gradient", recording(spatial.hidden_gradient, ran))
     got, exact = step(torch.float32, goodness), step(torch.float64, plain)
     assert len(ran) == {(False, False): 1, (False, True): 0, (True, False): 2, (True, True): 3}[bool(M), cublas]
+    for field, a, b in zip(spec.StepResult._fields, got, exact, strict=True):
+        assert (a is None) == (b is None), field
+        b = b.mean() if field == "loss" else b
+        assert a is None or (a - b).abs().max() < 1e-5 * b.abs().max(), field
+
+
+def test_grid_under_second_moment_in_one_sweep(monkeypatch):
+    """With more classes than a tile has, and more columns of the grid's weights."""
+    torch.manual_seed(0)
+    given = torch.randn(5, 20, 6, 5), torch.randn(37, 20, 1, 1) / 4, torch.randn(37), torch.randn(37, 20, 3, 2) / 4
+    sweeps, loss = [], spec.Loss(target=torch.arange(5) * 9, learned_tau=torch.tensor(0.7))
+    monkeypatch.setattr(goodness, "second_moment", recording(goodness.second_moment, sweeps))
+
+    def step(dtype, implementation):
+        x, weight, bias, grid_weight = (t.to(dtype) for t in given)
+        of_tau = loss._replace(learned_tau=loss.learned_tau.to(dtype))
+        head = spec.Projection(weight, bias, grid_weight)
+        local = spec.Step(x, None, head, of_tau, spec.Normalization("layer_norm"))
+        return implementation.step(local, spec.Plan("second_moment", 5, 37))
+
+    got, exact = step(torch.float32, goodness), step(torch.float64, plain)
+    assert len(sweeps) == 1
     for field, a, b in zip(spec.StepResult._fields, got, exact, strict=True):
         assert (a is None) == (b is None), field
         b = b.mean() if field == "loss" else b

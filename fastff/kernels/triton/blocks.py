@@ -85,7 +85,7 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
     R = 64 if narrow else max(16, min(64, (1024 if epilogue else 2048) // BC))
-    if narrow and (BC > 64 or (cells and epilogue)) and arch not in CLASSES:
+    if narrow and (BC > 64 or epilogue) and arch not in CLASSES:
         R = 32  # operands are in registers there: with 64 rows some spill
     BP = min(R, most)
     NS = R // BP
@@ -97,10 +97,10 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
 
 
 def with_grid_inside(blocks, B, C, K, cells, itemsize, epilogue=False, arch=90):
-    """The sizes of one sweep of `direct` that computes the grid's term too, or None where the grid's weights are large, and behind an epilogue where
-    x has 32 bits or products do not read W from shared memory: registers do not hold all that then."""
+    """The sizes of one sweep that computes the grid's term too, or None where the grid's weights are large, and behind an epilogue where registers do
+    not hold all that: with 32 bits, where products do not read W from shared memory, and of second moment with more than 64 channels."""
     if epilogue:
-        if itemsize > 2 or arch not in CLASSES:
+        if itemsize > 2 or arch not in CLASSES or (blocks.HK and blocks.BC > 64):
             return None
         while blocks.NS * blocks.BP > 32:
             half = {"NS": blocks.NS // 2} if blocks.NS > 1 else {"BP": blocks.BP // 2}

@@ -57,7 +57,7 @@ class Launch:
         self.around = around
         b = sizes or blocks.sizes(x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None)
         inside = None
-        if many and hidden is None and not self.second_moment:
+        if many and hidden is None:
             arch = blocks.architecture(x.device)
             inside = blocks.with_grid_inside(b, B, C, K, many, x.element_size(), around is not None, arch)
         self.grid_inside, self.blocks = inside is not None, inside or b
@@ -84,7 +84,7 @@ class Launch:
             self.new(self.parts, B, K), self.new(B, K), self.new(self.parts, 2, B),
             self.new(self.parts, B, C, C) if second else None, self.new(self.parts, B, C) if second and bias is not None else None,
             self.new(self.parts, B, C, *cells) if many else None, self.new(B, C, *cells) if many else None,
-            self.new(self.chunks, B, K) if self.grid_inside else None,
+            self.new(self.chunks, B, K) if self.grid_inside and not second else None,
             self.new(B, M, *cells) if hidden else None, self.new(self.groups, 2, M) if hidden else None,
         )  # fmt: skip
         self.grid = SpatialTerm(self, hidden) if many else None

@@ -1,8 +1,9 @@
 """The spatial term of goodness over a grid of cells: means over cells beside the first sweep, their gradient in the second.
 
 Cells have the edges of adaptive average pooling, [i H // GH, ceil((i + 1) H / GH)), so they overlap where the grid does not divide. The products of
-the means [B, C GH GW] with the grid's weights are the sweep's own (`spatial_term`, `spatial_cells`: 16 rows, of which NS are samples) where the
-weights are small enough to be read again for each group of samples, and there is no hidden layer; else they are between the sweeps (spatial.py).
+the means [B, C GH GW] with the grid's weights are the sweep's own (of direct `spatial_term` and `spatial_cells`: 16 rows, of which NS are samples; of
+second_moment `add_term` and `store_cells`) where the weights are small enough to be read again for each group of samples, and there is no hidden
+layer; else they are between the sweeps (spatial.py).
 
 `first`, the first sample of a group, is at least 0, but the compiler does not know it: with tl.minimum(first, 0) added to the numbers of classes, the
 addresses of these products are computed for each group, and not once, to be kept in registers that the sweeps need.
@@ -129,6 +130,38 @@ def spatial_cells(head: Head, scratch: Scratch, first, c, B, config: Config):
         tl.store(
             scratch.cells + (first + row)[:, None] * columns + e[None, :], cell, mask=here[:, None] & (e < end)[None, :]
         )
+    tl.debug_barrier()
+
+
+@triton.jit
+def add_term(head: Head, scratch: Scratch, b, config: Config):
+    """Add the term to g of sample b, from its means; other threads wrote both."""
+    columns: tl.constexpr = config.C * config.GH * config.GW
+    tl.debug_barrier()
+    for k0 in range(0, config.K, config.BK):
+        k = k0 + tl.arange(0, config.BK) + tl.minimum(b, 0)
+        at = scratch.g + b * config.K + k
+        g = tl.load(at, mask=k < config.K, other=0.0)
+        for e0 in range(0, columns, COLUMNS):
+            e = e0 + tl.arange(0, COLUMNS) + tl.minimum(b, 0)
+            mean = tl.load(scratch.means + b * columns + e, mask=e < columns, other=0.0)
+            g += tl.sum(grid_weights(head, k, e, config) * mean[None, :], 1)
+        tl.debug_barrier()  # several threads may have loaded one number
+        tl.store(at, g, mask=k < config.K)
+
+
+@triton.jit
+def store_cells(head: Head, scratch: Scratch, b, config: Config):
+    """Write dL/d(means) of sample b from d, which other threads wrote; other threads will read it."""
+    columns: tl.constexpr = config.C * config.GH * config.GW
+    for e0 in range(0, columns, COLUMNS):
+        e = e0 + tl.arange(0, COLUMNS) + tl.minimum(b, 0)
+        cell = tl.zeros([COLUMNS], tl.float32)
+        for k0 in range(0, config.K, config.BK):
+            k = k0 + tl.arange(0, config.BK) + tl.minimum(b, 0)
+            d = tl.load(scratch.d + b * config.K + k, mask=k < config.K, other=0.0)
+            cell += tl.sum(grid_weights(head, k, e, config) * d[:, None], 0)
+        tl.store(scratch.cells + b * columns + e, cell, mask=e < columns)
     tl.debug_barrier()
 
 

@@ -25,7 +25,15 @@ from fastff.kernels.triton.goodness.arguments import (
     store_moments,
     tile_at,
 )
-from fastff.kernels.triton.goodness.grid import cell_sums, hidden_inputs, load_cells, spread_cells, store_means
+from fastff.kernels.triton.goodness.grid import (
+    add_term,
+    cell_sums,
+    hidden_inputs,
+    load_cells,
+    spread_cells,
+    store_cells,
+    store_means,
+)
 from fastff.kernels.triton.loss import LossArguments, losses_of
 from fastff.kernels.triton.normalization import LAYER_NORM, NONE, store_normalized
 
@@ -176,9 +184,13 @@ def second_moment(
             store_goodness(S, m, head, scratch, b, config)
         if config.LOSS is not None:
             n = b + tl.arange(0, 1)
+            if scratch.means is not None:
+                add_term(head, scratch, b, config)
             tl.debug_barrier()  # other threads wrote g, and will read d
             losses_of(scratch.g, scratch.d, loss, n, B, config.K, config.LOSS, 1, config.LK)
             tl.debug_barrier()
+            if scratch.cells is not None:
+                store_cells(head, scratch, b, config)
         if config.SECOND:
             more, product = second_sweep(source, result, head, scratch, span, B, eps, config)
             first_sum += more
