@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import fastff.functional as ff
-from benchmarks import runner
+from benchmarks import runner, tables
 
 SHAPES = [(64, 1000), (200, 500), (1000, 1000), (8, 320, 4, 4), (32, 20, 8, 8), (16, 64, 16, 16), (8, 40, 32, 32)]
-GROUPS, EPS = 10, 1e-5
+GROUPS, EPS, BACKWARD = 10, 1e-5, (False, True)
 
 
 def dims(x):
@@ -55,12 +55,21 @@ def case(shape, layout, how, backward):
 
 def cases(a):
     torch.empty(1 << 23).fill_(0)  # the C library then keeps memory, as it does in training
-    for shape, how, backward in itertools.product(runner.chosen(SHAPES, a), WRITTEN, (False, True)):
+    for shape, how, backward in itertools.product(runner.chosen(SHAPES, a), WRITTEN, BACKWARD):
         fits = len(shape) == 4 or not how.endswith("_channels")
         if fits and (how != "group_norm" or shape[1] % GROUPS == 0):
             yield case(shape, torch.contiguous_format, how, backward)
             if len(shape) == 4:
                 yield case(shape, torch.channels_last, how, backward)
+
+
+def table():
+    def cells(of):
+        r = of["fastff"]
+        layout = "channels_last" if r["channels_last"] == "True" else ""
+        return r["how"], r["shape"], layout, "both ways" if r["backward"] == "True" else "forward"
+
+    return tables.speedups("normalization", "fastff", ("normalization", "shape", "layout", "pass"), cells)
 
 
 def main():

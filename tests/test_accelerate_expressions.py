@@ -80,6 +80,13 @@ def second_derivative(y):
     return grad.square().sum(), g
 
 
+def second_derivative_of_a_mean(y):
+    g = y.view(len(y), K, -1)
+    g = g.mean(dim=-1)
+    (grad,) = torch.autograd.grad(g.exp().sum(), y, create_graph=True)
+    return grad.square().sum(), g
+
+
 # What people write of an activation [B, C, H, W], section 2 of the trial: {name: (function, whether its goodness is computed by fastff)}
 EXPRESSIONS = {
     "mean of squares at positions": (lambda y: y.pow(2).mean(1), True),
@@ -110,6 +117,7 @@ EXPRESSIONS = {
     "gradient of a named view": (gradient_of_a_named_view, False),
     "written between": (written_between, False),
     "second derivative": (second_derivative, True),
+    "second derivative of a mean": (second_derivative_of_a_mean, False),
     "length of a vector": (lambda y: length(y.mean((2, 3)), 1), None),
     "length of a sample": (lambda y: length(y, (1, 2, 3)), None),
     "eps first": (lambda y: y / (1e-4 + torch.linalg.vector_norm(y, dim=1, keepdim=True)), None),

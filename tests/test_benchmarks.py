@@ -33,6 +33,7 @@ from benchmarks import (
     group_goodness,
     layer_norm,
     muon,
+    normalization,
     runner,
     tables,
     timing,
@@ -50,6 +51,9 @@ CASES = {  # name: (module, what makes it one small case, its contenders)
     "layer_norm": (layer_norm, {"SHAPES": [(4, 16, 8)], "OVER": ["sample"]}, ["eager", "fastff"]),
     "layer_norm over channels": (
         layer_norm, {"SHAPES": [(4, 16, 8)], "OVER": ["channels"]}, ["eager", "fastff", "normalize"],
+    ),
+    "normalization": (
+        normalization, {"SHAPES": [(4, 20)], "WRITTEN": {"l2": normalization.WRITTEN["l2"]}, "BACKWARD": (True,)}, ["eager", "fastff"],
     ),
 } | {
     family: (group_goodness, {"SHAPES": [(family, 4, 20, 8, 10 if "cwcomp" in family or "deeper" in family else 1)]}, ["eager", "fastff"])
@@ -88,6 +92,7 @@ WRONG = [  # (case, owner and name of the function that goes wrong, how)
     ("layer_norm", ff, "layer_norm", result),
     ("layer_norm over channels", ff, "layer_norm", result),
     ("layer_norm over channels", ff, "normalize", result),
+    ("normalization", ff, "normalize", result),
     *(
         (family, ff, "group_goodness_step", of_a_step(field))
         for family in dict.fromkeys(FAMILIES)

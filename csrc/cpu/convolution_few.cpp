@@ -26,13 +26,18 @@ struct Columns {
   Columns(const Tensor& x, int64_t k, int64_t stride, int64_t padding, int64_t P, int64_t Q) {
     const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), width = W + 2 * padding,
                   plane = (H + 2 * padding) * width;
-    const float* const from = floats(x);
+    const float* from = floats(x);
     padded.resize(B * C * plane);
-    for (int64_t line = 0; line < B * C * H; ++line)
-      std::copy_n(from + line * W, W, padded.data() + line / H * plane + (line % H + padding) * width + padding);
-    for (int64_t r = 0; r < C * k * k; ++r) rows.push_back(r / (k * k) * plane + r / k % k * width + r % k);
-    for (int64_t p = 0; p < B * P * Q; ++p)
-      positions.push_back(p / (P * Q) * C * plane + p / Q % P * stride * width + p % Q * stride);
+    float* to = padded.data() + padding * width + padding;
+    for (int64_t channel = 0; channel < B * C; ++channel, to += plane)
+      for (int64_t h = 0; h < H; ++h, from += W)
+        for (int64_t w = 0; w < W; ++w) to[h * width + w] = from[w];
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t u = 0; u < k; ++u)
+        for (int64_t v = 0; v < k; ++v) rows.push_back(c * plane + u * width + v);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t i = 0; i < P; ++i)
+        for (int64_t j = 0; j < Q; ++j) positions.push_back(b * C * plane + (i * width + j) * stride);
   }
 
   // target[m, n] = padded[along[m] + across[n]] of `width` n; rows of target lie kPanel apart.
@@ -55,11 +60,11 @@ Tensor convolution_few_native(Tensor x, Tensor weight, int64_t stride, int64_t p
                 P = positions_along(x.size(2), k, stride, padding), Q = positions_along(x.size(3), k, stride, padding),
                 R = x.size(1) * k * k, N = B * P * Q;
   const Columns columns(x, k, stride, padding, P, Q);
-  gemm::Panels panels(R, N);
+  const Tensor memory = empty(x, {(N + kPanel - 1) / kPanel * kPanel * R}, aoti_torch_dtype_float32());
+  float* const panels = writable(memory);
   parallel_for(0, (N + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * kPanel; n < std::min(end * kPanel, N); n += kPanel)
-      columns.gather(columns.rows.data(), R, columns.positions.data() + n, std::min(kPanel, N - n),
-                     panels.data.data() + n * R);
+      columns.gather(columns.rows.data(), R, columns.positions.data() + n, std::min(kPanel, N - n), panels + n * R);
   });
   const Tensor y = empty_strided(x, {B, D, P, Q}, {D * P * Q, P * Q, Q, 1});
   const float* const w = floats(weight);
@@ -68,9 +73,10 @@ Tensor convolution_few_native(Tensor x, Tensor weight, int64_t stride, int64_t p
     Buffer<float> some(kRows * N);
     for (int64_t d = begin * kRows; d < std::min(end * kRows, D); d += kRows) {
       const int64_t rows = std::min(kRows, D - d);
-      gemm::multiply(rows, w + d * R, R, 1, panels, some.data(), N);
-      for (int64_t i = 0; i < rows * B; ++i)
-        std::copy_n(some.data() + i * P * Q, P * Q, to + (i % B * D + d + i / B) * P * Q);
+      gemm::multiply(rows, w + d * R, R, 1, {R, N, panels}, some.data(), N);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t b = 0; b < B; ++b)
+          std::copy_n(some.data() + i * N + b * P * Q, P * Q, to + (b * D + d + i) * P * Q);
     }
   });
   return y;
@@ -84,14 +90,16 @@ Tensor convolution_few_gradient_native(Tensor grad, Tensor x, int64_t kernel, in
   const Columns columns(x, kernel, stride, padding, P, Q);
   const Tensor grad_weight = empty_strided(x, {D, C, kernel, kernel}, {R, kernel * kernel, kernel, 1});
   Buffer<float> left(D * N);
-  for (int64_t i = 0; i < D * B; ++i)
-    std::copy_n(floats(grad) + i * P * Q, P * Q, left.data() + (i % D * B + i / D) * P * Q);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t d = 0; d < D; ++d)
+      std::copy_n(floats(grad) + (b * D + d) * P * Q, P * Q, left.data() + d * N + b * P * Q);
   float* const dw = writable(grad_weight);
   parallel_for(0, (R + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> panel(N * kPanel);
     for (int64_t r = begin * kPanel; r < std::min(end * kPanel, R); r += kPanel) {
-      gemm::Panels panel(N, std::min(kPanel, R - r));
-      columns.gather(columns.positions.data(), N, columns.rows.data() + r, panel.N, panel.data.data());
-      gemm::multiply(D, left.data(), N, 1, panel, dw + r, R);
+      const int64_t width = std::min(kPanel, R - r);
+      columns.gather(columns.positions.data(), N, columns.rows.data() + r, width, panel.data());
+      gemm::multiply(D, left.data(), N, 1, {N, width, panel.data()}, dw + r, R);
     }
   });
   return grad_weight;

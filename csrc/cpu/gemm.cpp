@@ -273,10 +273,11 @@ void transpose(int64_t M, int64_t N, const float* a, int64_t lda, float* b, int6
 }
 
 Panels::Panels(int64_t K, int64_t N, const float* source, int64_t row_stride, int64_t col_stride, int64_t padded_N)
-    : Panels(K, padded_N) {
+    : K(K), N(padded_N), memory((padded_N + kPanel - 1) / kPanel * kPanel * K, 0.0f) {
+  data = memory.data();
   for (int64_t n = 0; n < N; n += kPanel) {
     const int64_t width = std::min(kPanel, N - n);
-    float* target = data.data() + n * K;
+    float* target = memory.data() + n * K;
     if (row_stride == 1)
       transpose(width, K, source + n * col_stride, col_stride, target, kPanel);
     else
@@ -289,7 +290,7 @@ void multiply(int64_t M, const float* a, int64_t row_stride, int64_t col_stride,
   for (int64_t k = 0; k < b.K; k += kKC, add = true) {
     const int64_t part = std::min(kKC, b.K - k);
     for (int64_t n = 0; n < b.N; n += kPanel) {
-      const float *left = a + k * col_stride, *right = b.data.data() + n * b.K + k * kPanel;
+      const float *left = a + k * col_stride, *right = b.data + n * b.K + k * kPanel;
       const int64_t width = std::min(kPanel, b.N - n);
       if (width > kLanes)
         multiply_rows<2>(M, part, left, row_stride, col_stride, right, kPanel, c + n, ldc, add, {0, width - kLanes});

@@ -26,11 +26,14 @@ void transpose(int64_t M, int64_t N, const float* a, int64_t lda, float* b, int6
 struct Panels {
   static constexpr int64_t kWidth = 2 * vec::kLanes;
   int64_t K = 0, N = 0;
-  Buffer<float> data;  // b[k, n] at (n / kWidth * K + k) * kWidth + n % kWidth
+  const float* data = nullptr;  // b[k, n] at (n / kWidth * K + k) * kWidth + n % kWidth
+  Buffer<float> memory;
 
   Panels() = default;
-  Panels(int64_t K, int64_t N) : K(K), N(N), data((N + kWidth - 1) / kWidth * kWidth * K, 0.0f) {}
+  Panels(int64_t K, int64_t N, const float* data) : K(K), N(N), data(data) {}  // laid out by someone else
   Panels(int64_t K, int64_t N, const float* source, int64_t row_stride, int64_t col_stride, int64_t padded_N);
+  Panels(const Panels&) = delete;
+  Panels& operator=(Panels&&) = default;
 };
 
 void multiply(int64_t M, const float* a, int64_t row_stride, int64_t col_stride, const Panels& b, float* c, int64_t ldc,

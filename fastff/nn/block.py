@@ -204,7 +204,9 @@ class LocalBlock(nn.Module):
         """Return the step's result with what is passed on, which the step op does not compute where it is not normalized."""
         plain, known = normalization.name == "none", None if step.mean is None else (step.mean, step.var)
         options = {"need_x": plain, "statistics": known}
-        x, normalized, mean, var = implementation(y).forward(y, description, None if plain else normalization, **options)
+        x, normalized, mean, var = implementation(y).forward(
+            y, description, None if plain else normalization, **options
+        )
         return step._replace(normalized=x if plain else normalized, mean=mean, var=var)
 
     def local_step(self, x, target=None, details=False):

@@ -40,7 +40,7 @@ class Trial:
     """Which is faster, calls done otherwise or as they are written: measured in the first calls, which take turns.
 
     Where memory and its layout decide, no rule knows that of a machine it has not seen. The first call of each is not counted, and of the others
-    the fastest, which is the one that nothing disturbed. A twentieth less is asked for: what is less than that is noise."""
+    the fastest, which is the one that nothing disturbed. A fiftieth less is asked for: what is less than that is noise."""
 
     TURNS = 6
 
@@ -54,7 +54,7 @@ class Trial:
     def add(self, calls, seconds):
         self.times[calls].append(seconds)
         if min(map(len, self.times.values())) > self.TURNS:
-            self.choice = min(self.times[True][1:]) < 0.95 * min(self.times[False][1:])
+            self.choice = min(self.times[True][1:]) < 0.98 * min(self.times[False][1:])
 
     def reason(self):
         otherwise, written = (1e3 * min(times[1:]) for times in (self.times[True], self.times[False]))
