@@ -67,7 +67,7 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     (`refusal` says why).
 
     Direct: 64 rows, the M of a tensor core's product on sm_90 (in float32, whose products are FMA and have their operands in registers, tiles of
-    2048 elements, with an epilogue 1024); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is
+    2048 elements, with an epilogue or in pieces 1024); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is
     in registers."""
     narrow = itemsize == 2
     BC = max(16, power_of_2(C))
@@ -84,7 +84,7 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     BK = max(16, power_of_2(K))
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
-    R = 64 if narrow else max(16, min(64, (1024 if epilogue else 2048) // BC))
+    R = 64 if narrow else max(16, min(64, (1024 if epilogue or C > BC else 2048) // BC))
     if narrow and (BC > 64 or epilogue) and arch not in CLASSES:
         R = 32  # operands are in registers there: with 64 rows some spill
     BP = min(R, most)
