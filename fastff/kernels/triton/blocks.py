@@ -67,8 +67,8 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     (`refusal` says why).
 
     Direct: 64 rows, the M of a tensor core's product on sm_90 (in float32, whose products are FMA and have their operands in registers, tiles of
-    2048 elements, with an epilogue or in pieces 1024); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is
-    in registers."""
+    2048 elements, with an epilogue or in pieces 1024); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M
+    [BC, BC] is in registers."""
     narrow = itemsize == 2
     BC = max(16, power_of_2(C))
     most = power_of_2(P)
