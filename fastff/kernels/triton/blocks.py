@@ -67,8 +67,8 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
     (`refusal` says why).
 
     Direct: 64 rows, the M of a tensor core's product on sm_90 (in float32, whose products are FMA and have their operands in registers, tiles of
-    2048 elements, with an epilogue 1024); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M [BC, BC] is
-    in registers."""
+    2048 elements, with an epilogue or in pieces 1024); 128 channels in a piece where the rest leaves the registers, else 64. Second moment: S or M
+    [BC, BC] is in registers, in float32 beside the operands of its products, so that its loads are not pipelined."""
     narrow = itemsize == 2
     BC = max(16, power_of_2(C))
     most = power_of_2(P)
@@ -77,14 +77,14 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
         return None
     if algorithm == "second_moment":
         warps = (8 if BC > 64 else 4) * (1 if narrow else 2)
-        positions = (64 if narrow and not cells else 32) // ((4 if BC > 64 else 2) if epilogue else 1)
-        HK = min(128 if BC <= 64 and narrow else 64, max(16, power_of_2(K)))
-        BP = max(16, min(most, positions))
-        return Blocks(1, BP, BC, 16 if BC > 64 else 32, BG, warps, 3 if narrow else 2, HK, 8)
+        positions = (32 if cells or (BC > 64 and arch == 100) else 64) // ((4 if BC > 64 else 2) if epilogue else 1)
+        BP = max(16, min(most, positions if narrow else 16))
+        HK = min((128 if BC <= 64 else 64) if narrow else 32, max(16, power_of_2(K)))
+        return Blocks(1, BP, BC, 16 if BC > 64 else 32, BG, warps, 3 if narrow else 1, HK, 8)
     BK = max(16, power_of_2(K))
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)
-    R = 64 if narrow else max(16, min(64, (1024 if epilogue else 2048) // BC))
+    R = 64 if narrow else max(16, min(64, (1024 if epilogue or C > BC else 2048) // BC))
     if narrow and (BC > 64 or epilogue) and arch not in CLASSES:
         R = 32  # operands are in registers there: with 64 rows some spill
     BP = min(R, most)
