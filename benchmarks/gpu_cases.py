@@ -112,6 +112,9 @@ def tensors(case, seed=0):
         found["residual"] = image()
     if "grad_scale" in case.given:
         found["grad_scale"] = torch.tensor(8.0, device=DEVICE)
+    if case.function == "depthwise":
+        k = case.options["kernel"]
+        found["weight"] = normal(C, 1, k, k, scale=1 / k).to(dtype)
     if case.function in DIFFERENTIABLE:
         found["cotangent"] = image()
     if case.function.endswith("step") or case.function == "goodness_loss":
@@ -220,6 +223,14 @@ def _plain_layer_norm(t, o):
     return plain_norm(t["x"], {"normalize": how}, 1)
 
 
+def _depthwise(t, o, impl):
+    return torch.ops.fastff.depthwise(t["x"], t["weight"], o["stride"], o["kernel"] // 2, impl)
+
+
+def _plain_depthwise(t, o):
+    return F.conv2d(t["x"], t["weight"], None, o["stride"], o["kernel"] // 2, groups=t["x"].shape[1])
+
+
 DIFFERENTIABLE = {  # name: (ours(tensors, options, impl), plain(tensors, options))
     "layer_norm": (lambda t, o, impl: ff.layer_norm(t["x"], **o, impl=impl), _plain_layer_norm),
     "normalize": (
@@ -227,6 +238,7 @@ DIFFERENTIABLE = {  # name: (ours(tensors, options, impl), plain(tensors, option
         lambda t, o: plain_norm(t["x"], o | {"normalize": o["how"]}, 1),
     ),
     "epilogue": (_epilogue, _plain_epilogue),
+    "depthwise": (_depthwise, _plain_depthwise),
     "group_goodness": (
         lambda t, o, impl: ff.group_goodness(t["x"], **o, impl=impl),
         lambda t, o: plain_goodness(t["x"], t, o, True),

@@ -73,6 +73,10 @@ def cases():
     found += [Case("layer_norm", B, C, H, 1, dtype) for B, C, H in ((16, 64, 56), (512, 64, 8)) for dtype in DTYPES]
     found += [Case("normalize", *shape, options={"how": how}) for how in ("layer_norm_channels", "rms", "l2_channels")]
     found += [Case("epilogue", *shape, given=given, options={"activation": "relu"}) for given in ((), ("residual",))]
+    found += [
+        Case("depthwise", 32, 96, H, 1, dtype, options={"kernel": kernel, "stride": stride})
+        for H, kernel, stride, dtype in ((28, 3, 1, "bf16"), (28, 3, 2, "fp32"), (14, 5, 1, "bf16"), (7, 5, 2, "fp16"))
+    ]
     return found
 
 

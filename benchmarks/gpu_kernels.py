@@ -41,6 +41,7 @@ def cases():
     found += [Case("epilogue", 512, *STAGES[0], 1, given=RESIDUAL, options={"activation": "relu"})]
     groups = {"hinton": {"loss": "softplus", "normalize": "l2"}, "cwcomp": {"groups": 10}}
     found += [Case("group_goodness_step", 512, 80, 32, 10, options=options) for options in groups.values()]
+    found += [Case("depthwise", 256, 96, 28, 1, options={"kernel": k, "stride": 1}) for k in (3, 5)]
     return found
 
 

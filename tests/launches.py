@@ -56,7 +56,7 @@ def as_on_a_gpu(multiprocessors=132):
     from triton.runtime.jit import JITFunction
 
     from fastff.kernels import native, triton
-    from fastff.kernels.triton import epilogue, goodness, launch, layer_norm
+    from fastff.kernels.triton import depthwise, epilogue, goodness, launch, layer_norm
     from fastff.ops import convolution, step
     from fastff.ops import depthwise as ops_depthwise
 
@@ -74,7 +74,7 @@ def as_on_a_gpu(multiprocessors=132):
         stack.enter_context(mock.patch.object(native, "reason", lambda *_: "as on a GPU"))
         for module in (step, convolution, ops_depthwise):  # ops are called past the dispatcher, as without a mode
             stack.enter_context(mock.patch.object(module, "dispatched", lambda *_: False))
-        for module in (launch, epilogue, goodness, layer_norm):
+        for module in (launch, depthwise, epilogue, goodness, layer_norm):
             if hasattr(module, "multiprocessors"):
                 stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: multiprocessors))
         yield launches

@@ -225,7 +225,7 @@ def test_without_a_gpu_the_run_says_how_to_try_it(monkeypatch, tmp_path):
 
 
 def test_every_op_with_a_kernel_for_gpus_is_checked_and_timed():
-    ops = {"goodness_step", "tail_step", "group_goodness_step", "layer_norm", "epilogue"}
+    ops = {"goodness_step", "tail_step", "group_goodness_step", "layer_norm", "epilogue", "depthwise"}
     assert ops <= {case.function for case in gpu_kernels.cases()}
     checked = gpu_check.cases()
     assert ops | {"group_tail_step", "group_goodness", "goodness_loss", "normalize"} == {c.function for c in checked}

@@ -1,4 +1,8 @@
-"""Depthwise convolution against PyTorch's in float64: values and gradients of every row, layouts, dtypes, strides and paddings."""
+"""Depthwise convolution against PyTorch's in float64: values and gradients of every row, layouts, dtypes, strides and paddings.
+
+With TRITON_INTERPRET=1 this file tests the Triton kernels, interpreted, and nothing else (test_triton.py runs it so)."""
+
+import os
 
 import pytest
 import torch
@@ -9,8 +13,13 @@ from oracle import LAYOUTS, assert_as_exact, same_bits
 
 from fastff.kernels.torch.depthwise import out_like
 
-IMPLEMENTATIONS = ["torch", "reference"]
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+IMPLEMENTATIONS = ["triton"] if TRITON else ["torch", "reference"]
+DTYPES = (
+    (torch.float32, torch.bfloat16, torch.float16)
+    if TRITON
+    else (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+)
 
 
 def plain(x, weight, grad, stride, padding, dtype):
@@ -24,7 +33,7 @@ def plain(x, weight, grad, stride, padding, dtype):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8 if TRITON else 40, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_values_and_gradients(data, dtype, impl):
     kernel, stride = data.draw(st.sampled_from([3, 5, 1])), data.draw(st.sampled_from([1, 2]))
@@ -61,6 +70,7 @@ def test_values_and_gradients(data, dtype, impl):
     assert_as_exact("dL/dweight", dw, exact[2], rough[2], size[2])
 
 
+@pytest.mark.skipif(TRITON, reason="float64, and no kernels in it")
 def test_autograd_and_opcheck():
     torch.manual_seed(0)
     x, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 6, 5), (3, 1, 3, 3)))
@@ -76,6 +86,7 @@ def test_autograd_and_opcheck():
     )
 
 
+@pytest.mark.skipif(TRITON, reason="nothing of the kernels")
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -28,6 +28,7 @@ INTERPRETED = {
     "layer_norm": ("test_layer_norm.py", "triton"),
     "epilogue": ("test_epilogue_step.py", "test_tail_step"),
     "epilogue of two losses": ("test_epilogue.py", "another_loss and triton"),
+    "depthwise": ("test_depthwise.py", "values or empty"),
     "group_goodness": ("test_group_goodness.py", "step or alone"),
     "group_epilogue": ("test_group_epilogue_step.py", "test_step and triton and (none or l2 or rms)"),
     "step": ("triton_step.py", "test"),

@@ -8,14 +8,14 @@ import torch
 
 import fastff.functional as ff
 from fastff import spec
-from fastff.kernels.triton import epilogue, goodness, launch, layer_norm
+from fastff.kernels.triton import depthwise, epilogue, goodness, launch, layer_norm
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    for module in (epilogue, goodness, layer_norm):
+    for module in (depthwise, epilogue, goodness, layer_norm):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 0)
 
 
@@ -105,3 +105,14 @@ def test_layer_norm_of_many_positions(monkeypatch):
     x = alike(1, 1, 1024, 4096)
     x[..., ::2, :] = 0
     check(bound(8), normalized=both(lambda dtype, impl: ff.layer_norm(x.to(dtype), impl=impl)))
+
+
+def test_depthwise_of_many_positions(monkeypatch):
+    monkeypatch.setattr(launch, "MOST", 4)
+    x = alike(1, 16, 128, 128, layout="channels_last", value=1.7)
+
+    def run(dtype, impl):
+        given, weight = x.to(dtype), torch.ones(16, 1, 3, 3, dtype=dtype)
+        return torch.ops.fastff.depthwise_backward(torch.ones_like(given), given, weight, 1, 1, False, impl)[1]
+
+    check(bound(4 + 8), weight=both(run))  # the interpreter adds up the positions of a tile one after another

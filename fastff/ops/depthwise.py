@@ -3,18 +3,18 @@
     depthwise(x, weight, stride, padding)           x [B, C, H, W], weight [C, 1, k, k] -> y [B, C, H', W'] laid out as x
     depthwise_backward(grad, x, weight, ..., need_grad_x) -> (dL/dx or an empty tensor, dL/dweight)
 
-The first convolution of a block never needs dL/dx. Rows: the compiled kernel, PyTorch's own, which defines the op. An implementation has
-forward(x, weight, stride, padding) -> y and backward(grad, x, weight, stride, padding, need_grad_x) -> dL/dx, or None unless it is needed, and
-dL/dweight.
+The first convolution of a block never needs dL/dx. Rows: the Triton kernels (never timed on a GPU, so "auto" skips them), the compiled kernel,
+PyTorch's own, which defines the op. An implementation has forward(x, weight, stride, padding) -> y and backward(grad, x, weight, stride, padding,
+need_grad_x) -> dL/dx, or None unless it is needed, and dL/dweight.
 """
 
 import torch
 
-from fastff.kernels import native
+from fastff.kernels import native, triton
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.kernels.native import depthwise as native_depthwise
 from fastff.kernels.torch import depthwise as torch_depthwise
-from fastff.ops.table import Implementation, always, choose, dispatched, register
+from fastff.ops.table import Implementation, Lazy, always, choose, dispatched, register
 
 
 def _native_skip_reason(x):
@@ -24,6 +24,12 @@ def _native_skip_reason(x):
 
 
 ROWS = [
+    Implementation(
+        "triton",
+        triton.reason,
+        Lazy("fastff.kernels.triton.depthwise"),
+        skip_reason=lambda x: "never timed on a GPU, so not seen to win",
+    ),
     Implementation(
         "native",
         native.takes(torch.float32),
