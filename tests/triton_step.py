@@ -110,9 +110,7 @@ def test_channels_in_pieces(side, activation):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("C", "side", "algorithm"), [(72, 3, "direct"), (40, 7, "direct"), (40, 7, "second_moment")]
-)
+@pytest.mark.parametrize(("C", "side", "algorithm"), [(72, 3, "direct"), (40, 7, "direct"), (40, 7, "second_moment")])
 def test_grid_behind_an_epilogue_in_one_sweep(C, side, algorithm, dtype, monkeypatch):
     """In 16 bits, with several samples a tile and channels in pieces, and with several tiles a sample.
 
