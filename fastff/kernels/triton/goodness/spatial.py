@@ -243,7 +243,8 @@ class SpatialTerm:
         _, programs = shares(groups, 2 * launch.processors // pieces, times=4)
         self.weights = launch.new(programs, M * C)
         hidden_gradient[programs, pieces](
-            launch.head, launch.scratch, self.norm, self.layer, self.weights, launch.B, self.programs, constants(config), num_warps=8
+            launch.head, launch.scratch, self.norm, self.layer, self.weights, launch.B, self.programs, constants(config), num_warps=8,
+            maxnreg=255,  # else the assembler takes 128, and spills
         )  # fmt: skip
 
     def padded(self, grad):
