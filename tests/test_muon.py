@@ -115,7 +115,7 @@ def test_wide_weights_are_taken_in_parts_whatever_their_layout(layout):
     "shape", [(300, 4, 3, 3), (130, 5, 1, 1), (7, 70, 1, 1), (2, 2, 1, 1), (65, 64, 3, 3), (3, 4, 2, 2, 2)]
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_compiled_update_is_that_of_float64(shape, layout):
+def test_native_update_is_that_of_float64(shape, layout):
     """Weights, momenta and gradients in several layouts, some of which PyTorch's operators take; two steps, since the first has no momentum."""
     if layout == torch.channels_last and len(shape) == 5:
         layout = torch.channels_last_3d
@@ -128,6 +128,9 @@ def test_the_compiled_update_is_that_of_float64(shape, layout):
         torch_muon.update([exact], [grad.double()], [average], 0.1, 0.9, 0.5)
     torch.testing.assert_close(ours.double(), average, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weight.double(), exact, rtol=1e-4, atol=1e-5)
+    if layout != torch.contiguous_format and min(shape[1:]) > 1:
+        with pytest.raises(RuntimeError, match="strides of their weights"):
+            torch.ops.fastff.muon_native([weight], [weight.contiguous()], [ours], 64, 0.9, 1.0, 0.1)
 
 
 def test_a_recorded_step_reads_the_rate_from_a_tensor(monkeypatch):

@@ -29,11 +29,19 @@ struct Part {
   int64_t size() const { return rows * columns; }
 };
 
+void check_alike(const Tensor& weight, const Tensor& other) {
+  bool alike = weight.dim() == other.dim();
+  for (int64_t d = 0; alike && d < weight.dim(); ++d)
+    alike = weight.size(d) == other.size(d) && weight.stride(d) == other.stride(d);
+  STD_TORCH_CHECK(alike, "muon_native: gradients and momenta must have the shapes and strides of their weights");
+}
+
 // All parts, the largest first.
 std::vector<Part> parts_of(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
                            const std::vector<Tensor>& momenta, int64_t most) {
   std::vector<Part> parts;
   for (size_t i = 0; i < weights.size(); ++i) {
+    check_alike(weights[i], grads.at(i)), check_alike(weights[i], momenta.at(i));
     const int64_t rows = weights[i].size(0), columns = weights[i].numel() / std::max<int64_t>(1, rows);
     const int64_t count = (rows + most - 1) / most;
     for (int64_t part = 0, row = 0; part < count; ++part) {
