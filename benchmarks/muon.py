@@ -12,7 +12,7 @@ from benchmarks import networks, runner, tables
 from fastff.kernels.torch import muon as by_torch
 from fastff.ops import muon
 
-CASES = [("resnet18", 16), ("resnet18", 64), ("mobilenet_v3_small", None)]
+SHAPES = [("resnet18", 16), ("resnet18", 64), ("mobilenet_v3_small", None)]
 SETTINGS = 1e-3, 0.95, 0.05  # learning rate, momentum, weight decay
 
 
@@ -65,7 +65,7 @@ def _gflop(weights):
 
 
 def cases(a):
-    for chosen in runner.chosen(CASES, a):
+    for chosen in runner.chosen(SHAPES, a):
         yield case(*chosen)
 
 

@@ -47,7 +47,7 @@ CASES = {  # name: (module, what makes it one small case, its contenders)
     "epilogue": (epilogue, {"SHAPES": [(4, 16, 8, 10)], "RESIDUALS": ["gradient"]}, ["eager", "by parts", "fused"]),
     "depthwise": (depthwise, {"SHAPES": [(4, 16, 8, 3, 1)], "GRADIENTS": ["x and weight"]}, ["pytorch", "fastff"]),
     "convolution": (convolution, {"SHAPES": [(4, 16, 8, 16, 3, 1)]}, ["onednn", "fastff", "forward"]),
-    "muon": (muon, {"CASES": [("resnet18", 4)]}, ["torch", "fastff", "adamw"]),
+    "muon": (muon, {"SHAPES": [("resnet18", 4)]}, ["torch", "fastff", "adamw"]),
     "layer_norm": (layer_norm, {"SHAPES": [(4, 16, 8)], "OVER": ["sample"]}, ["eager", "fastff"]),
     "layer_norm over channels": (
         layer_norm, {"SHAPES": [(4, 16, 8)], "OVER": ["channels"]}, ["eager", "fastff", "normalize"],

@@ -237,7 +237,7 @@ def normalize(x, name, groups, eps, impl):
         learns, y = x.requires_grad and torch.is_grad_enabled(), None
         if name == "group_norm" and x.shape[1] % groups == 0:
             y = torch.group_norm(x, groups, None, None, eps)
-        elif name == "layer_norm" and (learns or x.numel() < FEW_ELEMENTS):
+        elif name == "layer_norm" and (learns or (not dispatched(x) and x.numel() < FEW_ELEMENTS)):
             whole = x.is_contiguous()
             y = torch.layer_norm(x, x.shape[1:], None, None, eps) if whole else of_pytorch.layer_norm(x, eps)
         elif name == "layer_norm_channels" and learns and x.dim() == 4 and is_channels_last(x):
