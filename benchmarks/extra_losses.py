@@ -28,6 +28,8 @@ def add(kind, weight, trainer, loader):
 
     loader: the fastff Loader that it is trained with. Returns a list that gets the term's values as they are computed: one for each loss (or
     residual block) of a step and each part of the minibatch."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     sff, values = trainer.sff, []
     if kind == "kinetic":
         add_kinetic(weight, trainer, values)
@@ -92,13 +94,13 @@ class Votes:
         # Images have their number as label in the loader, and get their label when the minibatch is handed out.
         loader.labels, loader._batches = torch.arange(len(loader.labels)), self._labelled
 
-    @torch.no_grad()
     def _labelled(self, epoch, first):
         if epoch:
-            self.before = self.sff.probabilities(self.sff.votes(list(self.goodness.values())))
-        for images, self.numbers in self.batches(epoch, first):
-            self.seen = dict.fromkeys(self.goodness, 0)
-            yield images, self.labels[self.numbers]
+            with torch.no_grad():
+                self.before = self.sff.probabilities(self.sff.votes(list(self.goodness.values())))
+        for images, numbers in self.batches(epoch, first):
+            self.numbers, self.seen = numbers, dict.fromkeys(self.goodness, 0)
+            yield images, self.labels[numbers]
 
     def term(self, index):
         """The cross-entropy with the votes as target less that with the labels, of the head of this block."""

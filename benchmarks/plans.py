@@ -133,9 +133,8 @@ def table():
         seed = "" if row["seed"] == "0" else f", seed {row['seed']}"
         last = "" if "backpropagation" in row["experiment"] else f"{float(row['last']):.1%}"
         accuracy = (f"{float(row['vote']):.1%}", last)
-        cost = (
-            (row["seconds"], f"{row['memory_mib']} MiB") if row["memory_mib"] else ("", "")
-        )  # extra_losses: plain PyTorch
+        # The terms of extra_losses are in plain PyTorch, whose cost is not that of the defaults.
+        cost = (row["seconds"], f"{row['memory_mib']} MiB") if row["memory_mib"] else ("", "")
         body.append((row["experiment"] + seed, *accuracy, *cost))
     head = ("what", "vote", "last block", "seconds", "memory of a step")
     return tables.table(head, body) + tables.measured_on(rows[0])
