@@ -37,7 +37,9 @@ EXPERIMENTS = {
     "the defaults of 0.1": PART | OLD,
     "two segments, the first in two parts (the defaults)": PART,
     "the defaults and similarity matching": PART | {"similarity": 99},
+    "the defaults and similarity matching, weight 1": PART | {"similarity": 1},
     "the defaults and a kinetic penalty": PART | {"kinetic": 0.5},
+    "the defaults and a kinetic penalty, weight 0.05": PART | {"kinetic": 0.05},
     "the defaults and the vote of the epoch before": PART | {"vote_before": 0.5},
     "three segments": PART | THREE,
     "three segments, AdamW": PART | THREE | {"optimizer": "adamw"},
@@ -192,7 +194,7 @@ def main():
             continue
         row = run(name, EXPERIMENTS[name], arguments.root, seed)
         accuracy = f"vote {float(row['vote']):.1%}  last {float(row['last']):.1%}"
-        print(f"{name:60} seed {seed}  {accuracy}  {row['seconds']} s  {row['memory_mib']} MiB", flush=True)
+        print(f"{name:60} seed {seed}  {accuracy}  {row['seconds']} s  {row['memory_mib'] or '-'} MiB", flush=True)
         exists = RESULTS.exists()
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, "a", newline="") as file:
