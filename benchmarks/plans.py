@@ -41,6 +41,7 @@ EXPERIMENTS = {
     "the defaults and a kinetic penalty": PART | {"kinetic": 0.5},
     "the defaults and a kinetic penalty, weight 0.05": PART | {"kinetic": 0.05},
     "the defaults and the vote of the epoch before": PART | {"vote_before": 0.5},
+    "the defaults and the vote of the epoch before, weight 0.2": PART | {"vote_before": 0.2},
     "three segments": PART | THREE,
     "three segments, AdamW": PART | THREE | {"optimizer": "adamw"},
     "three segments, linear spatial term": PART | THREE | {"hidden": 0},
