@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import tables
+from benchmarks import extra_losses, tables
 from benchmarks.timing import environment
 from fastff.app import compare, experiment
 
@@ -36,6 +36,12 @@ EXPERIMENTS = {
     "the paper's setting, AdamW": PART | PAPER | {"optimizer": "adamw"},
     "the defaults of 0.1": PART | OLD,
     "two segments, the first in two parts (the defaults)": PART,
+    "the defaults and similarity matching": PART | {"similarity": 99},
+    "the defaults and similarity matching, weight 1": PART | {"similarity": 1},
+    "the defaults and a kinetic penalty": PART | {"kinetic": 0.5},
+    "the defaults and a kinetic penalty, weight 0.05": PART | {"kinetic": 0.05},
+    "the defaults and the vote of the epoch before": PART | {"vote_before": 0.5},
+    "the defaults and the vote of the epoch before, weight 0.2": PART | {"vote_before": 0.2},
     "three segments": PART | THREE,
     "three segments, AdamW": PART | THREE | {"optimizer": "adamw"},
     "three segments, linear spatial term": PART | THREE | {"hidden": 0},
@@ -92,10 +98,13 @@ def run(name, options, root, seed):
     given = {key: value for key, value in options.items() if value != experiment.DEFAULTS.get(key)}
     options, task = dict(options), name.rpartition(":")[0]
     source = options.pop("start", None)
+    extra = {kind: options.pop(kind) for kind in extra_losses.KINDS if kind in options}
     s = experiment.settings(**options, root=root, seed=seed)
     device = torch.device("cpu")
     made = experiment.start(s, device, source and network_folder(source, options, root))
-    memory = compare.step_memory(s, made.dataset, device)
+    memory = "" if extra else f"{compare.step_memory(s, made.dataset, device):.1f}"
+    for kind, weight in extra.items():
+        extra_losses.add(kind, weight, made.trainer, made.train)
     start = time.process_time()
     made.trainer.fit(made.train, s["epochs"], progress=False, meta=experiment.describe(s, made.dataset))
     seconds = time.process_time() - start
@@ -107,7 +116,7 @@ def run(name, options, root, seed):
     blocks = [value for key, value in accuracy.items() if key.startswith("block ")]
     return {
         "experiment": name, "seed": seed, "vote": f"{accuracy['vote']:.4f}", "last": f"{(blocks or [accuracy['vote']])[-1]:.4f}",
-        "seconds": round(seconds), "memory_mib": f"{memory:.1f}", "blocks": " ".join(f"{value:.4f}" for value in blocks),
+        "seconds": round(seconds), "memory_mib": memory, "blocks": " ".join(f"{value:.4f}" for value in blocks),
         "plan": "" if s["mode"] == "backprop" else made.trainer.engine.plan.name,
         "settings": " ".join(f"{key}={value}" for key, value in given.items()),
     }  # fmt: skip
@@ -127,7 +136,9 @@ def table():
         seed = "" if row["seed"] == "0" else f", seed {row['seed']}"
         last = "" if "backpropagation" in row["experiment"] else f"{float(row['last']):.1%}"
         accuracy = (f"{float(row['vote']):.1%}", last)
-        body.append((row["experiment"] + seed, *accuracy, row["seconds"], f"{row['memory_mib']} MiB"))
+        # The terms of extra_losses are in plain PyTorch, whose cost is not that of the defaults.
+        cost = (row["seconds"], f"{row['memory_mib']} MiB") if row["memory_mib"] else ("", "")
+        body.append((row["experiment"] + seed, *accuracy, *cost))
     head = ("what", "vote", "last block", "seconds", "memory of a step")
     return tables.table(head, body) + tables.measured_on(rows[0])
 
@@ -184,7 +195,7 @@ def main():
             continue
         row = run(name, EXPERIMENTS[name], arguments.root, seed)
         accuracy = f"vote {float(row['vote']):.1%}  last {float(row['last']):.1%}"
-        print(f"{name:60} seed {seed}  {accuracy}  {row['seconds']} s  {row['memory_mib']} MiB", flush=True)
+        print(f"{name:60} seed {seed}  {accuracy}  {row['seconds']} s  {row['memory_mib'] or '-'} MiB", flush=True)
         exists = RESULTS.exists()
         RESULTS.parent.mkdir(exist_ok=True)
         with open(RESULTS, "a", newline="") as file:

@@ -4,6 +4,7 @@ The run for GPUs goes through on a CPU, and goes on after what fails in it."""
 
 import argparse
 import contextlib
+import copy
 import csv
 import os
 import subprocess
@@ -23,6 +24,7 @@ from benchmarks import (
     convolution,
     depthwise,
     epilogue,
+    extra_losses,
     goodness,
     gpu,
     gpu_cases,
@@ -39,7 +41,9 @@ from benchmarks import (
     timing,
 )  # fmt: skip
 from benchmarks.gpu_workers import Job, Pool
-from fastff import Trainer, bench
+from fastff import SFF, Trainer, bench, models
+from fastff.plan import Segment
+from fastff.training.loader import Loader
 
 FAMILIES = [shape[0] for shape in group_goodness.SHAPES]
 CASES = {  # name: (module, what makes it one small case, its contenders)
@@ -406,3 +410,64 @@ def test_tables_of_gpus(run, tmp_path):
     text = gpu_report.table()
     assert "**a-card**" in text
     assert "| `goodness_step` | 512, 64, 32, 10; bf16 | 1 | 90 | 60 | 20 | refused | 3.00 x | 10 | 300 | 2 |" in text
+
+
+def _train_with(sff, loader, kind, weight, epochs, lr):
+    """Train the two segments of `sff`, the first in two parts, with plain SGD and a term of extra_losses as its source writes it."""
+    labels, loader.labels, before, added = loader.labels, torch.arange(len(loader.labels)), None, []
+    logits = {last: torch.zeros(len(labels), 5, dtype=torch.float64) for last in (3, 8)}
+    for name, module in sff.model.named_modules():
+        if name.endswith("bn2"):
+            module.register_forward_hook(lambda module, inputs, output: added.append(output))
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        for images, numbers in loader:
+            following, samples = images, len(images)
+            for first, last, parts in ((0, 3, 2), (4, 8, 1)):
+                pairs, done, head = zip(following.chunk(parts), numbers.chunk(parts), strict=True), [], sff.heads[last]
+                for x, n in pairs:
+                    added.clear()
+                    for block in sff.local_blocks[first : last + 1]:
+                        z = block.outputs(x)[0]
+                        x = block.next_input(z)
+                    g, target = head(z), labels[n]
+                    logits[last][n], loss = head.logits(g).detach(), head.loss(g, target)
+                    if kind == "similarity":
+                        one_hot = torch.eye(5, dtype=torch.float64)[target]
+                        difference = torch.corrcoef(z.flatten(2).std(2)) - torch.corrcoef(one_hot)
+                        loss = loss + weight * difference.square().mean()
+                    elif kind == "kinetic":
+                        loss = loss + weight * sum(r.square().mean() for r in added)
+                    elif before is not None:
+                        soft = -(before[n] * head.logits(g).log_softmax(1)).sum(1).mean()
+                        loss = (1 - weight) * loss + weight * soft
+                    (loss * len(x) / samples).backward()
+                    done.append(x.detach())
+                following = torch.cat(done)
+            with torch.no_grad():
+                for p in sff.parameters():
+                    if p.grad is not None:
+                        p -= lr * p.grad
+                        p.grad = None
+        before = ((logits[3].log_softmax(1) + 2 * logits[8].log_softmax(1)) / 3).softmax(1)
+
+
+@pytest.mark.parametrize("kind, weight", [("similarity", 3.0), ("kinetic", 0.5), ("vote_before", 0.5)])
+def test_extra_terms_of_losses_train_as_plain_pytorch_does(kind, weight):
+    torch.manual_seed(0)
+    net = models.resnet18(num_classes=5, stem="cifar", width=4).double()
+    plan = [Segment(0, 3, 2), Segment(4, 8)]
+    with_term = SFF(net, 5, input_shape=(3, 16, 16), plan=plan)
+    expected, without = copy.deepcopy(with_term), copy.deepcopy(with_term)
+    pixels, labels = torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(16) % 5
+    make = lambda: Loader(pixels, labels, 8, mean=[0.5] * 3, std=[0.25] * 3, shuffle=True, dtype=torch.float64)  # noqa: E731
+    for sff, asked in ((with_term, weight), (without, 0.0)):
+        trainer, loader = Trainer(sff, lambda p: torch.optim.SGD(p, lr=0.05), lr_schedule="constant"), make()
+        values = extra_losses.add(kind, asked, trainer, loader)
+        trainer.fit(loader, 2, progress=False)
+    assert len(values) == 4 * (11 if kind == "kinetic" else 3)  # steps; losses, or residual blocks, once for each part
+    _train_with(expected, make(), kind, weight, epochs=2, lr=0.05)
+    pairs = list(zip(with_term.parameters(), expected.parameters(), strict=True))
+    assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-11) for p, q in pairs)
+    moved = [(p - q).abs().max() for p, q in zip(with_term.parameters(), without.parameters(), strict=True)]
+    assert max(moved) > 1e-4  # the term makes a difference that the comparison sees
