@@ -8,8 +8,9 @@ from fastff.parallel.ranks import Ranks
 from fastff.parallel.reduce import Reduction, ShardedReduction
 from fastff.training.muon import Muon
 
-# Bytes of gradients: blocks with fewer wait, and Muon updates them together. With 2^18, a step of a ResNet18 of width 16 (2.8 MB) took 6 % longer.
-TOGETHER = 1 << 22
+# Bytes of gradients: blocks with fewer wait, and Muon updates them together. With 2^18, a step of a ResNet18 of width 16 (2.8 MB) took 4 %
+# longer; with 2^22 it took as long and more memory.
+TOGETHER = 1 << 20
 
 
 class Alone:
