@@ -27,17 +27,22 @@ def exact_gradient(grad, x, kernel, stride, padding):
     return torch.autograd.grad(F.conv2d(x.double(), weight, None, stride, padding), weight, grad.double())[0]
 
 
+def drawn(draw, channels, outputs, largest):
+    """Sizes of a convolution, B, C, D, kernel, stride, padding, H and W up to `largest`, and a generator for its tensors."""
+    B, C, D = draw(st.integers(1, 5)), draw(st.integers(1, channels)), draw(st.integers(1, outputs))
+    kernel, stride = draw(st.sampled_from([1, 2, 3, 5])), draw(st.sampled_from([1, 2, 3]))
+    padding = draw(st.integers(0, kernel))
+    H, W = (draw(st.integers(max(1, kernel - 2 * padding), largest)) for _ in range(2))
+    return B, C, D, kernel, stride, padding, H, W, torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+
 @pytest.mark.parametrize(("dtype", "impl"), RUNS)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_weight_gradient(data, dtype, impl):
     """Any sizes and layouts: values, arguments untouched, the same bits twice and for any number of threads."""
     draw = data.draw
-    B, C, D = draw(st.integers(1, 5)), draw(st.integers(1, 37)), draw(st.integers(1, 20))
-    kernel, stride = draw(st.sampled_from([1, 2, 3, 5])), draw(st.sampled_from([1, 2, 3]))
-    padding = draw(st.integers(0, kernel))
-    H, W = (draw(st.integers(max(1, kernel - 2 * padding), 19)) for _ in range(2))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    B, C, D, kernel, stride, padding, H, W, generator = drawn(draw, 37, 20, 19)
     P, Q = ((n + 2 * padding - kernel) // stride + 1 for n in (H, W))
 
     def laid(*shape):
@@ -151,11 +156,7 @@ def test_bad_arguments_are_named():
 def test_convolutions_of_few_positions(data):
     """Both products with panels of columns, of any sizes and layouts, against PyTorch's in float64."""
     draw = data.draw
-    B, C, D = draw(st.integers(1, 5)), draw(st.integers(1, 60)), draw(st.integers(1, 60))
-    kernel, stride = draw(st.sampled_from([1, 2, 3, 5])), draw(st.sampled_from([1, 2, 3]))
-    padding = draw(st.integers(0, kernel))
-    H, W = (draw(st.integers(max(1, kernel - 2 * padding), 9)) for _ in range(2))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    B, C, D, kernel, stride, padding, H, W, generator = drawn(draw, 60, 60, 9)
     layout = lambda: LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]  # noqa: E731
     x, x_memory = layout()(torch.randn(B, C, H, W, generator=generator))
     weight, weight_memory = layout()(torch.randn(D, C, kernel, kernel, generator=generator))
