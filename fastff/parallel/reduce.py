@@ -56,11 +56,8 @@ class Reduction:
     def __init__(self, ranks, optimizers, update):
         self.ranks, self.optimizers, self.update = ranks, optimizers, update
         self.group, self.queue = ranks.data_group, []
-        self.rates, self.parameters, self.share = (
-            {},
-            [],
-            0.0,
-        )  # of blocks of this step that wait for others to share a bucket with
+        # of blocks of this step that wait for others to share a bucket with
+        self.rates, self.parameters, self.share = {}, [], 0.0
 
     def start(self, index, parameters, share):
         """Start to reduce the gradients of block `index`, without waiting for the result."""
