@@ -59,6 +59,7 @@ def variants(a):
         "defaults, Adam": ("sff", {"granularity": "auto"}),
         "defaults": ("sff", {"granularity": "auto", "updates": MUON}),
         "backprop, Muon": ("backprop", {"updates": MUON}),
+        "backprop, Muon, recorded": ("backprop", {"updates": MUON, "record_steps": True}),
         "block, 4 micro-batches": ("sff", PAPER | {"micro_batches": 4}),
         "block, compiled": ("sff", PAPER | {"compile": True}),
     }

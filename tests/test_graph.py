@@ -9,24 +9,29 @@ import torch
 import fastff
 from fastff import SFF, Trainer
 from fastff.training import Backprop, graph
+from fastff.training.engine import Options, StepResult
 
 
 class Recorder:
+    name, most, warns, changes = "as CUDA graphs", 16, True, 0
+
     def __init__(self):
         self.recorded, self.replayed = 0, 0
+
+    def ready(self):
+        return True
 
     def run(self, function):
         return function()
 
-    def record(self, function):
+    def record(self, function, images, target):
         self.recorded += 1
-        results = []
 
-        def replay():
+        def replay(images, target):
             self.replayed += 1
-            results[:] = function()
+            return function(images, target)
 
-        return replay, results
+        return replay, replay(images, target)
 
 
 def adam(groups):
@@ -42,6 +47,7 @@ def test_a_recorded_step_is_the_step(kind):
     options = {"schedule": "greedy"} if kind is Trainer else {}
     plain, recorded = (kind(copy.deepcopy(sff), adam, **options) for _ in range(2))
     recorder = Recorder()
+    plain.run_step = plain.engine.run_step
     recorded.run_step = graph.StepGraph(recorded.engine, recorder)
     sizes = [4, 4, 3, 4, 4, 4, 3, 3, 3, 4, 4]
     for phase in range(2 if kind is Trainer else 1):
@@ -83,8 +89,12 @@ def test_what_cannot_be_recorded_is_said(monkeypatch):
     assert "capturable=True" in as_on_cuda(monkeypatch, sgd)
     assert "got SGD" in as_on_cuda(monkeypatch, sgd)
     assert "expected amp None or 'bf16'" in as_on_cuda(monkeypatch, half, torch.float16)
-    assert "operator by operator: expected a network on a CUDA device, got it on cpu" in repr(Trainer(an_sff(), adam))
-    assert "operator by operator: cuda_graph=False" in repr(Trainer(an_sff(), adam, cuda_graph=False))
+    assert "not recorded: record_steps=False" in repr(Trainer(an_sff(), adam, record_steps=False))
+    assert "not recorded: it would gain nothing" in repr(Backprop(an_sff(), adam))
+    monkeypatch.setattr(half.engine, "device", torch.device("cuda"))
+    assert graph.recorded(half.engine, Options(cuda_graph=False), None) == "cuda_graph=False"
+    with pytest.raises(ValueError, match="record_steps: expected a network on a CPU device, got it on cuda"):
+        graph.recorded(half.engine, Options(record_steps=True), None)
 
 
 @pytest.mark.parametrize("kind", [Trainer, Backprop])
@@ -124,9 +134,9 @@ def test_a_step_that_fails_to_be_recorded_runs_as_it_is(monkeypatch):
     plain, trainer = (Trainer(copy.deepcopy(sff), adam) for _ in range(2))
 
     class Broken(Recorder):
-        def record(self, function):
+        def record(self, function, images, target):
             trainer.engine.step.blocks[0].visit((images,), target).backward()
-            raise RuntimeError("cuda_graph: a step of this network cannot be recorded")
+            raise graph.CannotRecord("cuda_graph: a step of this network cannot be recorded")
 
     trainer.recorded = trainer.run_step = graph.StepGraph(trainer.engine, Broken(), gives_up=True)
     images, target = torch.randn(4, 3, 16, 16), torch.arange(4)
@@ -165,7 +175,7 @@ def test_recordings_share_memory_and_let_other_threads_be(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", capture)
     recorder = graph.Cuda(torch.device("cuda"))
     for _ in range(2):
-        recorder.record(lambda: None)
+        recorder.record(lambda images, target: StepResult(images, images, 1), torch.zeros(1), None)
     first, second = seen
     assert first["pool"] is second["pool"]
     assert first["capture_error_mode"] == second["capture_error_mode"] == "thread_local"
@@ -174,7 +184,7 @@ def test_recordings_share_memory_and_let_other_threads_be(monkeypatch):
 def test_plans_that_move_are_not_recorded_for_ever():
     trainer = Trainer(an_sff(), adam)
     step = graph.StepGraph(trainer.engine, Recorder(), gives_up=True)
-    step.graphs = dict.fromkeys(range(graph.MOST))
+    step.graphs = dict.fromkeys(range(graph.Cuda.most))
     trainer.train_mode()
     for _ in range(graph.WARM_UP + 1):
         step(torch.randn(4, 3, 16, 16), torch.arange(4), 0)

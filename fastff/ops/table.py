@@ -105,10 +105,17 @@ def kernel_for(op, rows, x):
 def dispatched(x, *others):
     """Return whether an op on these values must go through PyTorch's dispatcher, which costs about 0.1 ms.
 
-    It must under torch.compile, torch.export and dispatch modes, on the meta device, and for subclasses of Tensor such as FakeTensor."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.is_meta:
+    It must under torch.compile, torch.export and dispatch modes (but for those that record kernels, fastff/training/operators.py), on the meta
+    device, and for subclasses of Tensor such as FakeTensor."""
+    if torch.compiler.is_compiling() or x.is_meta or (torch._C._len_torch_dispatch_stack() and not _calls_kernels()):
         return True
     return not PLAIN.issuperset(map(type, (x, *others)))
+
+
+def _calls_kernels():
+    """Whether the one dispatch mode at work wants to see the kernels that an op calls, and not the op."""
+    modes = torch._C._len_torch_dispatch_stack()
+    return modes == 1 and getattr(torch._C._get_dispatch_stack_at(0), "calls_kernels", False)
 
 
 def transformed():

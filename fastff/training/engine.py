@@ -15,6 +15,11 @@ The rest of the training code (session.py, fit.py, state.py, graph.py) uses this
     names, scalers              of the L losses: their names, and GradScaler or None
     optimizers                  all of them, in the order of the checkpoint
     place                       what this rank trains, and what it waits for (place.py)
+    options, update             Options; optim.Updates, which every update of parameters goes through
+    unknown_python()            names of what may do something else in each step, as far as is known (fastff/graph/plain.py)
+    checkpointing               whether the forward pass runs again in the backward pass
+    recording_pays              whether steps are recorded on a CPU without being asked to be
+    constants()                 tensors that every step reads, beside parameters and buffers
     phases, phase               passes of `epochs` in fit (1, or one per trained block if schedule="greedy"); the present one, from 0
 """
 
@@ -51,6 +56,8 @@ class Options:
         compile: whether to run forward passes through torch.compile.
         cuda_graph: whether to record the whole step as a CUDA graph (graph.py) after a few steps of a shape, and replay it; CUDA only, with an
             optimizer that can be captured. "auto": where that is possible; print(trainer) says whether, or why not.
+        record_steps: the same on a CPU, where the operators of a step are recorded and called again without the Python around them
+            (operators.py); optimizers are called as ever.
 
     Raises ValueError."""
 
@@ -59,14 +66,16 @@ class Options:
     clip_grad_norm: float | None = None
     compile: bool = False
     cuda_graph: bool | str = "auto"
+    record_steps: bool | str = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "micro_batches", whole_number("micro_batches", self.micro_batches))
         object.__setattr__(self, "clip_grad_norm", plain(self.clip_grad_norm))
         if self.amp not in AMP:
             raise ValueError(f"amp: expected None, 'bf16' or 'fp16', got {self.amp!r}")
-        if self.cuda_graph not in (True, False, "auto"):
-            raise ValueError(f"cuda_graph: expected True, False or 'auto', got {self.cuda_graph!r}")
+        for name in ("cuda_graph", "record_steps"):
+            if (value := getattr(self, name)) not in (True, False, "auto"):
+                raise ValueError(f"{name}: expected True, False or 'auto', got {value!r}")
         clip = self.clip_grad_norm
         if clip is not None and not (isinstance(clip, Real) and clip > 0):
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {self.clip_grad_norm!r}")
@@ -93,3 +102,9 @@ def train_mode(sff):
     """Put an SFF into training mode, unless it is: then modules that the user put into evaluation mode stay there."""
     if not (sff.training and sff.model.training):
         sff.train()
+
+
+def unknown_python(sff):
+    """Return the names of blocks whose Python may do something else in every step, as far as is known (fastff/graph/plain.py)."""
+    pairs = zip(sff.blocks, sff.local_blocks, strict=True)
+    return [block.name for block, local in pairs if local.graph is None or local.whole()]

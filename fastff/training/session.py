@@ -13,7 +13,7 @@ class Session:
     """An engine (engine.py), and how far training with it has come (state.py).
 
     Attributes: engine, state, sff, names (of the losses), optimizers, device, ranks (fastff.parallel.ranks.Ranks), result (StepResult of
-    the last step, or None), recorded (the graph.StepGraph that replays steps as CUDA graphs, or a sentence that says why none does)."""
+    the last step, or None), recorded (the graph.StepGraph that replays steps, or a sentence that says why none does)."""
 
     def __init__(self, engine, options, lr_schedule):
         if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:
@@ -41,7 +41,7 @@ class Session:
         """Describe what is trained, where and how."""
         losses = "loss" if len(self.names) == 1 else "losses"
         amp = f", amp {self.options.amp}" if self.options.amp else ""
-        how = "steps run operator by operator: " if isinstance(self.recorded, str) else ""
+        how = "steps are not recorded: " if isinstance(self.recorded, str) else ""
         name = f"{type(self).__name__} on {self.device}"
         return f"{name}: {len(self.names)} {losses}, {self.steps} steps done{amp}\n{how}{self.recorded}"
 

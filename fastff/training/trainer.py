@@ -14,7 +14,7 @@ from fastff.parallel import placement
 from fastff.parallel.ranks import Distributed, Ranks
 from fastff.sff import SFF
 from fastff.training import optim
-from fastff.training.engine import Options, StepResult, train_mode
+from fastff.training.engine import Options, StepResult, train_mode, unknown_python
 from fastff.training.place import Place
 from fastff.training.session import Session
 from fastff.training.step import LocalStep
@@ -39,7 +39,8 @@ class Trainer(Session):
             window=1 or a budget of memory. A minibatch given to step or by a loader is this rank's share, except that a fastff Loader is shared
             out; of the ranks that share a replica's blocks all but the first may give None.
         lr_schedule: "cosine" (with warm-up over the first 5 % of fit), "constant", or a function of progress in 0..1.
-        options: of fastff.training.engine.Options: micro_batches, amp, clip_grad_norm, compile, cuda_graph.
+        options: of fastff.training.engine.Options: micro_batches, amp, clip_grad_norm, compile, cuda_graph,
+            record_steps.
 
     Attributes: engine (the LocalEngine), state, history, correct, names, optimizers (those of the blocks, then the classifier's).
 
@@ -99,6 +100,8 @@ def _ranks(distributed, sff, plan, frozen, finish, options):
         return Ranks()
     if options.cuda_graph is True:
         raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
+    if options.record_steps is True:
+        raise ValueError("record_steps: expected False with distributed, whose ranks wait for each other, got True")
     if distributed.shard_optimizer and (options.clip_grad_norm or options.amp == "fp16"):
         text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
         raise ValueError(f"shard_optimizer: {text}")
@@ -124,6 +127,8 @@ class LocalEngine:
 
     Attributes beyond the interface: step (LocalStep), parameters (lists by block, then the classifier's), block_optimizers (optimiser or
     None by block), classifier_optimizer (or None), start (the first block that is still trained)."""
+
+    checkpointing, recording_pays = False, True
 
     def __init__(self, sff, make, options, ranks, plan, frozen, finish):
         self.sff, self.module, self.plan, self.frozen, self.finish = sff, sff, plan, frozen, finish
@@ -177,6 +182,12 @@ class LocalEngine:
         """Update these blocks, whose gradients are complete; the index after the last block is the classifier's."""
         optimizers, scalers = [*self.block_optimizers, self.classifier_optimizer], [*self.scalers, None]
         self.update(*((optimizers[i], scalers[i], self.parameters[i]) for i in indices))
+
+    def unknown_python(self):
+        return unknown_python(self.sff)
+
+    def constants(self):
+        return list(self.step.scales.values())
 
     def train_mode(self):
         """Put the network into training mode, the blocks that are not trained any more into evaluation mode.
