@@ -57,6 +57,7 @@ EXPERIMENTS = {
     "50,000 images, 6 epochs, 8 x 8 cells": ALL | {"grid": 8},
     "50,000 images, 6 epochs, cuts that take turns": ALL | {"plan": "1,3,8|0,2,8"},
     "50,000 images, 12 epochs, two segments, cut behind block 5": ALL | {"epochs": 12, "plan": "5/2,8"},
+    "50,000 images, 12 epochs, two segments, cut behind block 7": ALL | {"epochs": 12, "plan": "7/2,8"},
     "5,000 images, 16 epochs, two segments, cut behind block 5": FEW | {"plan": "5/2,8"},
 }  # fmt: skip
 # Backpropagation and local training with their defaults, and local training in three segments: {task: (settings, seeds)}.
