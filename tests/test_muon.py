@@ -134,7 +134,7 @@ def test_native_update_is_that_of_float64(shape, layout):
 
 
 def test_a_recorded_step_reads_the_rate_from_a_tensor(monkeypatch):
-    """A CUDA graph's learning rate is a tensor, which its replays read (training/graph.py)."""
+    """A CUDA graph's learning rate is a tensor, which its replays read (training/recording.py)."""
     monkeypatch.setenv("FASTFF_IMPL", "torch")  # both by the operators that are recorded
     torch.manual_seed(0)
     weights, grads = (torch.randn(70, 4, 3, 3), torch.randn(6)), (torch.randn(70, 4, 3, 3), torch.randn(6))

@@ -1,6 +1,6 @@
 """Engines compute and apply training steps: LocalEngine (trainer.py) and BackpropEngine (backprop.py). Here is what they share.
 
-The rest of the training code (session.py, fit.py, state.py, graph.py) uses this interface of an engine and nothing else:
+The rest of the training code (session.py, fit.py, state.py, recording.py) uses this interface of an engine and nothing else:
 
     run_step(images, target, t) trains on a minibatch [B, ...], [B] on the device, in step t from 0; returns StepResult and waits for no device
     segments(t)                 what step t trains (fastff/plan.py)
@@ -54,7 +54,7 @@ class Options:
         amp: None, "bf16" or "fp16" (with loss scaling): autocast of the forward passes.
         clip_grad_norm: largest norm of the gradients of an optimiser, or None.
         compile: whether to run forward passes through torch.compile.
-        cuda_graph: whether to record the whole step as a CUDA graph (graph.py) after a few steps of a shape, and replay it; CUDA only, with an
+        cuda_graph: whether to record the whole step as a CUDA graph (recording.py) after a few steps of a shape, and replay it; CUDA only, with an
             optimizer that can be captured. "auto": where that is possible; print(trainer) says whether, or why not.
         record_steps: the same on a CPU, where the operators of a step are recorded and called again without the Python around them
             (operators.py); optimizers are called as ever.

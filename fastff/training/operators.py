@@ -106,7 +106,7 @@ class Recording(TorchDispatchMode):
 
 
 class Operators:
-    """Runs and records the steps of an engine (engine.py): the recorder of graph.StepGraph for a CPU.
+    """Runs and records the steps of an engine (engine.py): the recorder of a RecordedStep (recording.py) on a CPU.
 
     Attributes: changes (how often the network was found to have changed, after which no recording made before holds)."""
 

@@ -87,7 +87,7 @@ def set_progress(optimizers, schedule, t):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             lr = group["base_lr"] * factor
-            if isinstance(group["lr"], torch.Tensor):  # read by a recorded step (graph.py)
+            if isinstance(group["lr"], torch.Tensor):  # read by a recorded step (recording.py)
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fastff.training import fit, graph, optim, state
+from fastff.training import fit, optim, recording, state
 from fastff.training.batch import check_batch
 from fastff.training.engine import AMP
 
@@ -13,7 +13,7 @@ class Session:
     """An engine (engine.py), and how far training with it has come (state.py).
 
     Attributes: engine, state, sff, names (of the losses), optimizers, device, ranks (fastff.parallel.ranks.Ranks), result (StepResult of
-    the last step, or None), recorded (the graph.StepGraph that replays steps, or a sentence that says why none does)."""
+    the last step, or None), recorded (the recording.RecordedStep that replays steps, or a sentence that says why none does)."""
 
     def __init__(self, engine, options, lr_schedule):
         if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:
@@ -34,7 +34,7 @@ class Session:
         self._prepare_steps()
 
     def _prepare_steps(self):
-        self.recorded = graph.recorded(self.engine, self.options, AMP[self.options.amp])
+        self.recorded = recording.recorded(self.engine, self.options, AMP[self.options.amp])
         self.run_step = self.engine.run_step if isinstance(self.recorded, str) else self.recorded
 
     def __repr__(self):

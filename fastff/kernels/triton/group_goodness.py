@@ -288,7 +288,7 @@ def tiles(channels_last, C, P):
     return min(2048 // R, triton.next_power_of_2(C)), R
 
 
-@functools.cache  # for good: a recorded step (fastff/training/graph.py) reads them
+@functools.cache  # for good: a recorded step (fastff/training/recording.py) reads them
 def groups_of(channels, groups, device):
     """(starts [K + 1], group of each channel [C], channels of the largest): copied to a GPU once, so that no step waits for it."""
     sizes = reference.group_sizes(channels, groups)

@@ -24,7 +24,7 @@ class CannotRecord(RuntimeError):
     """A step that was begun cannot be recorded."""
 
 
-class StepGraph:
+class RecordedStep:
     """Replacement for engine.run_step that replays recordings.
 
     A `recorder` (Cuda, Operators, or a test's) has
@@ -41,12 +41,12 @@ class StepGraph:
 
     def __init__(self, engine, recorder, gives_up=False):
         self.engine, self.recorder, self.gives_up, self.reason = engine, recorder, gives_up, None
-        self.calls, self.graphs, self.changes, self.fruitless = {}, {}, recorder.changes, 0
+        self.calls, self.recordings, self.changes, self.fruitless = {}, {}, recorder.changes, 0
         self.rates = [(group, group["lr"]) for optimizer in engine.optimizers for group in optimizer.param_groups]
         self.modules, self.parameters = list(engine.sff.modules()), list(engine.sff.parameters())
 
     def __getstate__(self):
-        return vars(self) | {"calls": {}, "graphs": {}}  # a copy records steps of its own
+        return vars(self) | {"calls": {}, "recordings": {}}  # a copy records steps of its own
 
     def __call__(self, images, target, t):
         """Return the StepResult of a minibatch. A recording also depends on the segments that step t trains."""
@@ -57,22 +57,22 @@ class StepGraph:
         if self.recorder.changes > self.changes:
             self.changes, self.fruitless = self.recorder.changes, self.fruitless + 1
             self.calls.clear()
-            self.graphs.clear()
+            self.recordings.clear()
             if self.fruitless > FRUITLESS and self.gives_up:
                 self._give_up("the network changes too often")
         learned = tuple(m.training for m in self.modules), tuple(p.requires_grad for p in self.parameters)
         outside = torch.get_num_threads(), os.environ.get("FASTFF_IMPL"), target is not None and target.stride()
         key = (tuple(images.shape), images.dtype, images.stride(), self.engine.segments(t), learned, outside)
         self.calls[key] = self.calls.get(key, 0) + 1
-        full = self.gives_up and len(self.graphs) >= self.recorder.most and key not in self.graphs
+        full = self.gives_up and len(self.recordings) >= self.recorder.most and key not in self.recordings
         if self.calls[key] <= WARM_UP or full:
             return ordinary()
         for group, rate in self.rates:  # somebody may have set a number
             if group["lr"] is not rate and isinstance(rate, torch.Tensor):
                 group["lr"] = rate.fill_(float(group["lr"]))
-        if key in self.graphs:
+        if key in self.recordings:
             self.fruitless = 0
-            return self.graphs[key](images, target)
+            return self.recordings[key](images, target)
         return self._record(key, function, images, target)
 
     def _record(self, key, function, images, target):
@@ -93,7 +93,7 @@ class StepGraph:
                 )
             self._give_up(replay)
         else:
-            self.graphs[key] = replay
+            self.recordings[key] = replay
         return result
 
     def _give_up(self, reason):
@@ -104,7 +104,7 @@ class StepGraph:
     def __str__(self):
         if self.reason:
             return f"steps are not recorded {self.recorder.name}: {self.reason}"
-        return f"steps are recorded {self.recorder.name} after {WARM_UP} of a shape ({len(self.graphs)} so far)"
+        return f"steps are recorded {self.recorder.name} after {WARM_UP} of a shape ({len(self.recordings)} so far)"
 
 
 class Cuda:
@@ -178,7 +178,7 @@ def prepare(engine):
 
 
 def recorded(engine, options, amp):
-    """Return the StepGraph of an engine, or the reason why its steps are not recorded. Raises ValueError if they were asked to be and cannot."""
+    """Return the RecordedStep of an engine, or the reason why its steps are not recorded. Raises ValueError if they were asked to be and cannot."""
     names = {"cpu": "record_steps", "cuda": "cuda_graph"}
     for kind, name in names.items():
         if getattr(options, name) is True and engine.device.type != kind:
@@ -199,6 +199,6 @@ def recorded(engine, options, amp):
     if reason:
         raise ValueError(f"{name}: {reason}")
     if name == "record_steps":
-        return StepGraph(engine, Operators(engine), wanted == "auto")
+        return RecordedStep(engine, Operators(engine), wanted == "auto")
     prepare(engine)
-    return StepGraph(engine, Cuda(engine.device), wanted == "auto")
+    return RecordedStep(engine, Cuda(engine.device), wanted == "auto")
