@@ -18,6 +18,7 @@ from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile
 from fastff.graph.trace import CutError
 from fastff.training import Backprop, Trainer, optim
+from fastff.training.recording import WARM_UP
 
 PAPER = {"grid": 0, "window": 1}
 ADAM = lambda groups: torch.optim.Adam(groups, lr=1e-4, fused=True)  # noqa: E731
@@ -120,6 +121,7 @@ def in_faster_layout(a, kind, options, images, target):
         batch = images if layout == "channels_last" else images.contiguous()
         trainer = build(a, kind, layout == "channels_last", **options)
         steps[layout] = functools.partial(trainer.step, batch, target)
+    interleave(steps, WARM_UP + 1)  # then steps are recorded
     layout = fastest(interleave(steps, 5))
     return steps[layout], layout
 

@@ -1,4 +1,4 @@
-"""Steps that are recorded as lists of operators (fastff/training/operators.py): the bits of ordinary ones, and what a recording must not miss."""
+"""Steps that are recorded as lists of operators (fastff/graph/operators.py): the bits of ordinary ones, and what a recording must not miss."""
 
 import copy
 
@@ -8,10 +8,11 @@ from torch import nn
 
 import fastff
 from fastff import SFF, Trainer
+from fastff.graph.recording import FRUITLESS, WARM_UP, CannotRecord
 from fastff.memory import by_block, peak_memory
-from fastff.training import Backprop, optim, recording
+from fastff.training import Backprop, optim
 
-STEPS = recording.WARM_UP + 3
+STEPS = WARM_UP + 3
 
 
 class Small(nn.Module):
@@ -289,19 +290,15 @@ def test_what_cannot_be_recorded_is_said_and_trained(part, why):
     sff = SFF(net_with(part), 5, "layer", (3, 8, 8))
     plain, auto, told = (Trainer(copy.deepcopy(sff), record_steps=record) for record in (False, "auto", True))
     assert "may do something else in each step" in repr(auto)
-    for step in range(recording.WARM_UP):
+    for step in range(WARM_UP):
         assert same_step((plain, auto), minibatch(step), step)
         one_step(told, step)
-    with pytest.raises(
-        recording.CannotRecord, match=f"record_steps: a step of this network cannot be recorded, .*{why}"
-    ):
+    with pytest.raises(CannotRecord, match=f"record_steps: a step of this network cannot be recorded, .*{why}"):
         told.step(*minibatch(9))
     for step in range(STEPS):
         assert same_step((plain, auto), minibatch(step), step)
-    unproven = Trainer(copy.deepcopy(sff))
-    unproven.recorded = unproven.run_step = recording.RecordedStep(
-        unproven.engine, recording.Operators(unproven.engine), gives_up=True
-    )
+    unproven = Trainer(copy.deepcopy(sff), record_steps=True)
+    unproven.recorded.gives_up = True
     ordinary = Trainer(sff, record_steps=False)
     for step in range(STEPS):
         assert same_step((unproven, ordinary), minibatch(step), step)
@@ -312,7 +309,7 @@ def test_what_cannot_be_recorded_is_said_and_trained(part, why):
 def test_a_network_that_changes_in_every_step_is_left_alone():
     torch.manual_seed(0)
     trainer = Trainer(SFF(Small(), 5, input_shape=(3, 8, 8)))
-    for step in range(recording.FRUITLESS + 3):
+    for step in range(FRUITLESS + 3):
         trainer.sff.model.first[3].p = step / 100
         trainer.step(*minibatch(step))
     assert "not recorded as lists of operators: the network changes too often" in repr(trainer)
@@ -332,7 +329,7 @@ def test_options_that_do_not_go_together():
 def test_memory_is_no_more_than_that_of_an_ordinary_step():
     recorded, ordinary = pair(resnet, size=16)
     batch = minibatch(0, 16, 16)
-    for _ in range(recording.WARM_UP):
+    for _ in range(WARM_UP):
         recorded.step(*batch)
         ordinary.step(*batch)
     most = peak_memory(lambda: ordinary.step(*batch))

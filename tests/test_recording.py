@@ -8,6 +8,7 @@ import torch
 
 import fastff
 from fastff import SFF, Trainer
+from fastff.graph.recording import WARM_UP, CannotRecord, Recorded
 from fastff.training import Backprop, recording
 from fastff.training.engine import Options, StepResult
 
@@ -34,6 +35,10 @@ class Recorder:
         return replay, replay(images, target)
 
 
+def recorded_steps(engine, recorder, gives_up=False):
+    return Recorded(engine.sff, engine.run_step, recorder, engine.segments, gives_up)
+
+
 def adam(groups):
     return torch.optim.AdamW(groups, lr=1e-3)
 
@@ -48,7 +53,7 @@ def test_a_recorded_step_is_the_step(kind):
     plain, recorded = (kind(copy.deepcopy(sff), adam, **options) for _ in range(2))
     recorder = Recorder()
     plain.run_step = plain.engine.run_step
-    recorded.run_step = recording.RecordedStep(recorded.engine, recorder)
+    recorded.run_step = recorded_steps(recorded.engine, recorder)
     sizes = [4, 4, 3, 4, 4, 4, 3, 3, 3, 4, 4]
     for phase in range(2 if kind is Trainer else 1):
         for trainer in (plain, recorded):
@@ -61,7 +66,7 @@ def test_a_recorded_step_is_the_step(kind):
             assert torch.equal(plain.correct, recorded.correct)
     phases = 2 if kind is Trainer else 1
     assert recorder.recorded == 2 * phases
-    assert recorder.replayed == (len(sizes) - 2 * recording.WARM_UP) * phases
+    assert recorder.replayed == (len(sizes) - 2 * WARM_UP) * phases
     for (name, a), b in zip(plain.sff.state_dict().items(), recorded.sff.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -73,7 +78,7 @@ def an_sff(**options):
 def as_on_cuda(monkeypatch, trainer, amp=None):
     """What recorded() says of a trainer, as if its network were on a GPU, with a Recorder in place of CUDA's."""
     with monkeypatch.context() as pretended:
-        pretended.setattr(recording, "Cuda", lambda device: Recorder())
+        pretended.setattr(recording, "Cuda", lambda device, optimizers: Recorder())
         pretended.setattr(recording, "prepare", lambda engine: None)
         pretended.setattr(trainer.engine, "device", torch.device("cuda"))
         return recording.recorded(trainer.engine, trainer.options, amp)
@@ -101,15 +106,15 @@ def test_what_cannot_be_recorded_is_said(monkeypatch):
 def test_steps_are_recorded_without_being_asked(kind, monkeypatch):
     trainer = kind(an_sff(), adam)
     trainer.recorded = trainer.run_step = as_on_cuda(monkeypatch, trainer)
-    assert isinstance(trainer.recorded, recording.RecordedStep)
+    assert isinstance(trainer.recorded, Recorded)
     batch = torch.randn(4, 3, 16, 16), torch.arange(4)
     trainer.train_mode()
-    for _ in range(recording.WARM_UP + 2):
+    for _ in range(WARM_UP + 2):
         trainer.run_step(*batch, 0)
     assert trainer.recorded.recorder.recorded == 1
     assert "recorded as CUDA graphs after 3 of a shape (1 so far)" in repr(trainer)
     trainer.sff.blocks[0].eval()  # what Python looks at in a step
-    for _ in range(recording.WARM_UP + 1):
+    for _ in range(WARM_UP + 1):
         trainer.run_step(*batch, 0)
     assert trainer.recorded.recorder.recorded == 2
 
@@ -136,11 +141,11 @@ def test_a_step_that_fails_to_be_recorded_runs_as_it_is(monkeypatch):
     class Broken(Recorder):
         def record(self, function, images, target):
             trainer.engine.step.blocks[0].visit((images,), target).backward()
-            raise recording.CannotRecord("cuda_graph: a step of this network cannot be recorded")
+            raise CannotRecord("cuda_graph: a step of this network cannot be recorded")
 
-    trainer.recorded = trainer.run_step = recording.RecordedStep(trainer.engine, Broken(), gives_up=True)
+    trainer.recorded = trainer.run_step = recorded_steps(trainer.engine, Broken(), gives_up=True)
     images, target = torch.randn(4, 3, 16, 16), torch.arange(4)
-    for _ in range(recording.WARM_UP):
+    for _ in range(WARM_UP):
         assert torch.equal(plain.step(images, target), trainer.step(images, target))
     before = [
         p.detach().clone()
@@ -173,7 +178,7 @@ def test_recordings_share_memory_and_let_other_threads_be(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    recorder = recording.Cuda(torch.device("cuda"))
+    recorder = recording.Cuda(torch.device("cuda"), ())
     for _ in range(2):
         recorder.record(lambda images, target: StepResult(images, images, 1), torch.zeros(1), None)
     first, second = seen
@@ -183,25 +188,23 @@ def test_recordings_share_memory_and_let_other_threads_be(monkeypatch):
 
 def test_plans_that_move_are_not_recorded_for_ever():
     trainer = Trainer(an_sff(), adam)
-    step = recording.RecordedStep(trainer.engine, Recorder(), gives_up=True)
+    step = recorded_steps(trainer.engine, Recorder(), gives_up=True)
     step.recordings = dict.fromkeys(range(recording.Cuda.most))
     trainer.train_mode()
-    for _ in range(recording.WARM_UP + 1):
+    for _ in range(WARM_UP + 1):
         step(torch.randn(4, 3, 16, 16), torch.arange(4), 0)
     assert step.recorder.recorded == 0
 
 
-def test_a_rate_that_is_set_by_hand_reaches_the_recorded_step():
+def test_a_rate_that_is_set_by_hand_reaches_the_recorded_step(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
     trainer = Trainer(an_sff(), adam)
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(group["lr"])
-    step = recording.RecordedStep(trainer.engine, Recorder())
-    group, rate = step.rates[0]
+    recording.prepare(trainer.engine)
+    recorder = recording.Cuda(torch.device("cuda"), trainer.optimizers)
+    group, rate = recorder.rates[0]
     group["lr"] = 0.25
-    trainer.train_mode()
-    for _ in range(recording.WARM_UP + 1):
-        step(torch.randn(4, 3, 16, 16), torch.arange(4), 0)
+    assert recorder.ready()
     assert group["lr"] is rate
     assert float(rate) == 0.25
 

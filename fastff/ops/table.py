@@ -105,7 +105,7 @@ def kernel_for(op, rows, x):
 def dispatched(x, *others):
     """Return whether an op on these values must go through PyTorch's dispatcher, which costs about 0.1 ms.
 
-    It must under torch.compile, torch.export and dispatch modes (but for those that record kernels, fastff/training/operators.py), on the meta
+    It must under torch.compile, torch.export and dispatch modes (but for those that record kernels, fastff/graph/operators.py), on the meta
     device, and for subclasses of Tensor such as FakeTensor."""
     if torch.compiler.is_compiling() or x.is_meta or (torch._C._len_torch_dispatch_stack() and not _calls_kernels()):
         return True

@@ -57,7 +57,7 @@ class Options:
         cuda_graph: whether to record the whole step as a CUDA graph (recording.py) after a few steps of a shape, and replay it; CUDA only, with an
             optimizer that can be captured. "auto": where that is possible; print(trainer) says whether, or why not.
         record_steps: the same on a CPU, where the operators of a step are recorded and called again without the Python around them
-            (operators.py); optimizers are called as ever.
+            (fastff/graph/operators.py); optimizers are called as ever.
 
     Raises ValueError."""
 

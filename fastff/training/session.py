@@ -13,7 +13,7 @@ class Session:
     """An engine (engine.py), and how far training with it has come (state.py).
 
     Attributes: engine, state, sff, names (of the losses), optimizers, device, ranks (fastff.parallel.ranks.Ranks), result (StepResult of
-    the last step, or None), recorded (the recording.RecordedStep that replays steps, or a sentence that says why none does)."""
+    the last step, or None), recorded (the fastff.graph.recording.Recorded that replays steps, or a sentence that says why none does)."""
 
     def __init__(self, engine, options, lr_schedule):
         if not callable(lr_schedule) and lr_schedule not in optim.SCHEDULES:

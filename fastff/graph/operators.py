@@ -2,11 +2,11 @@
 
 Python and autograd take a few milliseconds of a step, which on small networks is a tenth of it (docs/cpu.md). A recording is a Python function of
 the minibatch: a line for each operator that PyTorch's dispatcher saw, with the same arguments, each result deleted behind the last line that reads
-it. The same operators run in the same order, so that results have the same bits. Updates are not recorded: a line gives the parameters their
-gradients and calls the optimisers, so that learning rates, hooks of optimisers and loaded states count.
+it. The same operators run in the same order, so that results have the same bits. What must run as Python in every step, such as the updates of
+optimizers, is a line that calls it.
 """
 
-import functools
+import contextlib
 import math
 import operator
 
@@ -17,7 +17,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastff.arguments import check_labels, labels_checked
 from fastff.graph.module import HOOKS, Watch
 from fastff.graph.snapshot import is_plain
-from fastff.training.engine import StepResult
 
 UNFORESEEN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -80,18 +79,21 @@ class Recording(TorchDispatchMode):
         self.results += 1
         return self.names[value]
 
-    def update(self, updates, *these):
-        """Make updates (fastff.training.optim.Updates), which are not recorded, and write down that they are made."""
-        for p in (p for _, _, parameters in these for p in parameters):
+    def call(self, function, *args):
+        """Call a function that is not recorded, and write down that it is called."""
+        self.lines.append(([], f"{self._constant(lambda: function(*args))}()", []))
+        with _disable_current_modes():
+            return function(*args)
+
+    def give_gradients(self, parameters):
+        """Write down that parameters get the gradients that they have."""
+        for p in parameters:
             if p.grad is not None:
                 reads = []
                 self.lines.append(([], f"{self._text(p, reads)}.grad = {self._text(p.grad, reads)}", reads))
-        self.lines.append(([], f"{self._constant(lambda: updates(*these))}()", []))
-        with _disable_current_modes():
-            updates(*these)
 
     def function(self, given, constants, results):
-        """The function of arguments with the names `given` that returns these results. constants: {name: tensor} of what it finds."""
+        """The function of arguments with the names `given` that returns a list of these results. constants: {name: tensor} of what it finds."""
         reads, lines = [], []
         last = f"return {self._text(results, reads)}"
         read = {*given, *constants, *reads}  # by the lines behind the present one
@@ -106,43 +108,47 @@ class Recording(TorchDispatchMode):
 
 
 class Operators:
-    """Runs and records the steps of an engine (engine.py): the recorder of a RecordedStep (recording.py) on a CPU.
+    """Runs functions of (images, target) with the modules of `roots`, and records them; the recorder of a Recorded (recording.py) on a CPU.
 
-    Attributes: changes (how often the network was found to have changed, after which no recording made before holds)."""
+    Args:
+        roots: modules; all that the functions depend on.
+        classes: number of classes that labels are checked for.
+        constants: returns tensors that the functions read beside images, target, parameters and buffers.
+        around: around(recording) is the context that a function runs in while it is recorded.
+
+    Attributes: changes (how often the modules were found to have changed, after which no recording made before holds)."""
 
     name, most, warns = "as lists of operators", 256, False
 
-    def __init__(self, engine):
-        self.engine, self.watch, self.changes = engine, None, 0
+    def __init__(self, roots, classes, constants=list, around=contextlib.nullcontext):
+        self.roots, self.classes, self.constants, self.around = roots, classes, constants, around
+        self.watch, self.changes = None, 0
 
     def __getstate__(self):
-        return {"engine": self.engine, "watch": None, "changes": 0}
+        return vars(self) | {"watch": None}
 
     def run(self, function):
         return function()
 
     def record(self, function, images, target):
-        """Run a step, function(images, target), and record it. Returns (a function that replays it, or the reason why none does; its result)."""
-        classes, updates = self.engine.sff.num_classes, self.engine.update
+        """Run and record a function. Returns (a function that replays it, or the reason why none does; its result, a tuple)."""
         if target is not None:
-            check_labels(target, classes)
-        constants = {f"c{i}": t for i, t in enumerate([*self.tensors, *self.engine.constants()])}
+            check_labels(target, self.classes)
+        constants = {f"c{i}": t for i, t in enumerate([*self.tensors, *self.constants()])}
         recording = Recording(constants | {"images": images} | ({} if target is None else {"target": target}))
-        self.engine.update = functools.partial(recording.update, updates)
-        try:
-            with labels_checked(), recording:
-                result = function(images, target)
-        finally:
-            self.engine.update = updates
+        with self.around(recording), labels_checked(), recording:
+            result = function(images, target)
+            recording.give_gradients(self.tensors)
         if recording.reason is not None:
             return recording.reason, result
-        step = recording.function(("images", "target"), constants, result[:2])
+        step, classes = recording.function(("images", "target"), constants, result), self.classes
+        make = getattr(result, "_make", tuple)
 
         @torch.no_grad()
         def replay(images, target):
             if target is not None:
                 check_labels(target, classes)
-            return StepResult(*step(images, target), result.samples)
+            return make(step(images, target))
 
         return replay, result
 
@@ -150,21 +156,20 @@ class Operators:
         return [t for m in self.modules for held in (m._parameters, m._buffers) for t in held.values() if t is not None]
 
     def ready(self):
-        """Whether a recording may be made or replayed now. What changed in the network is counted."""
+        """Whether a recording may be made or replayed now. What changed in the modules is counted."""
         if self.watch is None or not self._unchanged():
             self.changes += self.watch is not None
             self._look()
         outside = (
             torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch.is_anomaly_enabled()
         )
-        if outside or self.hooked or torch.is_autocast_enabled("cpu"):
+        if outside or self.hooked or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return False
         return not any(t.grad is not None or t._backward_hooks or t._post_accumulate_grad_hooks for t in self.tensors)
 
     def _look(self):
         """Remember what the modules hold: a recording holds as long as they do."""
-        sff = self.engine.sff
-        self.modules = list(dict.fromkeys(m for part in (sff, *sff.local_blocks) for m in part.modules()))
+        self.modules = list(dict.fromkeys(m for root in self.roots for m in root.modules()))
         self.hooked = any(vars(module)[hooks] for module in self.modules for hooks in HOOKS)
         self.watch = Watch({m: [name for name, value in vars(m).items() if is_plain(value)] for m in self.modules})
         self.tensors = self._tensors()
