@@ -16,9 +16,9 @@ import fastff
 from benchmarks import networks, runner, tables
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import interleave, quantile
+from fastff.graph.recording import WARM_UP
 from fastff.graph.trace import CutError
 from fastff.training import Backprop, Trainer, optim
-from fastff.training.recording import WARM_UP
 
 PAPER = {"grid": 0, "window": 1}
 ADAM = lambda groups: torch.optim.Adam(groups, lr=1e-4, fused=True)  # noqa: E731

@@ -10,6 +10,7 @@ import fastff
 from fastff import SFF, Trainer
 from fastff.graph.recording import FRUITLESS, WARM_UP, CannotRecord
 from fastff.memory import by_block, peak_memory
+from fastff.nn.block import FFBlock, FFConv2d, FFDepthwiseConv2d, FFLinear, LocalBlock
 from fastff.training import Backprop, optim
 
 STEPS = WARM_UP + 3
@@ -345,3 +346,85 @@ def test_memory_by_block_sees_the_blocks():
     recorded, ordinary = ([i for _, i in by_block(trainer, *minibatch(0, 16, 16))[1]] for trainer in trainers)
     assert recorded == ordinary
     assert set(recorded) == set(range(9))
+
+
+def blocks():
+    """(name, block, x, target)"""
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 4, 8, 8), torch.randint(4, (6,))
+    yield FFConv2d(4, 8, 3, num_classes=4, grid=2, hidden=8), x, target
+    yield FFDepthwiseConv2d(4, 3, num_classes=4), x, target
+    yield FFConv2d(4, 8, 3, goodness="sum_of_squares"), x, None
+    yield FFLinear(16, 8, num_classes=4, goodness="class_group"), x[:, 0, :2].flatten(1), target
+    yield FFBlock(nn.Sequential(nn.Conv2d(4, 8, 3), nn.GELU(), nn.Dropout(0.2)), 8, 4, normalize=None), x, target
+
+
+@pytest.mark.parametrize(("block", "x", "target"), list(blocks()))
+def test_local_steps_of_a_block(block, x, target):
+    pair = block, copy.deepcopy(block)
+    optimizers = [torch.optim.SGD(block.parameters(), lr=0.1, momentum=0.9) for block in pair]
+    for step in range(STEPS):
+        images = torch.randn_like(x)
+        torch.manual_seed(step)
+        found = pair[0].local_step(images, target, details=True)
+        torch.manual_seed(step)
+        expected = pair[1]._local_step(images, target)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert not any(t.requires_grad for t in found)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(block._recorded.recordings) == 1
+    assert all(
+        torch.equal(a, b) for a, b in zip(block.state_dict().values(), pair[1].state_dict().values(), strict=True)
+    )
+    for _ in range(2):  # to gradients that are there already it adds
+        for step in (block.local_step, pair[1]._local_step):
+            torch.manual_seed(0)
+            step(x, target)
+    for a, b in zip(block.parameters(), pair[1].parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_block_whose_python_is_not_known_is_not_recorded():
+    x, target = torch.randn(6, 4, 8, 8), torch.randint(4, (6,))
+    unknown = FFBlock(Whim(), 4, 4)
+    own_loss = LocalBlock(
+        nn.Sequential(nn.Conv2d(4, 8, 3)), loss=lambda output, target: output.square().mean() * torch.rand(())
+    )
+    for block in (unknown, own_loss):
+        for _ in range(STEPS):
+            block.zero_grad()
+            block.local_step(x, target)
+        assert block._recorded is None
+
+
+def test_blocks_that_recorded_are_saved_and_copied(tmp_path):
+    x, target = torch.randn(6, 4, 8, 8), torch.randint(4, (6,))
+    block = FFConv2d(4, 8, 3, num_classes=4)
+    for _ in range(STEPS):
+        block.zero_grad()
+        block.local_step(x, target)
+    assert len(block._recorded.recordings) == 1
+    torch.save(block, tmp_path / "block.pt")
+    block.zero_grad()
+    expected = block.local_step(x, target)
+    for other in (torch.load(tmp_path / "block.pt", weights_only=False), copy.deepcopy(block)):
+        other.zero_grad()
+        found = other.local_step(x, target)
+        assert torch.equal(found[1], expected[1])
+        assert all(p.grad is not None for p in other.module.parameters()), "its own parameters learn"
+
+
+def test_bad_input_of_a_recorded_block_is_told():
+    x, target = torch.randn(6, 4, 8, 8), torch.randint(4, (6,))
+    block = FFConv2d(4, 8, 3, num_classes=4)
+    for _ in range(STEPS):
+        block.zero_grad()
+        block.local_step(x, target)
+    with pytest.raises(ValueError, match=r"target: expected labels in 0\.\.3, got 9"):
+        block.local_step(x, torch.full_like(target, 9))
+    with pytest.raises(TypeError, match="target: expected int64 class labels"):
+        block.local_step(x, target.int())
+    with pytest.raises(ValueError, match="one label per sample"):
+        block.local_step(x, target[:5])

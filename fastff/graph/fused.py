@@ -24,15 +24,6 @@ READS = {
 }
 
 
-def _weight_and_bias(module):
-    """What module.weight and module.bias are, without nn.Module's __getattr__, which is slow."""
-    own = module.__dict__["_parameters"]
-    try:
-        return own["weight"], own["bias"]
-    except KeyError:  # parametrized, or no parameter
-        return module.weight, module.bias
-
-
 def update_statistics(norm, mean, var, count):
     """Update the running statistics of a batch norm module from the batch's mean and biased variance [C] of `count` values."""
     running_mean, tracked = norm.running_mean, norm.num_batches_tracked
@@ -58,9 +49,6 @@ class StandIn(nn.Module):
         super().__setattr__(name, value)
         if isinstance(value, nn.Module):
             self.__dict__[name] = value  # found without nn.Module's __getattr__, which is slow
-
-    def ready(self):
-        return True
 
     def learns(self):
         """Whether a parameter wants a gradient."""
@@ -113,13 +101,7 @@ class Convolution(StandIn):
         return Convolution(module) if module.groups == 1 or depthwise else None
 
     def learned(self):
-        return _weight_and_bias(self.convolution)
-
-    def output_shape(self, x):
-        stride, padding, _ = self.options
-        positions = [(n + 2 * padding - self.convolution.kernel_size[0]) // stride + 1 for n in x[2:]]
-        fits = len(x) == 4 and min(positions) > 0 and x[1] == self.convolution.in_channels
-        return torch.Size((x[0], self.convolution.out_channels, *positions)) if fits else None
+        return self.convolution.weight, self.convolution.bias
 
     def forward(self, x):
         return convolve(x, *self.learned(), *self.options)
@@ -151,22 +133,18 @@ class Epilogue(StandIn):
         return " + ".join(["batch norm"] + ["residual"] * self.has_residual + activation)
 
     def learned(self):
-        return _weight_and_bias(self.batch_norm)
+        return self.batch_norm.weight, self.batch_norm.bias
 
     def ready(self):
         """Whether batch norm normalizes with the statistics of the batch, and updates running ones as `update_statistics` does."""
         norm = self.batch_norm
         return norm.training and (norm.momentum is not None or not norm.track_running_stats)
 
-    def output_shape(self, y, residual=None):
-        fits = len(y) == 4 and y.numel() > y[1] and residual in (None, y)
-        return y if fits else None
-
     def fits(self, y, residual=None):
         """Whether kernels take these tensors: images, no broadcasting, one dtype, more than one value a channel."""
-        if residual is None:
-            return self.output_shape(y.shape) is not None
-        return self.output_shape(y.shape, residual.shape) is not None and residual.dtype == y.dtype
+        if y.dim() != 4 or y.numel() <= y.shape[1]:
+            return False
+        return residual is None or (residual.shape == y.shape and residual.dtype == y.dtype)
 
     def has_kernel(self, y, residual=None):
         """Whether a kernel runs for these tensors now."""
@@ -222,12 +200,6 @@ class EpilogueConvolution(StandIn):
 
     def learned(self):
         return *self.epilogue.learned(), *self.convolution.learned()
-
-    def ready(self):
-        return self.epilogue.ready()
-
-    def output_shape(self, y):
-        return self.epilogue.output_shape(y) and self.convolution.output_shape(y)
 
     def forward(self, y):
         if self.epilogue.has_kernel(y):

@@ -17,7 +17,6 @@ from torch import fx, nn
 
 from fastff.graph import fused, plain
 from fastff.graph.module import Read, Watch, graph_module
-from fastff.graph.tape import Steps
 
 ACTIVATIONS = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu", nn.GELU: "gelu", nn.Identity: "none",
@@ -39,7 +38,6 @@ class TrainingGraph:
             place, and its gradient over that of the output; or None.
         body: with an ending: GraphModule from the inputs to what the ending is applied to, (y, residual or None, *further outputs) for an
             Epilogue, (y, *further outputs) for "relu".
-        steps: of `body` where there is one, else of `forward`: tape.Steps, or None where they call more than stand-ins.
         whole: {name: reason} of modules that could have been opened but are called as they are.
     """
 
@@ -65,7 +63,6 @@ class TrainingGraph:
         if found is not None:
             self.ending, body = found
             self.body = _optimized(module, modules, body)
-        self.steps = Steps.of(self.body or self.forward)
         graphs = self.graph_modules()
         called = [{n.target for n in g.graph.nodes if n.op == "call_module"} & modules.keys() for g in graphs]
         own = [n for n in set.intersection(*called) if all(g.get_submodule(n) is modules[n] for g in graphs)]

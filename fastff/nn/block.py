@@ -13,7 +13,9 @@ from torch import nn
 import fastff.functional as ff
 from fastff import spec
 from fastff.graph.fused import Epilogue
-from fastff.graph.tape import AutogradTape
+from fastff.graph.operators import Operators
+from fastff.graph.recording import Recorded
+from fastff.graph.tape import Tape
 from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead, LossHead
@@ -46,8 +48,9 @@ class LocalBlock(nn.Module):
         self.module, self.head, self.eps = module, head, normalization.eps
         self.normalize = None if normalization.name == "none" else normalization.name
         self._fuse, self._open, self._graph, self._compiled = fuse, open_modules, None, {}
-        self._writes = None  # whether the module writes to its inputs, as a ReLU in place does; None until it has run
-        self._without_group_norm = set()  # forms of the module that were seen to call none
+        # forms of the module that were seen not to write to their inputs, as a ReLU in place does; to call no group norm
+        self._without_writes, self._without_group_norm = set(), set()
+        self._recorded = None  # the Recorded of its local steps
 
     def __setattr__(self, name, value):
         if isinstance(value, nn.Module) and hasattr(LocalBlock, name):  # it would stay hidden behind the block's own
@@ -79,6 +82,7 @@ class LocalBlock(nn.Module):
         if graph.watch.unchanged():
             return None  # a mode or a hook
         self._graph = None
+        self._without_writes.clear()
         self._without_group_norm.clear()
         if self._compiled:
             self.compile_forward()
@@ -113,11 +117,12 @@ class LocalBlock(nn.Module):
 
     def _run_on_leaves(self, form, inputs):
         """Run on inputs that gradients may be asked for. PyTorch lets no module write to such leaves: one that does gets copies."""
-        if self._writes is False or not any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs):
+        if form in self._without_writes or not any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs):
             return self._run(form, *inputs)
         copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in inputs]
         outputs = self._run(form, *copies)
-        self._writes = any(isinstance(t, torch.Tensor) and t._version > 0 for t in copies)
+        if not any(isinstance(t, torch.Tensor) and t._version > 0 for t in copies):
+            self._without_writes.add(form)
         return outputs
 
     def outputs(self, *inputs):
@@ -142,26 +147,16 @@ class LocalBlock(nn.Module):
             ending = self._ending(graph)
             form = graph.forward if ending is None else graph.body
         epilogue = isinstance(ending, Epilogue)
-        tape = None if autocast is not None or self._compiled else self._tape(graph, form, inputs, ending)
-        if tape is None:
-            with torch.enable_grad(), context():
-                outputs = self._run_on_leaves(form, inputs)
-                if epilogue and not ending.fits(*outputs[:2]):
-                    outputs, epilogue = (ending.by_modules(*outputs[:2]), *outputs[2:]), False
-            tape = AutogradTape(inputs, outputs)
+        with torch.enable_grad(), context():
+            outputs = self._run_on_leaves(form, inputs)
+            if epilogue and not ending.fits(*outputs[:2]):
+                outputs, epilogue = (ending.by_modules(*outputs[:2]), *outputs[2:]), False
+        tape = Tape(inputs, outputs)
+        del outputs
         loss = (target, grad_scale) if has_loss else None
         if epilogue:
             return self._epilogue_visit(tape, loss, ending)
         return self._plain_visit(tape, loss, relu=ending == "relu")
-
-    def _tape(self, graph, form, inputs, ending):
-        """A run of the training graph without autograd, or None where it takes autograd."""
-        if graph is None or graph.steps is None or form is not (graph.body or graph.forward):
-            return None
-        shapes = graph.steps.shapes(inputs)
-        if shapes is None or (isinstance(ending, Epilogue) and not ending.output_shape(*shapes[:2])):
-            return None
-        return graph.steps.run(inputs)
 
     def _ending(self, graph):
         """The end of the block that its training graph leaves to the step, in its present mode, or None."""
@@ -213,11 +208,27 @@ class LocalBlock(nn.Module):
         """One local training step: (next block's input, loss), both detached; with `details` (next block's input, loss, goodness). x gets no
         gradient.
 
-        target [B] int64; None for losses of positive and negative samples, where x is the positive and then as many negative ones."""
+        target [B] int64; None for losses of positive and negative samples, where x is the positive and then as many negative ones.
+
+        After a few steps of a shape on a CPU, a recorded step is replayed, whose results have the same bits (fastff/graph/recording.py), where the
+        block's modules are known to do the same in each step: layers of PyTorch in an nn.Sequential."""
+        known = self.graph is not None and not self._compiled and not isinstance(self.head, LossHead)
+        if known and x.is_cpu and not torch.compiler.is_compiling():
+            if self._recorded is None:
+                self._recorded = Recorded(self, self._local_step, Operators((self,), self.head.num_classes))
+            found = self._recorded(x, target)
+        else:
+            found = self._local_step(x, target)
+        return found if details else found[:2]
+
+    def _local_step(self, x, target):
         visit = self.visit((x.detach(),), target)
         following, loss, goodness = visit.following[0], visit.step.loss, visit.step.goodness
         visit.backward()
-        return (following, loss, goodness) if details else (following, loss)
+        return following, loss, goodness
+
+    def __getstate__(self):
+        return super().__getstate__() | {"_recorded": None}
 
 
 class FFBlock(LocalBlock):
