@@ -388,11 +388,11 @@ def test_local_steps_of_a_block(block, x, target):
 
 def test_a_block_whose_python_is_not_known_is_not_recorded():
     x, target = torch.randn(6, 4, 8, 8), torch.randint(4, (6,))
-    unknown = FFBlock(Whim(), 4, 4)
+    unknown, inside = FFBlock(Whim(), 4, 4), FFBlock(nn.Sequential(nn.Conv2d(4, 4, 3), Whim()), 4, 4)
     own_loss = LocalBlock(
         nn.Sequential(nn.Conv2d(4, 8, 3)), loss=lambda output, target: output.square().mean() * torch.rand(())
     )
-    for block in (unknown, own_loss):
+    for block in (unknown, inside, own_loss):
         for _ in range(STEPS):
             block.zero_grad()
             block.local_step(x, target)

@@ -1,6 +1,5 @@
 """Going back through one run of a block to its inputs or to its parameters."""
 
-
 import contextlib
 
 import torch

@@ -212,14 +212,19 @@ class LocalBlock(nn.Module):
 
         After a few steps of a shape on a CPU, a recorded step is replayed, whose results have the same bits (fastff/graph/recording.py), where the
         block's modules are known to do the same in each step: layers of PyTorch in an nn.Sequential."""
-        known = self.graph is not None and not self._compiled and not isinstance(self.head, LossHead)
-        if known and x.is_cpu and not torch.compiler.is_compiling():
+        if x.is_cpu and not torch.compiler.is_compiling() and self._is_known():
             if self._recorded is None:
                 self._recorded = Recorded(self, self._local_step, Operators((self,), self.head.num_classes))
             found = self._recorded(x, target)
         else:
             found = self._local_step(x, target)
         return found if details else found[:2]
+
+    def _is_known(self):
+        """Whether the block's Python does the same in each step, which is known of PyTorch's layers."""
+        if self._compiled or self.graph is None or isinstance(self.head, LossHead):
+            return False
+        return all(type(m).__module__.startswith("torch.nn.") for m in self.module.modules())
 
     def _local_step(self, x, target):
         visit = self.visit((x.detach(),), target)
