@@ -233,7 +233,7 @@ class LocalBlock(nn.Module):
         return following, loss, goodness
 
     def __getstate__(self):
-        return super().__getstate__() | {"_recorded": None}
+        return self.__dict__ | {"_recorded": None}
 
 
 class FFBlock(LocalBlock):
