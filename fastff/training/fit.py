@@ -134,7 +134,6 @@ class _Epoch:
             counted = engine.counted(state.steps)
             trainer.step(images, target)
             state.add(trainer.result, counted)
-            trainer.ranks.watch.steps = state.steps
             images_seen += trainer.result.samples * trainer.ranks.data_size
             self.after_step(images_seen / (time.perf_counter() - start))
         if state.totals is None:
