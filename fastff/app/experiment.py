@@ -242,12 +242,10 @@ class Run(NamedTuple):
     train: data.Loader
     test: data.Loader
 
-    def fit(self, out, save_every=None, progress=True):
+    def fit(self, out, save_every=None):
         """Train to the last epoch of the settings, write checkpoints and metrics to the folder `out`, and return the history."""
         meta = describe(self.settings, self.dataset) | {"launch": os.environ.get(LAUNCH)}
-        return self.trainer.fit(
-            self.train, self.settings["epochs"], self.test, out, save_every=save_every, progress=progress, meta=meta
-        )
+        return self.trainer.fit(self.train, self.settings["epochs"], self.test, out, save_every=save_every, meta=meta)
 
     @property
     def finished(self):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastff import reference
+from fastff.arguments import check_member
 from fastff.training.checkpoint import write_atomically
 from fastff.training.readers import optional
 
@@ -110,8 +111,7 @@ def export(network, out, form, stages=False):
         ValueError: the format is unknown, or the network has no stages.
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         ExportError: a written file computes something else than the network; it is removed."""
-    if form not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
+    check_member("format", form, FORMATS)
     if stages and (network.backprop or network.sff.vote not in ("weighted", "softmax")):
         got = "backpropagation" if network.backprop else f"vote {network.sff.vote!r}"
         raise ValueError(f"stages: expected a network whose blocks vote with probabilities, got one of {got}")

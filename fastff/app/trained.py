@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fastff.app.experiment import build_network, read_run, short
+from fastff.arguments import check_member
 from fastff.training import data
 from fastff.training.checkpoint import CheckpointError
 
@@ -157,8 +158,7 @@ def labelled_images(network, name, root=None, split="test"):
         split: "test" or "train"; of the run's own data set, "train" is the images that it was trained with.
 
     Raises ValueError: the data set has other classes or images of another size than that of the run."""
-    if split not in ("test", "train"):
-        raise ValueError(f"split: expected test or train, got {split!r}")
+    check_member("split", split, ("test", "train"))
     s, meta = network.meta["settings"], network.meta
     own = name is None
     name, root = (s["data"], root or s["root"]) if own else (name, root)

@@ -16,20 +16,6 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or of another network; the message names the file and what is wrong."""
 
 
-class _File:
-    """A file open for writing that keeps the error of a write: torch.save ends with an error of its own instead."""
-
-    def __init__(self, file):
-        self.file, self.flush, self.error = file, file.flush, None
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-
 def write_atomically(path, write):
     """Call write(file) with a temporary file beside `path`, flush it to the disk, and rename it to `path`.
 
@@ -39,17 +25,16 @@ def write_atomically(path, write):
     _remove_left(path)
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as opened:
-            file = _File(opened)
-            try:
-                write(file)
-            except Exception as error:
-                raise (file.error or error) from None
-            opened.flush()
-            os.fsync(opened.fileno())
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save ends with an error of its own
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(PermissionError):  # Windows opens no folders

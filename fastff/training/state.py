@@ -58,10 +58,8 @@ def save(path, trainer):
     trainer.synchronize()
     engine, state, place = trainer.engine, trainer.state, trainer.engine.place
     ranks = place.ranks
-    used = [engine.optimizers[k] for k in place.own_optimizers]
-    optimizers = {
-        k: o.state_dict() | {"class": type(o).__name__} for k, o in zip(place.own_optimizers, used, strict=True)
-    }
+    used = ((k, engine.optimizers[k]) for k in place.own_optimizers)
+    optimizers = {k: o.state_dict() | {"class": type(o).__name__} for k, o in used}
     scalers = {k: engine.scalers[k].state_dict() for k in place.own if engine.scalers[k] is not None}
     totals = None if state.totals is None else ranks.sum(state.totals)
     needed = ranks.data_rank == 0 or ranks.distributed.shard_optimizer  # other replicas have the same
