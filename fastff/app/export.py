@@ -159,13 +159,9 @@ def _quiet():
 
 def _facts(network, index, count):
     """Return what a reader of the file needs to know, as strings."""
-    facts = {
-        "classes": network.meta["classes"],
-        "input": "float32 [B, C, H, W] in 0..1",
-        "input_shape": network.meta["input_shape"],
-    }
-    facts |= {} if index is None else {"stage": index, "stages": count}
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    facts = {key: json.dumps(network.meta[key]) for key in ("classes", "input_shape")}
+    facts["input"] = "float32 [B, C, H, W] in 0..1"
+    return facts if index is None else facts | {"stage": str(index), "stages": str(count)}
 
 
 def _program(module, inputs):

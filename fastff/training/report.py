@@ -7,20 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from fastff.training.checkpoint import write_atomically
 from fastff.training.state import means
 
 MINUTE = 60.0  # seconds between lines within an epoch
-
-
-def peak_resident_mb():
-    """Return the peak resident memory of this process in MiB, or None where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 class Report:
@@ -154,9 +146,12 @@ def _clock(seconds):
 
 
 def _memory(device):
+    """Return what is said of the peak memory of the GPU, or of this process; nothing where the system does not say it (Windows)."""
     if device.type == "cuda":
-        import torch
-
         return f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of the GPU"
-    peak = peak_resident_mb()
-    return "" if peak is None else f", {peak:,.0f} MiB at peak"
+    try:
+        import resource
+    except ImportError:
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f", {peak / (2**20 if sys.platform == 'darwin' else 2**10):,.0f} MiB at peak"

@@ -47,8 +47,7 @@ class State:
 def means(totals):
     """Return (losses, accuracies), lists of L numbers, from totals [3, L]. NaN stands for a block of another rank. Waits for the device."""
     *sums, count = totals.tolist()
-    losses, accuracies = ([v / n if n else math.nan for v, n in zip(s, count, strict=True)] for s in sums)
-    return losses, accuracies
+    return tuple([v / n if n else math.nan for v, n in zip(s, count, strict=True)] for s in sums)
 
 
 def save(path, trainer):
