@@ -18,7 +18,7 @@ import torch
 from fastff import Distributed, Trainer
 from fastff.parallel import link
 from fastff.parallel.placement import balanced
-from fastff.parallel.watch import Watch
+from fastff.parallel.watch import RankFailed, Watch
 from fastff.training.checkpoint import load
 from fastff.training.loader import Augment, Loader
 
@@ -239,6 +239,11 @@ def test_without_a_launcher(monkeypatch):
         Trainer(made(), distributed=2)
     with pytest.raises(ValueError, match="cuda_graph: expected False with distributed"):
         Trainer(made(), distributed="data", cuda_graph=True)
+
+
+def test_an_error_that_says_nothing_is_named():
+    with pytest.raises(RankFailed, match="^RuntimeError$"), Watch().guard():
+        raise RuntimeError
 
 
 def test_messages_bring_what_was_sent(monkeypatch):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fastff.app.experiment import build_network, load_data, read_run, short
-from fastff.arguments import check_member
+from fastff.arguments import check_member, first_line
 from fastff.training import data
 from fastff.training.checkpoint import CheckpointError
 
@@ -46,7 +46,7 @@ def load(folder, device="cpu"):
     try:
         (sff.model if meta["settings"]["mode"] == "backprop" else sff).load_state_dict(state["module"])
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: its weights do not fit its settings: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder}: its weights do not fit its settings: {first_line(error)}") from error
     return Trained(sff.eval(), meta, torch.device(device))
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fastff.arguments import first_line
+
 PERIOD = 0.5  # seconds between two heartbeats
 PATIENCE = 3.0  # seconds without a heartbeat after which a rank counts as dead
 _report: int | None = None  # a file that the processes of a run on this machine share
@@ -46,9 +48,8 @@ class Watch:
         if size > 1:
             store = dist.distributed_c10d._get_default_store()
             # A connection for each thread: a call that waits blocks all other calls on the same one.
-            self.store, ended = store.clone(), threading.Event()
-            arguments = (store.clone(), ended)
-            thread = threading.Thread(target=self._send_heartbeats, args=arguments, name="fastff-watch", daemon=True)
+            self.store, own, ended = store.clone(), store.clone(), threading.Event()
+            thread = threading.Thread(target=self._send_heartbeats, args=(own, ended), name="fastff-watch", daemon=True)
             thread.start()
             # The thread must not be in a call to the store when the interpreter ends.
             atexit.register(lambda: (ended.set(), thread.join(PATIENCE)))
@@ -69,7 +70,7 @@ class Watch:
         except RankFailed:
             raise
         except RuntimeError as error:
-            raise RankFailed(self.explain(str(error).splitlines()[0])) from error
+            raise RankFailed(self.explain(first_line(error))) from error
         finally:
             self.waiting = False
 

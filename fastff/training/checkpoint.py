@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.utils.serialization import config
 
+from fastff.arguments import first_line
+
 VERSION = 1  # of the form that state.py gives a checkpoint
 
 
@@ -84,10 +86,8 @@ def load(path, map_location=None):
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: not a readable fastff checkpoint, it is damaged or of another kind ({reason})"
-        ) from error
+        text = f"not a readable fastff checkpoint, it is damaged or of another kind ({first_line(error)})"
+        raise CheckpointError(f"{path}: {text}") from error
     if not isinstance(state, dict) or state.get("format") != "fastff":
         raise CheckpointError(f"{path}: expected a fastff checkpoint, got a file with something else in it")
     version = state.get("version")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastff.arguments import plain
+from fastff.arguments import first_line, plain
 from fastff.training.checkpoint import CheckpointError
 from fastff.training.randomness import random_state, set_random_state
 
@@ -62,7 +62,7 @@ def _check_progress(saved, losses):
                         raise TypeError("its loader's are no list of tensors")
             except Exception as error:
                 text = f"expected the states of random generators as {key}, got others"
-                raise CheckpointError(f"{text} ({_reason(error)})") from error
+                raise CheckpointError(f"{text} ({type(error).__name__}: {first_line(error)})") from error
     finally:
         set_random_state(now)
 
@@ -115,7 +115,7 @@ def _check_optimizer(what, optimizer, saved):
     except Exception as error:
         if not _can_be_tried(optimizer):
             return
-        text = f"a {type(optimizer).__name__} cannot go on from it ({_reason(error)})"
+        text = f"a {type(optimizer).__name__} cannot go on from it ({type(error).__name__}: {first_line(error)})"
         raise CheckpointError(f"{what} does not fit: {text}") from error
     for index, state in saved["state"].items():
         _of_type(f"{what}: state[{index!r}]", state, dict)
@@ -147,8 +147,3 @@ def _can_be_tried(optimizer):
         return _state_after_a_step(optimizer, optimizer.state_dict()["param_groups"]) is not None
     except Exception:
         return False
-
-
-def _reason(error):
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
