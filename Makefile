@@ -65,8 +65,8 @@ sanitize: install
 	  $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} FASTFF_DRAWS=$${FASTFF_DRAWS:-1000} $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
-	  tests/test_goodness.py tests/test_layer_norm.py tests/test_epilogue_step.py tests/test_convolution.py tests/test_depthwise.py \
-	  tests/test_group_goodness.py tests/test_group_epilogue_step.py tests/test_muon.py tests/test_drawn.py \
+	  tests/test_goodness.py tests/test_goodness_limits.py tests/test_layer_norm.py tests/test_epilogue_step.py tests/test_convolution.py \
+	  tests/test_depthwise.py tests/test_group_goodness.py tests/test_group_epilogue_step.py tests/test_muon.py tests/test_drawn.py \
 	  -k "native or drawn_calls or few_positions"
 
 # 100,000 drawn calls of the compiled operators, 2,500 for each of goodness's two property tests, whose tolerances are narrower (half an hour), and

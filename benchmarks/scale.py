@@ -6,7 +6,7 @@
 
 --measure runs SFF and backpropagation with torchrun on this machine, checks the weights, and compares times and sent bytes with the model.
 
-benchmarks/scale_model.py is the model, benchmarks/scale_processes.py makes the measurements.
+benchmarks/scale_model.py is the model; benchmarks/scale_blocks.py measures what it takes, benchmarks/scale_processes.py what it predicts.
 """
 
 import argparse
@@ -17,8 +17,9 @@ import sys
 
 import torch
 
+from benchmarks.scale_blocks import measure_blocks
 from benchmarks.scale_model import LINKS, METHODS, Machine, predict, predictions
-from benchmarks.scale_processes import launch, measure_blocks, planned, worker
+from benchmarks.scale_processes import launch, planned, worker
 from benchmarks.timing import print_environment, write_csv
 from fastff.bench import quantile
 

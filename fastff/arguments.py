@@ -29,6 +29,11 @@ def described(value):
     return f"{list(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+def first_line(error):
+    """Return the first line of what an exception says, or its class if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def whole_number(name: str, value: int, least: int = 1, error: type[Exception] = ValueError) -> int:
     """Return `value` as an int. Raises `error` unless it is an integer of at least `least`; a bool is none."""
     value = plain(value)

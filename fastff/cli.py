@@ -4,13 +4,6 @@ import os
 import sys
 
 
-def make_app():
-    """Return the typer application. Raises ImportError without typer or rich."""
-    from fastff.app.commands import app
-
-    return app
-
-
 def main():
     """Run the command line. Exit codes: 2 bad input, 1 a loss that diverged or too little memory, 130 Ctrl-C, 143 SIGTERM; with a message."""
     for name in ("stdout", "stderr"):
@@ -21,8 +14,10 @@ def main():
         import typer  # noqa: F401
     except ImportError as error:
         sys.exit(f'fastff: the command line needs typer and rich ({error}): pip install "fastff[train]"')
+    from fastff.app.commands import app
+
     try:
-        make_app()()
+        app()
     except KeyboardInterrupt:  # outside of a command
         sys.exit(130)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from typer.testing import CliRunner
 
-from fastff.cli import make_app
+from fastff.app.commands import app
 from fastff.training import checkpoint
 
 TINY = ["--data", "digits", "--subset", "96", "--width", "2", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
@@ -13,9 +13,7 @@ TINY = ["--data", "digits", "--subset", "96", "--width", "2", "--batch-size", "1
 
 def call(*arguments, code=0):
     """Run a command in this process; returns (stdout, stderr)."""
-    found = CliRunner(env={"COLUMNS": "200", "LINES": "50", "TERM": "dumb"}).invoke(
-        make_app(), [str(a) for a in arguments]
-    )
+    found = CliRunner(env={"COLUMNS": "200", "LINES": "50", "TERM": "dumb"}).invoke(app, [str(a) for a in arguments])
     trouble = found.exception if not isinstance(found.exception, SystemExit) else None
     assert found.exit_code == code, f"exit code {found.exit_code}: {found.output} {trouble!r}"
     assert trouble is None and "Traceback" not in found.output

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 NEED = {
-    "benchmarks": ("test_accelerate.py", "test_benchmarks.py", "test_report.py", "test_scale.py", "test_swap_in.py"),
+    "benchmarks": (
+        "test_accelerate.py",
+        "test_benchmarks.py",
+        "test_gpu_run.py",
+        "test_report.py",
+        "test_scale.py",
+        "test_swap_in.py",
+    ),
     "csrc": ("test_cuda.py", "test_step_native.py"),
     "docs": ("test_docs.py",),
     "examples": ("test_notebook.py",),

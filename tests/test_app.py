@@ -21,8 +21,7 @@ from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import fastff  # noqa: E402
-from fastff.app import experiment, export, page, plots, trained  # noqa: E402
-from fastff.cli import make_app  # noqa: E402
+from fastff.app import commands, experiment, export, page, plots, trained  # noqa: E402
 from fastff.training import data, report  # noqa: E402
 
 
@@ -90,7 +89,7 @@ def test_evaluate_with_early_exit(runs, digits):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--split", "validation"], 2, "split: expected test or train, got 'validation'"),
+        (["--split", "validation"], 2, "split: expected one of test, train, got 'validation'"),
         (["--data", "nothing"], 2, "data: expected one of digits"),
         (["--exit-threshold", "2"], 2, "exit_threshold: expected a probability above 0"),
         (["--json", "."], 2, "json: expected a file, got the folder ."),
@@ -308,7 +307,7 @@ def test_a_browser_shows_the_page(runs, name, width, tmp_path):
 def test_tables_do_not_fold_in_a_pipe(runs, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "20")
     with pytest.raises(SystemExit):
-        make_app()(["evaluate", str(runs / "blocks")])
+        commands.app(["evaluate", str(runs / "blocks")])
     assert re.search(r"^ +\d +layer\S+ +\d+\.\d\d%", capsys.readouterr().out, re.M)
 
 

@@ -18,7 +18,7 @@ import torch
 from fastff import Distributed, Trainer
 from fastff.parallel import link
 from fastff.parallel.placement import balanced
-from fastff.parallel.watch import Watch
+from fastff.parallel.watch import RankFailed, Watch
 from fastff.training.checkpoint import load
 from fastff.training.loader import Augment, Loader
 
@@ -214,7 +214,9 @@ def test_shares_of_a_loader(count):
         ({"block_ranks": 0}, "block_ranks: expected a whole number of at least 1, got 0"),
         ({"block_ranks": True}, "block_ranks: expected a whole number of at least 1, got True"),
         ({"batch_norm": "sync"}, "batch_norm: expected one of local, synchronized, got 'sync'"),
-        ({"timeout": 0}, "timeout: expected seconds above 0, got 0"),
+        ({"timeout": 0}, "timeout: expected a finite number above 0, got 0"),
+        ({"timeout": float("inf")}, "timeout: expected a finite number above 0, got inf"),
+        ({"timeout": "5 min"}, "timeout: expected a finite number above 0, got '5 min'"),
     ],
 )
 def test_bad_settings(given, text):
@@ -239,6 +241,11 @@ def test_without_a_launcher(monkeypatch):
         Trainer(made(), distributed="data", cuda_graph=True)
 
 
+def test_an_error_that_says_nothing_is_named():
+    with pytest.raises(RankFailed, match="^RuntimeError$"), Watch().guard():
+        raise RuntimeError
+
+
 def test_messages_bring_what_was_sent(monkeypatch):
     """Values of every kind, and memory formats, over a wire of queues; the second part is larger than the first, the third smaller."""
     wires = {"control": deque(), "messages": deque()}
@@ -250,7 +257,8 @@ def test_messages_bring_what_was_sent(monkeypatch):
     sender, receiver = (link.Link.__new__(link.Link) for _ in range(2))
     for end in (sender, receiver):
         end.ranks = types.SimpleNamespace(rank=0, watch=Watch(), control="control", messages="messages")
-        end.device, end.previous, end.next, end.capacity, end.in_flight, end.posted = "cpu", 0, 1, 0, [], None
+        end.device, end.previous, end.next, end.capacity = "cpu", 0, 1, link.ALIGN
+        end.in_flight, end.posted = [], None
     images = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     mask, values = torch.rand(4, 1) < 0.5, (torch.Size([4, 3]), (2, 1.5), None, True)
     sent = [

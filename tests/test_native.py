@@ -244,6 +244,7 @@ def test_other_instruction_sets(level):
 
 WITH_KERNELS = (
     "test_goodness.py",
+    "test_goodness_limits.py",
     "test_epilogue_step.py",
     "test_convolution.py",
     "test_depthwise.py",

@@ -269,7 +269,8 @@ def test_classes_that_differ(tmp_path):
         for name in names:
             write_image(tmp_path / split / name / "0.png")
     text = message(str(tmp_path))
-    assert text.startswith(f"{tmp_path / 'train'}: has class folders that {tmp_path / 'val'} has not: c.")
+    assert text.startswith(f"{tmp_path}: train and val need the same class folders")
+    assert text.endswith("in one of them alone: c, d.")
 
 
 def test_wrong_arguments(tmp_path):

@@ -24,7 +24,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 HERE = Path(__file__).parent
 INTERPRETED = {
     "goodness and gradients": ("test_goodness.py", "test_goodness_and_its_gradients"),
-    "goodness_step": ("test_goodness.py", "test_goodness_step_and_loss or empty_batch or not_a_number or labels"),
+    "goodness_step": ("test_goodness.py", "test_goodness_step_and_loss"),
+    "goodness_step at its limits": ("test_goodness_limits.py", "empty_batch or not_a_number or labels"),
     "layer_norm": ("test_layer_norm.py", "triton"),
     "epilogue": ("test_epilogue_step.py", "test_tail_step"),
     "epilogue of two losses": ("test_epilogue.py", "another_loss and triton"),

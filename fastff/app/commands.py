@@ -22,7 +22,7 @@ from fastff.app import compare as comparison
 from fastff.app import environment as here
 from fastff.app import experiment, page, plots, trained
 from fastff.app import export as exporting
-from fastff.arguments import whole_number
+from fastff.arguments import check_member, first_line, whole_number
 from fastff.ops import plan
 from fastff.parallel.watch import RankFailed, prints_failure
 from fastff.training import checkpoint
@@ -64,7 +64,7 @@ def command(function):
             raise
         except torch.OutOfMemoryError as error:
             advice = "Smaller --batch-size, more --micro-batches or a smaller --memory need less memory."
-            message, code = f"{str(error).splitlines()[0]} {advice}", 1
+            message, code = f"{first_line(error)} {advice}", 1
         except (Diverged, RankFailed, exporting.ExportError) as error:
             message, code = str(error), 1
         except (ValueError, OSError, ImportError) as error:
@@ -363,8 +363,7 @@ def export(
     stages: Annotated[bool, option("A file for each block, for early exit.", "--stages")] = False,
 ):
     """Write the network as a program that runs without fastff, and check that it computes the same."""
-    if form not in exporting.FORMATS:  # before anything is loaded
-        raise ValueError(f"format: expected one of {', '.join(exporting.FORMATS)}, got {form!r}")
+    check_member("format", form, exporting.FORMATS)  # before anything is loaded
     network, out = trained.load(run), experiment.writable_folder(out or run)
     paths, worst = exporting.export(network, out, form, stages)
     shape = ", ".join(map(str, network.meta["input_shape"]))

@@ -21,30 +21,31 @@ def modes_named(text):
     return modes
 
 
-def compare(s, modes, device, progress=True, say=print):
+def compare(s, modes, device, say):
     """Train in each of `modes`, one after the other.
 
     Args:
         s: settings, as `experiment.settings` returns them.
         modes: names out of MODES.
         device: torch.device.
-        progress: whether to show a progress display.
         say: function that prints one line of text.
 
-    Returns: {"runs": [result of run_mode], "environment": {...}, "settings": s}, which can be written as JSON."""
+    Returns: {"runs": [result of run_mode, with the seconds of training until the test accuracy was backpropagation's last one or None],
+    "environment": {...}, "settings": s}, which can be written as JSON."""
     dataset = experiment.load_data(s)
     runs = []
     for mode in modes:
         size = f"{len(dataset.train_images):,} training and {len(dataset.test_images):,} test images of {dataset.name}"
         say(f"{mode}: {s['model']} of width {s['width']}, {size}, {s['epochs']} epochs")
-        runs.append(run_mode(s, dataset, mode, device, progress))
+        runs.append(run_mode(s, dataset, mode, device))
     base = next((run["test_accuracy"] for run in runs if run["mode"] == "backprop"), None)
     for run in runs:
-        run["seconds_to_backprop"] = None if base is None else seconds_to(run, base)
+        reached = (row["seconds"] for row in run["history"] if base is not None and row["test_accuracy"] >= base)
+        run["seconds_to_backprop"] = next(reached, None)
     return {"runs": runs, "environment": environment(device), "settings": s}
 
 
-def run_mode(s, dataset, mode, device, progress=True):
+def run_mode(s, dataset, mode, device):
     """Train in one mode and return a dict, as in the JSON of `fastff compare`.
 
     Seconds are those of training without evaluation. Accuracies are those of the vote, in eval mode and without
@@ -53,7 +54,7 @@ def run_mode(s, dataset, mode, device, progress=True):
     memory = step_memory(s, dataset, device)
     trainer = experiment.make_trainer(s, dataset, device)
     train, test = experiment.loaders(s, dataset, device)
-    rows = trainer.fit(train, s["epochs"], validation=test, progress=progress)
+    rows = trainer.fit(train, s["epochs"], validation=test)
     plain = dataset.train_loader(256, augment=None, shuffle=False, device=device, channels_last=s["channels_last"])
     history, seconds = [], 0.0
     for row in rows:
@@ -77,8 +78,3 @@ def step_memory(s, dataset, device):
     """Return the peak memory of a training step in MiB."""
     trainer, *batch = experiment.trained_twice(s, dataset, device)
     return peak_memory(lambda: trainer.step(*batch), device)
-
-
-def seconds_to(run, accuracy):
-    """Return the seconds of training up to the end of the first epoch with at least this test accuracy, or None."""
-    return next((row["seconds"] for row in run["history"] if row["test_accuracy"] >= accuracy), None)

@@ -9,7 +9,7 @@ import torch
 
 from fastff import models
 from fastff.app.environment import check_implementations
-from fastff.arguments import number_between, whole_number
+from fastff.arguments import first_line, number_between, whole_number
 from fastff.graph.cut import GRANULARITIES
 from fastff.parallel.ranks import BATCH_NORMS, leader_first
 from fastff.plan import ending_at
@@ -60,9 +60,8 @@ def device_named(name=None):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         works = device.type != "meta" and torch.zeros(1, device=device).item() == 0
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        text = f"device: expected one that works here, such as cpu or cuda, got {name!r} ({reason})"
-        raise ValueError(text) from error
+        text = f"expected one that works here, such as cpu or cuda, got {name!r} ({first_line(error)})"
+        raise ValueError(f"device: {text}") from error
     if not works:
         raise ValueError(f"device: expected one that holds data, such as cpu or cuda, got {name!r}")
     check_implementations(device)
@@ -242,12 +241,10 @@ class Run(NamedTuple):
     train: data.Loader
     test: data.Loader
 
-    def fit(self, out, save_every=None, progress=True):
+    def fit(self, out, save_every=None):
         """Train to the last epoch of the settings, write checkpoints and metrics to the folder `out`, and return the history."""
         meta = describe(self.settings, self.dataset) | {"launch": os.environ.get(LAUNCH)}
-        return self.trainer.fit(
-            self.train, self.settings["epochs"], self.test, out, save_every=save_every, progress=progress, meta=meta
-        )
+        return self.trainer.fit(self.train, self.settings["epochs"], self.test, out, save_every=save_every, meta=meta)
 
     @property
     def finished(self):

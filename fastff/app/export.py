@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastff import reference
+from fastff.arguments import check_member
 from fastff.training.checkpoint import write_atomically
 from fastff.training.readers import optional
 
@@ -110,8 +111,7 @@ def export(network, out, form, stages=False):
         ValueError: the format is unknown, or the network has no stages.
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         ExportError: a written file computes something else than the network; it is removed."""
-    if form not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
+    check_member("format", form, FORMATS)
     if stages and (network.backprop or network.sff.vote not in ("weighted", "softmax")):
         got = "backpropagation" if network.backprop else f"vote {network.sff.vote!r}"
         raise ValueError(f"stages: expected a network whose blocks vote with probabilities, got one of {got}")
@@ -159,13 +159,9 @@ def _quiet():
 
 def _facts(network, index, count):
     """Return what a reader of the file needs to know, as strings."""
-    facts = {
-        "classes": network.meta["classes"],
-        "input": "float32 [B, C, H, W] in 0..1",
-        "input_shape": network.meta["input_shape"],
-    }
-    facts |= {} if index is None else {"stage": index, "stages": count}
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    facts = {key: json.dumps(network.meta[key]) for key in ("classes", "input_shape")}
+    facts["input"] = "float32 [B, C, H, W] in 0..1"
+    return facts if index is None else facts | {"stage": str(index), "stages": str(count)}
 
 
 def _program(module, inputs):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastff.app.experiment import build_network, read_run, short
+from fastff.app.experiment import build_network, load_data, read_run, short
+from fastff.arguments import check_member, first_line
 from fastff.training import data
 from fastff.training.checkpoint import CheckpointError
 
@@ -45,7 +46,7 @@ def load(folder, device="cpu"):
     try:
         (sff.model if meta["settings"]["mode"] == "backprop" else sff).load_state_dict(state["module"])
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: its weights do not fit its settings: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{folder}: its weights do not fit its settings: {first_line(error)}") from error
     return Trained(sff.eval(), meta, torch.device(device))
 
 
@@ -157,19 +158,19 @@ def labelled_images(network, name, root=None, split="test"):
         split: "test" or "train"; of the run's own data set, "train" is the images that it was trained with.
 
     Raises ValueError: the data set has other classes or images of another size than that of the run."""
-    if split not in ("test", "train"):
-        raise ValueError(f"split: expected test or train, got {split!r}")
-    s, meta = network.meta["settings"], network.meta
-    own = name is None
-    name, root = (s["data"], root or s["root"]) if own else (name, root)
-    size = s["image_size"] if own else None
-    if not own and (name in ("imagenette", "folder") or name not in data.NAMES):
-        size = meta["input_shape"][-1]
-    found = data.load(name, root, s["subset"] if own else None, s["seed"], size)
+    check_member("split", split, ("test", "train"))
+    meta = network.meta
+    if name is None:
+        s = meta["settings"] | ({} if root is None else {"root": root})
+    else:
+        sized = name in ("imagenette", "folder") or name not in data.NAMES
+        s = meta["settings"] | {"data": name, "root": root, "subset": None}
+        s["image_size"] = meta["input_shape"][-1] if sized else None
+    found = load_data(s)
     for what, value, wanted in (
         ("classes", list(found.classes), meta["classes"]), ("images of shape", list(found.input_shape), meta["input_shape"])
     ):  # fmt: skip
         if value != wanted:
-            got = f"{short(value)} in {Path(name).name}"
+            got = f"{short(value)} in {Path(s['data']).name}"
             raise ValueError(f"data: expected {what} {short(wanted)}, as the run has, got {got}")
     return f"{found.name}, {split} images", getattr(found, f"{split}_images"), getattr(found, f"{split}_labels")

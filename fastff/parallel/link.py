@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 HEADER = 8192  # bytes of a header
-ALIGN = 256  # bytes; every tensor in the buffer starts at a multiple of it
+ALIGN = 256  # bytes of the first buffer; in a buffer, every tensor starts at a multiple of it
 IN_FLIGHT = 2  # messages that may be sent before the receiver has taken the first of them
 
 
@@ -40,7 +40,7 @@ class Link:
         row = dist.get_process_group_ranks(ranks.block_group)  # of the ranks of this replica, among all
         self.previous = row[ranks.block_rank - 1] if ranks.block_rank > 0 else None
         self.next = row[ranks.block_rank + 1] if ranks.block_rank + 1 < ranks.block_size else None
-        self.capacity = 0  # bytes of the buffer that the next rank has posted
+        self.capacity = ALIGN  # bytes of the buffer that the next rank has posted
         self.in_flight = []  # sends that may still run: one list of (work, tensor) a message
         self.posted = None  # (header, buffer, works) of the receive calls that wait for the next message
 
@@ -68,10 +68,8 @@ class Link:
         while len(self.in_flight) >= IN_FLIGHT:
             for work, _ in self.in_flight.pop(0):
                 work.wait()
-        works = [(dist.isend(text, self.next, group=self.ranks.control), text)]
-        if len(buffer):
-            works.append((dist.isend(buffer, self.next, group=self.ranks.messages), buffer))
-        self.in_flight.append(works)
+        both = (text, self.ranks.control), (buffer, self.ranks.messages)
+        self.in_flight.append([(dist.isend(t, self.next, group=group), t) for t, group in both])
 
     def minibatch(self):
         """Receive the next minibatch: yields (Part, number of parts) for each part of it."""
@@ -82,7 +80,7 @@ class Link:
 
     def _receive(self):
         if self.posted is None:
-            self._post_receive(0)
+            self._post_receive(ALIGN)
         text, buffer, works = self.posted
         self.ranks.watch.wait(works)
         header = pickle.loads(text.numpy())
@@ -98,9 +96,8 @@ class Link:
         text = torch.empty(HEADER, dtype=torch.uint8)
         buffer = torch.empty(capacity, dtype=torch.uint8, device=self.device)
         with self.ranks.watch.guard():
-            works = [dist.irecv(text, self.previous, group=self.ranks.control)]
-            if capacity:
-                works.append(dist.irecv(buffer, self.previous, group=self.ranks.messages))
+            both = (text, self.ranks.control), (buffer, self.ranks.messages)
+            works = [dist.irecv(t, self.previous, group=group) for t, group in both]
         self.posted = text, buffer, works
 
 

@@ -41,7 +41,7 @@ def chain_seconds(engine, chains, images, target, rounds=3):
     synchronize = torch.cuda.synchronize if engine.device.type == "cuda" else lambda: None
     engine.train_mode()
     route, measured = engine.step.route(engine.segments(0)), []
-    for number in range(rounds + 1):  # the first round creates the optimizers' state and is not counted
+    for _ in range(rounds + 1):  # the first round creates the optimizers' state and is not counted
         parts, seconds = engine.step.split(images, target), [0.0] * len(chains)
         for part in route.chains:  # in this step a chain may consist of several
             synchronize()
@@ -50,23 +50,21 @@ def chain_seconds(engine, chains, images, target, rounds=3):
             synchronize()
             index = next(i for i, chain in enumerate(chains) if part.start in chain)
             seconds[index] += time.perf_counter() - start
-        if number:
-            measured.append(seconds)
-    return [min(times) for times in zip(*measured, strict=True)]
+        measured.append(seconds)
+    return [min(times) for times in zip(*measured[1:], strict=True)]
 
 
 def checked(placement, chains, ranks):
     """Return the user's placement, the number of blocks of each rank, as a list.
 
     Raises ValueError unless each of `ranks` ranks gets at least one block, all blocks are placed, and no chain is divided."""
-    placement, blocks = list(placement), chains[-1].stop
-    fits = all(isinstance(n, int) and n > 0 for n in placement) and sum(placement) == blocks
-    if len(placement) != ranks or not fits:
-        raise ValueError(
-            f"placement: expected the numbers of blocks of {ranks} ranks, {blocks} in all, got {placement}"
+    placement, allowed = list(placement), [chain.stop for chain in chains]
+    counts = len(placement) == ranks and all(isinstance(n, int) and n > 0 for n in placement)
+    ends = list(itertools.accumulate(placement)) if counts else [0]
+    if ends[-1] != allowed[-1] or not set(ends) <= set(allowed):
+        behind = ", ".join(str(end - 1) for end in allowed)
+        text = (
+            f"the numbers of blocks of {ranks} ranks, {allowed[-1]} in all, where a rank may end behind blocks {behind}"
         )
-    allowed = [chain.stop for chain in chains]
-    if not set(itertools.accumulate(placement)) <= set(allowed):
-        text = f"ranks that end behind blocks {', '.join(str(end - 1) for end in allowed)}, where no gradient passes"
         raise ValueError(f"placement: expected {text}, got {placement}")
     return placement

@@ -8,6 +8,7 @@ Rank d * block_ranks + b has the b-th group of successive blocks of replica d, s
 
 import dataclasses
 import datetime
+import math
 import os
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastff.arguments import whole_number
+from fastff.arguments import check_member, number_between, whole_number
 from fastff.parallel.watch import Watch, open_report
 
 BATCH_NORMS = ("local", "synchronized")
@@ -46,10 +47,8 @@ class Distributed:
 
     def __post_init__(self):
         whole_number("block_ranks", self.block_ranks)
-        if self.batch_norm not in BATCH_NORMS:
-            raise ValueError(f"batch_norm: expected one of {', '.join(BATCH_NORMS)}, got {self.batch_norm!r}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout: expected seconds above 0, got {self.timeout!r}")
+        check_member("batch_norm", self.batch_norm, BATCH_NORMS)
+        number_between("timeout", self.timeout, 0, math.inf, low_allowed=False)
         if self.mesh is not None and not set(self.mesh.mesh_dim_names or ()) & {"data", "block"}:
             raise ValueError(
                 f"mesh: expected dimensions named 'data' and 'block' or one of them, got {self.mesh.mesh_dim_names}"
@@ -108,16 +107,15 @@ def leader_first(function):
     For downloads: rank 0 fetches a file, the others find it. An exception on rank 0 is raised on all ranks."""
     if not dist.is_initialized():
         return function()
-    failed = [None]
-    if dist.get_rank() == 0:
-        try:
-            result = function()
-        except Exception as error:
-            failed = [error]
+    leads, failed = dist.get_rank() == 0, [None]
+    try:
+        result = function() if leads else None
+    except Exception as error:
+        failed = [error]
     dist.broadcast_object_list(failed)
     if failed[0] is not None:
         raise failed[0]
-    return result if dist.get_rank() == 0 else function()
+    return result if leads else function()
 
 
 class Ranks:
@@ -133,7 +131,7 @@ class Ranks:
 
     def __init__(self, distributed=None, device=None):
         self.distributed = distributed or Distributed()
-        self.rank, self.size, self.watch = 0, 1, Watch()
+        self.rank, self.size, self.watch, self.data_group, self.block_group = 0, 1, Watch(), None, None
         self.data_rank, self.data_size, self.block_rank, self.block_size = 0, 1, 0, 1
         if distributed is not None:
             self._join(distributed, device)
@@ -152,12 +150,11 @@ class Ranks:
             mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "block"))
         if mesh.size() != self.size:
             raise ValueError(f"mesh: expected all {self.size} ranks in it, got {mesh.size()}")
-        names = mesh.mesh_dim_names
-        group = lambda name: mesh.get_group(name) if name in names else None  # noqa: E731
-        self.data_group, self.block_group = group("data"), group("block")
-        if self.data_group is not None:
+        if "data" in mesh.mesh_dim_names:
+            self.data_group = mesh.get_group("data")
             self.data_rank, self.data_size = dist.get_rank(self.data_group), dist.get_world_size(self.data_group)
-        if self.block_group is not None:
+        if "block" in mesh.mesh_dim_names:
+            self.block_group = mesh.get_group("block")
             self.block_rank, self.block_size = dist.get_rank(self.block_group), dist.get_world_size(self.block_group)
         limit = datetime.timedelta(seconds=distributed.timeout)
         self.control = dist.new_group(backend="gloo", timeout=limit)  # for Python objects and headers, on the CPU
@@ -181,7 +178,7 @@ class Ranks:
         """Return the sum of every rank's `tensor`, on every rank of `group` (None: of all processes). The shapes must agree."""
         if self.size == 1:
             return tensor
-        tensor = tensor.clone()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         with self.watch.guard():
             dist.all_reduce(tensor, group=group)
         return tensor
@@ -189,44 +186,15 @@ class Ranks:
     @torch.no_grad()
     def mean_(self, tensors):
         """Replace the floating-point tensors in the list by their means over the data-parallel ranks. Others stay."""
-        for flat, views, same_dtype in flattened([t for t in tensors if t.is_floating_point()]):
-            with self.watch.guard():
-                dist.all_reduce(flat, group=self.data_group)
-            flat.div_(self.data_size)
-            torch._foreach_copy_(same_dtype, views)
+        for t in tensors:
+            if t.is_floating_point():
+                t.copy_(self.sum(t, self.data_group) / self.data_size)
 
     @torch.no_grad()
     def broadcast_(self, tensors, source, group=None):
         """Replace the tensors in the list by those of rank `source` in `group` (None: of all processes)."""
-        for flat, views, same_dtype in flattened(tensors):
+        for t in tensors:
+            sent = t.clone(memory_format=torch.contiguous_format)
             with self.watch.guard():
-                dist.broadcast(flat, group=group, group_src=source)
-            if dist.get_rank(group) != source:
-                torch._foreach_copy_(same_dtype, views)
-
-
-def _dense_strides(t):
-    """Strides of a copy of t without gaps: those of t if it is contiguous or channels_last, else contiguous ones."""
-    dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
-    return t.stride() if dense else torch.empty(t.shape, device="meta").stride()
-
-
-def flattened(tensors, value=lambda t: t, spare=0):
-    """Copy tensors into one vector for each dtype.
-
-    Args:
-        tensors: list of tensors, whose shapes, strides and dtypes determine the layout of the vectors.
-        value: function of a tensor that returns what is copied for it.
-        spare: number of elements to add at the end of each vector.
-
-    Returns: [(vector, views of it like the tensors, the tensors of this dtype)]."""
-    buffers = []
-    for dtype in dict.fromkeys(t.dtype for t in tensors):
-        same_dtype = [t for t in tensors if t.dtype == dtype]
-        sizes = [t.numel() for t in same_dtype]
-        flat = same_dtype[0].new_empty(sum(sizes) + spare)
-        pieces = flat.split([*sizes, spare])
-        views = [piece.as_strided(t.shape, _dense_strides(t)) for piece, t in zip(pieces, same_dtype, strict=False)]
-        torch._foreach_copy_(views, [value(t) for t in same_dtype])
-        buffers.append((flat, views, same_dtype))
-    return buffers
+                dist.broadcast(sent, group=group, group_src=source)
+            t.copy_(sent)

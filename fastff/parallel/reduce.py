@@ -11,10 +11,10 @@ Each of R ranks sends 2 (R - 1) / R n bytes for a block with n bytes of gradient
 gloo a third more.
 """
 
+import itertools
+
 import torch
 import torch.distributed as dist
-
-from fastff.parallel.ranks import flattened
 
 # Bytes: blocks with fewer are reduced together with those that are trained after them in the same step.
 MESSAGE = 1 << 20
@@ -31,18 +31,24 @@ class _Bucket:
     def __init__(self, rates, parameters, share):
         self.rates, self.works = rates, []
         self.flats = []  # [(number of the list, vector of the gradients and the share, views of the gradients, parameters)]
-        # The layout is that of the parameters, which is the same on all ranks; the gradients' strides may differ between ranks.
         for number, some in enumerate(parameters):
-            for flat, views, same_dtype in flattened(some, lambda p: p.grad, spare=1):
+            for dtype in dict.fromkeys(p.dtype for p in some):
+                same_dtype = [p for p in some if p.dtype == dtype]
+                sizes = [p.numel() for p in same_dtype]
+                flat = same_dtype[0].new_empty(sum(sizes) + 1)
                 flat[-1] = share
+                pieces = zip(flat[:-1].split(sizes), same_dtype, strict=True)
+                views = [piece.as_strided(p.shape, _dense_strides(p)) for piece, p in pieces]
+                torch._foreach_copy_(views, [p.grad for p in same_dtype])
                 for p, view in zip(same_dtype, views, strict=True):
                     p.grad = view
                 self.flats.append((number, flat, views, same_dtype))
 
-    def average(self):
-        """Divide the summed gradients by the sum of the shares, which is the last element of each vector."""
-        for _, flat, *_ in self.flats:
-            flat.div_(flat[-1].clone())
+
+def _dense_strides(p):
+    """Strides of the gradient of p in a bucket. They follow from p's, which all ranks have alike; the gradients' own may differ."""
+    dense = p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
+    return p.stride() if dense else torch.empty(p.shape, device="meta").stride()
 
 
 class Reduction:
@@ -99,7 +105,8 @@ class Reduction:
 
     def _finish(self, bucket):
         self.ranks.watch.wait(bucket.works)
-        bucket.average()
+        for _, flat, *_ in bucket.flats:
+            flat.div_(flat[-1].clone())  # the sum of the shares
         for index, rates in bucket.rates.items():
             groups, now = self.optimizers[index].param_groups, self._rates(index)
             for group, rate in zip(groups, rates, strict=True):
@@ -117,8 +124,11 @@ class ShardedReduction(Reduction):
 
     def __init__(self, ranks, optimizers, update, parameters):
         super().__init__(ranks, optimizers, update)
-        self.owner = _owners([p for block in parameters for p in block], ranks.data_size)
-        self.sending = []
+        self.sending, self.owner, load = [], {}, [0] * ranks.data_size
+        # the largest first, each to the rank that has the fewest elements so far
+        for p in sorted(dict.fromkeys(itertools.chain(*parameters)), key=lambda p: -p.numel()):
+            self.owner[p] = load.index(min(load))
+            load[self.owner[p]] += p.numel()
 
     def owns(self, parameter):
         """Whether this rank keeps the optimizer state of `parameter`."""
@@ -158,12 +168,3 @@ class ShardedReduction(Reduction):
         for rank, _, views, same_dtype in bucket.flats:
             if rank != self.ranks.data_rank:
                 torch._foreach_copy_([p.detach() for p in same_dtype], views)
-
-
-def _owners(parameters, size):
-    """Return {parameter: rank}. Parameters are assigned in order of size, the largest first, to the rank with the fewest elements so far."""
-    load, owner = [0] * size, {}
-    for p in sorted(dict.fromkeys(parameters), key=lambda p: -p.numel()):
-        owner[p] = load.index(min(load))
-        load[owner[p]] += p.numel()
-    return owner

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fastff.arguments import first_line
+
 PERIOD = 0.5  # seconds between two heartbeats
 PATIENCE = 3.0  # seconds without a heartbeat after which a rank counts as dead
 _report: int | None = None  # a file that the processes of a run on this machine share
@@ -41,14 +43,13 @@ class Watch:
     """Writes the heartbeats of this rank, and explains failures of other ranks. Watch() of a single process does nothing."""
 
     def __init__(self, rank=0, size=1):
-        self.rank, self.size, self.steps, self.waiting = rank, size, 0, False
+        self.rank, self.size, self.waiting = rank, size, False
         self.store = None
         if size > 1:
             store = dist.distributed_c10d._get_default_store()
             # A connection for each thread: a call that waits blocks all other calls on the same one.
-            self.store, ended = store.clone(), threading.Event()
-            arguments = (store.clone(), ended)
-            thread = threading.Thread(target=self._send_heartbeats, args=arguments, name="fastff-watch", daemon=True)
+            self.store, own, ended = store.clone(), store.clone(), threading.Event()
+            thread = threading.Thread(target=self._send_heartbeats, args=(own, ended), name="fastff-watch", daemon=True)
             thread.start()
             # The thread must not be in a call to the store when the interpreter ends.
             atexit.register(lambda: (ended.set(), thread.join(PATIENCE)))
@@ -58,7 +59,7 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # raised when the store has ended, and the run with it
             while not ended.wait(PERIOD):
                 count += 1
-                store.set(f"fastff/heartbeat/{self.rank}", f"{count} {self.steps} {int(self.waiting)}")
+                store.set(f"fastff/heartbeat/{self.rank}", f"{count} {int(self.waiting)}")
 
     @contextlib.contextmanager
     def guard(self):
@@ -69,7 +70,7 @@ class Watch:
         except RankFailed:
             raise
         except RuntimeError as error:
-            raise RankFailed(self.explain(str(error).splitlines()[0])) from error
+            raise RankFailed(self.explain(first_line(error))) from error
         finally:
             self.waiting = False
 
@@ -92,30 +93,28 @@ class Watch:
         error = NOISE.sub("", error)
         if self.store is None:
             return error
-        found = _ask_store(self._find_failure)
-        if found is None:
-            return f"rank 0 of {self.size}, or what started it, ended or hangs: its store does not answer ({error})"
-        return found if found.startswith("rank ") and ": " in found else f"{found} ({error})"
+        silence = f"rank 0 of {self.size}, or what started it, ended or hangs: its store does not answer"
+        return _ask_store(lambda: self._find_failure(error)) or f"{silence} ({error})"
 
-    def _find_failure(self):
+    def _find_failure(self, error):
         """Return what a rank reported, else which ranks send no heartbeat, else which ranks do not wait for others."""
-        reported = lambda: self.store.check(["fastff/failure"])  # noqa: E731
-        before = None if reported() else self._heartbeats()
-        if before is not None:
+        before = self._heartbeats()
+        if not self.store.check(["fastff/failure"]):
             time.sleep(PATIENCE)
-        if reported():
+        if self.store.check(["fastff/failure"]):
             return self.store.get("fastff/failure").decode()
         now = self._heartbeats()
         silent = [rank for rank in range(self.size) if now[rank] == before[rank]]
+        busy = [rank for rank, (_, waits) in enumerate(now) if rank != self.rank and waits == "0"]
+        found = f"{_rank_names(busy, self.size)} did not come in time" if busy else "the ranks wait for each other"
         if silent:
-            return f"{_rank_names(silent, self.size)} ended or hangs, nothing was heard of it for {PATIENCE:g} s"
-        busy = [rank for rank, (_, _, waits) in enumerate(now) if rank != self.rank and waits == "0"]
-        return f"{_rank_names(busy, self.size)} did not come in time" if busy else "the ranks wait for each other"
+            found = f"{_rank_names(silent, self.size)} ended or hangs, nothing was heard of it for {PATIENCE:g} s"
+        return f"{found} ({error})"
 
     def _heartbeats(self):
-        """[(count, steps, waits)] of all ranks, as strings."""
+        """[(count, waits)] of all ranks, as strings."""
         keys = [f"fastff/heartbeat/{rank}" for rank in range(self.size)]
-        return [self.store.get(key).decode().split() if self.store.check([key]) else ["0", "0", "0"] for key in keys]
+        return [self.store.get(key).decode().split() if self.store.check([key]) else ["0", "0"] for key in keys]
 
     def on_terminate(self):
         """Make SIGTERM, which torchrun sends when another rank has failed, raise RankFailed with the reason."""

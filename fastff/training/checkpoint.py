@@ -9,25 +9,13 @@ from pathlib import Path
 import torch
 from torch.utils.serialization import config
 
+from fastff.arguments import first_line
+
 VERSION = 1  # of the form that state.py gives a checkpoint
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or of another network; the message names the file and what is wrong."""
-
-
-class _File:
-    """A file open for writing that keeps the error of a write: torch.save ends with an error of its own instead."""
-
-    def __init__(self, file):
-        self.file, self.flush, self.error = file, file.flush, None
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
 
 
 def write_atomically(path, write):
@@ -39,17 +27,16 @@ def write_atomically(path, write):
     _remove_left(path)
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as opened:
-            file = _File(opened)
-            try:
-                write(file)
-            except Exception as error:
-                raise (file.error or error) from None
-            opened.flush()
-            os.fsync(opened.fileno())
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save ends with an error of its own
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(PermissionError):  # Windows opens no folders
@@ -99,10 +86,8 @@ def load(path, map_location=None):
                 raise ValueError(f"the checksum of its part {damaged} is wrong")
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: not a readable fastff checkpoint, it is damaged or of another kind ({reason})"
-        ) from error
+        text = f"not a readable fastff checkpoint, it is damaged or of another kind ({first_line(error)})"
+        raise CheckpointError(f"{path}: {text}") from error
     if not isinstance(state, dict) or state.get("format") != "fastff":
         raise CheckpointError(f"{path}: expected a fastff checkpoint, got a file with something else in it")
     version = state.get("version")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastff.arguments import check_labels, kind_of, whole_number
+from fastff.arguments import check_labels, first_line, kind_of, whole_number
 from fastff.parallel.watch import RankFailed
 from fastff.training.batch import check_batch, unpack
 from fastff.training.randomness import generators_of, random_state, set_random_state
@@ -97,8 +97,7 @@ def failures_told(trainer, path):
     except RankFailed as error:
         raise RankFailed(error.reason, trainer.steps, _existing(path)) from error
     except BaseException as error:
-        text = str(error).splitlines()
-        trainer.ranks.watch.report(text[0] if text else type(error).__name__)
+        trainer.ranks.watch.report(first_line(error))
         # A rank cannot finish a step when others do not.
         if type(error) is KeyboardInterrupt and trainer.ranks.size > 1:
             raise Interrupted(_existing(path), trainer.steps) from error
@@ -134,7 +133,6 @@ class _Epoch:
             counted = engine.counted(state.steps)
             trainer.step(images, target)
             state.add(trainer.result, counted)
-            trainer.ranks.watch.steps = state.steps
             images_seen += trainer.result.samples * trainer.ranks.data_size
             self.after_step(images_seen / (time.perf_counter() - start))
         if state.totals is None:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fastff.arguments import plain
+from fastff.arguments import first_line, plain
 from fastff.training.checkpoint import CheckpointError
 from fastff.training.randomness import random_state, set_random_state
 
+NOTHING = object()  # stands for a key that is missing
 OPTIONAL = (dict, type(None))
 CONTENTS = {
     "kind": str, "names": list, "meta": OPTIONAL, "module": dict, "optimizers": list, "scalers": list, "random": dict,
@@ -19,7 +20,7 @@ CONTENTS = {
 def check(saved, kind, engine):
     """Raise CheckpointError unless the contents of a checkpoint (state.save) are those of a trainer of this kind with this engine."""
     for key, types in CONTENTS.items():
-        _of_type(key, saved.get(key, _Nothing), types)
+        _of_type(key, saved.get(key, NOTHING), types)
     if saved["kind"] != kind or saved["names"] != list(engine.names):
         text = f"it has {saved['kind']} of {saved['names']}, expected {kind} of {list(engine.names)}"
         raise CheckpointError(f"of another network or cut: {text}")
@@ -39,7 +40,7 @@ def check(saved, kind, engine):
 
 
 def _check_progress(saved, losses):
-    counts = {f"position[{key!r}]": saved["position"].get(key, _Nothing) for key in ("epoch", "batch")}
+    counts = {f"position[{key!r}]": saved["position"].get(key, NOTHING) for key in ("epoch", "batch")}
     for name, count in ({"steps": saved["steps"]} | counts).items():
         _of_type(name, count, int)
         if count < 0:
@@ -61,18 +62,14 @@ def _check_progress(saved, losses):
                         raise TypeError("its loader's are no list of tensors")
             except Exception as error:
                 text = f"expected the states of random generators as {key}, got others"
-                raise CheckpointError(f"{text} ({_reason(error)})") from error
+                raise CheckpointError(f"{text} ({type(error).__name__}: {first_line(error)})") from error
     finally:
         set_random_state(now)
 
 
-class _Nothing:
-    """Stands for a key that is missing."""
-
-
 def _of_type(what, value, types):
     if not isinstance(value, types) or isinstance(value, bool):
-        got = "nothing" if value is _Nothing else f"a {type(value).__name__}"
+        got = "nothing" if value is NOTHING else f"a {type(value).__name__}"
         names = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
         raise CheckpointError(f"expected {what} as {names}, got {got}")
 
@@ -98,14 +95,14 @@ def _same_form(what, saved, own):
 def _check_optimizer(what, optimizer, saved):
     _of_type(what, saved, dict)
     for key, types in (("state", dict), ("param_groups", list), ("class", str)):
-        value = saved.get(key, type(optimizer).__name__ if key == "class" else _Nothing)  # 0.1 has no "class"
+        value = saved.get(key, type(optimizer).__name__ if key == "class" else NOTHING)  # 0.1 has no "class"
         _of_type(f"{what}[{key!r}]", value, types)
     made = saved.get("class", type(optimizer).__name__)
     if made != type(optimizer).__name__:
         raise CheckpointError(f"{what} does not fit: it is of {made}, expected {type(optimizer).__name__}")
     for group, mine in zip(saved["param_groups"], optimizer.state_dict()["param_groups"], strict=False):
         _of_type(f"a group of {what}", group, dict)
-        _of_type(f"base_lr of {what}", group.get("base_lr", _Nothing), (int, float, torch.Tensor))
+        _of_type(f"base_lr of {what}", group.get("base_lr", NOTHING), (int, float, torch.Tensor))
         if group.get("params") != mine["params"]:
             raise CheckpointError(
                 f"{what} does not fit: expected parameters {mine['params']}, got {group.get('params')}"
@@ -118,7 +115,7 @@ def _check_optimizer(what, optimizer, saved):
     except Exception as error:
         if not _can_be_tried(optimizer):
             return
-        text = f"a {type(optimizer).__name__} cannot go on from it ({_reason(error)})"
+        text = f"a {type(optimizer).__name__} cannot go on from it ({type(error).__name__}: {first_line(error)})"
         raise CheckpointError(f"{what} does not fit: {text}") from error
     for index, state in saved["state"].items():
         _of_type(f"{what}: state[{index!r}]", state, dict)
@@ -150,8 +147,3 @@ def _can_be_tried(optimizer):
         return _state_after_a_step(optimizer, optimizer.state_dict()["param_groups"]) is not None
     except Exception:
         return False
-
-
-def _reason(error):
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -182,13 +182,9 @@ def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         by_class, test_by_class = _split(train, _files_by_class(train))
     else:
         by_class, test_by_class = _files_by_class(train), _files_by_class(test)
-        for here, there, extra in (
-            (train, test, by_class.keys() - test_by_class.keys()),
-            (test, train, test_by_class.keys() - by_class.keys()),
-        ):
-            if extra:
-                text = f"has class folders that {there} has not: {', '.join(sorted(extra))}"
-                raise DataError(f"{here}: {text}. Both need the same ones.")
+        if differing := ", ".join(sorted(by_class.keys() ^ test_by_class.keys())):
+            text = f"{train.name} and {test.name} need the same class folders, these are in one of them alone"
+            raise DataError(f"{root}: {text}: {differing}.")
     names = tuple(by_class)
     images, labels = _read_images(by_class, size)
     test_images, test_labels = _read_images(test_by_class, size)

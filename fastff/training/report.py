@@ -7,20 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from fastff.training.checkpoint import write_atomically
 from fastff.training.state import means
 
 MINUTE = 60.0  # seconds between lines within an epoch
-
-
-def peak_resident_mb():
-    """Return the peak resident memory of this process in MiB, or None where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 class Report:
@@ -102,26 +94,21 @@ class Report:
 
     def _display(self, state, images_per_second, done):
         """Return a bar, and loss and accuracy of the blocks that have a loss, in as many columns as fit into the terminal."""
-        from rich.columns import Columns
-        from rich.console import Group
-        from rich.constrain import Constrain
-        from rich.progress_bar import ProgressBar
-        from rich.table import Column, Table
-        from rich.text import Text
+        from rich import columns, console, constrain, progress_bar, table, text
 
-        line = Table.grid(*(Column(no_wrap=True) for _ in range(3)), padding=(0, 1))
-        bar = ProgressBar(total=self.epochs * self.batches, completed=done, width=12)
+        line = table.Table.grid(*(table.Column(no_wrap=True) for _ in range(3)), padding=(0, 1))
+        bar = progress_bar.ProgressBar(total=self.epochs * self.batches, completed=done, width=12)
         line.add_row(f"epoch {state.position['epoch'] + 1} of {self.epochs}", bar, self._pace(images_per_second, done))
         width = min(30, max(map(len, self.names)))  # the end of a long path tells more than its beginning
         blocks = [
-            Text(f"{name[-width:]:{width}} {loss:7.3f}" + ("" if accuracy != accuracy else f" {accuracy:6.1%}"))
+            text.Text(f"{name[-width:]:{width}} {loss:7.3f}" + ("" if accuracy != accuracy else f" {accuracy:6.1%}"))
             for name, loss, accuracy in zip(self.names, *means(state.totals), strict=True)
             if loss == loss  # NaN is of a block that is not trained, or by another rank
         ]
         title = "loss and accuracy of each block"
-        columns = Columns(blocks, padding=(0, 3), equal=True, column_first=True, title=title)
+        losses = columns.Columns(blocks, padding=(0, 3), equal=True, column_first=True, title=title)
         # Ctrl-C is echoed behind the last row: at the terminal's edge it would wrap and push the display up.
-        return Constrain(Group(line, columns), self.live.console.width - 3)
+        return constrain.Constrain(console.Group(line, losses), self.live.console.width - 3)
 
     def _print(self, line):
         """Print a line that stays."""
@@ -159,9 +146,12 @@ def _clock(seconds):
 
 
 def _memory(device):
+    """Return what is said of the peak memory of the GPU, or of this process; nothing where the system does not say it (Windows)."""
     if device.type == "cuda":
-        import torch
-
         return f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of the GPU"
-    peak = peak_resident_mb()
-    return "" if peak is None else f", {peak:,.0f} MiB at peak"
+    try:
+        import resource
+    except ImportError:
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f", {peak / (2**20 if sys.platform == 'darwin' else 2**10):,.0f} MiB at peak"

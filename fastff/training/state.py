@@ -47,8 +47,7 @@ class State:
 def means(totals):
     """Return (losses, accuracies), lists of L numbers, from totals [3, L]. NaN stands for a block of another rank. Waits for the device."""
     *sums, count = totals.tolist()
-    losses, accuracies = ([v / n if n else math.nan for v, n in zip(s, count, strict=True)] for s in sums)
-    return losses, accuracies
+    return tuple([v / n if n else math.nan for v, n in zip(s, count, strict=True)] for s in sums)
 
 
 def save(path, trainer):
@@ -58,10 +57,8 @@ def save(path, trainer):
     trainer.synchronize()
     engine, state, place = trainer.engine, trainer.state, trainer.engine.place
     ranks = place.ranks
-    used = [engine.optimizers[k] for k in place.own_optimizers]
-    optimizers = {
-        k: o.state_dict() | {"class": type(o).__name__} for k, o in zip(place.own_optimizers, used, strict=True)
-    }
+    used = ((k, engine.optimizers[k]) for k in place.own_optimizers)
+    optimizers = {k: o.state_dict() | {"class": type(o).__name__} for k, o in used}
     scalers = {k: engine.scalers[k].state_dict() for k in place.own if engine.scalers[k] is not None}
     totals = None if state.totals is None else ranks.sum(state.totals)
     needed = ranks.data_rank == 0 or ranks.distributed.shard_optimizer  # other replicas have the same
