@@ -117,7 +117,7 @@ def test_report_says_what_ran():
         net.float()(torch.randn(8, 3, 16, 16))
     assert report.entries[-1].result == "under autocast"
     net(torch.randn(1, 3, 8, 8))
-    assert "positions of the batch: pays from 1024 on" in str(report)
+    assert "positions of the batch: pays from 512 on" in str(report)
 
 
 def test_a_gradient_can_be_differentiated(everywhere, monkeypatch):

@@ -87,7 +87,8 @@ def _place(t):
 
 
 def _pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
+    """Return an option of a convolution, which may be a number or one or two of them, as two."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _conv2d(mode, function, args, kwargs):
@@ -101,19 +102,20 @@ def _convolution(mode, function, input, weight, bias=None, stride=1, padding=0, 
     if reason is not None:
         mode.record("convolution", reason, weight)
         return function(input, weight, bias, stride, padding, dilation, groups)
-    few = input.numel() < limits.FEWEST_POSITIONS * input.shape[1]
+    (high, across), channels, (filters, _, k, width) = _pair(stride), input.shape[1], weight.shape
+    positions = input.numel() // (channels * high * across or 1)
+    few = positions < limits.FEWEST_POSITIONS
     if few and mode.converted and in_channels_last(input):
         input = relaid(input, False)
     elif not few and not in_channels_last(input) and not in_channels_last(weight):
         mode.converted = True
         input = relaid(input, True)
-    (high, across), (top, *left) = _pair(stride), (0,) if padding == "valid" else _pair(padding)
-    channels, (filters, _, k, width) = input.shape[1], weight.shape
+    top, *left = (0,) if padding == "valid" else _pair(padding)
     plain = high == across and left in ([], [top]) and top != "s" and k == width and _pair(dilation) == (1, 1)
     plain = plain and (groups == 1 or groups == channels == filters and top < k)
     how = way(input, weight, high, top, groups) if plain else PYTORCH
     if few and how == PYTORCH:
-        reason = f"at {input.numel() // channels} positions of the batch: pays from {limits.FEWEST_POSITIONS} on"
+        reason = f"at {positions} positions of the batch: pays from {limits.FEWEST_POSITIONS} on"
     mode.record("convolution", reason or "replaced", weight)
     if how == PYTORCH:
         return function(input, weight, bias, stride, padding, dilation, groups)
