@@ -71,15 +71,15 @@ def _normalize(x, name, groups, eps, impl):
 
 
 def _divisor(x, name, eps):
-    """Return by what x [B, C] or [B, C, H, W] is divided for length or mean square 1, and its length, each for the elements that share them."""
+    """Return by what x [B, C] or [B, C, H, W] is divided for length or mean square 1, for the elements that share it, and for l2 its length."""
     dims = (1,) if x.dim() == 2 or name.endswith("_channels") else (1, 2, 3)
-    if dims == (1,) and x.dim() == 4 and not is_channels_last(x):  # where vector_norm takes ten times as long
-        length = x.square().sum(1, keepdim=True).sqrt_()
-    else:
-        length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    apart = dims == (1,) and x.dim() == 4 and not is_channels_last(x)  # where vector_norm takes ten times as long
+    if name.startswith("rms") and apart:
+        return x.square().mean(1, keepdim=True).add_(eps).sqrt_(), None
+    length = x.square().sum(1, keepdim=True).sqrt_() if apart else torch.linalg.vector_norm(x, 2, dims, True)
     if name.startswith("l2"):
         return length + eps, length
-    return (length.square() * (length.numel() / x.numel())).add_(eps).sqrt_(), length
+    return length.square_().mul_(length.numel() / x.numel()).add_(eps).sqrt_(), None
 
 
 class _InPasses(torch.autograd.Function):
@@ -103,7 +103,7 @@ class _InPasses(torch.autograd.Function):
             factor.masked_fill_(length == 0, 0)  # what is all zero gets no gradient
             share = factor.square().div_(length.clamp_min(torch.finfo(x.dtype).tiny))
         else:
-            share = factor.pow(3).mul_(length.numel() / x.numel())
+            share = factor.pow(3).mul_(divisor.numel() / x.numel())
         return torch.addcmul(grad * factor, x, share.mul_((grad * x).sum(dims, keepdim=True)), value=-1), None, None
 
 
@@ -274,6 +274,8 @@ def quick(x, name, groups, eps, impl):
         y is None or x.dim() == 2 or (x.is_contiguous() and y.is_contiguous())
     ):  # one position has any layout, and as_strided a slow gradient
         return y
+    if x.is_contiguous():
+        return y.contiguous()
     B, C, H, W = x.shape
     return y if y.stride() == x.stride() == (H * W * C, 1, W * C, C) else as_result_of(x, y)
 
