@@ -26,6 +26,19 @@ constexpr int64_t kCache = 144 << 10;  // floats of a task's tiles: half a megab
 
 int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+// Memory for n floats that a thread keeps from one call to the next, for each of several uses: given back to the system and taken from it again, its
+// pages took a third of the time.
+enum Use { kFilters, kInputs, kOutputs };
+template <Use>
+float* kept(int64_t n) {
+  thread_local Buffer<float> memory;
+  if (static_cast<int64_t>(memory.size()) < n) {
+    Buffer<float>().swap(memory);
+    memory.resize(n);
+  }
+  return memory.data();
+}
+
 // The matrices B', G, A', A and G' times a column.
 FASTFF_INLINE void of_input(const Vector* d, int64_t step, Vector* to) {
   const Vector a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
@@ -167,8 +180,7 @@ Tensor convolution_winograd_native(Tensor x, Tensor weight, MaybeTensor bias, in
   const Filters filters{
       D, C, transposed ? columns : rows, transposed ? rows : columns, last ? inner : 1, transposed, floats(weight)};
   const int64_t points = whole(D, kPanel) * C;
-  const Tensor memory = empty(x, {kPoints * points});
-  float* const u = writable(memory);
+  float* const u = kept<kFilters>(kPoints * points);
   parallel_for(0, whole(D, kPanel) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * kPanel; n < end * kPanel; n += kPanel) filters.transform(n, u + n * C, points);
   });
@@ -179,8 +191,7 @@ Tensor convolution_winograd_native(Tensor x, Tensor weight, MaybeTensor bias, in
   const int64_t most = std::clamp<int64_t>(kCache / (kPoints * images.wide) / 12 * 12, 12, 96);
   parallel_for(0, B * images.down * images.across, 12, [&](int64_t begin, int64_t end) {
     const int64_t step = even(end - begin, most);
-    const Tensor tiles = empty(x, {kPoints * step * images.wide}), products = empty(x, {kPoints * step * kColumns});
-    float *const v = writable(tiles), *const m = writable(products);
+    float *const v = kept<kInputs>(kPoints * step * images.wide), *const m = kept<kOutputs>(kPoints * step * kColumns);
     for (int64_t first = begin; first < end; first += step) {
       const int64_t count = std::min(step, end - first);
       images.inputs(first, count, padding, images.wide, v);
@@ -221,11 +232,9 @@ Tensor convolution_winograd_gradient_native(Tensor grad, Tensor x, int64_t paddi
   const int64_t share = std::min(whole((D * groups + 7) / 8, 12), D),
                 shares = (D + share - 1) / share;  // of D, of a task
   const int64_t most = std::clamp<int64_t>(2 * kCache / (kPoints * (panels + share)), 16, 128);
-  const Tensor memory = empty(x, {groups * size});
-  float* const sums = writable(memory);  // [groups][16 points][D][C]
+  float* const sums = kept<kFilters>(groups * size);  // [groups][16 points][D][C]
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
-    const Tensor of_x = empty(x, {kPoints * most * panels}), of_grad = empty(x, {kPoints * most * share});
-    float *const v = writable(of_x), *const e = writable(of_grad);
+    float *const v = kept<kInputs>(kPoints * most * panels), *const e = kept<kOutputs>(kPoints * most * share);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / shares, d = task % shares * share, width = std::min(share, D - d);
       const int64_t from = group * tiles / groups, to = (group + 1) * tiles / groups, step = even(to - from, most);

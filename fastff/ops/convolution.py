@@ -8,6 +8,7 @@ few positions or many weights alone), PyTorch's own, which defines the op.
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from fastff.kernels import native
 from fastff.kernels.layout import is_channels_last, laid
@@ -15,7 +16,7 @@ from fastff.kernels.native.depthwise import SIZES
 from fastff.kernels.torch.convolution import weight_gradient
 from fastff.ops import depthwise
 from fastff.ops import gradients as partial
-from fastff.ops.table import Implementation, always, choose, dispatched, kernel_for, register
+from fastff.ops.table import Implementation, always, choose, dispatched, kernel_for, register, transformed
 
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
 # With AVX-512 the compiled kernel is quicker than oneDNN's, which passes through the weights more often, at few positions of a minibatch (one thread
@@ -84,7 +85,7 @@ def way(x, weight, stride, padding, groups):
     PANELS (csrc/cpu/convolution_few.cpp) or WINOGRAD (csrc/cpu/convolution_winograd.cpp)."""
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
         return PYTORCH
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or stride < 1 or padding < 0:
         return PYTORCH
     k, channels = weight.shape[2], x.shape[1]
     if groups > 1:
@@ -196,3 +197,32 @@ def convolve(x, weight, bias, stride, padding, groups, how=None):
     how = how or way(x, weight, stride, padding, groups)
     run = _Convolve.apply if how in (KERNEL, PANELS, WINOGRAD) and torch.is_grad_enabled() else forward
     return run(x, weight, bias, stride, padding, groups, how)
+
+
+def in_numbers(x, weight, stride, padding, dilation, groups):
+    """Return stride and padding of F.conv2d as the numbers that `way` takes, or None: for filters that are not square, in some groups, and others."""
+    if x.dim() != 4 or weight.dim() != 4:
+        return None
+    pairs = [  # "same" is none
+        tuple(option) * (2 if len(option) == 1 else 1) if hasattr(option, "__len__") else (option, option)
+        for option in (stride, 0 if padding == "valid" else padding, dilation, weight.shape[2:])
+    ]
+    if any(len(pair) != 2 or pair[0] != pair[1] for pair in pairs) or pairs[2][0] != 1:
+        return None
+    top, k, channels = pairs[1][0], weight.shape[2], x.shape[1]
+    return (pairs[0][0], top) if groups == 1 or (groups == channels == len(weight) and top < k) else None
+
+
+class Quick(TorchFunctionMode):
+    """The mode in which F.conv2d of tensors on a CPU is computed as fast as can be here, whatever code calls it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.conv2d and not transformed():
+            return self._conv2d(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _conv2d(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        options = in_numbers(input, weight, stride, padding, dilation, groups) if input.numel() else None
+        if options is None:
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return convolve(input, weight, bias, *options, groups)
