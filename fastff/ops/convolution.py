@@ -28,9 +28,9 @@ FEW_POSITIONS, FEW_POSITIONS_CONTIGUOUS, MANY_WEIGHTS = 512, 256, 1 << 20
 # channels 7.0 and 9.9, 1.7 and 3.6, 1.2 and 1.5; 128 channels 1.2, 0.9 and 0.8 forward). With AVX2 1.1 to 1.8 and 1.3 to 14 times.
 WEIGHTS_OF_PANELS = 1 << 18
 # Sizes from which on a convolution by 3 x 3 filters, stride 1, in channels_last is quicker with 16 multiplications for each 2 x 2 outputs than with
-# 36 (one thread of an EPYC 9005, against oneDNN: 40 to 256 channels 1.3 to 1.7 times forward and for the gradient of x, 1.0 to 1.4 for the weight's;
-# 20 to 80 channels 1.3, 1.1 to 1.6, 1.0; 16 channels 0.9, 0.9, 0.7; 512 channels of 512 positions 0.6, 0.6, 1.1).
-WINOGRAD_CHANNELS, WINOGRAD_POSITIONS, WINOGRAD_WEIGHTS = 20, 512, 9 << 17
+# 36 (one thread of an EPYC 9005, against oneDNN: 40 to 512 channels 1.3 to 1.7 times forward and for the gradient of x, 1.1 to 1.6 for the weight's;
+# 20 to 80 channels 1.3, 1.1 to 1.6, 1.0; 16 channels 0.9, 0.9, 0.7; 512 channels of 512 outputs 0.6, 0.6, 1.1, of 1,024 outputs 1.3, 1.5, 1.6).
+WINOGRAD_CHANNELS, WINOGRAD_POSITIONS, WINOGRAD_FILTERS = 20, 512, 1 << 18
 # Multiply-adds up to which a 1 x 1 convolution is quicker as a matrix product (1.1 to 1.7 times; 2^26: 0.8).
 LARGEST_PRODUCT = 1 << 25
 
@@ -101,7 +101,8 @@ def way(x, weight, stride, padding, groups):
     positions = x.shape[0] * height * width
     fits = min(height, width) > 0 and weight.shape[1] == channels and not dispatched(x, weight)
     large = positions >= WINOGRAD_POSITIONS and min(channels, weight.shape[0]) >= WINOGRAD_CHANNELS
-    if laid_out and fits and large and weight.numel() <= WINOGRAD_WEIGHTS and (k, stride) == (3, 1) and padding < 3:
+    filters = weight.numel() // 9 <= min(256 * positions, WINOGRAD_FILTERS)
+    if laid_out and fits and large and filters and (k, stride) == (3, 1) and padding < 3:
         return WINOGRAD
     if laid_out:
         few = positions <= FEW_POSITIONS or weight.numel() >= MANY_WEIGHTS or not native.has_avx512()
