@@ -67,7 +67,7 @@ sanitize: install
 	  PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} FASTFF_DRAWS=$${FASTFF_DRAWS:-1000} $(abspath $(PY)) -m pytest -q -p no:cacheprovider \
 	  tests/test_goodness.py tests/test_goodness_limits.py tests/test_layer_norm.py tests/test_epilogue_step.py tests/test_convolution.py \
 	  tests/test_depthwise.py tests/test_group_goodness.py tests/test_group_epilogue_step.py tests/test_muon.py tests/test_drawn.py \
-	  -k "native or drawn_calls or few_positions"
+	  -k "native or drawn_calls or few_positions or winograd"
 
 # 100,000 drawn calls of the compiled operators, 2,500 for each of goodness's two property tests, whose tolerances are narrower (half an hour), and
 # training steps of 10,000 drawn networks (about an hour on two cores).

@@ -30,7 +30,6 @@ class Case(NamedTuple):
         mbytes, gflop: MB that must be moved and GFLOP that must be computed, by formula; None if unknown.
         memory: whether to measure the peak memory of each contender.
         note: more columns, whose values are known only after the check.
-        unchecked: names of contenders that compute something else and are only timed.
     """
 
     columns: dict[str, Any]
@@ -41,7 +40,6 @@ class Case(NamedTuple):
     gflop: float | None = None
     memory: bool = False
     note: dict[str, Any] = {}
-    unchecked: Sequence[str] = ()
 
     @property
     def name(self):
@@ -60,8 +58,6 @@ def check(case):
     exact = case.exact() if callable(case.exact) else case.exact
     allowed = None
     for name, function in case.contenders.items():
-        if name in case.unchecked:
-            continue
         errors = [_error(got, true) for got, true in zip(function(), exact, strict=True)]
         allowed = [4 * error + 1e-6 for error in errors] if allowed is None else allowed
         for index, (error, most) in enumerate(zip(errors, allowed, strict=True)):

@@ -22,7 +22,7 @@ from fastff.swap_in import limits
 CONVOLUTIONAL = ("splits", "views", "contrasts", "predictions", "decoders", "samples", "positions")
 FULLY_CONNECTED = ("lengths", "sums", "suite")
 STYLES = CONVOLUTIONAL + FULLY_CONNECTED
-WARM_UP = 15  # calls, in fourteen of which accelerate measures
+WARM_UP = 23  # calls, in twenty-two of which accelerate measures
 
 
 def program(style, dtype=torch.float32):

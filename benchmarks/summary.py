@@ -16,8 +16,8 @@ KERNELS = {
     "group_goodness": ("fastff", "goodness without weights", "eager", [
         {"family": "hinton", "B": 64, "C": 256}, {"family": "cwcomp", "B": 64, "H": 32}, {"family": "deeperforward", "B": 64, "H": 8},
     ]),
-    "convolution": ("fastff", "weight gradient of a convolution", "oneDNN", [
-        {"B": 32, "C": 64, "H": 32, "D": 64}, {"B": 32, "C": 512, "H": 4, "D": 512},
+    "convolution": ("fastff", "convolution", "oneDNN", [
+        {"B": 32, "C": 64, "H": 32, "D": 64, "pass": "forward"}, {"B": 32, "C": 128, "H": 16, "D": 128, "pass": "gradient of the weight"},
     ]),
     "depthwise": ("fastff", "depthwise convolution, both gradients", "PyTorch", [
         {"B": 32, "C": 96, "H": 28, "kernel": 5, "gradients": "x and weight"}, {"B": 32, "C": 240, "H": 14, "gradients": "x and weight"},

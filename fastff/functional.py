@@ -155,11 +155,10 @@ def layer_norm(x, eps=1e-5, *, over="sample", channel_dim=1, impl="auto"):
     """Normalize x to mean 0 and variance 1 without affine: `over` "sample" (all but the batch dimension) or "channels" (at each position).
 
     eps is added to the variance. Returns a tensor as x; differentiable. Source: Ba et al. 2016, arXiv 1607.06450."""
-    x4 = arguments.canonical_x(x, channel_dim)
     if over not in ("sample", "channels"):
         raise ValueError(f"over: expected 'sample' or 'channels', got {over!r}")
     how = "layer_norm" if over == "sample" else "layer_norm_channels"
-    return _normalized(x, x4, Normalization.checked(how, x4.shape[1], eps=eps), channel_dim, impl)
+    return normalize(x, how, eps=eps, channel_dim=channel_dim, impl=impl)
 
 
 def group_goodness(x, groups=1, *, power=2, mean=True, positions=False, channel_dim=1, impl="auto"):
@@ -242,14 +241,17 @@ def normalize(x, how="l2", groups=1, eps=1e-5, *, channel_dim=1, impl="auto"):
         how: "layer_norm", "l2" (x / (|x| + eps); what is all zero stays zero and gets no gradient) or "rms" over all of a sample, with
             "_channels" over C at each position; "group_norm" over each of `groups` groups of neighbouring channels; "none" gives x itself.
         eps: is added to the variance, or to the length."""
+    if isinstance(x, torch.Tensor) and channel_dim == 1:
+        y = ops.group_goodness.quick(x, how, groups, eps, impl)
+        if y is not None:
+            return y
     x4 = arguments.canonical_x(x, channel_dim)
-    Groups(groups).check(x4)
+    if type(groups) is not int or groups != 1:
+        Groups(groups).check(x4)
     normalization = Normalization.checked(how, x4.shape[1], groups, eps, called="how")
-    return x if normalization.name == "none" else _normalized(x, x4, normalization, channel_dim, impl)
-
-
-def _normalized(x, x4, normalization, channel_dim, impl):
     check_impl(impl)
+    if normalization.name == "none":
+        return x
     if x.dim() == 2:
         return ops.group_goodness.normalize(x, *normalization, impl)
     return arguments.restore(ops.group_goodness.normalize(x4, *normalization, impl), x, channel_dim)

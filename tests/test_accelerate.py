@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fastff
 from benchmarks.strangers import CONVOLUTIONAL, STYLES, difference
 from fastff.ops import table
+from fastff.ops.convolution import PYTORCH, ROWS, WINOGRAD
+from fastff.ops.table import kernel_for
 from fastff.swap_in import calls, layouts, optimizers
 
 
@@ -117,7 +119,26 @@ def test_report_says_what_ran():
         net.float()(torch.randn(8, 3, 16, 16))
     assert report.entries[-1].result == "under autocast"
     net(torch.randn(1, 3, 8, 8))
-    assert "positions of the batch: pays from 1024 on" in str(report)
+    assert "positions of the batch: pays from 512 on" in str(report)
+
+
+def test_float32_and_winograd(monkeypatch):
+    """Values, gradients and their layouts as without, where 3 x 3 filters need fewer multiplications."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 40, 3), nn.ReLU(), nn.Conv2d(40, 24, 3)
+    )
+    x, ways, way = torch.randn(4, 3, 18, 18), [], layouts.way
+    monkeypatch.setattr(layouts, "way", lambda *args: ways.append(way(*args)) or ways[-1])
+    before = copy.deepcopy(net)
+    fastff.accelerate(net).measure = False
+    found = fastff.verify(before, net, x)
+    assert found, found
+    assert ways[1:] == [WINOGRAD if kernel_for("convolution", ROWS, x) else PYTORCH] * 2
+    for one in (before, net):
+        one(x).pow(2).sum().backward()
+    for p, q in zip(before.parameters(), net.parameters(), strict=True):
+        assert p.grad.stride() == q.grad.stride()
 
 
 def test_a_gradient_can_be_differentiated(everywhere, monkeypatch):
@@ -295,9 +316,9 @@ def test_slower_ways_are_left(monkeypatch, everywhere):
         return now[0]
 
     monkeypatch.setattr(sys.modules["fastff.swap_in.accelerate"].time, "perf_counter", counter)
-    for _ in range(18):
+    for _ in range(26):
         module(torch.randn(2, 3, 6, 6))
-    assert seen == [True, False] * 7 + [False] * 4
+    assert seen == [True, False] * 11 + [False] * 4
     assert report.left[-1].result.startswith("as written from now on: 1000.00 ms, otherwise 3000.00 ms")
     report.measure = False
     module(torch.randn(2, 3, 6, 6))

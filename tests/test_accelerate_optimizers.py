@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,6 +27,25 @@ def test_fused_updates_only_of_what_lies_alike(everywhere):
         layers[1].optimizer.step()
     layers[0].optimizer.step()
     torch.testing.assert_close(layers[0].weight, layers[1].weight)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_filters_of_one_position_lie_alike_in_any_layout(kind):
+    """The gradient of 1 x 1 filters may have other strides where it has one element: the fused step is taken, with the same values."""
+    torch.manual_seed(0)
+    options = {"lr": 0.1, "momentum": 0.9} if kind is torch.optim.SGD else {"lr": 0.1}
+    values, grads = torch.randn(8, 4, 1, 1, dtype=torch.float64), torch.randn(3, 8, 4, 1, 1, dtype=torch.float64)
+    entries, stepped = [], []
+    for fused in (False, True):
+        weight = nn.Parameter(values.clone())
+        optimizer = kind([weight], **options)
+        with calls.Faster(lambda *entry: entries.append(entry)) if fused else nullcontext():
+            for grad in grads:
+                weight.grad = grad.as_strided((8, 4, 1, 1), (4, 1, 4, 4))
+                optimizer.step()
+        stepped.append(weight)
+    assert [entry[:2] for entry in entries] == [(f"{kind.__name__}.step", "replaced")] * len(grads)
+    torch.testing.assert_close(*stepped)
 
 
 class Two(nn.Module):

@@ -10,6 +10,7 @@ from torch import nn
 import fastff
 import fastff.functional as ff
 from fastff.nn import FFBlock, FFConv2d, FFLinear, LocalBlock
+from fastff.ops import convolution
 
 
 @pytest.mark.parametrize("normalize", ["rms", "l2", "layer_norm", "layer_norm_channels", None])
@@ -45,6 +46,39 @@ def test_a_pair_of_thresholds(impl, loss, positions):
     torch.testing.assert_close(step.loss, want.detach())
     torch.testing.assert_close(step.grad_x, grad)
     torch.testing.assert_close(ff.forward_forward_loss(g, loss, theta=(low, high)), want)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_forward_has_quick_convolutions(stride, monkeypatch):
+    """Its convolutions take the quickest way; values, gradients, second derivatives and hooks are those of the modules."""
+    torch.manual_seed(0)
+    block = FFConv2d(24, 40, 3, stride, norm=None, activation=nn.Tanh, num_classes=4)
+    x = torch.randn(4, 24, 12, 12).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ways, hooked, way = [], [], convolution.way
+    monkeypatch.setattr(convolution, "way", lambda *args: ways.append(way(*args)) or ways[-1])
+    block.module[0].register_forward_hook(lambda *args: hooked.append(0))
+    (y, g), plain = block(x), block.module(x)
+    assert len(ways) == 1
+    assert ways[0] == convolution.PYTORCH or stride == 2 or ways[0] == convolution.WINOGRAD
+    assert len(hooked) == 2
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(g, block.head(plain))
+    leaves = [x, *block.module.parameters()]
+    first = [torch.autograd.grad(t.pow(2).sum(), leaves, create_graph=True) for t in (y, plain)]
+    second = [torch.autograd.grad(sum(t.pow(2).sum() for t in each), leaves) for each in first]
+    for a, b in (*zip(*first, strict=True), *zip(*second, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 0}, {"padding": -1}, {"padding": "full"}, {"stride": (1, 2, 1)}, {"groups": 5}]
+)
+def test_wrong_options_raise_pytorchs_errors(options):
+    x, weight = torch.randn(4, 24, 12, 12).contiguous(memory_format=torch.channels_last), torch.randn(24, 24, 3, 3)
+    with pytest.raises((RuntimeError, ValueError)) as expected:
+        F.conv2d(x, weight, **options)
+    with pytest.raises(type(expected.value)), convolution.Quick():
+        F.conv2d(x, weight, **options)
 
 
 def test_thresholds_of_blocks():

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastff.graph.fused import Convolution
 from fastff.kernels import native
-from fastff.ops.convolution import KERNEL, PANELS, PYTORCH, ROWS, convolve, way
+from fastff.ops.convolution import KERNEL, PANELS, PYTORCH, ROWS, WINOGRAD, convolve, way
 from fastff.ops.table import kernel_for
 
 LAYOUTS_OF_A_BATCH = (torch.contiguous_format, torch.channels_last)
@@ -105,7 +105,7 @@ def test_the_kernel_takes_few_positions_in_each_layout(layouts):
     expected = KERNEL if kernel_for("convolution", ROWS, x) else PYTORCH
     assert way(x, weight, 1, 1, 1) == expected
     contiguous = layouts[0] == torch.contiguous_format
-    many = PYTORCH if contiguous or native.has_avx512() else expected
+    many = PYTORCH if contiguous or expected == PYTORCH else WINOGRAD
     assert way(x.repeat(64, 1, 1, 1).contiguous(memory_format=layouts[0]), weight, 1, 1, 1) == many
     grad = torch.randn(8, 48, 4, 4)
     convolve(x, weight, None, 1, 1, 1).backward(grad)
@@ -200,5 +200,78 @@ def test_many_weights_at_few_positions_are_taken_in_panels(bias):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert a.stride() == b.stride()
     for wrong in ((conv.weight[:, :150], None), (conv.weight, torch.zeros(1))):
+        with pytest.raises(RuntimeError):
+            convolve(x, *wrong, 1, 1, 1)
+
+
+@pytest.mark.skipif(bool(native.reason()), reason=native.reason())
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_winograd(data):
+    """Values and both gradients of any sizes and layouts, against PyTorch's in float64: the same bits twice and for any number of threads.
+
+    A rounding error at one position is also one at its neighbours in the tile, so that the largest element bounds all."""
+    draw = data.draw
+    B, C, D, _, _, _, H, W, generator = drawn(draw, 60, 70, 13)
+    padding, laid = draw(st.integers(0, 2)), lambda t: LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](t)
+    H, W = (max(n, 3 - 2 * padding) for n in (H, W))
+    tensors = [torch.randn(shape, generator=generator) for shape in ((B, C, H, W), (D, C, 3, 3), (D,))]
+    (x, x_memory), (weight, weight_memory), bias = laid(tensors[0]), laid(tensors[1]), tensors[2]
+    bias = draw(st.sampled_from([None, bias]))
+    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), 1, padding)
+    grad, grad_memory = laid(torch.randn(exact.shape, generator=generator))
+    memories = (x_memory, weight_memory, grad_memory)
+    before, last, ops = [t.clone() for t in memories], draw(st.booleans()), torch.ops.fastff
+
+    def run():
+        y = ops.convolution_winograd_native(x, weight, bias, padding, False)
+        grad_x = ops.convolution_winograd_native(grad, weight, None, 2 - padding, True)
+        return y, grad_x, ops.convolution_winograd_gradient_native(grad, x, padding, last)
+
+    got = run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    other = run()
+    torch.set_num_threads(threads)
+
+    def everything(f):
+        g, inputs, weights = (f(t.double()) for t in (grad, x, weight))
+        y = F.conv2d(inputs, weights, None if bias is None else f(bias.double()), 1, padding)
+        return y, F.conv_transpose2d(g, weights, None, 1, padding), exact_gradient(g, inputs, 3, 1, padding)
+
+    lengths = 9 * C, 9 * D, grad[:, 0].numel()
+    for y, right, size, length in zip(got, everything(torch.clone), everything(torch.abs), lengths, strict=True):
+        error = (y.double() - right).abs().max()
+        assert error <= 4 * torch.finfo(torch.float32).eps * length**0.5 * size.max()
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in got[:2])
+    assert got[2].is_contiguous(memory_format=LAYOUTS_OF_A_BATCH[last])
+    assert all(same_bits(a, b) for a, b in zip(got, other, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(before, memories, strict=True))
+
+
+@pytest.mark.skipif(bool(native.reason()), reason=native.reason())
+@pytest.mark.parametrize("layout", LAYOUTS_OF_A_BATCH)
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_convolutions_by_3_x_3_filters_are_winograd(bias, layout):
+    """The whole convolution: values, gradients in the layout of the weight, and gradients of these; wrong sizes raise PyTorch's error."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 24, 12, 12).contiguous(memory_format=torch.channels_last).requires_grad_()
+    conv = nn.Conv2d(24, 40, 3, padding=1, bias=bias).to(memory_format=layout)
+    expected = WINOGRAD if kernel_for("convolution", ROWS, x) else PYTORCH
+    assert way(x, conv.weight, 1, 1, 1) == expected
+    for stride, padding in ((2, 1), (1, 3)):
+        assert way(x, conv.weight, stride, padding, 1) != WINOGRAD
+    got, want = convolve(x, conv.weight, conv.bias, 1, 1, 1), conv(x)
+    torch.testing.assert_close(got, want)
+    leaves = [x, *conv.parameters()]
+    first = [torch.autograd.grad(y.pow(2).sum(), leaves, retain_graph=True) for y in (got, want)]
+    for a, b, leaf in zip(*first, leaves, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
+        assert a.stride() == leaf.stride()
+    found, wanted = (torch.autograd.grad(y.pow(2).sum(), leaves, create_graph=True) for y in (got, want))
+    second = [torch.autograd.grad(sum(g.pow(2).sum() for g in each), leaves) for each in (found, wanted)]
+    for a, b in (*zip(found, wanted, strict=True), *zip(*second, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+    for wrong in ((conv.weight[:, :20], None), (conv.weight, torch.zeros(1))):
         with pytest.raises(RuntimeError):
             convolve(x, *wrong, 1, 1, 1)

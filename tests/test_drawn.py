@@ -248,6 +248,13 @@ def convolution(draw):
     got = torch.ops.fastff.convolution_weight_gradient(grad, x, kernel, stride, padding, "native")
     want = torch.nn.grad.conv2d_weight(x.double(), (D, x.shape[1], kernel, kernel), grad.double(), stride, padding)
     close("weight", got, want, 1.0)
+    if (kernel, stride) == (3, 1) and padding < 3:
+        weight, ops = draw.laid(draw.values(D, x.shape[1], 3, 3)), torch.ops.fastff
+        close("weight", ops.convolution_winograd_gradient_native(grad, x, padding, draw.of(True, False)), want, 1.0)
+        exact = F.conv2d(x.double(), weight.double(), padding=padding)
+        close("y", ops.convolution_winograd_native(x, weight, None, padding, False), exact, 1.0)
+        exact = F.conv_transpose2d(grad.double(), weight.double(), padding=padding)
+        close("x", ops.convolution_winograd_native(grad, weight, None, 2 - padding, True), exact, 1.0)
 
 
 def depthwise(draw):

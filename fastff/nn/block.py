@@ -20,6 +20,7 @@ from fastff.graph.training import training_graph
 from fastff.nn.group_head import GOODNESS, GroupGoodness
 from fastff.nn.head import GoodnessHead, LossHead
 from fastff.nn.visit import EpilogueVisit, Visit, detached
+from fastff.ops.convolution import Quick
 from fastff.ops.epilogue import implementation
 from fastff.ops.gradients import GroupNormGuard
 
@@ -262,7 +263,9 @@ class FFBlock(LocalBlock):
 
     def forward(self, x):
         """x -> (output, goodness [B, K]): the output as it is, not normalised, with gradients."""
-        output = self.module(x)
+        quick = not torch.compiler.is_compiling() and any(p.dim() == 4 and p.is_cpu for p in self.module.parameters())
+        with Quick() if quick else contextlib.nullcontext():
+            output = self.module(x)
         return output, self.head(output)
 
 

@@ -5,6 +5,8 @@ fastff/reference.py. An implementation has goodness(x, groups), goodness_backwar
 for "none", and step(step) -> StepResult, its losses not reduced, for fastff/ops/step.py.
 """
 
+import math
+
 import torch
 
 from fastff import reference
@@ -28,7 +30,13 @@ ROWS = [
 ]
 
 
-FEW_ELEMENTS = 1 << 16  # up to which PyTorch's layer norm takes no longer than a call of the kernel
+IN_PASSES = (
+    "l2",
+    "rms",
+    "l2_channels",
+    "rms_channels",
+)  # PyTorch's length and product take no longer than the kernel does
+FEW_ELEMENTS = 1 << 16  # up to which PyTorch's layer norm over channels that lie apart is faster with its backward pass
 
 
 def _goodness(x, groups, power, mean, positions, impl):
@@ -56,27 +64,22 @@ def _normalize(x, name, groups, eps, impl):
     on_cpu = impl == "auto" and x.device.type == "cpu" and concerns([NATIVE])
     if on_cpu and name == "layer_norm" and x.element_size() == 2:  # PyTorch's is faster
         return as_result_of(x, of_pytorch.layer_norm(x, eps))
-    if on_cpu and _in_passes(x, name, eps):
+    if on_cpu and name in IN_PASSES and x.dtype == torch.float32 and eps > 0:
         return as_result_of(x, x / _divisor(x, name, eps)[0])
     normalization = Normalization(name, groups, eps)
     return as_result_of(x, choose("group_goodness", ROWS, impl, x).run.normalize(x, normalization))
 
 
-def _in_passes(x, name, eps):
-    """Whether normalizing x by PyTorch's length and product takes no longer than the kernel does."""
-    return name in ("l2", "rms", "l2_channels", "rms_channels") and x.dtype == torch.float32 and eps > 0
-
-
 def _divisor(x, name, eps):
-    """Return by what x [B, C] or [B, C, H, W] is divided for length or mean square 1, and its length, each for the elements that share them."""
+    """Return by what x [B, C] or [B, C, H, W] is divided for length or mean square 1, for the elements that share it, and for l2 its length."""
     dims = (1,) if x.dim() == 2 or name.endswith("_channels") else (1, 2, 3)
-    if dims == (1,) and x.dim() == 4 and not is_channels_last(x):  # where vector_norm takes ten times as long
-        length = x.square().sum(1, keepdim=True).sqrt_()
-    else:
-        length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    apart = dims == (1,) and x.dim() == 4 and not is_channels_last(x)  # where vector_norm takes ten times as long
+    if name.startswith("rms") and apart:
+        return x.square().mean(1, keepdim=True).add_(eps).sqrt_(), None
+    length = x.square().sum(1, keepdim=True).sqrt_() if apart else torch.linalg.vector_norm(x, 2, dims, True)
     if name.startswith("l2"):
         return length + eps, length
-    return (length.square() * (length.numel() / x.numel())).add_(eps).sqrt_(), length
+    return length.square_().mul_(length.numel() / x.numel()).add_(eps).sqrt_(), None
 
 
 class _InPasses(torch.autograd.Function):
@@ -100,7 +103,7 @@ class _InPasses(torch.autograd.Function):
             factor.masked_fill_(length == 0, 0)  # what is all zero gets no gradient
             share = factor.square().div_(length.clamp_min(torch.finfo(x.dtype).tiny))
         else:
-            share = factor.pow(3).mul_(length.numel() / x.numel())
+            share = factor.pow(3).mul_(divisor.numel() / x.numel())
         return torch.addcmul(grad * factor, x, share.mul_((grad * x).sum(dims, keepdim=True)), value=-1), None, None
 
 
@@ -212,7 +215,7 @@ def _direct(op, run, differentiate):
     def call(x, *options):
         if dispatched(x) or transformed():
             return op(x, *options)
-        return Direct.apply(x, *options)
+        return (Direct.apply if x.requires_grad and torch.is_grad_enabled() else run)(x, *options)
 
     return call
 
@@ -229,23 +232,59 @@ goodness = _direct(torch.ops.fastff.group_goodness, _goodness, _differentiate_di
 _normalize_directly = _direct(torch.ops.fastff.normalize, _normalize, _differentiate_normalize)
 
 
-def normalize(x, name, groups, eps, impl):
-    """Normalize x [B, C, H, W], or [B, C], by PyTorch's own operators where they are the fastest.
+def quick(x, name, groups, eps, impl):
+    """Return x [B, C] or [B, C, H, W] normalized where nothing stands between the arguments and the fastest operators, else None, as for wrong ones.
 
-    They are for means and variances of equal groups, and if there is a backward pass, for which they keep them, or few elements, of others."""
-    if impl == "auto" and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and concerns([NATIVE]):
-        learns, y = x.requires_grad and torch.is_grad_enabled(), None
-        if name == "group_norm" and x.shape[1] % groups == 0:
-            y = torch.group_norm(x, groups, None, None, eps)
-        elif name == "layer_norm" and (learns or (not dispatched(x) and x.numel() < FEW_ELEMENTS)):
-            whole = x.is_contiguous()
-            y = torch.layer_norm(x, x.shape[1:], None, None, eps) if whole else of_pytorch.layer_norm(x, eps)
-        elif name == "layer_norm_channels" and learns and x.dim() == 4 and is_channels_last(x):
-            y = of_pytorch.layer_norm_channels(x, eps)
-        elif _in_passes(x, name, eps) and not dispatched(x) and not transformed():
-            y = _InPasses.apply(x, name, eps) if learns else x / _divisor(x, name, eps)[0]
-        if y is not None:  # one position has any layout, and as_strided a slow gradient
-            return y if x.dim() == 2 or (x.is_contiguous() and y.is_contiguous()) else as_result_of(x, y)
+    PyTorch's are the fastest for equal groups, and for layer norm with a backward pass, for which they keep mean and variance. Nothing is checked
+    before: that takes a third of the time of a small x."""
+    if (
+        impl != "auto"
+        or not x.is_cpu
+        or x.dtype is not torch.float32
+        or type(eps) is not float
+        or type(groups) is not int
+    ):
+        return None
+    if (
+        x.dim() not in (2, 4)
+        or not 0 < groups <= x.shape[1]
+        or not 0 < eps < math.inf
+        or not x.numel()
+        or not concerns([NATIVE])
+    ):
+        return None
+    learns, y = x.requires_grad and torch.is_grad_enabled(), None
+    if name == "group_norm" and x.shape[1] % groups == 0:
+        y = torch.group_norm(x, groups, None, None, eps)
+    elif name == "layer_norm" and learns:
+        whole = x.is_contiguous()
+        y = torch.layer_norm(x, x.shape[1:], None, None, eps) if whole else of_pytorch.layer_norm(x, eps)
+    elif (
+        name == "layer_norm_channels" and learns and x.dim() == 4 and (is_channels_last(x) or x.numel() < FEW_ELEMENTS)
+    ):
+        y = of_pytorch.layer_norm_channels(x, eps)
+    elif dispatched(x) or transformed():
+        return None
+    elif name in IN_PASSES:
+        y = _InPasses.apply(x, name, eps) if learns else x / _divisor(x, name, eps)[0]
+    elif name in ("layer_norm", "layer_norm_channels") and not learns and NATIVE.can_run(x) is None:
+        x4 = x if x.dim() == 4 else x[:, :, None, None]
+        y = native_group_goodness.normalize(x4, Normalization(name, groups, eps)).view(x.shape)
+    if (
+        y is None or x.dim() == 2 or (x.is_contiguous() and y.is_contiguous())
+    ):  # one position has any layout, and as_strided a slow gradient
+        return y
+    if x.is_contiguous():
+        return y.contiguous()
+    B, C, H, W = x.shape
+    return y if y.stride() == x.stride() == (H * W * C, 1, W * C, C) else as_result_of(x, y)
+
+
+def normalize(x, name, groups, eps, impl):
+    """Normalize x [B, C, H, W], or [B, C]."""
+    y = quick(x, name, groups, eps, impl)
+    if y is not None:
+        return y
     if x.dim() == 2:
         return _normalize_directly(x[:, :, None, None], name, groups, eps, impl)[:, :, 0, 0]
     return _normalize_directly(x, name, groups, eps, impl)

@@ -42,7 +42,7 @@ class Trial:
     Where memory and its layout decide, no rule knows that of a machine it has not seen. The first call of each is not counted, and of the others
     the fastest, which is the one that nothing disturbed. A fiftieth less is asked for: what is less than that is noise."""
 
-    TURNS = 6
+    TURNS = 10
 
     def __init__(self):
         self.times, self.choice = {True: [], False: []}, None
@@ -170,7 +170,7 @@ def accelerate(module):
 
     Convolutions run in channels_last with fastff's gradients, and what follows them in that layout, views included; the goodness of large
     activations is one op each way; Adam and AdamW update all their parameters in one call. What is computed differs by rounding only, which
-    `fastff.verify` can confirm. Calls that fastff would not make faster run as they are written: the first fourteen calls take turns in both
+    `fastff.verify` can confirm. Calls that fastff would not make faster run as they are written: the first twenty-two calls take turns in both
     ways, and are measured.
 
     Args:

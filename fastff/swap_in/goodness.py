@@ -5,7 +5,6 @@ split        and a loop over the parts: their goodness at once
 std          of what needs no gradient: as the length of x - mean
 """
 
-import math
 import sys
 import weakref
 from typing import NamedTuple
@@ -138,33 +137,7 @@ def _reduce(mode, function, args, kwargs):
         if chain.direct and is_temporary(args):
             found = _goodness(mode, chain, function in MEANS, args[0], *args[1:], **kwargs)
         mode.record("goodness", "as written" if found is None else "replaced", None)
-    if found is None and function in MEANS and args and known(args[0]):
-        found = _mean(*args, **kwargs)
     return function(*args, **kwargs) if found is None else found
-
-
-class _Mean(torch.autograd.Function):
-    """A mean of x, whose gradient is one number for many elements. It is written to all of them only if x is still there, and may be asked for its
-    gradient: what else computes with the gradient reads the number."""
-
-    @staticmethod
-    def forward(ctx, x, kept, dims):
-        ctx.x, ctx.shape, ctx.kept = weakref.ref(x), x.shape, kept
-        return x.mean(dims)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = (grad / (math.prod(ctx.shape) / math.prod(ctx.kept))).view(ctx.kept).expand(ctx.shape)
-        return grad if ctx.x() is None else grad.contiguous(), None, None
-
-
-def _mean(x, dim=None, keepdim=False, **other):
-    """Return the mean of a large x that needs a gradient, or None."""
-    if other or keepdim or x.numel() < 4 * limits.SMALLEST or not (torch.is_grad_enabled() and x.requires_grad):
-        return None
-    dims = tuple(range(x.dim())) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-    over = {d % x.dim() for d in dims}
-    return _Mean.apply(x, [1 if d in over else n for d, n in enumerate(x.shape)], dims)
 
 
 def _whole(mode, x):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastff.kernels.layout import laid
-from fastff.ops.convolution import PYTORCH, convolve, way
+from fastff.ops.convolution import PYTORCH, convolve, in_numbers, way
 from fastff.ops.gradients import GroupNormGuard
 from fastff.ops.table import transformed
 from fastff.swap_in import limits
@@ -86,10 +86,6 @@ def _place(t):
     return t.data_ptr(), t.shape, t.stride()
 
 
-def _pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
 def _conv2d(mode, function, args, kwargs):
     return _convolution(mode, function, *args, **kwargs)
 
@@ -101,23 +97,22 @@ def _convolution(mode, function, input, weight, bias=None, stride=1, padding=0, 
     if reason is not None:
         mode.record("convolution", reason, weight)
         return function(input, weight, bias, stride, padding, dilation, groups)
-    few = input.numel() < limits.FEWEST_POSITIONS * input.shape[1]
+    options = in_numbers(input, weight, stride, padding, dilation, groups)
+    channels = input.shape[1]
+    positions = input.numel() // (channels * options[0] ** 2 if options and options[0] else channels)
+    few = positions < limits.FEWEST_POSITIONS
     if few and mode.converted and in_channels_last(input):
         input = relaid(input, False)
     elif not few and not in_channels_last(input) and not in_channels_last(weight):
         mode.converted = True
         input = relaid(input, True)
-    (high, across), (top, *left) = _pair(stride), (0,) if padding == "valid" else _pair(padding)
-    channels, (filters, _, k, width) = input.shape[1], weight.shape
-    plain = high == across and left in ([], [top]) and top != "s" and k == width and _pair(dilation) == (1, 1)
-    plain = plain and (groups == 1 or groups == channels == filters and top < k)
-    how = way(input, weight, high, top, groups) if plain else PYTORCH
+    how = way(input, weight, *options, groups) if options else PYTORCH
     if few and how == PYTORCH:
-        reason = f"at {input.numel() // channels} positions of the batch: pays from {limits.FEWEST_POSITIONS} on"
+        reason = f"at {positions} positions of the batch: pays from {limits.FEWEST_POSITIONS} on"
     mode.record("convolution", reason or "replaced", weight)
     if how == PYTORCH:
         return function(input, weight, bias, stride, padding, dilation, groups)
-    return convolve(input, weight, bias, high, top, groups, how)
+    return convolve(input, weight, bias, *options, groups, how)
 
 
 def _why_as_written(x, weight):

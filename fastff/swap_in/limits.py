@@ -4,7 +4,7 @@ import torch
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32,)  # of convolutions by oneDNN: in float64 the layout gains nothing
 FEWEST_CHANNELS = 16  # of a convolution's output, from which on channels_last pays
-FEWEST_POSITIONS = 1024  # of a minibatch: below, bringing the weights into the layout costs what it gains
+FEWEST_POSITIONS = 512  # of a minibatch's outputs: below, bringing the weights into the layout costs what it gains
 SMALLEST = 1 << 15  # elements of x from which on a goodness, a mean or a deviation pays
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 

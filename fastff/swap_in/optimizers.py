@@ -88,6 +88,11 @@ def quick(original, current):
     return {"step": step, "zero_grad": zero_grad}
 
 
+def _order(t):
+    """Return the strides of the dimensions in which a tensor has several elements: others, as those of 1 x 1 filters, say nothing."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
 def _alike(optimizer, group):
     """Whether all that belongs to a parameter lies in memory as it does, since the fused kernels go through memory in its order, and all
     parameters or none have a state."""
@@ -102,7 +107,6 @@ def _alike(optimizer, group):
             return False
         if not (p.is_contiguous() or in_channels_last(p)) or grad.is_sparse:
             return False
-        strides, dtype = p.stride(), p.dtype
-        if any(t.stride() != strides or t.dtype != dtype for t in (grad, *state)):
+        if any(t.dtype != p.dtype or (t.stride() != p.stride() and _order(t) != _order(p)) for t in (grad, *state)):
             return False
     return len(states) == 1
