@@ -26,9 +26,9 @@ constexpr int64_t kCache = 144 << 10;  // floats of a task's tiles: half a megab
 
 int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Memory for n floats that a thread keeps from one call to the next, for each of several uses: given back to the system and taken from it again, its
-// pages took a third of the time.
-enum Use { kFilters, kInputs, kOutputs };
+// Memory for n floats of tiles, up to half a megabyte, that a thread keeps from one call to the next, for each of two uses: given back to the system and
+// taken from it again, its pages took a third of the time.
+enum Use { kInputs, kOutputs };
 template <Use>
 float* kept(int64_t n) {
   thread_local Buffer<float> memory;
@@ -180,7 +180,8 @@ Tensor convolution_winograd_native(Tensor x, Tensor weight, MaybeTensor bias, in
   const Filters filters{
       D, C, transposed ? columns : rows, transposed ? rows : columns, last ? inner : 1, transposed, floats(weight)};
   const int64_t points = whole(D, kPanel) * C;
-  float* const u = kept<kFilters>(kPoints * points);
+  const Tensor transformed = empty_strided(x, {kPoints * points}, {1});
+  float* const u = writable(transformed);
   parallel_for(0, whole(D, kPanel) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * kPanel; n < end * kPanel; n += kPanel) filters.transform(n, u + n * C, points);
   });
@@ -232,7 +233,8 @@ Tensor convolution_winograd_gradient_native(Tensor grad, Tensor x, int64_t paddi
   const int64_t share = std::min(whole((D * groups + 7) / 8, 12), D),
                 shares = (D + share - 1) / share;  // of D, of a task
   const int64_t most = std::clamp<int64_t>(2 * kCache / (kPoints * (panels + share)), 16, 128);
-  float* const sums = kept<kFilters>(groups * size);  // [groups][16 points][D][C]
+  const Tensor all_sums = empty_strided(x, {groups, kPoints, D, C}, {size, D * C, C, 1});
+  float* const sums = writable(all_sums);
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     float *const v = kept<kInputs>(kPoints * most * panels), *const e = kept<kOutputs>(kPoints * most * share);
     for (int64_t task = begin; task < end; ++task) {
