@@ -9,6 +9,7 @@ from accelerated import Around, B, C, K
 
 import fastff
 import fastff.functional as ff
+from fastff.kernels import native
 
 
 def length(x, dim, eps=1e-4):
@@ -88,6 +89,21 @@ def second_derivative_of_a_mean(y):
 
 
 # What people write of an activation [B, C, H, W], section 2 of the trial: {name: (function, whether its goodness is computed by fastff)}
+def batch_norm(y, **options):
+    """What follows may be in place; running statistics are returned, too."""
+    mean, var, weight = torch.zeros(C).to(y), torch.ones(C).to(y), torch.linspace(1, 2, C).to(y).requires_grad_()
+    normal = F.batch_norm(y, mean, var, weight, weight - 1, **({"training": True, "momentum": 0.3} | options)).relu_()
+    return normal, torch.autograd.grad(normal.sum(), weight, retain_graph=True)[0], mean, var
+
+
+def second_derivative_of_batch_norm(y):
+    if not y.requires_grad:
+        return y
+    normal = F.batch_norm(y, None, None, training=True)
+    (grad,) = torch.autograd.grad(normal.pow(3).sum(), y, create_graph=True)
+    return grad.pow(2).sum()
+
+
 EXPRESSIONS = {
     "mean of squares at positions": (lambda y: y.pow(2).mean(1), True),
     "sum of squares at positions": (lambda y: torch.sum(y**2, dim=1), True),
@@ -122,6 +138,10 @@ EXPRESSIONS = {
     "length of a sample": (lambda y: length(y, (1, 2, 3)), None),
     "eps first": (lambda y: y / (1e-4 + torch.linalg.vector_norm(y, dim=1, keepdim=True)), None),
     "root mean square": (lambda y: y / (torch.sqrt(torch.mean(y**2, dim=1, keepdim=True)) + 1e-8), None),
+    "batch norm": (batch_norm, None),
+    "batch norm with given statistics": (lambda y: batch_norm(y, training=False), None),
+    "batch norm without statistics": (lambda y: F.batch_norm(y, None, None, training=True), None),
+    "second derivative of batch norm": (second_derivative_of_batch_norm, None),
     "group norm": (lambda y: F.group_norm(y, K), None),
     "group norm of a detached one": (lambda y: F.group_norm(y.detach(), K, torch.ones(C).to(y).requires_grad_()), None),
     "layer norm": (lambda y: F.layer_norm(y, y.shape[1:]), None),
@@ -164,3 +184,16 @@ def test_expressions(name, everywhere, monkeypatch):
     ):
         assert got.stride() == want.stride()
         assert got.requires_grad == want.requires_grad
+
+
+@pytest.mark.skipif(bool(native.reason()), reason=native.reason())
+@pytest.mark.parametrize("name", [name for name in EXPRESSIONS if "batch norm" in name])
+def test_batch_norm(name, everywhere):
+    """In float32, for which there is a kernel: values, gradients, second derivatives and running statistics are PyTorch's."""
+    torch.manual_seed(0)
+    module = Around(EXPRESSIONS[name][0])
+    before, x = copy.deepcopy(module), torch.randn(B, 3, 6, 6)
+    report = fastff.accelerate(module)
+    found = fastff.verify(before, module, x)
+    assert found, f"{found}\n{report}"
+    assert any(e.pattern == "batch norm" for e in report.replaced) == ("given" not in name), str(report)
