@@ -76,6 +76,15 @@ class TrainingGraph:
     def graph_modules(self):
         return [self.forward] if self.body is None else [self.forward, self.body]
 
+    def without_writes(self):
+        """The graph modules that call nothing but stand-ins, which write to no input."""
+        called = {g: [n for n in g.graph.nodes if n.op not in ("placeholder", "output")] for g in self.graph_modules()}
+        return [g for g, nodes in called.items() if all(_is_stand_in(g, node) for node in nodes)]
+
+
+def _is_stand_in(graph_module, node):
+    return node.op == "call_module" and isinstance(graph_module.get_submodule(node.target), fused.StandIn)
+
 
 def _opens(module, custom):
     """Whether tracing opens a module: nn.Sequential, and where `custom` says so a model's own modules; torch.nn's layers are called whole."""

@@ -65,6 +65,8 @@ class LocalBlock(nn.Module):
             return None
         if self._graph is None:
             self._graph = training_graph(getattr(self.module, "training_module", self.module), self._open)
+            if not isinstance(self._graph, str):
+                self._without_writes.update(self._graph.without_writes())
         return None if isinstance(self._graph, str) else self._graph
 
     def whole(self):
