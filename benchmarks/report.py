@@ -30,6 +30,7 @@ TABLES = {
     "gpu": of("gpu_report"),
     "networks": of("summary", "steps"),
     "step": of("step", "table", "resnet18-64"),
+    "step-in-words": of("step", "sentence"),
     "steps": of("step"),
     "budget": of("budget"),
     "memory": of("memory"),

@@ -196,6 +196,23 @@ def table(*names):
     return "\n\n".join(text)
 
 
+def sentence():
+    """Return what a step of the defaults takes and needs, as the files for ResNet18 say it."""
+    said = []
+    for width in (64, 16):
+        rows = {row["contender"]: row for row in tables.read(f"step-resnet18-{width}")}
+        if not rows:
+            return tables.missing(
+                f"python -m benchmarks.step --width {width} --csv benchmarks/results/step-resnet18-{width}.csv"
+            )
+        local, whole = rows["defaults"], rows["backprop"]
+        memory = float(local["peak_mib"]) / float(whole["peak_mib"])
+        said.append(
+            f"{float(local['ratio']):.2f} of backpropagation's time and {memory:.2f} of its memory at width {width}"
+        )
+    return f"A step of a ResNet18 takes {said[0]},\n{said[1]}."
+
+
 def written():
     """Return NAME of all files results/step-NAME.csv, in the order of the networks, wide ones before narrow ones."""
 
