@@ -207,10 +207,10 @@ def sentence():
             )
         local, whole = rows["defaults"], rows["backprop"]
         memory = float(local["peak_mib"]) / float(whole["peak_mib"])
-        said.append(
-            f"{float(local['ratio']):.2f} of backpropagation's time and {memory:.2f} of its memory at width {width}"
-        )
-    return f"A step of a ResNet18 takes {said[0]},\n{said[1]}."
+        said.append((f"{float(local['ratio']):.2f}", f"{memory:.2f}", width))
+    (time, memory, width), (time_narrow, memory_narrow, narrow) = said
+    text = f"A step of a ResNet18 takes {time} of backpropagation's time and {memory} of its memory at width {width}"
+    return f"{text}, {time_narrow} and {memory_narrow} at width {narrow}."
 
 
 def written():
