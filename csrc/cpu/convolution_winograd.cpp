@@ -23,6 +23,9 @@ using vec::write;
 
 constexpr int64_t kPoints = 16, kPanel = gemm::Panels::kWidth, kColumns = 2 * kPanel;
 constexpr int64_t kCache = 144 << 10;  // floats of a task's tiles: half a megabyte of the L2 cache
+constexpr int64_t kSums =
+    256
+    << 10;  // floats of all groups' sums, where there are several: a megabyte, so that a step needs little more memory
 
 int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -229,7 +232,7 @@ Tensor convolution_winograd_gradient_native(Tensor grad, Tensor x, int64_t paddi
       outputs{P, Q, D, (P + 1) / 2, (Q + 1) / 2, floats(grad)};
   const int64_t tiles = B * inputs.down * inputs.across, size = kPoints * D * C;
   const int64_t panels = whole(C, kPanel);
-  const int64_t groups = std::clamp<int64_t>(std::min((int64_t{1} << 21) / size, tiles / 64), 1, 16);
+  const int64_t groups = std::clamp<int64_t>(std::min(kSums / size, tiles / 64), 1, 16);
   const int64_t share = std::min(whole((D * groups + 7) / 8, 12), D),
                 shares = (D + share - 1) / share;  // of D, of a task
   const int64_t most = std::clamp<int64_t>(2 * kCache / (kPoints * (panels + share)), 16, 128);
