@@ -23,9 +23,8 @@ using vec::write;
 
 constexpr int64_t kPoints = 16, kPanel = gemm::Panels::kWidth, kColumns = 2 * kPanel;
 constexpr int64_t kCache = 144 << 10;  // floats of a task's tiles: half a megabyte of the L2 cache
-constexpr int64_t kSums =
-    256
-    << 10;  // floats of all groups' sums, where there are several: a megabyte, so that a step needs little more memory
+// Floats of all groups' sums, where there are several: a megabyte, so that a step needs little more memory.
+constexpr int64_t kSums = 256 << 10;
 
 int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
