@@ -41,14 +41,7 @@ class StandIn(nn.Module):
     gradients(grad, tensors, how, wanted, parameters)
                          -> gradients of the inputs, those of learned(): what `wanted` (of each input) and `parameters` ask for, else None
     learned()            parameters, or None for one that is not there
-    ready()              whether the modules are in a mode that record and gradients are for
-    output_shape(*shapes)   from the inputs' shapes; None for inputs that record does not take
     """
-
-    def __setattr__(self, name, value):
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Module):
-            self.__dict__[name] = value  # found without nn.Module's __getattr__, which is slow
 
     def learns(self):
         """Whether a parameter wants a gradient."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastff.arguments import first_line
 from fastff.graph import plain, snapshot, values
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -176,7 +177,7 @@ def record_values(model, graph, examples, is_chain):
             try:
                 result = function(example)
             except Exception as error:
-                shape, says = list(example.shape), (str(error) or type(error).__name__).splitlines()[0]
+                shape, says = list(example.shape), first_line(error)
                 raise CutError(f"input_shape: the model does not run on images of shape {shape}: {says}") from error
             outputs = values.tensors(result)
             found.append([t.clone() for t in (*outputs, *model.buffers())])

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from fastff.arguments import check_labels
 from fastff.sff import SFF
 from fastff.training import optim
-from fastff.training.engine import Options, StepResult, loss_dtype, train_mode, unknown_python
+from fastff.training.engine import Options, StepResult, loss_dtype, train_mode
 from fastff.training.place import Alone
 from fastff.training.session import Session
 
@@ -52,9 +52,6 @@ class BackpropEngine:
         self.update = optim.Updates(options.clip_grad_norm)
         self.place = Alone(1, 1)
         self.forward = options.compiled(self._forward)
-
-    def unknown_python(self):
-        return unknown_python(self.sff)
 
     def constants(self):
         return []

@@ -16,7 +16,6 @@ The rest of the training code (session.py, fit.py, state.py, recording.py) uses 
     optimizers                  all of them, in the order of the checkpoint
     place                       what this rank trains, and what it waits for (place.py)
     options, update             Options; optim.Updates, which every update of parameters goes through
-    unknown_python()            names of what may do something else in each step, as far as is known (fastff/graph/plain.py)
     checkpointing               whether the forward pass runs again in the backward pass
     recording_pays              whether steps are recorded on a CPU without being asked to be
     constants()                 tensors that every step reads, beside parameters and buffers
@@ -102,9 +101,3 @@ def train_mode(sff):
     """Put an SFF into training mode, unless it is: then modules that the user put into evaluation mode stay there."""
     if not (sff.training and sff.model.training):
         sff.train()
-
-
-def unknown_python(sff):
-    """Return the names of blocks whose Python may do something else in every step, as far as is known (fastff/graph/plain.py)."""
-    pairs = zip(sff.blocks, sff.local_blocks, strict=True)
-    return [block.name for block, local in pairs if local.graph is None or local.whole()]

@@ -12,6 +12,7 @@ import functools
 
 import torch
 
+from fastff.arguments import first_line
 from fastff.graph.operators import Operators
 from fastff.graph.recording import CannotRecord, Recorded
 from fastff.training.engine import StepResult
@@ -51,7 +52,7 @@ class Cuda:
         except RuntimeError as error:
             raise CannotRecord(
                 f"cuda_graph: a step of this network cannot be recorded, something in it waits for the device or moves data from the "
-                f"host ({str(error).splitlines()[0]}); train with cuda_graph=False"
+                f"host ({first_line(error)}); train with cuda_graph=False"
             ) from error
 
         def replay(images, target):
@@ -62,6 +63,12 @@ class Cuda:
             return StepResult(result.losses.clone(), result.correct.clone(), result.samples)
 
         return replay, replay(images, target)
+
+
+def unknown_python(sff):
+    """Return the names of blocks whose Python may do something else in every step, as far as is known (fastff/graph/plain.py)."""
+    pairs = zip(sff.blocks, sff.local_blocks, strict=True)
+    return [block.name for block, local in pairs if local.graph is None or local.whole()]
 
 
 def reason_against(engine, amp):
@@ -107,7 +114,7 @@ def recorded(engine, options, amp):
     if wanted == "auto" and name == "record_steps" and not engine.recording_pays:
         return "it would gain nothing; record_steps=True records them all the same"
     reason = reason_against(engine, amp)
-    if wanted == "auto" and reason is None and (unknown := engine.unknown_python()):
+    if wanted == "auto" and reason is None and (unknown := unknown_python(engine.sff)):
         reason = f"the Python of {', '.join(unknown[:3])} may do something else in each step; {name}=True records them all the same"
     if reason and wanted == "auto":
         return reason

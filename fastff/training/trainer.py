@@ -14,7 +14,7 @@ from fastff.parallel import placement
 from fastff.parallel.ranks import Distributed, Ranks
 from fastff.sff import SFF
 from fastff.training import optim
-from fastff.training.engine import Options, StepResult, train_mode, unknown_python
+from fastff.training.engine import Options, StepResult, train_mode
 from fastff.training.place import Place
 from fastff.training.session import Session
 from fastff.training.step import LocalStep
@@ -39,8 +39,7 @@ class Trainer(Session):
             window=1 or a budget of memory. A minibatch given to step or by a loader is this rank's share, except that a fastff Loader is shared
             out; of the ranks that share a replica's blocks all but the first may give None.
         lr_schedule: "cosine" (with warm-up over the first 5 % of fit), "constant", or a function of progress in 0..1.
-        options: of fastff.training.engine.Options: micro_batches, amp, clip_grad_norm, compile, cuda_graph,
-            record_steps.
+        options: of fastff.training.engine.Options: micro_batches, amp, clip_grad_norm, compile, cuda_graph, record_steps.
 
     Attributes: engine (the LocalEngine), state, history, correct, names, optimizers (those of the blocks, then the classifier's).
 
@@ -98,10 +97,9 @@ def _ranks(distributed, sff, plan, frozen, finish, options):
     """Return the Ranks that train together. Raises ValueError for what they cannot do."""
     if distributed is None:
         return Ranks()
-    if options.cuda_graph is True:
-        raise ValueError("cuda_graph: expected False with distributed, whose ranks wait for each other, got True")
-    if options.record_steps is True:
-        raise ValueError("record_steps: expected False with distributed, whose ranks wait for each other, got True")
+    for name in ("cuda_graph", "record_steps"):
+        if getattr(options, name) is True:
+            raise ValueError(f"{name}: expected False with distributed, whose ranks wait for each other, got True")
     if distributed.shard_optimizer and (options.clip_grad_norm or options.amp == "fp16"):
         text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
         raise ValueError(f"shard_optimizer: {text}")
@@ -182,9 +180,6 @@ class LocalEngine:
         """Update these blocks, whose gradients are complete; the index after the last block is the classifier's."""
         optimizers, scalers = [*self.block_optimizers, self.classifier_optimizer], [*self.scalers, None]
         self.update(*((optimizers[i], scalers[i], self.parameters[i]) for i in indices))
-
-    def unknown_python(self):
-        return unknown_python(self.sff)
 
     def constants(self):
         return list(self.step.scales.values())

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastff import cache, spec
+from fastff.arguments import first_line
 from fastff.kernels.triton import blocks, goodness
 
 SHAPES = [(C, H, K) for C, H in ((64, 32), (128, 16), (256, 8), (512, 4), (24, 56), (112, 14)) for K in (10, 100, 1000)]
@@ -73,7 +74,7 @@ def tune(device, time, shapes=None, dtype=torch.bfloat16, B=512, report=lambda t
             except Exception as error:  # too much shared memory or registers: Triton says it in errors of many kinds
                 if sizes == start:
                     raise
-                report(f"  {sizes}: {str(error).splitlines()[0]}")
+                report(f"  {sizes}: {first_line(error)}")
         winner = min(seconds, key=seconds.__getitem__)
         best[blocks.key_of(case.algorithm, case.C, case.H**2, case.K, 0, dtype.itemsize, False)] = winner
         gain = f"{seconds[start] / seconds[winner]:.2f} times as fast as the table's"
