@@ -59,6 +59,7 @@ def variants(a):
         "block, window 2": ("sff", {"window": 2, "hidden": 0}),
         "defaults, Adam": ("sff", {"granularity": "auto"}),
         "defaults": ("sff", {"granularity": "auto", "updates": MUON}),
+        "defaults, not recorded": ("sff", {"granularity": "auto", "updates": MUON, "record_steps": False}),
         "backprop, Muon": ("backprop", {"updates": MUON}),
         "backprop, Muon, recorded": ("backprop", {"updates": MUON, "record_steps": True}),
         "block, 4 micro-batches": ("sff", PAPER | {"micro_batches": 4}),
