@@ -214,7 +214,7 @@ def test_other_objects_files_and_copies():
 
 MISSING = [
     (layouts, "USES", None),
-    (optimizers, "UNSEEN", nullcontext),
+    (table, "UNSEEN", nullcontext),
     (optimizers, "EVERYWHERE", [None]),
     (table, "TRANSFORMED", lambda: False),
 ]

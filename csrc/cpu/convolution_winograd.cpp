@@ -239,16 +239,20 @@ Tensor convolution_winograd_gradient_native(Tensor grad, Tensor x, int64_t paddi
   float* const sums = writable(all_sums);
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     float *const v = kept<kInputs>(kPoints * most * panels), *const e = kept<kOutputs>(kPoints * most * share);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / shares, d = task % shares * share, width = std::min(share, D - d);
-      const int64_t from = group * tiles / groups, to = (group + 1) * tiles / groups, step = even(to - from, most);
+    for (int64_t task = begin, next; task < end; task = next) {  // those of one group, whose inputs are transformed once
+      const int64_t group = task / shares, from = group * tiles / groups, to = (group + 1) * tiles / groups,
+                    step = even(to - from, most);
+      next = std::min(end, (group + 1) * shares);
       for (int64_t first = from; first < to; first += step) {
         const int64_t count = std::min(step, to - first);
         inputs.inputs(first, count, padding, kPanel, v);
-        outputs.gradients(first, count, d, width, e);
-        for (int64_t i = 0; i < kPoints; ++i)
-          gemm::multiply(width, e + i * count * width, 1, width, {count, C, v + i * count * panels},
-                         sums + group * size + (i * D + d) * C, C, first > from);
+        for (int64_t d = task % shares * share; d < std::min(D, (next - group * shares) * share); d += share) {
+          const int64_t width = std::min(share, D - d);
+          outputs.gradients(first, count, d, width, e);
+          for (int64_t i = 0; i < kPoints; ++i)
+            gemm::multiply(width, e + i * count * width, 1, width, {count, C, v + i * count * panels},
+                           sums + group * size + (i * D + d) * C, C, first > from);
+        }
       }
     }
   });

@@ -16,7 +16,7 @@ from fastff.kernels.native.depthwise import SIZES
 from fastff.kernels.torch.convolution import weight_gradient
 from fastff.ops import depthwise
 from fastff.ops import gradients as partial
-from fastff.ops.table import Implementation, always, choose, dispatched, kernel_for, register, transformed
+from fastff.ops.table import Implementation, always, choose, dispatched, kernel_for, register, transformed, unseen
 
 FEWEST_CHANNELS = 16  # of the compiled kernel: its panels
 # With AVX-512 the compiled kernel is quicker than oneDNN's, which passes through the weights more often, at few positions of a minibatch (one thread
@@ -182,6 +182,7 @@ class _Convolve(torch.autograd.Function):
         return forward(x, weight, bias, *options)
 
     @staticmethod
+    @unseen
     def backward(ctx, grad):
         need_grad_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         x, weight = ctx.saved_tensors

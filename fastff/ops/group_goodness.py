@@ -16,7 +16,7 @@ from fastff.kernels.layout import as_result_of, empty_like, is_channels_last, sa
 from fastff.kernels.native import group_goodness as native_group_goodness
 from fastff.kernels.torch import group_goodness as torch_group_goodness
 from fastff.kernels.torch import normalization as of_pytorch
-from fastff.ops.table import Implementation, Lazy, always, choose, concerns, dispatched, register, transformed
+from fastff.ops.table import Implementation, Lazy, always, choose, concerns, dispatched, register, transformed, unseen
 from fastff.spec import Groups, Normalization
 
 NATIVE = Implementation(
@@ -210,7 +210,7 @@ def _direct(op, run, differentiate):
             ctx.options = options
             return run(x, *options)
 
-        backward = staticmethod(differentiate)
+        backward = staticmethod(unseen(differentiate))
 
     def call(x, *options):
         if dispatched(x) or transformed():

@@ -1,6 +1,7 @@
 """Which implementation of an op runs: an ordered table of rows, each with a predicate that gives the reason it refuses."""
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -12,6 +13,8 @@ NAMES = ("cuda", "triton", "native", "torch", "reference")
 ALIASES = {"composed": "torch"}  # former names, still accepted
 # PyTorch does not document it. Where it is missing, transforms of torch.func raise PyTorch's error about functions without a rule for them.
 TRANSFORMED = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+# PyTorch does not document it: without it, modes of torch.overrides look at each call in an optimizer's step and in our backward passes, which takes time.
+UNSEEN = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
 PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, str, tuple, type(None)}  # types of arguments in eager mode
 
 
@@ -121,6 +124,17 @@ def _calls_kernels():
 def transformed():
     """Return whether a transform of torch.func, such as grad or vmap, is at work: functions without a rule for it cannot run then."""
     return TRANSFORMED()
+
+
+def unseen(backward):
+    """Decorate the backward pass of a function: modes of torch.overrides, such as that of accelerated code, do not look at the calls in it."""
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        with UNSEEN():
+            return backward(ctx, *grads)
+
+    return run
 
 
 def without_autocast(x):

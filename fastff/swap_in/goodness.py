@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import fastff.functional as ff
+from fastff.ops.table import unseen
 from fastff.swap_in import limits
 from fastff.swap_in.limits import known, methods
 
@@ -45,6 +46,7 @@ class _Parts(torch.autograd.Function):
             return ff.group_goodness(x, len(parts), mean=mean)
 
     @staticmethod
+    @unseen
     def backward(ctx, grad):
         x, *parts = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated

@@ -14,7 +14,7 @@ from fastff.kernels.layout import laid
 from fastff.ops import epilogue
 from fastff.ops.convolution import PYTORCH, convolve, in_numbers, way
 from fastff.ops.gradients import GroupNormGuard
-from fastff.ops.table import transformed
+from fastff.ops.table import transformed, unseen
 from fastff.swap_in import limits
 from fastff.swap_in.goodness import follow, is_temporary
 from fastff.swap_in.limits import known, methods
@@ -37,6 +37,7 @@ class _Relaid(torch.autograd.Function):
         return laid(x, channels_last)
 
     @staticmethod
+    @unseen
     def backward(ctx, grad):
         return relaid(grad, ctx.back), None
 
@@ -185,6 +186,7 @@ class _BatchNorm(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
+    @unseen
     def backward(ctx, grad, *_):
         x, weight, bias, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated, which PyTorch's can be

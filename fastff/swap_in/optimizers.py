@@ -4,19 +4,17 @@ Of an optimizer with few parameters, as each layer has one, most of the time is 
 torch.compile's marks. `quick` leaves that out for optimizers that accelerate finds, which is 1.5 to 4 % of a step of the programs of
 benchmarks/strangers.py; functions have theirs found by PyTorch's hooks."""
 
-import contextlib
 import inspect
 
 import torch
 from torch.optim import optimizer as every
 
+from fastff.ops import table
 from fastff.swap_in.layouts import in_channels_last
 from fastff.swap_in.limits import TENSORS
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-# PyTorch does not document it: without it, each call of an optimizer's step is looked at, which costs time alone.
-UNSEEN = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
-# Nor these: hooks of every optimizer. Without them, the whole step is made.
+# PyTorch does not document these: hooks of every optimizer. Without them, the whole step is made.
 EVERYWHERE = [getattr(every, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")]
 
 
@@ -27,7 +25,7 @@ class Step:
         self.record, self.fused, self.unseen = record, [], None
 
     def before(self, optimizer):
-        self.unseen = UNSEEN()
+        self.unseen = table.UNSEEN()
         self.unseen.__enter__()
         kind = getattr(type(optimizer), "_fastff_original", type(optimizer))
         for group in optimizer.param_groups if kind in FUSED else ():
@@ -79,7 +77,7 @@ def quick(original, current):
         if current() is None or not set_to_none:
             original.zero_grad(self, set_to_none)
         else:
-            with UNSEEN():
+            with table.UNSEEN():
                 for parameter in (p for group in self.param_groups for p in group["params"]):
                     parameter.grad = None
 
