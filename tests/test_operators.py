@@ -198,6 +198,36 @@ def test_what_changes_between_steps_counts(change):
     assert not same_weights(trainers[0], untouched), "the change made no difference: this test says nothing"
 
 
+class Scaled(nn.Module):
+    """Multiplies by an attribute of its class."""
+
+    scale = 1.0
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_attributes_of_classes_count(monkeypatch):
+    trainers = pair(lambda: net_with(Scaled))
+    for step in range(STEPS):
+        assert same_step(trainers, minibatch(step), step)
+    assert recordings(trainers[0]) == 1
+    monkeypatch.setattr(Scaled, "scale", 3.0)
+    for step in range(STEPS):
+        assert same_step(trainers, minibatch(step), step)
+    assert recordings(trainers[0]) == 1
+    assert same_weights(*trainers)
+
+
+def test_images_made_in_inference_mode():
+    trainers = pair()
+    for step in range(STEPS):
+        with torch.inference_mode():
+            batch = minibatch(step)
+        assert same_step(trainers, batch if step % 2 else tuple(t.clone() for t in batch), step)
+    assert same_weights(*trainers)
+
+
 def test_checkpoints_and_copies_go_on(tmp_path):
     trainers = pair()
     for step in range(STEPS):
