@@ -83,6 +83,16 @@ def test_compare_is_fair_and_repeats_itself(tmp_path):
         assert runs[0][key] == runs[1][key]
 
 
+@pytest.mark.parametrize(
+    ("images", "micro_batches", "replicas", "dropped"),
+    [(65, 1, 1, True), (65, 1, 2, True), (66, 1, 1, False), (66, 1, 2, True), (69, 4, 1, True), (70, 4, 1, False), (128, 1, 2, False)],
+)  # fmt: skip
+def test_a_last_minibatch_too_small_for_batch_norm_is_dropped(images, micro_batches, replicas, dropped):
+    s = experiment.settings(data="digits", subset=images, micro_batches=micro_batches)
+    train, _ = experiment.loaders(s, experiment.load_data(s), "cpu", replicas)
+    assert train.drop_last == dropped
+
+
 def test_compare_mobilenet(tmp_path):
     out, _ = call(
         "compare", *TINY, "--epochs", "1", "--model", "mobilenet_v3_small", "--modes", "block", "--out", tmp_path
