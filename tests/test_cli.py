@@ -41,6 +41,9 @@ def test_compare(tmp_path):
         assert 0 < run["history"][0]["seconds"] < run["history"][1]["seconds"]
         assert run["history"][1]["test_accuracy"] == run["test_accuracy"]
         assert len(run["blocks"]) == len(run["block_names"]) == losses[run["mode"]]
+        assert len(run["block_depths"]) == losses[run["mode"]]
+        if run["mode"] == "block":  # 9 blocks, of which the default plan ends segments at these
+            assert run["block_depths"] == [4 / 9, 1]
         reached = [
             row["seconds"] for row in run["history"] if row["test_accuracy"] >= result["runs"][0]["test_accuracy"]
         ]
