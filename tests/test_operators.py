@@ -198,6 +198,36 @@ def test_what_changes_between_steps_counts(change):
     assert not same_weights(trainers[0], untouched), "the change made no difference: this test says nothing"
 
 
+class Scaled(nn.Module):
+    """Multiplies by an attribute of its class."""
+
+    scale = 1.0
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_attributes_of_classes_count(monkeypatch):
+    trainers = pair(lambda: net_with(Scaled))
+    for step in range(STEPS):
+        assert same_step(trainers, minibatch(step), step)
+    assert recordings(trainers[0]) == 1
+    monkeypatch.setattr(Scaled, "scale", 3.0)
+    for step in range(STEPS):
+        assert same_step(trainers, minibatch(step), step)
+    assert recordings(trainers[0]) == 1
+    assert same_weights(*trainers)
+
+
+def test_images_made_in_inference_mode():
+    trainers = pair()
+    for step in range(STEPS):
+        with torch.inference_mode():
+            batch = minibatch(step)
+        assert same_step(trainers, batch if step % 2 else tuple(t.clone() for t in batch), step)
+    assert same_weights(*trainers)
+
+
 def test_checkpoints_and_copies_go_on(tmp_path):
     trainers = pair()
     for step in range(STEPS):
@@ -384,6 +414,28 @@ def test_local_steps_of_a_block(block, x, target):
             step(x, target)
     for a, b in zip(block.parameters(), pair[1].parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_modules_that_a_block_gets_later_count():
+    x, target = torch.randn(6, 4, 8, 8), torch.randint(4, (6,))
+    block = FFBlock(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()), 8, 4)
+
+    def record():
+        for _ in range(STEPS):
+            block.zero_grad()
+            block.local_step(x, target)
+        assert len(block._recorded.recordings) == 1
+        block.zero_grad()
+
+    record()
+    block.module[0] = nn.Conv2d(4, 8, 3)
+    block.module.append(nn.Dropout(0.5))
+    record()
+    block.module[0].weight.requires_grad_(False)
+    block.module[2].eval()
+    first, second = (block.local_step(x, target)[0] for _ in range(2))
+    assert block.module[0].weight.grad is None
+    assert torch.equal(first, second), "without dropout"
 
 
 def test_a_block_whose_python_is_not_known_is_not_recorded():

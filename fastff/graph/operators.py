@@ -171,7 +171,7 @@ class Operators:
         """Remember what the modules hold: a recording holds as long as they do."""
         self.modules = list(dict.fromkeys(m for root in self.roots for m in root.modules()))
         self.hooked = any(vars(module)[hooks] for module in self.modules for hooks in HOOKS)
-        self.watch = Watch({m: [name for name, value in vars(m).items() if is_plain(value)] for m in self.modules})
+        self.watch = Watch({module: _plain_attributes(module) for module in self.modules})
         self.tensors = self._tensors()
         self.sizes = self._sizes(self.tensors)
 
@@ -182,3 +182,10 @@ class Operators:
         tensors = self._tensors()
         same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
         return same and self._sizes(tensors) == self.sizes and self.watch.unchanged()
+
+
+def _plain_attributes(module):
+    """The names of a module's attributes that are plain values, those of its classes (but PyTorch's) included."""
+    classes = (vars(cls) for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "builtins")))
+    holders = vars(module), *classes
+    return {name for held in holders for name, value in held.items() if is_plain(value) and not name.startswith("__")}

@@ -86,8 +86,7 @@ class Session:
             check_batch(self.sff, images, target, self.engine.labelled, self.options.amp is not None)
             if len(images) == 0:
                 raise ValueError("images: expected at least one image, got an empty batch")
-            images = images.detach().to(self.device, non_blocking=True)
-            target = None if target is None else target.detach().to(self.device, non_blocking=True)
+            images, target = (None if t is None else _moved(t, self.device) for t in (images, target))
         self.result = self.run_step(images, target, self.state.steps)
         self.state.steps += 1
         if not self.fitting:
@@ -151,3 +150,8 @@ class Session:
         """Go on from what `save` wrote, bit for bit. Raises CheckpointError for a damaged file or another network."""
         state.load(path, self)
         self._prepare_steps()  # the optimizers' tensors are new ones
+
+
+def _moved(tensor, device):
+    """A tensor of a minibatch on the device of the network. Autograd saves none that was made in inference mode: those are copied."""
+    return (tensor.clone() if tensor.is_inference() else tensor.detach()).to(device, non_blocking=True)
