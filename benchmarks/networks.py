@@ -1,5 +1,7 @@
 """Builds the networks that whole steps are measured on: those of fastff and, if it is installed, unchanged ones of torchvision."""
 
+import contextlib
+import sys
 from functools import cache
 
 import torch
@@ -43,8 +45,15 @@ def torchvision():
     """Import and return torchvision, which also works with a CPU-only torch. Raises ImportError, which says how to install it.
 
     The wheel of torchvision is built for a torch with CUDA, so its compiled operators may not load with another one. Its Python code then fails
-    when it registers fake kernels for operators that are not defined. They are defined here, by name only; classifiers use none of them.
+    when it registers fake kernels for operators that are not defined. They are defined here, by name only; classifiers use none of them. Where
+    they do load, defining them as well would end the process.
     """
+    with contextlib.suppress(ImportError, RuntimeError):
+        import torchvision as module
+
+        return module
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
     library = torch.library.Library("torchvision", "FRAGMENT")
     names = ["nms", "qnms"]
     for name in ("roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool", "deform_conv2d"):

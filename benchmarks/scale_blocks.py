@@ -90,9 +90,9 @@ def _sff_blocks(engine, images, target):
             outputs.append(_size(alive))
         if number:
             seconds.append(times)
-    parts, memory = engine.step.split(images, target), []
+    held, memory = [engine.step.split(images, target)], []
     for chain in route.chains:
-        step = lambda chain=chain, parts=parts: engine.step.train(route, chain, parts)  # noqa: E731
+        step = lambda chain=chain: held.append(engine.step.train(route, chain, held.pop()))  # noqa: E731
         memory.append(peak_memory(step, engine.device) * 2**20)
     weights = [_size(engine.parameters[index]) for index in range(len(outputs))]
     return _fastest(seconds, outputs, weights, memory)

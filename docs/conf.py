@@ -13,6 +13,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_heading_anchors = 3
 exclude_patterns = ["build"]
 html_theme = "furo"
+html_static_path, html_css_files = ["page.css"], ["page.css"]
 html_title = f"fastff {release}"
 html_show_copyright = False
 autodoc_member_order = "bysource"

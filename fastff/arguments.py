@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterable
 from numbers import Integral, Real
 
 import numpy as np
@@ -53,13 +52,6 @@ def number_between(name: str, value: float, low: float, high: float, *, low_allo
     return float(value)
 
 
-def one_of(name: str, value, allowed: Iterable) -> None:
-    """Raises ValueError unless `value` is among `allowed`."""
-    allowed = list(allowed)
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
 def canonical_x(x, channel_dim=1, called="x"):
     """Check x and view it as [B, C, H, W]; the first dimensions of positions are joined."""
     if not isinstance(x, torch.Tensor):
@@ -89,9 +81,9 @@ def restore(y, x, channel_dim=1):
 
 
 def check_member(called, value, names):
-    """Raise ValueError unless value is one of the names."""
+    """Raise ValueError unless value is one of the names; a None among them is allowed, and not named."""
     if value not in names:
-        raise ValueError(f"{called}: expected one of {', '.join(names)}, got {value!r}")
+        raise ValueError(f"{called}: expected one of {', '.join(filter(None, names))}, got {value!r}")
 
 
 def check_flags(**flags):

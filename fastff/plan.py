@@ -220,6 +220,9 @@ def of(given, blocks):
     Raises TypeError, ValueError."""
     expected = "'pairs', 'drawn', a list of the blocks that end segments, a list of such lists, Segments, or a plan"
     if hasattr(given, "at") and hasattr(given, "voters"):
+        if max(given.voters, default=-1) != blocks - 1:
+            text = f"one whose last loss is that of block {blocks - 1}, the network's last"
+            raise ValueError(f"plan: expected {text}, got {given.name}")
         return given
     if isinstance(given, (list, tuple)) and given and all(isinstance(s, Segment) for s in given):
         return Turns((_checked(given, blocks),), _named([given]))

@@ -102,7 +102,8 @@ def _measure(sff, size, device):
     images = torch.randn(size, *sff.input_shape, device=device, dtype=like.dtype)
     if images.dim() == 4 and any(_channels_last(p) for p in sff.parameters()):
         images = images.to(memory_format=torch.channels_last)
-    target = torch.arange(size, device=device) % sff.num_classes
+    classes = torch.arange(size, device=device) % sff.num_classes
+    target = classes if sff.labelled else None
     table, alive = {}, (images,)
     for index, block in enumerate(sff.local_blocks):
         for has_loss in (False, True):
@@ -117,7 +118,7 @@ def _measure(sff, size, device):
         output = sff.model(images)
         if not isinstance(output, torch.Tensor):
             output = next(iter(output.values() if isinstance(output, dict) else output))
-        loss = F.cross_entropy(output, target) if output.dim() == 2 else output.square().mean()
+        loss = F.cross_entropy(output, classes) if output.dim() == 2 else output.square().mean()
         del output
         loss.backward()
 
@@ -133,6 +134,7 @@ def _channels_last(p):
 def _block(block, alive, target, has_loss, inner):
     """The Block of a LocalBlock on these inputs; inner: whether gradients of the inputs are asked for."""
     parameters = [p for p in (*block.module.parameters(), *block.head.parameters()) if p.requires_grad]
+    device = alive[0].device
 
     def step(mark):
         inputs = tuple(t.detach().clone() if isinstance(t, torch.Tensor) else t for t in alive)
@@ -147,10 +149,10 @@ def _block(block, alive, target, has_loss, inner):
         del following
         mark()
         if not has_loss:
-            visit.add([None if t is None else torch.ones_like(t, device=target.device) for t in likes])
+            visit.add([None if t is None else torch.ones_like(t, device=device) for t in likes])
         visit.backward(parameters, inner)
 
-    forward, kept, backward = phases(step, target.device)
+    forward, kept, backward = phases(step, device)
     for p in parameters:
         p.grad = None
     return Block(forward.peak, kept.left, forward.left - kept.left, backward.peak)

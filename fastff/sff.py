@@ -146,13 +146,18 @@ class SFF(nn.Module):
             raise ValueError(f"memory: expected at least {needed}, {text}")
         return plans.Budget(counted, budget)
 
-    def block_parameters(self, index):
-        """The parameters that block `index` trains: its own and its head's."""
-        return [*self.blocks[index].parameters(), *self.heads[index].parameters()]
+    @property
+    def labelled(self):
+        """Whether the blocks learn from labels, and not from positive and negative images."""
+        return self.heads[0].loss_name == "cross_entropy"
+
+    def block_parameters(self, index, head=True):
+        """The parameters of block `index`: its own and, with `head`, its head's."""
+        return [*self.blocks[index].parameters(), *(self.heads[index].parameters() if head else ())]
 
     def learned_parameters(self, index):
         """The parameters of block `index` that a loss trains: its own, and its head's if it ends a segment."""
-        return self.block_parameters(index) if index in self.plan.voters else self.blocks[index].parameters()
+        return self.block_parameters(index, index in self.plan.voters)
 
     def outputs(self, images):
         """Yields (main output, goodness [B, K]) block by block; the goodness is None for blocks that do not vote."""

@@ -73,6 +73,7 @@ def run(kind, folder):
     made = trainer(kind)
     if path.exists():
         made.load(path)
+    (folder / "begun").touch()
     made.fit(minibatches(kind), EPOCHS, out=folder, save_every=1, progress=False)
 
 
@@ -86,6 +87,18 @@ def child(kind, folder):
             code = 0
         finally:
             os._exit(code)
+    return pid
+
+
+def begun(kind, folder):
+    """Process id of a fork that has begun to fit: how long it takes until then differs from one build of torch to the next."""
+    folder.mkdir(exist_ok=True)
+    (folder / "begun").unlink(missing_ok=True)
+    pid = child(kind, folder)
+    while not (folder / "begun").exists():
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        assert not ended, f"the child ended with status {status} before it began"
+        time.sleep(0.001)
     return pid
 
 
@@ -104,12 +117,13 @@ def main(folder, kind, kills):
     torch.set_num_threads(1)
     folder, kills = Path(folder), int(kills)
     trainer(kind).step(*next(iter(minibatches(kind))))  # what a first step imports
+    pid = begun(kind, folder / "whole")
     start = time.perf_counter()
-    os.waitpid(child(kind, folder / "whole"), 0)
+    os.waitpid(pid, 0)
     length = time.perf_counter() - start
     draw, killed, positions, finished = random.Random(7), 0, [], 0
     while killed < kills:  # a run that gets to its end before its kill starts again in another folder
-        pid = child(kind, folder / f"killed-{finished}")
+        pid = begun(kind, folder / f"killed-{finished}")
         time.sleep(draw.uniform(0, 0.6) * length)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)

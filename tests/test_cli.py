@@ -41,6 +41,9 @@ def test_compare(tmp_path):
         assert 0 < run["history"][0]["seconds"] < run["history"][1]["seconds"]
         assert run["history"][1]["test_accuracy"] == run["test_accuracy"]
         assert len(run["blocks"]) == len(run["block_names"]) == losses[run["mode"]]
+        assert len(run["block_depths"]) == losses[run["mode"]]
+        if run["mode"] == "block":  # 9 blocks, of which the default plan ends segments at these
+            assert run["block_depths"] == [4 / 9, 1]
         reached = [
             row["seconds"] for row in run["history"] if row["test_accuracy"] >= result["runs"][0]["test_accuracy"]
         ]
@@ -81,6 +84,16 @@ def test_compare_is_fair_and_repeats_itself(tmp_path):
     assert runs[0]["seconds_to_backprop"] is None
     for key in ("test_accuracy", "train_accuracy", "blocks", "peak_memory_mb"):
         assert runs[0][key] == runs[1][key]
+
+
+@pytest.mark.parametrize(
+    ("images", "micro_batches", "replicas", "dropped"),
+    [(65, 1, 1, True), (65, 1, 2, True), (66, 1, 1, False), (66, 1, 2, True), (69, 4, 1, True), (70, 4, 1, False), (128, 1, 2, False)],
+)  # fmt: skip
+def test_a_last_minibatch_too_small_for_batch_norm_is_dropped(images, micro_batches, replicas, dropped):
+    s = experiment.settings(data="digits", subset=images, micro_batches=micro_batches)
+    train, _ = experiment.loaders(s, experiment.load_data(s), "cpu", replicas)
+    assert train.drop_last == dropped
 
 
 def test_compare_mobilenet(tmp_path):

@@ -155,7 +155,7 @@ def test_wrong_subset(argument, most, value):
 def test_dataset_loaders():
     digits = load("digits", subset=100)
     train, test = digits.train_loader(32, seed=1, drop_last=True), digits.test_loader(100)
-    assert train.shuffle and len(train) == 3 and not test.shuffle and test.num_images == 362
+    assert train.shuffle and len(train) == 3 and not test.shuffle and len(test.images) == 362
     everything = torch.cat([x for x, _ in digits.train_loader(32)])
     assert abs(float(everything.mean())) < 1e-5 and abs(float(everything.std(unbiased=False)) - 1) < 1e-5
     assert digits.train_loader(32, shuffle=False, augment=Augment(1)).augment == Augment(1)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_oracle import CLASSES, Plain, assert_same_training, batches, naive_training, sgd, train, vector
 
 from fastff import SFF, Trainer
+from fastff.graph.recording import WARM_UP
 
 NETWORKS, FIRST = int(os.environ.get("FASTFF_NETWORKS", 200)), int(os.environ.get("FASTFF_FIRST", 0))
 PARTS = 10
@@ -54,19 +55,19 @@ def norm(draw, channels):
     )
 
 
+PLAIN = ["plain"] * 3 + ["residual"] * 3 + ["residual_", "shared", "halves", "gate", "functions"]
+KINDS = [*PLAIN, "statistics", "drawn", "no_grad", "counts"]  # the others' Python does more than compute with tensors
+
+
 class Part(nn.Module):
     """Convolution, norm and activation, and one of many other things."""
 
-    def __init__(self, draw, channels):
+    def __init__(self, draw, channels, kinds):
         super().__init__()
         self.conv, self.norm = convolution(draw, channels, channels), norm(draw, channels)
         self.act = ACTIVATIONS[draw.choice(list(ACTIVATIONS))]()
         self.drop, self.gate = nn.Dropout(0.0), nn.Conv2d(channels, channels, 1)
-        self.kind = draw.choice(
-            ["plain"] * 3
-            + ["residual"] * 3
-            + ["residual_", "shared", "statistics", "drawn", "halves", "gate", "no_grad", "functions", "counts"]
-        )
+        self.kind = draw.choice(kinds)
         self.residual_first = draw.random() < 0.5
         self.calls = 0
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
@@ -107,10 +108,10 @@ class Part(nn.Module):
 
 
 class Parts(nn.Module):
-    def __init__(self, draw, inputs, channels):
+    def __init__(self, draw, inputs, channels, kinds):
         super().__init__()
         self.first = convolution(draw, inputs, channels, stride=draw.choice([1, 2]))
-        self.parts = nn.Sequential(*(Part(draw, channels) for _ in range(draw.choice([1, 1, 2]))))
+        self.parts = nn.Sequential(*(Part(draw, channels, kinds) for _ in range(draw.choice([1, 1, 2]))))
         self.last = draw.random() < 0.5
 
     def forward(self, x):
@@ -118,14 +119,14 @@ class Parts(nn.Module):
         return F.relu(x) if self.last else x
 
 
-def network(seed):
+def network(seed, kinds=KINDS):
     """(model, options of SFF, whether the images are channels_last)."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     channels = draw.choice([4, 6, 8])
     model = Plain(2, channels)
     model.features = nn.Sequential(
-        *(Parts(draw, 3 if i == 0 else channels, channels) for i in range(draw.choice([2, 3])))
+        *(Parts(draw, 3 if i == 0 else channels, channels, kinds) for i in range(draw.choice([2, 3])))
     )
     paths = [f"features.{i}" for i in range(len(model.features))]
     options = {
@@ -201,6 +202,38 @@ def check(seed):
     assert kinks.near or error <= 8 * allowed + 1e-6 * vector(exact).norm(), (
         f"{error:.3g} from the float64 weights, naive training is {allowed:.3g}"
     )
+
+
+def check_recorded(seed):
+    """In float32: training with recorded steps, where the network allows it, has the bits of training without."""
+    model, options, channels_last = network(seed, PLAIN if seed % 4 else KINDS)
+    for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
+        dropout.p = 0.2
+    sff = SFF(model.float(), CLASSES, **options)
+    data = batches(sff, WARM_UP + 3, 4, torch.float32)
+    if channels_last:
+        data = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in data]
+        sff.to(memory_format=torch.channels_last)
+    found = []
+    for record in ("auto", False):
+        trainer = Trainer(copy.deepcopy(sff), sgd, record_steps=record)
+        try:
+            found.append((torch.tensor(seeded(train, trainer, data)), vector(trainer.sff)))
+        except RuntimeError as error:
+            found.append(str(error))
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:  # the same bits, NaN of a network that diverged included
+        torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_recorded_steps_of_drawn_networks_have_the_bits_of_ordinary_ones(part):
+    for seed in range(FIRST + part, FIRST + NETWORKS // 2, PARTS):
+        try:
+            check_recorded(seed)
+        except Exception as error:
+            raise AssertionError(f"network {seed}: {error}") from error
 
 
 @pytest.mark.parametrize("part", range(PARTS))

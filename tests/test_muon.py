@@ -12,7 +12,7 @@ from fastff.kernels.native import muon as native_muon
 from fastff.kernels.torch import muon as torch_muon
 from fastff.kernels.torch.muon import COEFFICIENTS, STEPS, orthogonalizers
 from fastff.training import Backprop, Trainer, optim
-from fastff.training.muon import Muon, splits
+from fastff.training.muon import Muon, parameter_groups
 
 
 def plainly(matrix):
@@ -57,12 +57,12 @@ def test_groups():
     net = nn.ModuleList([nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Linear(8, 5)])
     head = fastff.nn.GoodnessHead(8, 5, grid=2)
     parameters = [*net.parameters(), *head.parameters()]
-    convolutions, weights, rest = splits(parameters, {id(p) for p in head.parameters()})
+    convolutions, weights, rest = parameter_groups(parameters, {id(p) for p in head.parameters()})
     assert convolutions["orthogonal"] and [p is net[0].weight for p in convolutions["params"]] == [True]
     assert {id(p) for p in weights["params"]} == {id(p) for p in (net[1].weight, net[3].weight, *head.parameters())}
     assert rest["weight_decay"] == 0 and all(p.dim() < 2 for p in rest["params"])
     net[0].weight.requires_grad_(False)
-    assert len(splits(parameters, set())) == 3  # without knowing the head, its weights are convolutions
+    assert len(parameter_groups(parameters, set())) == 3  # without knowing the head, its weights are convolutions
 
 
 def test_a_step_is_the_formula_and_adamw_s():

@@ -416,6 +416,28 @@ def test_local_steps_of_a_block(block, x, target):
         assert torch.equal(a.grad, b.grad)
 
 
+def test_modules_that_a_block_gets_later_count():
+    x, target = torch.randn(6, 4, 8, 8), torch.randint(4, (6,))
+    block = FFBlock(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()), 8, 4)
+
+    def record():
+        for _ in range(STEPS):
+            block.zero_grad()
+            block.local_step(x, target)
+        assert len(block._recorded.recordings) == 1
+        block.zero_grad()
+
+    record()
+    block.module[0] = nn.Conv2d(4, 8, 3)
+    block.module.append(nn.Dropout(0.5))
+    record()
+    block.module[0].weight.requires_grad_(False)
+    block.module[2].eval()
+    first, second = (block.local_step(x, target)[0] for _ in range(2))
+    assert block.module[0].weight.grad is None
+    assert torch.equal(first, second), "without dropout"
+
+
 def test_a_block_whose_python_is_not_known_is_not_recorded():
     x, target = torch.randn(6, 4, 8, 8), torch.randint(4, (6,))
     unknown, inside = FFBlock(Whim(), 4, 4), FFBlock(nn.Sequential(nn.Conv2d(4, 4, 3), Whim()), 4, 4)

@@ -181,6 +181,24 @@ def test_blocks_that_finish_early():
     assert all(t.isfinite().all() for t in state.values())
 
 
+def test_blocks_that_are_trained_again_in_a_longer_fit_are_in_training_mode():
+    trainer = Trainer(small(plan=[4, 8]), sgd, finish=0.9)
+    data, seen = loader(trainer.sff), []
+
+    class Watch:
+        def start(self, *_): ...
+        def epoch(self, *_): ...
+        def close(self): ...
+        def update(self, *_):
+            modes = [module_of(trainer.sff, i).training for i in range(9)]
+            seen.append((trainer.engine.start, modes))
+
+    for epochs in (1, 8):
+        trainer.fit(data, epochs, progress=Watch())
+    assert seen[4][0] == 8 and seen[5][0] < 4
+    assert all(modes == [i >= start for i in range(9)] for start, modes in seen)
+
+
 def module_of(sff, index):
     return next(m for m in sff.blocks[index].modules() if isinstance(m, torch.nn.BatchNorm2d))
 
@@ -230,6 +248,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, options):
         ({"plan": [1.5, 3]}, ValueError, "plan: expected a whole number"),
         ({"plan": 3}, TypeError, "plan: expected .* got 3"),
         ({"plan": [[1, 3], [2]]}, ValueError, r"plan: expected .* got \[2\]"),
+        ({"plan": plans.window(1, 3)}, ValueError, "plan: expected one whose last loss is that of block 3, .* got window 1"),
         ({"plan": [1, 3], "window": 2}, ValueError, "window: expected None beside a plan, got 2"),
         ({"plan": [1, 3], "schedule": "greedy"}, ValueError, "plan: expected none with schedule='greedy'"),
         ({"finish": 1.0}, ValueError, "finish: expected a number of at least 0 and below 1, got 1.0"),
@@ -307,6 +326,13 @@ def test_counting_leaves_the_network_as_it_is():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), sff.state_dict().values(), strict=True))
     assert all(p.grad is None for p in sff.parameters())
+
+
+def test_memory_is_counted_without_labels():
+    sff = small(goodness="sum_of_squares", memory=0.9)
+    trainer = Trainer(sff, sgd)
+    trainer.step(torch.randn(8, 3, 16, 16))
+    assert 0 < sff.segment_memory(0, 8) < sff.segment_memory.backprop * 1.5
 
 
 def test_too_little_memory_is_refused_with_the_least():

@@ -61,6 +61,7 @@ def run_mode(s, dataset, mode, device):
         seconds += row["seconds"]
         blocks = [value for name, value in row.items() if name.startswith("test block ")]
         history.append({"epoch": row["epoch"], "seconds": seconds, "test_accuracy": row["test vote"], "blocks": blocks})
+    voters = trainer.sff.plan.voters if history[-1]["blocks"] else ()
     return {
         "mode": mode,
         "test_accuracy": history[-1]["test_accuracy"],
@@ -69,7 +70,8 @@ def run_mode(s, dataset, mode, device):
         "peak_memory_mb": memory,
         "epochs": s["epochs"],
         "blocks": history[-1]["blocks"],
-        "block_names": [trainer.names[i] for i in trainer.sff.plan.voters] if history[-1]["blocks"] else [],
+        "block_names": [trainer.names[i] for i in voters],
+        "block_depths": [(i + 1) / len(trainer.names) for i in voters],
         "history": history,
     }
 

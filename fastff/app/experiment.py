@@ -9,7 +9,7 @@ import torch
 
 from fastff import models
 from fastff.app.environment import check_implementations
-from fastff.arguments import first_line, number_between, whole_number
+from fastff.arguments import check_member, first_line, number_between, whole_number
 from fastff.graph.cut import GRANULARITIES
 from fastff.parallel.ranks import BATCH_NORMS, leader_first
 from fastff.plan import ending_at
@@ -75,8 +75,7 @@ def settings(**given):
     given = {key: value for key, value in given.items() if value is not None}
     s = DEFAULTS | given
     for key, allowed in CHOICES.items():
-        if s[key] not in allowed:
-            raise ValueError(f"{key}: expected one of {', '.join(map(str, filter(None, allowed)))}, got {s[key]!r}")
+        check_member(key, s[key], allowed)
     for key, least in LEAST.items():
         s[key] = None if s[key] is None else whole_number(key, s[key], least)
     for key, zero in (("lr", False), ("clip", False), ("weight_decay", True)):
@@ -85,7 +84,7 @@ def settings(**given):
         if "hidden" in given:
             raise ValueError(f"hidden: expected 0 without a spatial term (grid 0), got {s['hidden']}")
         s["hidden"] = 0
-    if min(_micro_batch_sizes(s["batch_size"], s["micro_batches"])) < 2:
+    if _smallest_part(s["batch_size"], s["micro_batches"]) < 2:
         got = f"{s['micro_batches']} parts of a batch of {s['batch_size']}"
         raise ValueError(f"micro_batches: expected parts of at least 2 images each, got {got}")
     if s["mode"] == "backprop":
@@ -135,16 +134,15 @@ def loaders(s, dataset, device, replicas=1):
     options = {"device": device, "channels_last": s["channels_last"]}
     last = len(dataset.train_images) % s["batch_size"] or s["batch_size"]
     # Batch norm cannot train on a single image with one position. If the last minibatch has such a part, it is dropped.
-    smallest = min(_micro_batch_sizes(last // replicas, s["micro_batches"]), default=0)
-    drop_last = smallest < 2 and len(dataset.train_images) > s["batch_size"]
+    drop_last = _smallest_part(last // replicas, s["micro_batches"]) < 2 and len(dataset.train_images) > s["batch_size"]
     train = dataset.train_loader(s["batch_size"], seed=s["seed"], drop_last=drop_last, **options)
     return train, dataset.test_loader(max(256, s["batch_size"]), **options)
 
 
-def _micro_batch_sizes(size, micro_batches):
-    """Numbers of images in the micro-batches of a minibatch of `size` images."""
-    part = -(-size // micro_batches)
-    return [min(part, size - start) for start in range(0, size, part)]
+def _smallest_part(size, micro_batches):
+    """Number of images in the smallest micro-batch of a minibatch of `size` images, which is the last."""
+    part = max(1, -(-size // micro_batches))
+    return size % part or min(part, size)
 
 
 def build_network(s, num_classes, input_shape, device="cpu"):

@@ -139,11 +139,8 @@ def _by_block(axis, runs):
     axis.set_xlim(-0.05, 1.3)
     for run in runs:
         name, colour, marker = STYLES[run["mode"]]
-        count = len(run["blocks"])
-        if count:
-            depth = [(i + 1) / count for i in range(count)]
-            alone = [100 * accuracy for accuracy in run["blocks"]]
-            axis.plot(depth, alone, color=colour, marker=marker, markersize=5, linewidth=2, alpha=0.9)
+        alone = [100 * accuracy for accuracy in run["blocks"]]
+        axis.plot(run["block_depths"], alone, color=colour, marker=marker, markersize=5, linewidth=2, alpha=0.9)
         vote = 100 * run["test_accuracy"]
         shift = 1.18 + 0.03 * (runs.index(run) - (len(runs) - 1) / 2)
         axis.plot([shift], [vote], color=colour, marker=marker, markersize=9, markeredgecolor="white", clip_on=False)

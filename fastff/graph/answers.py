@@ -19,7 +19,9 @@ SIZES = {"shape", "size", "numel", "nelement", "stride"}
 
 
 class Answers:
-    """Attributes: busy (whether a node is being run now), sizes (whether an answer was given that depends on the size of the images)."""
+    """Answers about a module from two inputs of different numbers of images; without examples there are none.
+
+    Attributes: busy (whether a node is being run now), sizes (whether an answer was given that depends on the size of the images)."""
 
     def __init__(self, root, examples):
         self.root, self.examples, self.busy, self.sizes = root, examples, False, False

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastff.arguments import first_line
 from fastff.graph.answers import Answers
 from fastff.graph.snapshot import Snapshot, is_plain, random_states, same
 
@@ -62,13 +63,13 @@ def trace(root, opens, needed=lambda name: False, in_order=True, examples=()):
 def _trace(root, opens, needed, whole, in_order, examples):
     """(Trace, faults)"""
     modules = dict(root.named_modules())
-    tracer = _Tracer(modules, opens, needed, whole, Answers(root, examples) if examples else None)
+    tracer = _Tracer(modules, opens, needed, whole, Answers(root, examples))
     before = Snapshot(modules)
     try:
         with _watched(tracer):
             graph = tracer.trace(root)
     except Exception as error:
-        fault = tracer.note(f"cannot be traced ({type(error).__name__}: {_first_line(error)})")
+        fault = tracer.note(f"cannot be traced ({type(error).__name__}: {first_line(error)})")
         if error is not fault:
             fault.__cause__ = error
         return None, [fault]
@@ -89,11 +90,7 @@ def _trace(root, opens, needed, whole, in_order, examples):
             gc.collect(generation)
     faults += [NotPlain(name, "keeps a tensor for later") for ref, name in tracer.proxies if ref() is not None]
     reads = {modules[name]: tracer.reads[modules[name]] for name in tracer.opened}
-    return Trace(graph, dict(whole), reads, bool(examples) and tracer.answers.sizes), faults
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [""])[0]
+    return Trace(graph, dict(whole), reads, tracer.answers.sizes), faults
 
 
 def _asking(question):
@@ -156,19 +153,20 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         """Arguments with default values, *args and **kwargs are left out, as in a call of the module without them."""
         *_, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
-        if len(arguments) > 1:
-            arguments[1].node.args = ()
-        given = [a for a in arguments[1:] if not (a.node.args or a.node.target.startswith("*"))]
-        for argument in arguments[1:]:
-            if all(argument is not a for a in given):
+        given = [arguments[0]]
+        for number, argument in enumerate(arguments[1:]):
+            if number and argument.node.args or argument.node.target.startswith("*"):
                 self.graph.erase_node(argument.node)
-        return root_fn, [arguments[0], *given]
+            else:
+                argument.node.args = ()
+                given.append(argument)
+        return root_fn, given
 
     def is_leaf_module(self, module, name):
         return name in self.whole or not self.opens(module, name)
 
     def call_module(self, module, forward, args, kwargs):
-        if self.answers is not None and self.answers.busy:
+        if self.answers.busy:
             return forward(*args, **kwargs)
         name = self.path_of_module(module)
         if self.is_leaf_module(module, name):
@@ -181,16 +179,15 @@ class _Tracer(fx.Tracer):
         except NotPlain:
             raise
         except Exception as error:
-            raise self.note(f"cannot be traced ({type(error).__name__}: {_first_line(error)})") from error
+            raise self.note(f"cannot be traced ({type(error).__name__}: {first_line(error)})") from error
         if not same(random_states(), before):
             raise self.note("draws random numbers in Python")
         self.stack.pop()
         return result
 
     def getattr(self, attr, value, cache):
-        busy = self.answers is not None and self.answers.busy
-        name = self.names.get(id(value)) if isinstance(value, torch.Tensor) and not busy else None
-        if name is None:
+        name = self.names.get(id(value)) if isinstance(value, torch.Tensor) else None
+        if name is None or self.answers.busy:
             return value
         if name not in self.parameters:
             self.parameters[name] = self.create_proxy("get_attr", name, (), {})
@@ -219,8 +216,6 @@ class _Tracer(fx.Tracer):
     def answer(self, proxy, question, reason="needs the value of a tensor"):
         """question(value) of what a proxy stands for, where that is the same for every number of images and can be told from sizes."""
         try:
-            if self.answers is None:
-                raise LookupError
             return self.answers.ask(proxy.node, question)
         except LookupError:
             raise self.note(reason) from None
@@ -228,9 +223,8 @@ class _Tracer(fx.Tracer):
     def class_of(self, proxy, asks):
         """The class that a proxy's value has, where that can be told."""
         try:
-            if self.answers is not None:
-                found = self.answers.ask(proxy.node, type)
-                return torch.Tensor if issubclass(found, torch.Tensor) else found
+            found = self.answers.ask(proxy.node, type)
+            return torch.Tensor if issubclass(found, torch.Tensor) else found
         except LookupError:
             pass
         if asks and self.stack[-1] and not self.needed(self.stack[-1]):
@@ -257,14 +251,13 @@ def _watched(tracer):
             raise tracer.note(f"computes {op.__name__} on tensors of its own")
 
     class NoPrint:
-        def write(self, text):
+        def write(self, *text):
             raise tracer.note("prints")
 
-        def flush(self):
-            raise tracer.note("prints")
+        flush = write
 
     def no_autocast(context, enter=torch.autocast.__enter__):
-        if tracer.answers is not None and tracer.answers.busy:
+        if tracer.answers.busy:
             return enter(context)
         raise tracer.note("has an autocast context of its own")
 

@@ -11,9 +11,8 @@ import warnings
 import torch
 
 WARM_UP = 3  # ordinary calls before a recording: they create the optimizer state, let cuDNN choose its algorithms and Triton compile
-FRUITLESS = (
-    16  # changes of the modules in a row that leave no time for a replay, after which nothing more is recorded unasked
-)
+# Changes of the modules in a row that leave no time for a replay, after which nothing more is recorded unasked.
+FRUITLESS = 16
 
 
 class CannotRecord(RuntimeError):
@@ -42,11 +41,15 @@ class Recorded:
 
     def __init__(self, module, function, recorder, kind=lambda *how: how, gives_up=True):
         self.function, self.recorder, self.kind, self.gives_up, self.reason = function, recorder, kind, gives_up, None
-        self.calls, self.recordings, self.changes, self.fruitless = {}, {}, recorder.changes, 0
-        self.modules, self.parameters = list(module.modules()), list(module.parameters())
+        self.module, self.changes, self.fruitless = module, recorder.changes, 0
+        self._begin_anew()
 
     def __getstate__(self):
         return vars(self) | {"calls": {}, "recordings": {}}  # a copy records calls of its own
+
+    def _begin_anew(self):
+        self.calls, self.recordings = {}, {}
+        self.modules, self.parameters = list(self.module.modules()), list(self.module.parameters())
 
     def __call__(self, images, target, *how):
         function = lambda images, target: self.function(images, target, *how)  # noqa: E731
@@ -55,8 +58,7 @@ class Recorded:
             return ordinary()
         if self.recorder.changes > self.changes:
             self.changes, self.fruitless = self.recorder.changes, self.fruitless + 1
-            self.calls.clear()
-            self.recordings.clear()
+            self._begin_anew()
             if self.fruitless > FRUITLESS and self.gives_up:
                 self._give_up("the network changes too often")
         learned = tuple(m.training for m in self.modules), tuple(p.requires_grad for p in self.parameters)

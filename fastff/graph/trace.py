@@ -49,25 +49,22 @@ def count_weights(module):
     return sum(is_weight(m) for m in module.modules())
 
 
-def _holds_blocks(module):
-    """Whether in it a list has two or more members with two or more weight layers each, or a module of the model's own has two or more
-    children of one such class whose names differ in numbers alone."""
-    return any(_is_row_of_blocks(m) for m in module.modules())
-
-
 def _is_row_of_blocks(module):
+    """Whether a module is a list of two or more members with two or more weight layers each, or one of the model's own with two or more
+    children of one such class whose names differ in numbers alone."""
     large = [child for child in module.children() if count_weights(child) >= 2]
     if isinstance(module, CONTAINERS):
         return len(large) >= 2
     own = [
         (type(child), re.sub(r"\d+", "", name))
         for name, child in module.named_children()
-        if child in large and not isinstance(child, CONTAINERS) and not _is_torchs(child)
+        if child in large and not isinstance(child, CONTAINERS) and not is_torchs(child)
     ]
-    return not _is_torchs(module) and len(set(own)) < len(own)
+    return not is_torchs(module) and len(set(own)) < len(own)
 
 
-def _is_torchs(module):
+def is_torchs(module):
+    """Whether a module's class is PyTorch's."""
     return type(module).__module__.startswith("torch.nn.")
 
 
@@ -84,9 +81,9 @@ def _opener(model, granularity, paths):
             return any(path.startswith(name + ".") for path in paths)
         if type(module) in CONTAINERS:
             return True
-        if _is_torchs(module):
+        if is_torchs(module):
             return False
-        if _holds_blocks(module):
+        if any(map(_is_row_of_blocks, module.modules())):
             return True
         return granularity == "layer" and count_weights(module) >= 2 and not _normalises_first(module)
 

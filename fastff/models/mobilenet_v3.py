@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastff.arguments import number_between, one_of, whole_number
+from fastff.arguments import check_member, number_between, whole_number
 
 ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish}
 
@@ -117,8 +117,8 @@ class MobileNetV3(nn.Module):
         whole_number("in_channels", in_channels)
         number_between("width_mult", width_mult, 0, float("inf"), low_allowed=False)
         number_between("dropout", dropout, 0, 1, low_allowed=True)
-        one_of("stem", stem, ["imagenet", "cifar"])
-        one_of("activation", activation, [None, *ACTIVATIONS])
+        check_member("stem", stem, ("imagenet", "cifar"))
+        check_member("activation", activation, (None, *ACTIVATIONS))
         hard = activation or HS
 
         channels = round_channels(16 * width_mult)

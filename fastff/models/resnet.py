@@ -6,7 +6,7 @@ and a linear classifier. Stages 2 to 4 halve the resolution in their first block
 
 from torch import Tensor, nn
 
-from fastff.arguments import one_of, whole_number
+from fastff.arguments import check_member, whole_number
 
 ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
@@ -51,8 +51,8 @@ class ResNet(nn.Module):
         whole_number("num_classes", num_classes)
         whole_number("width", width)
         whole_number("in_channels", in_channels)
-        one_of("stem", stem, ["imagenet", "cifar"])
-        one_of("activation", activation, ACTIVATIONS)
+        check_member("stem", stem, ("imagenet", "cifar"))
+        check_member("activation", activation, ACTIVATIONS)
         act = ACTIVATIONS[activation]
 
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)

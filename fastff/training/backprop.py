@@ -1,5 +1,8 @@
 """Backpropagation through the same loop: what block-local training is compared with, and its fairest memory-saving variants."""
 
+import contextlib
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +35,21 @@ class Backprop(Session):
             raise ValueError("sff: expected fastff.SFF with readout=True, so that the model's classifier is kept")
         options, make = Options(**options), optimizer or optim.muon(optim.BACKPROP_LR)
         super().__init__(BackpropEngine(sff, make, options, checkpointing, deep_supervision), options, lr_schedule)
+
+
+@contextlib.contextmanager
+def _buffers_kept(block):
+    """Within it, what a block that runs again writes to its buffers is put back: running statistics have seen the minibatch already."""
+    kept = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.data.copy_(value)  # autograd, which holds some of them, need not know
+
+
+def _run_again(block):
+    return contextlib.nullcontext(), _buffers_kept(block)
 
 
 class BackpropEngine:
@@ -74,8 +92,12 @@ class BackpropEngine:
             return self.sff.model(images), 0
         alive, local = (images,), 0
         for block, head in zip(self.sff.blocks, self.sff.heads, strict=True):
-            again = self.checkpointing and torch.is_grad_enabled()
-            alive = checkpoint(block, *alive, use_reentrant=False) if again else block(*alive)
+            if self.checkpointing and torch.is_grad_enabled():
+                # torch.compile takes no contexts, and computes a block again without its writes
+                around = {} if self.options.compile else {"context_fn": functools.partial(_run_again, block)}
+                alive = checkpoint(block, *alive, use_reentrant=False, **around)
+            else:
+                alive = block(*alive)
             if supervised is not None:
                 local = local + head.loss(head(alive[0]), supervised)
         return self.sff.readout[0](*alive)[0], local

@@ -339,11 +339,7 @@ def _fetch(source: Source, place: Path, file: str) -> Path:
 
 
 def _check_md5(path: Path, expected: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:  # piece by piece: archives of images do not fit into memory everywhere
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    found = digest.hexdigest()
+    found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     if found != expected:
         text = f"expected MD5 {expected}, found {found} ({path.stat().st_size} bytes)"
         raise DataError(f"{path}: wrong or incomplete: {text}. Delete it and fetch it again.")

@@ -105,11 +105,6 @@ class Loader:
         full, rest = divmod(len(self.images), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    @property
-    def num_images(self) -> int:
-        """Number of images in an epoch, without those that `drop_last` leaves out."""
-        return min(len(self.images), len(self) * self.batch_size)
-
     def shared(self, rank: int, count: int) -> "Loader":
         """Return the loader of rank `rank` out of `count` ranks that share each minibatch.
 

@@ -10,13 +10,14 @@ import torch
 from fastff.ops import muon as ops
 
 
-def splits(parameters, heads):
-    """Return parameter groups: convolution weights, other weights, and norms, biases and temperatures without weight decay.
+def parameter_groups(parameters, heads=None):
+    """Return parameter groups: weights (two or more dimensions), and norms, biases and temperatures without weight decay.
 
-    heads: ids of parameters of goodness heads, which are no convolutions of the network. Depthwise filters [C, 1, k, k] are none either."""
+    heads: for Muon, ids of parameters of goodness heads. The first group is then that of the network's convolution weights, to which neither the
+    heads' belong nor depthwise filters [C, 1, k, k]."""
     groups = {"convolutions": [], "weights": [], "rest": []}
     for p in dict.fromkeys(p for p in parameters if p.requires_grad):
-        convolution = p.dim() >= 4 and id(p) not in heads and min(p.shape[:2]) > 1
+        convolution = heads is not None and p.dim() >= 4 and id(p) not in heads and min(p.shape[:2]) > 1
         groups["convolutions" if convolution else "weights" if p.dim() >= 2 else "rest"].append(p)
     made = [
         {"params": groups["convolutions"], "orthogonal": True},
@@ -61,20 +62,20 @@ def step_together(optimizers):
                     params.append(p)
                     states.append(optimizer.state[p])
     for (orthogonal, lr, momentum, weight_decay, betas, eps, *_), (params, states) in alike.items():
+        grads = [p.grad for p in params]
         if orthogonal:
-            momenta = _kept("momentum", params, states)
-            ops.update(params, [p.grad for p in params], momenta, lr, momentum, weight_decay)
+            ops.update(params, grads, _kept("momentum", params, states), lr, momentum, weight_decay)
         else:
-            _adamw(params, states, lr, weight_decay, betas, eps)
+            lists = (_kept(name, params, states) for name in ("exp_avg", "exp_avg_sq", "step"))
+            fused_adam(torch._fused_adamw_, params, grads, *lists, lr, betas, weight_decay, eps)
 
 
-def _adamw(params, states, lr, weight_decay, betas, eps):
-    # torch's kernel itself, for the reason that optim.Stepper gives
-    averages, squares = _kept("exp_avg", params, states), _kept("exp_avg_sq", params, states)
-    steps = _kept("step", params, states)
+@torch.no_grad()
+def fused_adam(kernel, params, grads, averages, squares, steps, lr, betas, weight_decay, eps):
+    """Update parameters of one dtype on one device by torch's fused kernel of Adam or AdamW, and count the steps."""
     torch._foreach_add_(steps, 1)
-    torch._fused_adamw_(
-        params, [p.grad for p in params], averages, squares, [], steps, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
+    kernel(
+        params, grads, averages, squares, [], steps, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip
 

@@ -12,7 +12,6 @@ Where segments overlap (windows), a block gets gradients of several losses. The 
 block's parameters get the sum of all gradients that reach it in one backward pass, when the last has come.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -54,7 +53,7 @@ class LocalStep:
     Args:
         blocks: LocalBlocks, in order.
         micro_batches: parts that a minibatch is cut into.
-        autocast: a function that makes the context of forward passes, or None.
+        autocast: a function that makes the context of forward passes.
         scalers: a GradScaler or None for each block.
         place: fastff.training.place.Place, which holds this rank's blocks and is told when the gradients of a block are complete.
         classifier: trained on the last block's detached output, or None.
@@ -103,20 +102,17 @@ class LocalStep:
         self.weight = 1 if self.place.reduction is None else samples / UNIT
 
     def train(self, route, chain, parts):
-        """Train a chain of blocks; parts (a list, overwritten, or an iterator) become those of the block behind it."""
+        """Train a chain of blocks; parts (a list, which is emptied, or an iterator) become those of the block behind it."""
         count = self.micro_batches * route.parts[chain.start]
         if self.samples < 4 * count:  # batch norm learns nothing from a single sample of one position
             count = self.micro_batches
         if count != self.parts:
             parts = in_parts(parts if isinstance(parts, list) else list(parts), count)
             self.parts = len(parts)
-        done = parts if isinstance(parts, list) else []
-        for number, part in enumerate(parts):
-            part = self._train_part(route, chain, part, update=number + 1 == self.parts)
-            if done is parts:
-                done[number] = part
-            else:
-                done.append(part)
+        done = []
+        while len(done) < self.parts:
+            part = parts.pop(0) if isinstance(parts, list) else next(parts)
+            done.append(self._train_part(route, chain, part, update=len(done) + 1 == self.parts))
         return done
 
     def _train_part(self, route, chain, part, update):
@@ -142,7 +138,7 @@ class LocalStep:
         block = self.blocks[index]
         if index not in route.last_loss:
             with torch.no_grad():
-                with self._context():
+                with self.autocast():
                     main, *others = block.outputs(*part.alive)
                 return None, (block.next_input(main), *others)
         if index in route.losses:
@@ -156,30 +152,24 @@ class LocalStep:
     def _statistics(self):
         """(losses [L], right answers [L]): of all blocks at once at the end of a step, since on a GPU each operator is a launch."""
         losses, correct = ([self.zero] * len(self.blocks) for _ in range(2))
-        for number in range(max(map(len, self.seen.values()), default=0)):
-            alike = {}  # {samples: blocks that saw a part of so many}
-            for index, seen in self.seen.items():
-                if number < len(seen):
-                    alike.setdefault(seen[number][2], []).append(index)
-            for share, indices in alike.items():
-                results = [self.seen[index][number] for index in indices]
-                own = [loss.to(self.zero.dtype).reshape(()) for loss, *_ in results]
-                if share != 1:
-                    own = torch._foreach_mul(own, share)
-                target = results[0][3]
-                if target is None:
-                    right = [self.zero.new_full((), math.nan)] * len(own)
-                else:
-                    goodness = torch.stack([g for _, g, *_ in results])
-                    right = (goodness.argmax(2) == target).sum(1).to(self.zero.dtype).unbind()
-                for index, loss, count in zip(indices, own, right, strict=True):
-                    losses[index] = loss if number == 0 else losses[index] + loss
-                    correct[index] = count if number == 0 else correct[index] + count
+        alike = {}  # {(number of a part, its share of the minibatch): [(block, loss, goodness, target)]}
+        for index, seen in self.seen.items():
+            for number, (loss, goodness, share, target) in enumerate(seen):
+                alike.setdefault((number, share), []).append((index, loss, goodness, target))
+        for (number, share), results in sorted(alike.items()):
+            indices, own, goodness, (target, *_) = zip(*results, strict=True)
+            own = [loss.to(self.zero.dtype).reshape(()) for loss in own]
+            if share != 1:
+                own = torch._foreach_mul(own, share)
+            if target is None:
+                right = [self.zero.new_full((), math.nan)] * len(own)
+            else:
+                right = (torch.stack(goodness).argmax(2) == target).sum(1).to(self.zero.dtype).unbind()
+            for index, loss, count in zip(indices, own, right, strict=True):
+                losses[index] = loss if number == 0 else losses[index] + loss
+                correct[index] = count if number == 0 else correct[index] + count
         self.seen = {}
         return torch.stack(losses + correct).view(2, -1).unbind()
-
-    def _context(self):
-        return contextlib.nullcontext() if self.autocast is None else self.autocast()
 
     def _grad_scale(self, index, part):
         """What multiplies a block's gradients: the shares of the micro-batch and the rank, times the scaler's factor; None for 1."""
@@ -232,7 +222,7 @@ class LocalStep:
         index = len(self.blocks)
         self.place.settle(index)
         for part in parts:
-            with torch.enable_grad(), self._context(), GroupNormGuard():
+            with torch.enable_grad(), self.autocast(), GroupNormGuard():
                 logits = self.classifier(*detached(part.alive))[0]
             loss = torch.nn.functional.cross_entropy(logits.to(self.zero.dtype), part.target)
             (loss * part.share * self.weight).backward()

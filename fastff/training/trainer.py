@@ -5,6 +5,7 @@ next forward pass at the latest. Where ranks share the blocks, each trains its o
 """
 
 import copy
+import functools
 
 import torch
 
@@ -81,16 +82,10 @@ class Trainer(Session):
         options = Options(**options)
         ranks = _ranks(Distributed.of(distributed), sff, plan, frozen, finish, options)
         for index in range(frozen):
-            still = sff.blocks[index].parameters() if train_frozen_heads else sff.block_parameters(index)
-            for parameter in still:
+            for parameter in sff.block_parameters(index, head=not train_frozen_heads):
                 parameter.requires_grad_(False)
         make = optimizer or optim.muon(optim.LOCAL_LR)
         super().__init__(LocalEngine(sff, make, options, ranks, plan, frozen, finish), options, lr_schedule)
-
-
-def _labelled(sff):
-    """Whether the blocks learn from labels, and not from positive and negative images."""
-    return sff.heads[0].loss_name == "cross_entropy"
 
 
 def _ranks(distributed, sff, plan, frozen, finish, options):
@@ -104,7 +99,7 @@ def _ranks(distributed, sff, plan, frozen, finish, options):
         text = "expected neither clip_grad_norm nor amp 'fp16' beside it: both look at all gradients of a block"
         raise ValueError(f"shard_optimizer: {text}")
     ranks = Ranks(distributed, next(sff.parameters()).device)
-    if ranks.block_size > 1 and not _labelled(sff):
+    if ranks.block_size > 1 and not sff.labelled:
         text = f"expected a goodness with labels where ranks share the blocks, got {sff.goodness_name!r}"
         raise ValueError(f"distributed: {text}")
     if ranks.block_size > 1:
@@ -133,14 +128,15 @@ class LocalEngine:
         self.options, self.device = options, next(sff.parameters()).device
         self.names = [block.name for block in sff.blocks]
         self.phase, self.phases, self.start, self.voters = 0, plan.phases, frozen, plan.voters
-        self.labelled, self.classifies = _labelled(sff), sff.heads[0].num_classes is not None
+        self.labelled, self.classifies = sff.labelled, sff.heads[0].num_classes is not None
         if sff.readout and not self.labelled:
             text = "expected False with a loss of positive and negative images, which has no labels for a classifier"
             raise ValueError(f"readout: {text}, got True")
-        self.parameters = [[p for p in self._learned(i) if p.requires_grad] for i in range(len(sff.blocks))]
+        learned = [sff.block_parameters(i, i in self.voters) for i in range(len(sff.blocks))]
         classifier = sff.readout[0] if sff.readout else None
         if classifier is not None:
-            self.parameters.append([p for p in classifier.parameters() if p.requires_grad])
+            learned.append(classifier.parameters())
+        self.parameters = [[p for p in those if p.requires_grad] for those in learned]
         heads = {id(p) for p in sff.heads.parameters()}
         every = [optim.build(make, parameters, heads) for parameters in self.parameters]
         self.block_optimizers = every[: len(sff.blocks)]
@@ -152,14 +148,10 @@ class LocalEngine:
             for block in sff.local_blocks:
                 block.compile_forward()
         self.place = Place(ranks, sff, self.parameters, every, self._update, self._chains, self._measure)
-        autocast = None if options.amp is None else self._autocast
+        self.autocast = functools.partial(options.autocast, self.device)
         taught = classifier if self.classifier_optimizer is not None and self.phases == 1 else None
-        self.step = LocalStep(sff.local_blocks, options.micro_batches, autocast, self.scalers, self.place, taught)
+        self.step = LocalStep(sff.local_blocks, options.micro_batches, self.autocast, self.scalers, self.place, taught)
         self._counts = {}  # what `counted` returns, by the segments of a step
-
-    def _learned(self, index):
-        """The parameters of a block that this engine's steps may train: not those of a head without a loss."""
-        return self.sff.block_parameters(index) if index in self.voters else self.sff.blocks[index].parameters()
 
     def _measure(self):
         """Return the seconds of each chain of blocks, measured on a copy."""
@@ -172,9 +164,6 @@ class LocalEngine:
 
     def _chains(self):
         return self.plan.chains(self.frozen)
-
-    def _autocast(self):
-        return self.options.autocast(self.device)
 
     def _update(self, *indices):
         """Update these blocks, whose gradients are complete; the index after the last block is the classifier's."""
@@ -208,7 +197,7 @@ class LocalEngine:
         if self.classifier_optimizer is not None:
             optim.set_progress([self.classifier_optimizer], schedule, progress)
         self.start = max(self.frozen, sum(progress > end for end in ends[:-1]))
-        if self.start > before:
+        if self.start != before:  # less where fit goes on for more epochs
             self.train_mode()
 
     def segments(self, t):
@@ -238,7 +227,7 @@ class LocalEngine:
         """Return {"vote": [B, K], "block 0": ..., "readout": ...}."""
         goodness, alive, voters = [], (images,), self.sff.plan.voters
         for index, block in enumerate(self.sff.local_blocks):
-            with self._autocast():
+            with self.autocast():
                 main, *others = block.outputs(*alive)
             if index in voters:
                 goodness.append(block.head(main))
@@ -246,6 +235,6 @@ class LocalEngine:
         names = [f"block {i}" for i in voters]
         found = {"vote": self.sff.votes(goodness)} | dict(zip(names, goodness, strict=True))
         if self.sff.readout:
-            with self._autocast():
+            with self.autocast():
                 found["readout"] = self.sff.readout[0](*alive)[0]
         return found
