@@ -66,14 +66,14 @@ def step_together(optimizers):
         if orthogonal:
             ops.update(params, grads, _kept("momentum", params, states), lr, momentum, weight_decay)
         else:
-            lists = (_kept(name, params, states) for name in ("exp_avg", "exp_avg_sq", "step"))
-            fused_adam(torch._fused_adamw_, params, grads, *lists, lr, betas, weight_decay, eps)
+            averages, squares, steps = (_kept(name, params, states) for name in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1)
+            fused_adam(torch._fused_adamw_, params, grads, averages, squares, steps, lr, betas, weight_decay, eps)
 
 
 @torch.no_grad()
 def fused_adam(kernel, params, grads, averages, squares, steps, lr, betas, weight_decay, eps):
-    """Update parameters of one dtype on one device by torch's fused kernel of Adam or AdamW, and count the steps."""
-    torch._foreach_add_(steps, 1)
+    """Update parameters of one dtype on one device by torch's fused kernel of Adam or AdamW. steps: counted with this one."""
     kernel(
         params, grads, averages, squares, [], steps, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
         amsgrad=False, maximize=False,

@@ -122,6 +122,7 @@ def step(optimizer):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return
+    torch._foreach_add_([state["step"] for *_, states in calls for state in states], 1)  # in one launch
     for group, grads, states in calls:
         decoupled = group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
         kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
