@@ -6,11 +6,11 @@ The rates are those of an H100 SXM: 3.35 TB/s of device memory, 989 TFLOP/s in b
 the multiprocessors (others' measurements). The time of a kernel is the largest of the times of its bytes in memory, its bytes through L2 and its
 FLOPs at these rates; a launch that is not hidden costs 4 us. The floor reads x once and writes the gradient and the next input once.
 
-torch.compile is taken to make of the eager step on bfloat16 x in channels_last memory: W and dL/dW in the other dtype, the loss with d, and layer
-normalization, a kernel each; three products of cuBLAS in tiles of 128 x 256; and between them two kernels of elementwise work on a [B P, K], the sums
-of a^2, and d * a, written for the last two products to read. Nothing fuses into a product of cuBLAS. On an H100 cuBLAS has programs that share what they
-load (clusters), which the kernels here have not; how much that saves is unknown. So there are two ratios: with L2 read tile by tile as by our
-products, and with L2 bounding no product of cuBLAS. The truth lies between.
+torch.compile is taken to make of the eager step on bfloat16 x in channels_last memory: W and dL/dW in the other dtype, the loss with d, and
+layer normalization, a kernel each; three products of cuBLAS in tiles of 128 x 256; and between them two kernels of elementwise work on a [B P, K],
+the sums of a^2, and d * a, written for the last two products to read. Nothing fuses into a product of cuBLAS. On an H100 cuBLAS has programs that
+share what they load (clusters), which the kernels here have not; how much that saves is unknown. So there are two ratios: with L2 read tile by tile
+as by our products, and with L2 bounding no product of cuBLAS. The truth lies between.
 
 These are predictions, not measurements. They say what bounds a kernel, and a measured time can be compared with them.
 """
@@ -44,7 +44,11 @@ class Kernel(NamedTuple):
 
     def seconds(self):
         """Return (time, "memory", "L2" or "products": what bounds it)."""
-        by = {"memory": self.moved / BYTES, "L2": self.through / L2_BYTES, "products": self.bf16 / BF16 + self.tf32 / TF32}
+        by = {
+            "memory": self.moved / BYTES,
+            "L2": self.through / L2_BYTES,
+            "products": self.bf16 / BF16 + self.tf32 / TF32,
+        }
         bound = max(by, key=by.get)
         return by[bound], bound
 

@@ -143,11 +143,11 @@ def test_launches_of_a_head(how, expected):
         ({}, 6, 1),  # W in bfloat16
         ({"dtype": torch.float32}, 6, 0), ({"dtype": torch.float16}, 6, 5),  # W, and d as a multiple of its largest
         ({"H": 24}, 7, 1), ({"epilogue": True}, 11, 1),
-        ({"grid": 2}, 6, 7), ({"grid": 2, "hidden": 8}, 8, 7),  # two thin products each of the means and of their gradient
+        ({"grid": 2, "K": 100}, 6, 10), ({"grid": 2, "hidden": 8, "K": 100}, 8, 10),  # two thin products each of the means and of their gradient
     ],
 )  # fmt: skip
 def test_launches_of_products(how, launches, operators):
-    """Three products, the loss, the reduction and the normalization; one more joins the squares of several tiles of positions, five are an epilogue."""
+    """Three products, the loss, the reduction and the normalization; one more joins the squares of several tiles, five are an epilogue."""
     how = {"C": 256, "H": 8, "K": 1000, "dtype": torch.bfloat16, "plan": spec.Plan("products", 8, 1000)} | how
     head_step(**how)  # makes the matrices of the grid
     counted = head_step(**how)

@@ -23,8 +23,8 @@ def in_the_dtype_of_x():
 
 
 def assert_as_exact(got, base, exact, dtype):
-    """Errors of at most four times those of PyTorch's products in the same dtype and two roundings, which the interpreter cuts off; of grad_tau those of
-    the goodness, whose differences it is made of."""
+    """Errors of at most four times those of PyTorch's products in the same dtype and two roundings, which the interpreter cuts off; of grad_tau
+    those of the goodness, whose differences it is made of."""
     for field, a, b, true in zip(spec.StepResult._fields, got, base, exact, strict=True):
         assert (a is None) == (true is None), field
         if a is not None:

@@ -9,7 +9,7 @@ An elementwise byte costs about as much as BYTE multiply-adds in cache. How well
 counted but measured: `calibrate` times both and keeps the median ratio of measured to counted cost in the user's cache folder. The
 choice is the same for the same shape until calibrated again, so that resumed runs repeat their bits.
 
-On a GPU the times of four ways are modelled instead: Triton's kernels for direct and second moment, and the direct algorithm as three matrix products,
+On a GPU the times of four ways are modelled instead: Triton's kernels for direct and second moment, and direct as three large matrix products,
 "products" by Triton with the elementwise work inside, "cublas" by PyTorch with passes between them. The model is of an H100 and was not measured
 (docs/kernels.md).
 """
@@ -86,7 +86,11 @@ def gpu_microseconds(algorithm, B, C, P, K, gpu):
         return 3 * LAUNCH + 3.5 * x / MEMORY + cached / CACHE + (4 * P + 6 * K) * B * C * C / rate
     if algorithm == "products":  # a [P, K] is written and read by two products, x also by the normalization
         BK = blocks.table(algorithm, B, C, P, K, 0, *gpu.kernels).BK
-        return 8 * LAUNCH + (5 * x + 3 * a) / MEMORY + 3 * products * -(-K // BK) * BK / (FMA if rate == PRODUCTS[4] else 1)
+        return (
+            8 * LAUNCH
+            + (5 * x + 3 * a) / MEMORY
+            + 3 * products * -(-K // BK) * BK / (FMA if rate == PRODUCTS[4] else 1)
+        )
     if algorithm == "cublas":  # a is squared and scaled in passes of its own
         return 10 * LAUNCH + (6 * x + 6 * a) / MEMORY + 3 * products * K
     raise ValueError(f"algorithm: expected 'direct', 'second_moment', 'products' or 'cublas', got {algorithm!r}")

@@ -11,8 +11,6 @@ Arithmetic is in float32 (float64 for float64): chunks of 16-bit tensors are wid
 their own dtype, as its tensor cores take them (sums in float32), and nothing of x's size is widened; the second moment alone is as on a CPU.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -173,9 +171,7 @@ class Grid:
 
     def __init__(self, cells, sizes, dtype, device):
         """cells: rows and columns of the grid; sizes: those of x."""
-        self.down, self.right = (
-            _pooling_matrix(size, n, dtype, device) for size, n in zip(sizes, cells, strict=True)
-        )
+        self.down, self.right = (_pooling_matrix(size, n, dtype, device) for size, n in zip(sizes, cells, strict=True))
 
     def means(self, x):
         """[b, C, rows, columns] of cells."""
@@ -197,7 +193,6 @@ class Grid:
             torch.matmul((self.down @ cells).to(grad_x.dtype), right.T, out=grad_x)
 
 
-@functools.cache  # for good: a recorded step reads it
 def _pooling_matrix(size, cells, dtype, device):
     """[size, cells]: column j averages the positions of cell j; edges of adaptive average pooling."""
     cells = min(cells, size)

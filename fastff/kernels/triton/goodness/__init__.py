@@ -277,7 +277,9 @@ def _step(step, plan):
         else:
             fused = plan.algorithm != "products" and normalize.name in NORMALIZATIONS
             grad_x = empty_like(x) if step.need_grad_x else None
-            inner, _ = Launch(x, step.goodness, plan).step(step.loss, normalize if fused else spec.Normalization(), grad_x)
+            inner, _ = Launch(x, step.goodness, plan).step(
+                step.loss, normalize if fused else spec.Normalization(), grad_x
+            )
         if inner.normalized is None and normalize.name != "none":
             inner = inner._replace(normalized=group_goodness.normalize(x, normalize))
         return inner

@@ -4,10 +4,11 @@
     input_gradient     dL/dx = (2/P) W^T (d * a); d meets a as it is loaded                                        reads a; writes dL/dx
     weight_gradient    dL/dW = (2/P) sum (d * a) x by program, which the reduction adds up in a fixed order        reads a and x
 
-The loss is a launch between the first two, and normalization one of its own. PyTorch makes the means over cells of a spatial term, and takes their
-gradient back to the positions. Programs that share rows of x or a are neighbours in the order of launch, so that the L2 cache has these for all of them.
+The loss is a launch between the first two, and normalization one of its own. PyTorch makes the means over cells of a spatial term, and takes
+their gradient back to the positions. Programs that share rows of x or a are neighbours in the order of launch, so that the L2 cache has these for all of them.
 """
 
+import functools
 from collections import namedtuple
 
 import torch
@@ -39,7 +40,7 @@ Slopes = namedtuple("Slopes", "a d largest")
 
 @triton.jit(do_not_specialize=["B"])
 def outputs(x, head: Head, scratch: Scratch, a, B, config: Config):
-    """Program i: a of BK classes, NS samples and BP positions of each, and what these positions add to the means of a^2, g [tiles of positions, B, K]."""
+    """Program i: a of BK classes, NS samples and BP positions of each, and what these add to the means of a^2, g [tiles of positions, B, K]."""
     lda: tl.constexpr = (config.K + LEADING - 1) // LEADING * LEADING
     columns: tl.constexpr = (config.K + config.BK - 1) // config.BK
     tiles: tl.constexpr = (config.P + config.BP - 1) // config.BP
@@ -128,15 +129,22 @@ def weight_gradient(slopes: Slopes, x, head: Head, weights, rows, share, tile: T
         tl.store(at + config.K * config.C + k, grad_bias * factor(slopes, config), mask=k < config.K)
 
 
+@functools.cache  # for good: a CUDA graph reads its matrices
+def grid_of(cells, sizes, device):
+    return Grid(cells, sizes, torch.float32, device)
+
+
 class Products:
     """The launches above, in the place of the sweeps of `launch`, whose scratch and tiles they have."""
 
     def __init__(self, launch, grid_weight):
         x, C, P, K = launch.x, launch.config.C, launch.config.P, launch.config.K
         self.launch, self.rows, self.side = launch, launch.B * P, blocks.SIDE[x.element_size()]
-        self.head = launch.head._replace(weight=launch.head.weight.to(x.dtype))  # once, and not each time that a tile is loaded
+        self.head = launch.head._replace(
+            weight=launch.head.weight.to(x.dtype)
+        )  # once, and not each time that a tile is loaded
         self.a = x.new_empty(self.rows, triton.cdiv(K, LEADING.value) * LEADING.value)
-        self.grid = None if grid_weight is None else Grid(grid_weight.shape[2:], x.shape[2:], torch.float32, x.device)
+        self.grid = None if grid_weight is None else grid_of(grid_weight.shape[2:], x.shape[2:], x.device)
         self.pieces = -(-C // launch.blocks.HK)
         last = is_channels_last(x)
         self.tile = Tile(None, last, C, None if last else P, None, launch.blocks.HK)
