@@ -5,7 +5,8 @@
     weight_gradient    dL/dW = (2/P) sum (d * a) x by program, which the reduction adds up in a fixed order        reads a and x
 
 The loss is a launch between the first two, and normalization one of its own. PyTorch makes the means over cells of a spatial term, and takes
-their gradient back to the positions. Programs that share rows of x or a are neighbours in the order of launch, so that the L2 cache has these for all of them.
+their gradient back to the positions. Programs that share rows of x or a are neighbours in the order of launch, so that the L2 cache has these for
+all of them.
 """
 
 import functools
