@@ -36,7 +36,7 @@ MaybeTensor: TypeAlias = torch.Tensor | None
 
 class Plan(NamedTuple):
     """How the goodness of a Projection is computed (fastff/ops/plan.py): algorithm "direct", "second_moment",
-    "convolution" or "products" (direct by cuBLAS); samples of a chunk, classes of a tile."""
+    "convolution", "products" or "cublas" (direct as three products, by Triton or PyTorch); samples of a chunk, classes of a tile."""
 
     algorithm: str
     samples: int

@@ -1,8 +1,10 @@
 """Launches of a step on a GPU, counted on a CPU (tests/launches.py), and how launches are specialised and compiled as they are made."""
 
+import contextlib
 import itertools
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastff
 from fastff import SFF, Trainer, spec
 from fastff.kernels.triton import blocks
+from fastff.ops import goodness as ops_goodness
 from fastff.ops import step as ops_step
 from fastff.ops.plan import Gpu, gpu_microseconds, on_gpu
 from fastff.training import Backprop, optim
@@ -78,7 +81,8 @@ def test_backpropagation_is_counted_likewise():
 
 
 def head_step(
-    epilogue=False, algorithm="auto", grid=0, hidden=0, loss="cross_entropy", B=8, C=16, H=8, K=10, dtype=torch.float32
+    epilogue=False, algorithm="auto", grid=0, hidden=0, loss="cross_entropy", B=8, C=16, H=8, K=10, dtype=torch.float32,
+    plan=None,
 ):  # fmt: skip
     """The Launches of one step of a head, behind an epilogue or not."""
     x, weight = torch.randn(B, C, H, H, dtype=dtype), torch.randn(K, C, 1, 1)
@@ -89,7 +93,8 @@ def head_step(
     cells = torch.randn(K, hidden or C, grid, grid) if grid else None
     layer = (torch.randn(hidden, C), torch.ones(hidden), torch.zeros(hidden)) if hidden else ()
     head = spec.Projection(weight, torch.randn(K), cells, (0, 0), *layer)
-    with as_on_a_gpu(FEW) as launches, launches:
+    planned = mock.patch.object(ops_goodness, "planned", lambda *_: plan) if plan else contextlib.nullcontext()
+    with as_on_a_gpu(FEW) as launches, planned, launches:
         ops_step.run(spec.Step(x, around, head, loss, spec.Normalization("layer_norm"), algorithm=algorithm))
     return launches
 
@@ -130,6 +135,24 @@ def test_launches_of_a_head(how, expected):
     launches = head_step(**how)
     assert [kernel.fn.__name__ for kernel, *_ in launches.recorded] == expected
     assert launches.total == len(expected), launches.count
+
+
+@pytest.mark.parametrize(
+    ("how", "launches", "operators"),
+    [
+        ({}, 6, 1),  # W in bfloat16
+        ({"dtype": torch.float32}, 6, 0), ({"dtype": torch.float16}, 6, 5),  # W, and d as a multiple of its largest
+        ({"H": 24}, 7, 1), ({"epilogue": True}, 11, 1),
+        ({"grid": 2, "K": 100}, 6, 10), ({"grid": 2, "hidden": 8, "K": 100}, 8, 10),  # two thin products each of the means and of their gradient
+    ],
+)  # fmt: skip
+def test_launches_of_products(how, launches, operators):
+    """Three products, the loss, the reduction and the normalization; one more joins the squares of several tiles, five are an epilogue."""
+    how = {"C": 256, "H": 8, "K": 1000, "dtype": torch.bfloat16, "plan": spec.Plan("products", 8, 1000)} | how
+    head_step(**how)  # makes the matrices of the grid
+    counted = head_step(**how)
+    assert (counted.kernels, counted.total - counted.kernels) == (launches, operators), counted.count
+    assert all(counted.count[f"triton {name}"] == 1 for name in ("outputs", "input_gradient", "weight_gradient"))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +233,8 @@ H100, CONSUMER = Gpu(2, 90), Gpu(2, 86)
         (512, 64, 32, 1000, H100, "second_moment"), (256, 64, 56, 1000, H100, "second_moment"), (256, 24, 56, 1000, H100, "second_moment"),
         (256, 256, 14, 1000, H100, "products"), (256, 512, 7, 1000, H100, "products"), (256, 1024, 14, 1000, H100, "products"),
         (256, 960, 7, 1000, H100, "products"), (256, 2048, 7, 10, H100, "products"), (512, 128, 16, 1000, CONSUMER, "products"),
-        (512, 64, 32, 10, CONSUMER, "direct"), (256, 64, 32, 10, Gpu(2, None), "products"), (512, 64, 32, 10, Gpu(4, 90), "direct"),
+        (512, 64, 32, 10, CONSUMER, "direct"), (256, 64, 32, 10, Gpu(2, None), "cublas"), (512, 64, 32, 10, Gpu(4, 90), "direct"),
+        (512, 256, 8, 1000, Gpu(4, 90), "cublas"), (512, 256, 8, 1000, Gpu(4, 90, True), "products"),
     ],
 )  # fmt: skip
 def test_algorithm_on_a_gpu(B, C, H, K, gpu, chosen):
@@ -230,7 +254,7 @@ def test_the_plan_knows_what_the_kernels_take(arch, itemsize):
         (16, 64, 65, 128, 129, 256, 257, 1024, 1025), (10, 16, 17, 32, 33, 64, 65, 128, 129, 1000)
     ):
         times = on_gpu(128, C, 64, K, Gpu(itemsize, arch))
-        for algorithm in ("direct", "second_moment"):
+        for algorithm in ("direct", "second_moment", "products"):
             assert (algorithm in times) == (blocks.table(algorithm, 128, C, 64, K, 0, itemsize, arch=arch) is not None)
 
 
@@ -243,7 +267,7 @@ def test_every_shape_is_taken_or_refused_with_the_reason(arch, itemsize):
     gpu, chosen = Gpu(itemsize, arch), set()
     for B, C, H, K in SHAPES:
         times = on_gpu(B, C, H * H, K, gpu)
-        for algorithm in ("direct", "second_moment"):
+        for algorithm in ("direct", "second_moment", "products"):
             sizes = blocks.table(algorithm, B, C, H * H, K, 0, itemsize, arch=arch)
             why = blocks.refusal(algorithm, C, K, itemsize, arch=arch)
             assert (why is None) == (sizes is not None) == (algorithm in times)
@@ -253,7 +277,7 @@ def test_every_shape_is_taken_or_refused_with_the_reason(arch, itemsize):
         assert list(times) == sorted(times, key=times.get)
         assert plan(B, C, H * H, K, device_type="cuda", gpu=gpu).algorithm == next(iter(times))
         chosen.add(next(iter(times)))
-    assert chosen == {"direct", "second_moment", "products"}
+    assert chosen == {"direct", "second_moment", "products" if itemsize == 2 else "cublas"}
 
 
 def test_no_algorithm_is_taken_silently():
@@ -268,7 +292,7 @@ def test_no_algorithm_is_taken_silently():
 
 @pytest.mark.parametrize(("arch", "K", "products"), [(86, 10, False), (86, 100, True), (90, 100, False)])
 def test_products_of_many_classes(arch, K, products, monkeypatch):
-    """Where registers do not hold the classes, products of cuBLAS run, still behind Triton's epilogue."""
+    """Where registers do not hold the classes, three products run, still behind Triton's epilogue."""
     monkeypatch.setattr(blocks, "architecture", lambda device: arch)
     x, weight, bn = torch.randn(8, 256, 2, 2).bfloat16(), torch.randn(K, 256, 1, 1), torch.rand(256)
     loss = spec.Loss(target=torch.arange(8))
@@ -277,7 +301,7 @@ def test_products_of_many_classes(arch, K, products, monkeypatch):
     )
     with as_on_a_gpu(FEW) as launches, launches:
         ops_step.run(step)
-    assert (launches.count["triton direct"] == 0) == products
+    assert (launches.count["triton direct"] == 0) == (launches.count["triton outputs"] == 1) == products
     assert launches.count["triton channel_sums"] == 1
 
 
@@ -327,14 +351,14 @@ def test_products_are_in_the_dtype_of_x_and_widen_nothing(kernel, grid, channels
     from fastff.kernels.torch import goodness
 
     device_of = goodness.product_dtype
-    assert device_of(torch.empty(1, dtype=dtype), torch.float32, "products") == torch.float32  # on a CPU
+    assert device_of(torch.empty(1, dtype=dtype), torch.float32, "cublas") == torch.float32  # on a CPU
     monkeypatch.setattr(goodness, "product_dtype", lambda x, wide, algorithm: dtype if x.dtype == dtype else wide)
     torch.manual_seed(0)
     x = torch.randn(6, 24, 8, 6).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     weight, bias = torch.randn(5, 24, kernel, kernel) / 5, torch.randn(5)
     head = spec.Projection(weight, bias, torch.randn(5, 24, 2, 2) / 5 if grid else None, (kernel // 2,) * 2)
-    loss, how = spec.Loss(target=torch.arange(6) % 5), spec.Plan("convolution" if kernel > 1 else "products", 6, 5)
+    loss, how = spec.Loss(target=torch.arange(6) % 5), spec.Plan("convolution" if kernel > 1 else "cublas", 6, 5)
     with Widest() as widest:
         got = goodness.step(spec.Step(x, None, head, loss, spec.Normalization()), how)
     assert widest.most < x.numel()

@@ -33,6 +33,7 @@ INTERPRETED = {
     "group_goodness": ("test_group_goodness.py", "step or alone"),
     "group_epilogue": ("test_group_epilogue_step.py", "test_step and triton and (none or l2 or rms)"),
     "step": ("triton_step.py", "test"),
+    "products": ("triton_products.py", "test"),
     "sums": ("triton_sums.py", "test"),
     "trainer": ("triton_trainer.py", "test"),
     "tuning": ("triton_tuning.py", "test"),
@@ -97,6 +98,7 @@ def assembled(binary, arch):
 def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False, hidden=0, B=8):
     """[(kernel, arguments, keywords)]: the launches of the goodness that a step (with an epilogue, where there is an activation) makes."""
     from fastff.kernels.triton import blocks, goodness
+    from fastff.kernels.triton.goodness import products
 
     H, G = math.isqrt(P), math.isqrt(cells)
     x = torch.zeros(B, C, H, H, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
@@ -111,9 +113,12 @@ def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_l
     step = spec.Step(x, around, head, loss, spec.Normalization("layer_norm"))
     with mock.patch.object(blocks, "architecture", lambda device: arch), as_on_a_gpu(1) as launches, launches:
         goodness.step(step, spec.Plan(algorithm, B, K))
-    kernels = (goodness.direct, goodness.second_moment, goodness.head_second_moment)
+    kernels = [goodness.direct, goodness.second_moment, goodness.head_second_moment]
+    kernels += [getattr(products, name) for name in PRODUCTS]
     return [launch for launch in launches.recorded if launch[0] in kernels]
 
+
+PRODUCTS = ("outputs", "input_gradient", "weight_gradient")
 
 # (compute capability, dtype, algorithm, C, P, K, cells, activation, channels_last, bias, hidden); SiLU is the costliest activation but GELU
 CASES = [
@@ -124,6 +129,7 @@ CASES = [
     (80, "bf16", "direct", 128, 256, 10), (86, "bf16", "direct", 64, 1024, 10), (100, "bf16", "direct", 128, 256, 10),
     *((90, "bf16", "second_moment", *shape) for shape in [(64, 1024, 1000), (128, 784, 1000), (64, 1024, 100, 16, "silu")]),
     (80, "bf16", "second_moment", 64, 1024, 100),
+    (90, "bf16", "products", 256, 196, 1000), (90, "fp16", "products", 512, 49, 100), (86, "bf16", "products", 960, 49, 1000),
 ]  # fmt: skip
 MORE = [
     *((90, "bf16", "direct", *shape) for shape in [(64, 1024, 100), (128, 256, 10), (256, 64, 10), (256, 64, 100)]),
@@ -148,7 +154,7 @@ def of_all_shapes():
     found = {}
     types = ("bf16", 2, ()), ("fp16", 2, ()), ("fp32", 4, ()), ("bf16", 2, (0, "silu")), ("fp32", 4, (0, "silu"))
     for arch, (dtype, itemsize, around), (B, C, H, K), algorithm in itertools.product(
-        SHARED, types, SHAPES, ("direct", "second_moment")
+        SHARED, types, SHAPES, ("direct", "second_moment", "products")
     ):
         if sizes := blocks.table(algorithm, B, C, H * H, K, 0, itemsize, bool(around), arch):
             key = arch, dtype, algorithm, blocks.power_of_2(C) > C, sizes, around
@@ -171,7 +177,7 @@ def test_fits_the_chip(case):
     assert launches, "PyTorch's operators run"
     for kernel, args, kwargs in launches:
         name, config = kernel.fn.__name__, args[-1]
-        sweep = name != "head_second_moment"
+        sweep = name in ("direct", "second_moment")
         programs = blocks.resident(blocks.Blocks(*[0] * 5, kwargs["num_warps"])) if sweep else 1
         binary = compiled(kernel, args, kwargs, arch)
         assembly, shared = binary.asm["ptx"], binary.metadata.shared
@@ -179,12 +185,17 @@ def test_fits_the_chip(case):
         assert spills == 0, f"{name}: {spills} bytes spilled"
         assert registers * 32 * kwargs["num_warps"] * programs <= 2**16, f"{name}: {registers} registers"
         assert shared * programs <= SHARED[arch], f"{name}: {shared} bytes of shared memory, {programs} programs"
-        pipelined = kwargs["num_stages"] > 1
+        once = config.K <= config.BK if name == "input_gradient" else name == "outputs" and config.C <= config.BC
+        pipelined = kwargs["num_stages"] > 1 and not once
         assert pipelined == ("cp.async" in assembly), f"{name}: loads are not asynchronous"
-        if not sweep:
+        if name == "head_second_moment":
             continue
         assert not re.search(r"(ld|st)\.global\.b16", assembly), f"{name}: accesses of 2 bytes"
-        if dtype != "fp32" and C >= 64 and config.SECOND.value:
+        if name in PRODUCTS:
+            widest = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(arch, "mma.sync")
+            assert dtype == "fp32" or C < 64 or widest in assembly, name
+            assert dtype == "fp32" or C < 64 or arch != 90 or "mma.sync" not in assembly, name
+        elif dtype != "fp32" and C >= 64 and config.SECOND.value:
             widest = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(arch, "mma.sync")
             products = widest if config.NS.value * config.BP.value >= 64 or arch < 90 else "mma."  # of 64 rows
             assert assembly.count(products) >= 3, f"{name}: {products} {assembly.count(products)} times"

@@ -148,6 +148,8 @@ def test_grid_behind_an_epilogue_in_one_sweep(C, side, algorithm, dtype, monkeyp
         (5, 8, 3, 7, 1, "direct", None, False, True),
         (5, 8, 3, 0, 2, "second_moment", None, False, True),
         (1, 8, 24, 6, 2, "direct", None, False, False),  # several programs a sample
+        (7, 40, 4, 6, 2, "products", "relu", False, False),
+        (1, 8, 24, 0, 2, "products", None, False, True),
     ],
 )
 def test_spatial_term(B, C, side, M, cells, algorithm, activation, known, cublas, monkeypatch):
@@ -172,7 +174,8 @@ def test_spatial_term(B, C, side, M, cells, algorithm, activation, known, cublas
         head = spec.Projection(weight, bias, grid_weight, (0, 0), *hidden, *((1e-3, *statistics) if known else ()))
         of_tau = loss._replace(learned_tau=loss.learned_tau.to(dtype))
         local = spec.Step(x, around, head, of_tau, spec.Normalization("layer_norm"))
-        return implementation.step(local, spec.Plan(algorithm, B, 6))
+        how = "cublas" if algorithm == "products" and implementation is plain else algorithm
+        return implementation.step(local, spec.Plan(how, B, 6))
 
     ran = []
     monkeypatch.setattr(spatial, "spatial", recording(spatial.spatial, ran))
@@ -223,8 +226,12 @@ def test_many_classes_are_left_to_products():
         ("second_moment", None),
     ):
         assert goodness.reason(x, spec.Projection(weight), spec.Plan(algorithm, 3, 140)) == why
-    got = goodness.goodness(x, spec.Projection(weight), spec.Plan("direct", 3, 140))
-    torch.testing.assert_close(got, plain.goodness(x, spec.Projection(weight), spec.Plan("direct", 3, 140)))
+    d, head, direct = torch.randn(3, 140), spec.Projection(weight), spec.Plan("direct", 3, 140)
+    for plan in (direct, spec.Plan("products", 3, 140)):
+        torch.testing.assert_close(goodness.goodness(x, head, plan), plain.goodness(x, head, direct))
+        for need_grad_x in (False, True):
+            got = goodness.goodness_backward(d, x, head, plan, need_grad_x)
+            torch.testing.assert_close(got, plain.goodness_backward(d, x, head, direct, need_grad_x))
 
 
 @pytest.mark.parametrize("C", [5, 300])

@@ -33,12 +33,13 @@ TRITON = Lazy("fastff.kernels.triton.goodness")
 def gpu_of(x, run):
     """Return what the plan has to know of a GPU and the kernels `run`, or None for x on a CPU, unless it stands in for one."""
     if run is TRITON:
-        return Gpu(x.element_size(), blocks.architecture(x.device))
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return Gpu(x.element_size(), blocks.architecture(x.device), tf32)
     return Gpu(x.element_size(), None) if x.is_cuda else None
 
 
 ROWS = [
-    Implementation("triton", triton.reason, TRITON, "3 x 3 and 5 x 5 heads by cuDNN, large products by cuBLAS"),
+    Implementation("triton", triton.reason, TRITON, "3 x 3 and 5 x 5 heads by cuDNN, large float32 products by cuBLAS"),
     Implementation(
         "native",
         native.takes(torch.float32, torch.bfloat16, torch.float16),

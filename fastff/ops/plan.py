@@ -9,8 +9,9 @@ An elementwise byte costs about as much as BYTE multiply-adds in cache. How well
 counted but measured: `calibrate` times both and keeps the median ratio of measured to counted cost in the user's cache folder. The
 choice is the same for the same shape until calibrated again, so that resumed runs repeat their bits.
 
-On a GPU the times of three ways are modelled instead: Triton's kernels for direct and second moment, and "products", the direct algorithm as matrix
-products of cuBLAS in the dtype of x, with elementwise passes between them. The model is of an H100 and was not measured (docs/kernels.md).
+On a GPU the times of four ways are modelled instead: Triton's kernels for direct and second moment, and direct as three large matrix products,
+"products" by Triton with the elementwise work inside, "cublas" by PyTorch with passes between them. The model is of an H100 and was not measured
+(docs/kernels.md).
 """
 
 import math
@@ -42,16 +43,18 @@ def second_moment_cost(C, P, K):
 
 # Of an H100, in a microsecond: bytes of device memory and of the L2 cache, operations of products by the size of an element. LAUNCH: microseconds.
 MEMORY, CACHE, PRODUCTS, LAUNCH = 3.0e6, 5.5e6, {2: 400e6, 4: 50e6, 8: 50e6}, 3.0
-TF32 = 200e6  # operations a microsecond of the second moment's products of 16-bit x
+TF32 = 200e6  # operations a microsecond of the second moment's products of 16-bit x, and of float32 x where PyTorch's are in TF32
+FMA = 0.5  # of the rate of cuBLAS: what products of float32 without TF32 are taken to have in Triton
 CLASSES = 128  # of a tile of the second moment's head
 
 
 class Gpu(NamedTuple):
-    """What the choice on a GPU depends on beside the shape: bytes of an element, and the compute capability whose limits Triton's kernels have
-    (fastff/kernels/triton/blocks.py), None where there are none."""
+    """What the choice on a GPU depends on beside the shape: bytes of an element, the compute capability whose limits Triton's kernels have
+    (fastff/kernels/triton/blocks.py), None where there are none, and whether products of float32 are in TF32."""
 
     itemsize: int
     arch: int | None
+    tf32: bool = False
 
     def refusal(self, algorithm, C, K):
         """Return why an algorithm is not to be chosen for C channels and K classes, or None."""
@@ -68,7 +71,8 @@ class Gpu(NamedTuple):
 
 def gpu_microseconds(algorithm, B, C, P, K, gpu):
     """Return the modelled time of a goodness step on a GPU: bytes, products and launches, one after another."""
-    x, products = B * C * P * gpu.itemsize, 2 * B * P * C / PRODUCTS[gpu.itemsize]
+    rate = TF32 if gpu.tf32 and gpu.itemsize == 4 else PRODUCTS[gpu.itemsize]
+    x, a, products = B * C * P * gpu.itemsize, B * K * P * gpu.itemsize, 2 * B * P * C / rate
     if algorithm == "direct":
         # each piece of channels makes the products of all of them, from x and, with several pieces, W in the cache; twice for several tiles
         sizes = blocks.table(algorithm, B, C, P, K, 0, *gpu.kernels)
@@ -78,17 +82,24 @@ def gpu_microseconds(algorithm, B, C, P, K, gpu):
         return 2 * LAUNCH + 3.5 * x / MEMORY + (times * x + weight) / CACHE + (times + 2) * products * sizes.BK
     if algorithm == "second_moment":  # S is read again for each tile of classes, W for each sample
         cached = B * (4 * C * C * -(-K // CLASSES) + 2 * 4 * K * C)
-        rate = min(TF32, PRODUCTS[gpu.itemsize])
+        rate = min(TF32, rate)
         return 3 * LAUNCH + 3.5 * x / MEMORY + cached / CACHE + (4 * P + 6 * K) * B * C * C / rate
-    if algorithm == "products":  # a [P, K] is written, squared, scaled and read by two products
-        return 10 * LAUNCH + (6 * x + 6 * B * P * K * gpu.itemsize) / MEMORY + 3 * products * K
-    raise ValueError(f"algorithm: expected 'direct', 'second_moment' or 'products', got {algorithm!r}")
+    if algorithm == "products":  # a [P, K] is written and read by two products, x also by the normalization
+        BK = blocks.table(algorithm, B, C, P, K, 0, *gpu.kernels).BK
+        return (
+            8 * LAUNCH
+            + (5 * x + 3 * a) / MEMORY
+            + 3 * products * -(-K // BK) * BK / (FMA if rate == PRODUCTS[4] else 1)
+        )
+    if algorithm == "cublas":  # a is squared and scaled in passes of its own
+        return 10 * LAUNCH + (6 * x + 6 * a) / MEMORY + 3 * products * K
+    raise ValueError(f"algorithm: expected 'direct', 'second_moment', 'products' or 'cublas', got {algorithm!r}")
 
 
 @lru_cache(maxsize=4096)
 def on_gpu(B, C, P, K, gpu):
     """Return {algorithm: modelled microseconds} of those that can run, the quickest first."""
-    names = [name for name in ("direct", "second_moment") if gpu.refusal(name, C, K) is None] + ["products"]
+    names = [name for name in ("direct", "second_moment", "products") if gpu.refusal(name, C, K) is None] + ["cublas"]
     times = {name: gpu_microseconds(name, B, C, P, K, gpu) for name in names}
     return dict(sorted(times.items(), key=lambda pair: pair[1]))
 
@@ -138,7 +149,7 @@ def plan(B, C, P, K, kernel=(1, 1), algorithm="auto", device_type="cpu", cost=1.
         elif gpu.arch is not None and (why := gpu.refusal(algorithm, C, K)):
             if algorithm != "direct":
                 raise ValueError(f"algorithm: expected one that can run on this GPU, got {algorithm}: {why}")
-            algorithm = "products"
+            algorithm = next(name for name in on_gpu(B, C, P, K, gpu) if name in ("products", "cublas"))
     elif algorithm == "auto":
         second = cost * second_moment_factor()[0] * second_moment_cost(C, P, K)
         algorithm = "second_moment" if second < direct_cost(C, P, K, recompute) else "direct"

@@ -169,11 +169,9 @@ class Convolution:
 class Grid:
     """Means over the cells of the spatial term by two thin matrix products, one per axis, and their adjoint."""
 
-    def __init__(self, grid_weight, x):
-        self.down, self.right = (
-            _pooling_matrix(size, cells, grid_weight)
-            for size, cells in zip(x.shape[2:], grid_weight.shape[2:], strict=True)
-        )
+    def __init__(self, cells, sizes, dtype, device):
+        """cells: rows and columns of the grid; sizes: those of x."""
+        self.down, self.right = (_pooling_matrix(size, n, dtype, device) for size, n in zip(sizes, cells, strict=True))
 
     def means(self, x):
         """[b, C, rows, columns] of cells."""
@@ -195,15 +193,15 @@ class Grid:
             torch.matmul((self.down @ cells).to(grad_x.dtype), right.T, out=grad_x)
 
 
-def _pooling_matrix(size, cells, like):
+def _pooling_matrix(size, cells, dtype, device):
     """[size, cells]: column j averages the positions of cell j; edges of adaptive average pooling."""
     cells = min(cells, size)
-    position, cell = torch.arange(size, device=like.device)[:, None], torch.arange(cells, device=like.device)
+    position, cell = torch.arange(size, device=device)[:, None], torch.arange(cells, device=device)
     start, end = cell * size // cells, ((cell + 1) * size + cells - 1) // cells
-    return ((position >= start) & (position < end)).to(like.dtype) / (end - start)
+    return ((position >= start) & (position < end)).to(dtype) / (end - start)
 
 
-ALGORITHMS = {"direct": Direct, "products": Direct, "second_moment": SecondMoment, "convolution": Convolution}
+ALGORITHMS = {"direct": Direct, "cublas": Direct, "second_moment": SecondMoment, "convolution": Convolution}
 
 
 def product_dtype(x, dtype, algorithm):
@@ -224,7 +222,8 @@ class _Head:
         self.kind = product_dtype(x, self.dtype, plan.algorithm)
         of_kind = (None if p is None else p.to(self.kind) for p in (weight, bias))
         self.squares = None if weight is None else ALGORITHMS[plan.algorithm](*of_kind, plan, **extra)
-        self.grid = None if self.grid_weight is None else Grid(self.grid_weight, x)
+        cells = self.grid_weight
+        self.grid = None if cells is None else Grid(cells.shape[2:], x.shape[2:], cells.dtype, x.device)
         self.grads = [
             None if p is None else torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters
         ]

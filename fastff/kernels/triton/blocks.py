@@ -15,7 +15,7 @@ FILE = "blocks.json"
 
 class Blocks(NamedTuple):
     """Sizes of a launch: samples, positions, channels and classes of a tile, cells of the grid, warps of the sweep and loads that are under way
-    in its loops; classes of a tile and warps of second moment's head."""
+    in its loops; classes of a tile and warps of second moment's head. HK of products: channels of a tile of the two gradients."""
 
     NS: int
     BP: int
@@ -35,6 +35,9 @@ CLASSES = {90: 128, 100: 64}
 GRID_BYTES = 2**28
 
 
+SIDE = {2: 128, 4: 64}  # of the tiles of products, the shorter one, by the size of an element
+
+
 def power_of_2(n):
     """The smallest power of two that is at least n >= 1."""
     return 1 << (n - 1).bit_length()
@@ -50,6 +53,8 @@ def refusal(algorithm, C, K, itemsize, epilogue=False, arch=90):
         why = f"with {SHARED[arch]} KiB of shared memory" if itemsize == 2 else "in float32"
     elif algorithm == "direct":
         most, why = 1024, "which it reads again in pieces"
+    elif algorithm == "products":
+        return "products read x, which other kernels make in an epilogue" if epilogue else None
     else:
         return f"{algorithm} runs on PyTorch's operators"
     if most < C:
@@ -81,6 +86,15 @@ def table(algorithm, B, C, P, K, cells, itemsize, epilogue=False, arch=90):
         BP = max(16, min(most, positions if narrow else 16))
         HK = min((128 if BC <= 64 else 64) if narrow else 32, max(16, power_of_2(K)))
         return Blocks(1, BP, BC, 16 if BC > 64 else 32, BG, warps, 3 if narrow else 1, HK, 8)
+    if algorithm == "products":
+        side = SIDE[itemsize]
+        wide = 2 * side if narrow and arch in CLASSES else side
+        BP = min((min(most, n) for n in (64, 128, 256) if n <= wide), key=lambda n: (-(-P // n) * n, -n))
+        NS = wide // BP
+        while NS > 1 and NS * BP > 16 and NS // 2 >= B:
+            NS //= 2
+        step, BK = (64 if arch in CLASSES else 32) if narrow else 16, min(side, max(64, power_of_2(K)))
+        return Blocks(NS, BP, step, BK, BG, 8, 3 if narrow else 2, wide)
     BK = max(16, power_of_2(K))
     few = narrow and BK <= 32 and not cells and not epilogue
     BC = min(BC, 128 if few else 64)

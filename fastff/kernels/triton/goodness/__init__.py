@@ -9,6 +9,8 @@ the L2 cache, for the gradient and the layer-normalised next input.
     head           second moment only, a launch of its own: dL/dW from S
     reduce         a small launch: what the programs have added up over their samples (dL/dW, losses, sums of batch norm), in a fixed order
 
+For more channels and classes than a sweep can hold, three matrix products (products.py) take the places of the two parts of direct.
+
 The same kernels run in pieces where a piece needs the whole batch between the two parts: with a hidden layer of the spatial term or grid weights too
 large to be read for each group of samples (their products are cuBLAS's), with losses of pairs, and with few large samples, which several programs
 share (partial sums again added in a fixed order). No floating-point atomics: the same input gives the same bits.
@@ -31,6 +33,7 @@ from fastff.kernels.triton import blocks, epilogue, group_goodness, launch, loss
 from fastff.kernels.triton.goodness import grid, reduce
 from fastff.kernels.triton.goodness.arguments import Config, Head, Result, Scratch
 from fastff.kernels.triton.goodness.direct import direct
+from fastff.kernels.triton.goodness.products import Products
 from fastff.kernels.triton.goodness.second_moment import head_second_moment, second_moment
 from fastff.kernels.triton.goodness.spatial import SpatialTerm
 from fastff.kernels.triton.launch import constants, float32_precision, multiprocessors, on_device, shares
@@ -50,14 +53,14 @@ class Launch:
         cells = grid.grid_sizes(self.grid_weight, x)
         many = 0 if self.grid_weight is None else cells[0] * cells[1]
         M = C if hidden is None else len(hidden.weight)
-        self.second_moment = plan.algorithm == "second_moment"
+        self.second_moment, by_products = plan.algorithm == "second_moment", plan.algorithm == "products"
         self.source, self.norm, self.counts = (
             (epilogue.Source(self.x, None, None), epilogue.NO_NORM, (0, 0)) if around is None else (around.source, around.norm, around.counts)
         )  # fmt: skip
         self.around = around
         b = sizes or blocks.sizes(x.device, plan.algorithm, B, C, H * W, K, many, x.element_size(), around is not None)
         inside = None
-        if many and hidden is None:
+        if many and hidden is None and not by_products:
             arch = blocks.architecture(x.device)
             inside = blocks.with_grid_inside(b, B, C, K, many, x.element_size(), around is not None, arch)
         self.grid_inside, self.blocks = inside is not None, inside or b
@@ -67,6 +70,8 @@ class Launch:
         # several programs a sample where samples are large, or leave half of the multiprocessors without any
         few = 2 * self.groups * self.chunks <= self.processors
         each, self.parts = shares(self.tiles, self.processors // (self.groups * self.chunks) if few else 1)
+        if by_products:  # each program of a takes one tile
+            each, self.parts = 1, self.tiles
         self.positions = each * b.BP
         exact = float32_precision()
         narrow = x.dtype != torch.float32
@@ -80,16 +85,18 @@ class Launch:
             self.grid_weight[..., : cells[0], : cells[1]].contiguous() if many else None, None if hidden is None else hidden.weight.contiguous(),
         )  # fmt: skip
         second = self.second_moment
+        d_as_x = by_products and not many and x.dtype == torch.bfloat16
         self.scratch = Scratch(
-            self.new(self.parts, B, K), self.new(B, K), self.new(self.parts, 2, B),
+            self.new(self.parts, B, K), x.new_empty(B, K) if d_as_x else self.new(B, K), None if by_products else self.new(self.parts, 2, B),
             self.new(self.parts, B, C, C) if second else None, self.new(self.parts, B, C) if second and bias is not None else None,
-            self.new(self.parts, B, C, *cells) if many else None, self.new(B, C, *cells) if many else None,
+            self.new(self.parts, B, C, *cells) if many and not by_products else None, self.new(B, C, *cells) if many else None,
             self.new(self.chunks, B, K) if self.grid_inside and not second else None,
             self.new(B, M, *cells) if hidden else None, self.new(self.groups, 2, M) if hidden else None,
         )  # fmt: skip
         self.grid = SpatialTerm(self, hidden) if many else None
+        self.products = Products(self, self.grid_weight) if by_products else None
         # z in a launch of its own: behind several programs a sample, and in float32 in pieces, whose sweep has no register left
-        self.hidden_apart = self.parts > 1 or (not narrow and self.chunks > 1)
+        self.hidden_apart = self.parts > 1 or (not narrow and self.chunks > 1) or by_products
         self.weights = self.sums = None
 
     def new(self, *shape):
@@ -97,7 +104,13 @@ class Launch:
         return torch.empty(shape, device=self.x.device, dtype=torch.float32)
 
     def sweep(self, stages, arguments=loss.NO_LOSS, grad_x=None, normalized=None, eps=0.0, parts=None, **constant):
-        """Launch these stages ("first", "head", "loss", "second") of the algorithm's kernel."""
+        """Launch these stages ("first", "head", "loss", "second") of the algorithm's kernel, or the products of the first or of the second."""
+        if self.products is not None:
+            if "first" in stages:
+                self.products.outputs()
+            else:
+                self.weights = self.products.gradients(grad_x)
+            return
         b, parts = self.blocks, parts or self.parts
         items, tiles = self.groups * parts, -(-self.positions // b.BP)
         wanted = max(1, blocks.resident(b) * self.processors // self.chunks)
@@ -141,6 +154,8 @@ class Launch:
             )  # fmt: skip
             if self.second_moment:
                 self.sweep(("head",), parts=1)
+        if self.products is not None and self.grid is not None:
+            self.scratch = self.scratch._replace(means=self.products.means())
         if self.hidden_apart and self.scratch.z is not None:
             programs = self.groups, -(-self.config.M // grid.HIDDEN.value)
             grid.hidden_layer[programs](self.head, self.scratch, self.B, constants(self.config), num_warps=4)
@@ -184,7 +199,8 @@ class Launch:
             "grad_x": grad_x, "normalized": normalized, "NORM": normalization.constant(normalize), "eps": normalize.eps,
         }  # fmt: skip
         number = loss.constant(wanted)
-        if self.parts == 1 and (self.grid is None or self.grid_inside) and wanted.name not in spec.PAIRED_LOSSES:
+        inside = self.products is None and (self.grid is None or self.grid_inside)
+        if self.parts == 1 and inside and wanted.name not in spec.PAIRED_LOSSES:
             self.sweep(("first", "head", "loss", "second"), arguments, LOSS=number, **second)
         else:
             self.first()
@@ -233,7 +249,7 @@ def goodness_backward(d, x, projection, plan, need_grad_x):
         return torch_goodness.goodness_backward(d, x, projection, plan, need_grad_x)
     with on_device(x):
         launch = Launch(x, projection, plan)
-        if launch.second_moment or launch.grid is not None:
+        if launch.second_moment or launch.products is not None or launch.grid is not None:
             launch.first()
         launch.scratch = launch.scratch._replace(d=d.float().contiguous())
         if launch.grid is not None:
@@ -259,9 +275,11 @@ def _step(step, plan):
         if reason(x, step.goodness, plan):
             inner = torch_goodness.step(step._replace(normalization=spec.Normalization()), plan)
         else:
-            fused = normalize if normalize.name in NORMALIZATIONS else spec.Normalization()
+            fused = plan.algorithm != "products" and normalize.name in NORMALIZATIONS
             grad_x = empty_like(x) if step.need_grad_x else None
-            inner, _ = Launch(x, step.goodness, plan).step(step.loss, fused, grad_x)
+            inner, _ = Launch(x, step.goodness, plan).step(
+                step.loss, normalize if fused else spec.Normalization(), grad_x
+            )
         if inner.normalized is None and normalize.name != "none":
             inner = inner._replace(normalized=group_goodness.normalize(x, normalize))
         return inner

@@ -26,9 +26,10 @@ Head = namedtuple("Head", "weight bias grid_weight hidden_weight")
 
 
 Scratch = namedtuple("Scratch", "g d sums second mu means cells term z moments")
-"""g [parts, B, K], d = dL/dg [B, K], sums [parts, 2, B] of x and of squares about the mean; second [parts, B, C, C] = S and mu [parts, B, C] of
-second_moment. Of the spatial term: means [parts, B, C, GH GW] over cells, cells [B, C, GH GW] = dL/d(means) and term [chunks, B, K]; of its hidden
-layer: z [B, M, GH GW], what batch norm is applied to, and moments [groups of samples, 2, M]: sums of z and of squares about the mean."""
+"""g [parts, B, K], d = dL/dg [B, K], sums [parts, 2, B] of x and of squares about the mean, or None; second [parts, B, C, C] = S and mu
+[parts, B, C] of second_moment. Of the spatial term: means [parts, B, C, GH GW] over cells, cells [B, C, GH GW] = dL/d(means) and term
+[chunks, B, K]; of its hidden layer: z [B, M, GH GW], what batch norm is applied to, and moments [groups of samples, 2, M]: sums of z and of
+squares about the mean."""
 
 
 Config = namedtuple(

@@ -25,10 +25,11 @@ def join_columns(partial, whole, parts, columns):
 @triton.jit(do_not_specialize=["B", "positions", "parts"])
 def join(scratch: Scratch, whole: Scratch, B, positions, parts, config: Config):
     """What the first sweep wrote of whole samples, from that of parts of `positions` positions; g only where the sweep computes it."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    elements = tl.zeros([], tl.int64) + config.C * config.P  # of a sample
-    total, square = joined_programs(scratch.sums, n, B, 2 * B, parts, elements, positions * config.C, ROWS, ROWS)
-    store_moments(whole, 0, n, total, square, B)
+    if scratch.sums is not None:
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        elements = tl.zeros([], tl.int64) + config.C * config.P  # of a sample
+        total, square = joined_programs(scratch.sums, n, B, 2 * B, parts, elements, positions * config.C, ROWS, ROWS)
+        store_moments(whole, 0, n, total, square, B)
     batch = B.to(tl.int64)
     if scratch.g is not None:
         join_columns(scratch.g, whole.g, parts, batch * config.K)
