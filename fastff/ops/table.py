@@ -13,7 +13,7 @@ NAMES = ("cuda", "triton", "native", "torch", "reference")
 ALIASES = {"composed": "torch"}  # former names, still accepted
 # PyTorch does not document it. Where it is missing, transforms of torch.func raise PyTorch's error about functions without a rule for them.
 TRANSFORMED = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-# PyTorch does not document it: without it, modes of torch.overrides look at each call in an optimizer's step and in our backward passes, which takes time.
+# PyTorch does not document it: without it, modes of torch.overrides look at each call in optimizers' steps and in our backward passes.
 UNSEEN = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
 PLAIN = {torch.Tensor, torch.nn.Parameter, float, int, bool, str, tuple, type(None)}  # types of arguments in eager mode
 

@@ -183,7 +183,6 @@ def accelerate(module):
     Raises:
         TypeError: there is nothing in `module` that could run faster.
         ValueError: something in `module` is accelerated already."""
-    _keep_freed_memory()
     report = Report(module)
     if isinstance(module, (types.FunctionType, types.MethodType)):
         run = report._runs(module)
@@ -209,12 +208,6 @@ def accelerate(module):
         if not torchs or (path == "" and isinstance(each, nn.Sequential) and _convolutions(each) > 1):
             report._enclose(each)
     return report
-
-
-def _keep_freed_memory():
-    """Let the C library of Linux keep up to 64 MiB of what tensors free, for the next ones: until a block of almost 32 MiB has been freed, it gives
-    large tensors back to the system, and each new one is filled with zeros page by page (up to a quarter of a step, mallopt(3))."""
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 
 def _convolutions(module):
