@@ -239,8 +239,8 @@ Tensor convolution_winograd_gradient_native(Tensor grad, Tensor x, int64_t paddi
   float* const sums = writable(all_sums);
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     float *const v = kept<kInputs>(kPoints * most * panels), *const e = kept<kOutputs>(kPoints * most * share);
-    for (int64_t task = begin, next; task < end;
-         task = next) {  // those of one group, whose inputs are transformed once
+    // Tasks of one group after each other: their inputs are transformed once.
+    for (int64_t task = begin, next; task < end; task = next) {
       const int64_t group = task / shares, from = group * tiles / groups, to = (group + 1) * tiles / groups,
                     step = even(to - from, most);
       next = std::min(end, (group + 1) * shares);
