@@ -165,7 +165,7 @@ def direct(
                 rstd = rows(1 / tl.sqrt(squares / (config.C * config.P) + eps), config)
             largest = 1.0
             if kind == tl.float16:  # d is about 1 / B: it is brought to 1 before it meets 5 bits of exponent
-                largest = tl.max(tl.max(tl.abs(d), 1), 0)
+                largest = tl.max(tl.abs(d))
                 largest = tl.where(largest == 0, 1.0, largest)
                 d /= largest
             by_row = d  # of one sample: for all rows

@@ -135,7 +135,7 @@ def second_sweep(source: Source, result: Result, head: Head, scratch: Scratch, s
         M, constant = gradient_matrix(head, scratch, b, config)
         largest = 1.0
         if kind == tl.float16:  # M is about |w|^2 / B: it is brought to 1 before it meets 5 bits of exponent
-            largest = tl.max(tl.max(tl.abs(M), 1), 0)
+            largest = tl.max(tl.abs(M))
             largest = tl.where(largest == 0, 1.0, largest)
             M /= largest
         narrow = M.to(kind)
