@@ -28,14 +28,16 @@ def _is_view(func):
 
 
 class Launches(TorchDispatchMode):
-    """Within it, `count` collects the names of what is launched, and `recorded` the launches of Triton kernels: (kernel, arguments, keywords)."""
+    """Within it, `count` collects the names of what is launched, `called` those of all operators, which cost the host time (views and memory too),
+    and `recorded` the launches of Triton kernels: (kernel, arguments, keywords)."""
 
     def __init__(self):
         super().__init__()
-        self.count, self.recorded = collections.Counter(), []
+        self.count, self.called, self.recorded = collections.Counter(), collections.Counter(), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")
+        self.called[name[1]] += 1
         if name[1] not in SILENT and not _is_view(func):
             self.count[name[1]] += 1
         return func(*args, **(kwargs or {}))

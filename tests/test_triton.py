@@ -3,6 +3,7 @@
 Interpreted runs are processes of their own, since Triton decides at its import. With a GPU the same files run on it through `make gpu`."""
 
 import glob
+import inspect
 import itertools
 import math
 import os
@@ -200,3 +201,48 @@ def test_fits_the_chip(case):
             products = widest if config.NS.value * config.BP.value >= 64 or arch < 90 else "mma."  # of 64 rows
             assert assembly.count(products) >= 3, f"{name}: {products} {assembly.count(products)} times"
             assert arch != 90 or config.GH.value > 1 or algorithm != "direct" or "mma.sync" not in assembly, name
+
+
+def loads(binary, function):
+    """(asynchronous loads, others) that lines of this function of a kernel make in the assembly."""
+    lines, start = inspect.getsourcelines(function.fn)
+    file, within, found = Path(inspect.getsourcefile(function.fn)).name, range(start, start + len(lines)), [0, 0]
+    names = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', binary.asm["ptx"]))
+    here = False
+    for line in binary.asm["ptx"].splitlines():
+        if place := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+            here = Path(names[place[1]]).name == file and int(place[2]) in within
+        elif here and (instruction := re.search(r"\b(cp\.async\.c[ag]|ld\.global)", line)):
+            found[instruction[1] == "ld.global"] += 1
+    return tuple(found)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (90, "bf16", "direct", 64, 1024, 10), (80, "bf16", "direct", 128, 256, 10), (90, "bf16", "second_moment", 64, 1024, 10),
+        (90, "bf16", "direct", 128, 256, 100), (90, "bf16", "direct", 512, 256, 10),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sweeps_do_not_wait_for_x_and_w(case):
+    """Both sweeps of a sample load x ahead of the products. W is loaded once for all samples; where channels are in pieces it is loaded ahead
+    likewise, and what a program writes of its own piece is loaded once more where it is needed."""
+    from fastff.kernels.triton import epilogue
+    from fastff.kernels.triton.goodness import arguments
+
+    arch, _, algorithm, *_ = case
+    kernel, args, kwargs = sweeps(*case)[0]
+    config, threads = args[-1], 32 * kwargs["num_warps"]
+    binary = compiled(kernel, args, kwargs, arch)
+    pieces = config.C.value > config.BC.value
+    vectors = (
+        config.BC.value * config.NS.value * config.BP.value // (8 * threads)
+    )  # loads of a tile by a thread, 16 bytes of x each
+    ahead, waiting = loads(binary, epilogue.load_tile)
+    assert ahead == 2 * kwargs["num_stages"] * vectors
+    assert waiting == pieces * vectors
+    if algorithm == "direct":
+        ahead, waiting = loads(binary, arguments.class_weights)
+        assert waiting == config.BC.value * config.BK.value // (4 * threads)
+        assert (ahead > 0) == pieces

@@ -245,3 +245,42 @@ def test_running_statistics_are_those_of_batch_norm(C):
     assert int(tracked) == 7
     torch.testing.assert_close(own_mean, mean)
     torch.testing.assert_close(own_var, var)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "grid", "activation"),
+    [("direct", False, "relu"), ("direct", True, None), ("second_moment", False, None)],
+)
+def test_gpus_of_other_sizes(algorithm, grid, activation, monkeypatch):
+    """Programs, and so the order of sums, follow the number of multiprocessors: one GPU gives the
+    same bits each time, another one others, as exact."""
+    torch.manual_seed(0)
+    x, weight, cells, bn = (
+        torch.randn(12, 24, 9, 9),
+        torch.randn(7, 24, 1, 1) / 5,
+        torch.randn(7, 24, 2, 2) / 5,
+        torch.rand(24) + 0.5,
+    )
+    loss = spec.Loss(target=torch.arange(12) % 7)
+
+    def step(dtype, implementation):
+        y, w, v, scale = (t.to(dtype) for t in (x, weight, cells, bn))
+        around = activation and spec.Epilogue(scale, scale - 1, activation=activation)
+        head = spec.Projection(w, None, v if grid else None)
+        return implementation.step(
+            spec.Step(y, around, head, loss, spec.Normalization("layer_norm")), spec.Plan(algorithm, 12, 7)
+        )
+
+    exact, bits = step(torch.float64, plain), set()
+    for multiprocessors in (1, 5, 24, 200):  # from all samples in a program to several programs a sample
+        for module in (goodness, epilogue):
+            monkeypatch.setattr(module, "multiprocessors", lambda device, n=multiprocessors: n)
+        got, again = step(torch.float32, goodness), step(torch.float32, goodness)
+        for field, a, b, true in zip(spec.StepResult._fields, got, again, exact, strict=True):
+            assert (a is None) == (true is None), field
+            if a is not None:
+                assert torch.equal(a, b), field
+                true = true.mean() if field == "loss" and a.dim() == 0 else true
+                assert (a - true).abs().max() < 1e-5 * true.abs().max(), field
+        bits.add(tuple(got.grad_weight.flatten().tolist()))
+    assert len(bits) > 2

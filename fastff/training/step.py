@@ -165,9 +165,11 @@ class LocalStep:
                 right = [self.zero.new_full((), math.nan)] * len(own)
             else:
                 right = (torch.stack(goodness).argmax(2) == target).sum(1).to(self.zero.dtype).unbind()
+            if number > 0:
+                own = torch._foreach_add(own, [losses[index] for index in indices])
+                right = torch._foreach_add(right, [correct[index] for index in indices])
             for index, loss, count in zip(indices, own, right, strict=True):
-                losses[index] = loss if number == 0 else losses[index] + loss
-                correct[index] = count if number == 0 else correct[index] + count
+                losses[index], correct[index] = loss, count
         self.seen = {}
         return torch.stack(losses + correct).view(2, -1).unbind()
 
