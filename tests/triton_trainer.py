@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import fastff
 from fastff import SFF, Trainer
+from fastff.graph.recording import WARM_UP
 
 NETS = {
     "resnet18": lambda: fastff.models.resnet18(10, stem="cifar", width=8),
@@ -46,6 +48,25 @@ def test_same_weights_as_the_reference(name, options, monkeypatch):
         assert off <= 4 * allowed + 1e-6 * float(trained["exact"][i].norm()), (
             f"{what}: {off:.2g}, reference {allowed:.2g}"
         )
+
+
+def test_steps_are_not_recorded():
+    """Interpreted kernels are seen by no recording of operators: replayed, a step would be without them."""
+    torch.manual_seed(0)
+    layers = [
+        layer for i in (3, 8) for layer in (nn.Conv2d(i, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    ]
+    sff = SFF(nn.Sequential(*layers), 10, "layer", input_shape=(3, 8, 8), impl="torch", window=2, grid=0)
+    trainers = [Trainer(copy.deepcopy(sff), record_steps=record) for record in ("auto", False)]
+    for _ in range(WARM_UP + 3):
+        images, target = torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
+        recorded, ordinary = (trainer.step(images, target) for trainer in trainers)
+        assert torch.equal(recorded, ordinary)
+    assert "interpreted" in repr(trainers[0])
+    with pytest.raises(RuntimeError, match="record_steps: .*interpreted.*record_steps=False"):
+        trainer = Trainer(sff, record_steps=True)
+        for _ in range(WARM_UP + 1):
+            trainer.step(images, target)
 
 
 def spied(method, ran):

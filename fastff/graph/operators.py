@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastff.arguments import check_labels, labels_checked
 from fastff.graph.module import HOOKS, Watch
 from fastff.graph.snapshot import is_plain
+from fastff.kernels import triton
 
 UNFORESEEN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -32,7 +33,8 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, named):
         super().__init__()
-        self.reason, self.lines, self.results = None, [], 0
+        self.reason = "Triton's kernels, which are interpreted, are no operators" if triton.INTERPRETED else None
+        self.lines, self.results = [], 0
         self.found = {}  # {id of a value that the function finds: (its name, the value)}
         self.names = WeakTensorKeyDictionary()
         for name, tensor in named.items():
