@@ -217,3 +217,19 @@ def test_learning_rates_of_recorded_steps_are_tensors():
     optim.set_progress([optimizer], lambda t: 1 - t, 0.75)
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.25e-3)
+
+
+@pytest.mark.parametrize("optimizer", [adam, None])
+def test_a_checkpoint_of_recorded_steps_is_loaded_where_none_are(optimizer, tmp_path):
+    """A CUDA graph makes learning rates tensors and Adam capturable, which it refuses to be on a CPU."""
+    recorded, plain = (Trainer(an_sff(), optimizer, cuda_graph=False) for _ in range(2))
+    batch = torch.randn(4, 3, 16, 16), torch.arange(4)
+    recorded.step(*batch)
+    rates = [float(group["lr"]) for made in recorded.optimizers for group in made.param_groups]
+    recording.prepare(recorded.engine)
+    recorded.save(tmp_path / "checkpoint.pt")
+    plain.load(tmp_path / "checkpoint.pt")
+    groups = [group for made in plain.optimizers for group in made.param_groups]
+    assert not any(group["capturable"] or isinstance(group["lr"], torch.Tensor) for group in groups)
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
+    plain.step(*batch)
