@@ -178,12 +178,57 @@ def test_recordings_share_memory_and_let_other_threads_be(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     recorder = recording.Cuda(torch.device("cuda"), ())
     for _ in range(2):
         recorder.record(lambda images, target: StepResult(images, images, 1), torch.zeros(1), None)
     first, second = seen
     assert first["pool"] is second["pool"]
     assert first["capture_error_mode"] == second["capture_error_mode"] == "thread_local"
+
+
+def test_a_recording_that_fails_leaves_things_as_they_were(monkeypatch):
+    """torch.cuda.graph does not, since the end of a recording in which something failed fails as well: its stream stays the current one, and the
+    generator, which is in the midst of a recording, refuses to draw. The first error is the reason."""
+    streams = ["ours"]
+
+    class Generator:
+        state = "recording"
+
+        def clone_state(self):
+            made = Generator()
+            made.state = "as before"
+            return made
+
+        def graphsafe_set_state(self, generator):
+            self.state = generator.state
+
+    generator = Generator()
+
+    class Capture:
+        def __init__(self, graph, stream, **options):
+            self.stream = stream
+
+        def __enter__(self):
+            streams.append(self.stream)
+
+        def __exit__(self, *args):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def waits(images, target):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "the recording's")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    with pytest.raises(CannotRecord, match="not permitted when stream is capturing"):
+        recording.Cuda(torch.device("cuda", 0), ()).record(waits, torch.zeros(1), None)
+    assert streams == ["ours", "the recording's", "ours"]
+    assert generator.state == "as before"
 
 
 def test_plans_that_move_are_not_recorded_for_ever():
