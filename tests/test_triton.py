@@ -214,6 +214,7 @@ def test_fits_the_chip(case):
     [
         (90, "bf16", "second_moment", 64, 16, 1000, 16), (86, "bf16", "second_moment", 64, 16, 1000, 16),  # dL/dV of 1000 classes
         (90, "bf16", "products", 512, 4, 100, 4, None, True, False, 64, 256), (86, "fp32", "products", 512, 1, 100, 1, None, True, False, 64, 256),
+        (86, "fp16", "direct", 40, 1, 10, 1, None, True, True, 64, 256),
     ],
     ids=str,
 )  # fmt: skip

@@ -151,6 +151,7 @@ def test_grid_behind_an_epilogue_in_one_sweep(C, side, algorithm, dtype, monkeyp
         (7, 40, 4, 6, 2, "products", "relu", False, False),
         (1, 8, 24, 0, 2, "products", None, False, True),
         (40, 20, 2, 6, 2, "products", None, False, False),  # tiles of more samples than z takes at a time
+        (40, 20, 1, 6, 1, "direct", None, False, False),
     ],
 )
 def test_spatial_term(B, C, side, M, cells, algorithm, activation, known, cublas, monkeypatch):

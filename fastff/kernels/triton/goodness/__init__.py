@@ -84,11 +84,11 @@ class Launch:
             weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(),
             self.grid_weight[..., : cells[0], : cells[1]].contiguous() if many else None, None if hidden is None else hidden.weight.contiguous(),
         )  # fmt: skip
-        # z in a launch of its own: behind several programs a sample, and in float32 in pieces, whose sweep has no register left
-        self.hidden_apart = self.parts > 1 or (not narrow and self.chunks > 1) or by_products
-        self.samples_of_z = (
-            min(b.NS, max(1, 64 // b.BG)) if self.hidden_apart else b.NS
-        )  # the cells of a tile of products would not fit
+        # z in a launch of its own: behind several programs a sample, in float32 in pieces, whose sweep has no register left, and where the cells of a
+        # tile's samples would not fit the shared memory
+        self.samples_of_z = min(b.NS, max(1, 64 // b.BG))
+        in_pieces = not narrow and self.chunks > 1
+        self.hidden_apart = self.parts > 1 or in_pieces or by_products or self.samples_of_z < b.NS
         second = self.second_moment
         d_as_x = by_products and not many and x.dtype == torch.bfloat16
         self.scratch = Scratch(
