@@ -178,12 +178,57 @@ def test_recordings_share_memory_and_let_other_threads_be(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     recorder = recording.Cuda(torch.device("cuda"), ())
     for _ in range(2):
         recorder.record(lambda images, target: StepResult(images, images, 1), torch.zeros(1), None)
     first, second = seen
     assert first["pool"] is second["pool"]
     assert first["capture_error_mode"] == second["capture_error_mode"] == "thread_local"
+
+
+def test_a_recording_that_fails_leaves_things_as_they_were(monkeypatch):
+    """torch.cuda.graph does not, since the end of a recording in which something failed fails as well: its stream stays the current one, and the
+    generator, which is in the midst of a recording, refuses to draw. The first error is the reason."""
+    streams = ["ours"]
+
+    class Generator:
+        state = "recording"
+
+        def clone_state(self):
+            made = Generator()
+            made.state = "as before"
+            return made
+
+        def graphsafe_set_state(self, generator):
+            self.state = generator.state
+
+    generator = Generator()
+
+    class Capture:
+        def __init__(self, graph, stream, **options):
+            self.stream = stream
+
+        def __enter__(self):
+            streams.append(self.stream)
+
+        def __exit__(self, *args):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def waits(images, target):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "the recording's")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    with pytest.raises(CannotRecord, match="not permitted when stream is capturing"):
+        recording.Cuda(torch.device("cuda", 0), ()).record(waits, torch.zeros(1), None)
+    assert streams == ["ours", "the recording's", "ours"]
+    assert generator.state == "as before"
 
 
 def test_plans_that_move_are_not_recorded_for_ever():
@@ -217,3 +262,19 @@ def test_learning_rates_of_recorded_steps_are_tensors():
     optim.set_progress([optimizer], lambda t: 1 - t, 0.75)
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.25e-3)
+
+
+@pytest.mark.parametrize("optimizer", [adam, None])
+def test_a_checkpoint_of_recorded_steps_is_loaded_where_none_are(optimizer, tmp_path):
+    """A CUDA graph makes learning rates tensors and Adam capturable, which it refuses to be on a CPU."""
+    recorded, plain = (Trainer(an_sff(), optimizer, cuda_graph=False) for _ in range(2))
+    batch = torch.randn(4, 3, 16, 16), torch.arange(4)
+    recorded.step(*batch)
+    rates = [float(group["lr"]) for made in recorded.optimizers for group in made.param_groups]
+    recording.prepare(recorded.engine)
+    recorded.save(tmp_path / "checkpoint.pt")
+    plain.load(tmp_path / "checkpoint.pt")
+    groups = [group for made in plain.optimizers for group in made.param_groups]
+    assert not any(group["capturable"] or isinstance(group["lr"], torch.Tensor) for group in groups)
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
+    plain.step(*batch)

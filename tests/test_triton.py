@@ -96,10 +96,9 @@ def assembled(binary, arch):
     raise AssertionError(said.stderr)
 
 
-def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False, hidden=0, B=8):
-    """[(kernel, arguments, keywords)]: the launches of the goodness that a step (with an epilogue, where there is an activation) makes."""
+def launched(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_last=True, bias=False, hidden=0, B=8):
+    """[(kernel, arguments, keywords)]: the launches that a step (with an epilogue, where there is an activation) makes."""
     from fastff.kernels.triton import blocks, goodness
-    from fastff.kernels.triton.goodness import products
 
     H, G = math.isqrt(P), math.isqrt(cells)
     x = torch.zeros(B, C, H, H, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
@@ -114,9 +113,17 @@ def sweeps(arch, dtype, algorithm, C, P, K, cells=0, activation=None, channels_l
     step = spec.Step(x, around, head, loss, spec.Normalization("layer_norm"))
     with mock.patch.object(blocks, "architecture", lambda device: arch), as_on_a_gpu(1) as launches, launches:
         goodness.step(step, spec.Plan(algorithm, B, K))
+    return launches.recorded
+
+
+def sweeps(*case):
+    """The launches of a step that make most of its arithmetic."""
+    from fastff.kernels.triton import goodness
+    from fastff.kernels.triton.goodness import products
+
     kernels = [goodness.direct, goodness.second_moment, goodness.head_second_moment]
     kernels += [getattr(products, name) for name in PRODUCTS]
-    return [launch for launch in launches.recorded if launch[0] in kernels]
+    return [launch for launch in launched(*case) if launch[0] in kernels]
 
 
 PRODUCTS = ("outputs", "input_gradient", "weight_gradient")
@@ -236,9 +243,8 @@ def test_sweeps_do_not_wait_for_x_and_w(case):
     config, threads = args[-1], 32 * kwargs["num_warps"]
     binary = compiled(kernel, args, kwargs, arch)
     pieces = config.C.value > config.BC.value
-    vectors = (
-        config.BC.value * config.NS.value * config.BP.value // (8 * threads)
-    )  # loads of a tile by a thread, 16 bytes of x each
+    tile = config.BC.value * config.NS.value * config.BP.value
+    vectors = tile // (8 * threads)  # loads of a tile by a thread, 16 bytes of x each
     ahead, waiting = loads(binary, epilogue.load_tile)
     assert ahead == 2 * kwargs["num_stages"] * vectors
     assert waiting == pieces * vectors
@@ -246,3 +252,21 @@ def test_sweeps_do_not_wait_for_x_and_w(case):
         ahead, waiting = loads(binary, arguments.class_weights)
         assert waiting == config.BC.value * config.BK.value // (4 * threads)
         assert (ahead > 0) == pieces
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (90, "bf16", "second_moment", 64, 16, 1000, 16), (86, "bf16", "second_moment", 64, 16, 1000, 16),  # dL/dV of 1000 classes
+        (90, "bf16", "products", 512, 4, 100, 4, None, True, False, 64, 256), (86, "fp32", "products", 512, 1, 100, 1, None, True, False, 64, 256),
+        (86, "fp16", "direct", 40, 1, 10, 1, None, True, True, 64, 256),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_smaller_launches_fit_the_chip(case):
+    """A grid's weights of many classes, and a hidden layer on few positions of many samples, in the shared memory that there is."""
+    shared = {kernel.fn.__name__: compiled(kernel, *how, case[0]).metadata.shared for kernel, *how in launched(*case)}
+    assert shared.keys() >= (
+        {"reduce"} if case[2] == "second_moment" else {"hidden_layer", "hidden_gradient", "spatial"}
+    )
+    assert max(shared.values()) <= SHARED[case[0]], shared

@@ -150,6 +150,8 @@ def test_grid_behind_an_epilogue_in_one_sweep(C, side, algorithm, dtype, monkeyp
         (1, 8, 24, 6, 2, "direct", None, False, False),  # several programs a sample
         (7, 40, 4, 6, 2, "products", "relu", False, False),
         (1, 8, 24, 0, 2, "products", None, False, True),
+        (40, 20, 2, 6, 2, "products", None, False, False),  # tiles of more samples than z takes at a time
+        (40, 20, 1, 6, 1, "direct", None, False, False),
     ],
 )
 def test_spatial_term(B, C, side, M, cells, algorithm, activation, known, cublas, monkeypatch):
@@ -188,10 +190,11 @@ def test_spatial_term(B, C, side, M, cells, algorithm, activation, known, cublas
         assert a is None or (a - b).abs().max() < 1e-5 * b.abs().max(), field
 
 
-def test_grid_under_second_moment_in_one_sweep(monkeypatch):
-    """With more classes than a tile has, and more columns of the grid's weights."""
+@pytest.mark.parametrize("K", [37, 150])
+def test_grid_under_second_moment_in_one_sweep(K, monkeypatch):
+    """With more classes than a tile has, of the sweep or of the reduction, and more columns of the grid's weights."""
     torch.manual_seed(0)
-    given = torch.randn(5, 20, 6, 5), torch.randn(37, 20, 1, 1) / 4, torch.randn(37), torch.randn(37, 20, 3, 2) / 4
+    given = torch.randn(5, 20, 6, 5), torch.randn(K, 20, 1, 1) / 4, torch.randn(K), torch.randn(K, 20, 3, 2) / 4
     sweeps, loss = [], spec.Loss(target=torch.arange(5) * 9, learned_tau=torch.tensor(0.7))
     monkeypatch.setattr(goodness, "second_moment", recording(goodness.second_moment, sweeps))
 
@@ -200,7 +203,7 @@ def test_grid_under_second_moment_in_one_sweep(monkeypatch):
         of_tau = loss._replace(learned_tau=loss.learned_tau.to(dtype))
         head = spec.Projection(weight, bias, grid_weight)
         local = spec.Step(x, None, head, of_tau, spec.Normalization("layer_norm"))
-        return implementation.step(local, spec.Plan("second_moment", 5, 37))
+        return implementation.step(local, spec.Plan("second_moment", 5, K))
 
     got, exact = step(torch.float32, goodness), step(torch.float64, plain)
     assert len(sweeps) == 1

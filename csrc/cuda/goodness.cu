@@ -36,7 +36,7 @@ bool current_stream(int device, cudaStream_t* stream) {
   return function && function(device, reinterpret_cast<void**>(stream)) == 0;
 }
 
-cudaError_t launch_here(const StepArguments& s, cudaStream_t stream) {
+cudaError_t launch_here(StepArguments s, cudaStream_t stream) {
   const Kernel kernel = s.half ? kernel_for<Float16>(s.at.classes) : kernel_for<BFloat16>(s.at.classes);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.at.bytes))
     return error;
@@ -47,6 +47,13 @@ cudaError_t launch_here(const StepArguments& s, cudaStream_t stream) {
   config.gridDim = s.division.grid, config.blockDim = THREADS, config.dynamicSmemBytes = s.at.bytes,
   config.stream = stream;
   config.attrs = &cluster, config.numAttrs = s.division.blocks > 1;
+  if (s.division.blocks > 1) {
+    // a cluster's multiprocessors are of one group, which may leave some over: clusters beyond these would run by themselves at the end
+    int active = 0;
+    if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&active, kernel, &config)) return error;
+    const int most = active * s.division.blocks;
+    if (0 < most && most < s.division.grid) config.gridDim = s.division.grid = most;
+  }
   if (const cudaError_t error = cudaLaunchKernelEx(&config, kernel, s)) return error;
   gradients_of_parameters<<<s.K * s.width / WARP + 1, THREADS, THREADS * sizeof(float), stream>>>(s);
   return cudaGetLastError();

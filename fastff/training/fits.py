@@ -110,8 +110,9 @@ def _check_optimizer(what, optimizer, saved):
         both = group.keys() & mine.keys()  # the trial finds what is missing
         _same_form(f"{what} does not fit", *({key: plain(d[key]) for key in both} for d in (group, mine)))
     try:
-        expected = _state_after_a_step(optimizer, saved["param_groups"])
-        _copy(optimizer, saved["state"], saved["param_groups"])
+        groups = groups_here(optimizer, saved["param_groups"])
+        expected = _state_after_a_step(optimizer, groups)
+        _copy(optimizer, saved["state"], groups)
     except Exception as error:
         if not _can_be_tried(optimizer):
             return
@@ -122,6 +123,17 @@ def _check_optimizer(what, optimizer, saved):
         if index not in expected:
             raise CheckpointError(f"{what} does not fit: expected states of {len(expected)} parameters, got {index!r}")
         _same_form(f"{what} does not fit: state[{index}]", state, expected[index])
+
+
+def groups_here(optimizer, groups):
+    """Return saved groups in which what a CUDA graph asks for (recording.py) is as it is here: optimizers on a CPU do not take it."""
+    found = list(groups)
+    for index, (group, mine) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
+        here = {"capturable": mine["capturable"]} if "capturable" in group.keys() & mine.keys() else {}
+        if isinstance(group.get("lr"), torch.Tensor) and not isinstance(mine["lr"], torch.Tensor):
+            here["lr"] = float(group["lr"])
+        found[index] = group | here
+    return found
 
 
 def _copy(optimizer, state, groups):

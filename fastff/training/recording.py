@@ -45,14 +45,20 @@ class Cuda:
 
     def record(self, function, images, target):
         graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), None if target is None else target.clone())
+        here = torch.cuda.current_stream(self.device)
         try:
             # other threads, such as a loader's that pins memory, may call CUDA meanwhile
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 result = function(*inputs)
         except RuntimeError as error:
+            # where its end fails, too, torch.cuda.graph leaves its own stream the current one
+            torch.cuda.set_stream(here)
+            # and in PyTorch 2.11 the generator's state waits for that end, and refuses to draw
+            generator = torch.cuda.default_generators[self.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
             raise CannotRecord(
                 f"cuda_graph: a step of this network cannot be recorded, something in it waits for the device or moves data from the "
-                f"host ({first_line(error)}); train with cuda_graph=False"
+                f"host ({first_line(error.__context__ or error)}); train with cuda_graph=False"
             ) from error
 
         def replay(images, target):

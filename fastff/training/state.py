@@ -87,7 +87,9 @@ def load(path, trainer):
         hint = f" (written by fastff 0.1, whose defaults were {defaults})" if old else ""
         raise CheckpointError(f"{path}: {error}{hint}") from error.__cause__
     for k in place.own_optimizers:
-        engine.optimizers[k].load_state_dict(place.state_kept(engine.optimizers[k], saved["optimizers"][k]))
+        optimizer, kept = engine.optimizers[k], saved["optimizers"][k]
+        groups = fits.groups_here(optimizer, kept["param_groups"])
+        optimizer.load_state_dict(place.state_kept(optimizer, kept | {"param_groups": groups}))
     engine.module.load_state_dict(saved["module"])
     for scaler, state in zip(engine.scalers, saved["scalers"], strict=True):
         if scaler is not None and state is not None:

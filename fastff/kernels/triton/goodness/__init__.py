@@ -84,6 +84,11 @@ class Launch:
             weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(),
             self.grid_weight[..., : cells[0], : cells[1]].contiguous() if many else None, None if hidden is None else hidden.weight.contiguous(),
         )  # fmt: skip
+        # z in a launch of its own: behind several programs a sample, in float32 in pieces, whose sweep has no register left, and where the cells of a
+        # tile's samples would not fit the shared memory
+        self.samples_of_z = min(b.NS, max(1, 64 // b.BG))
+        in_pieces = not narrow and self.chunks > 1
+        self.hidden_apart = self.parts > 1 or in_pieces or by_products or self.samples_of_z < b.NS
         second = self.second_moment
         d_as_x = by_products and not many and x.dtype == torch.bfloat16
         self.scratch = Scratch(
@@ -91,12 +96,10 @@ class Launch:
             self.new(self.parts, B, C, C) if second else None, self.new(self.parts, B, C) if second and bias is not None else None,
             self.new(self.parts, B, C, *cells) if many and not by_products else None, self.new(B, C, *cells) if many else None,
             self.new(self.chunks, B, K) if self.grid_inside and not second else None,
-            self.new(B, M, *cells) if hidden else None, self.new(self.groups, 2, M) if hidden else None,
+            self.new(B, M, *cells) if hidden else None, self.new(-(-B // self.samples_of_z), 2, M) if hidden else None,
         )  # fmt: skip
         self.grid = SpatialTerm(self, hidden) if many else None
         self.products = Products(self, self.grid_weight) if by_products else None
-        # z in a launch of its own: behind several programs a sample, and in float32 in pieces, whose sweep has no register left
-        self.hidden_apart = self.parts > 1 or (not narrow and self.chunks > 1) or by_products
         self.weights = self.sums = None
 
     def new(self, *shape):
@@ -157,8 +160,9 @@ class Launch:
         if self.products is not None and self.grid is not None:
             self.scratch = self.scratch._replace(means=self.products.means())
         if self.hidden_apart and self.scratch.z is not None:
-            programs = self.groups, -(-self.config.M // grid.HIDDEN.value)
-            grid.hidden_layer[programs](self.head, self.scratch, self.B, constants(self.config), num_warps=4)
+            programs = len(self.scratch.moments), -(-self.config.M // grid.HIDDEN.value)
+            config = constants(self.config._replace(NS=self.samples_of_z))
+            grid.hidden_layer[programs](self.head, self.scratch, self.B, config, num_warps=4)
 
     def reduced(self, arguments=loss.NO_LOSS, number=None, grad_x=None):
         """(dL/dW [K, C, 1, 1], dL/dbeta, dL/dV, EpilogueGradients, dL/d(a hidden layer's weight), the reduced loss, dL/dtau), after the second sweep;
@@ -177,12 +181,14 @@ class Launch:
         grad_grid = self.new(*self.head.grid_weight.shape) if term and computed is None else None
         end, of_end, *rest = (NO_END, 0, 0, None) if sums is None else self.around.finish(grad_x)
         columns = K * C + K, 0 if hidden is None else M * C
-        programs = sum(-(-n // 128) for n in columns) + (0 if grad_grid is None else -(-grad_grid[0].numel() // 64))
+        BK = min(reduce.CLASSES, max(16, self.config.LK))
+        programs = sum(-(-n // 128) for n in columns)
+        programs += 0 if grad_grid is None else -(-grad_grid[0].numel() // 64) * -(-K // BK)
         out = self.new(K * C + K + 2 * C + M * C + 2)
         reduce.reduce[programs + 1 + of_end,](
             Result(None, None, self.weights, sums, hidden), *(0 if t is None else len(t) for t in (self.weights, sums, hidden)), out,
             self.scratch, arguments, term and term.inputs, grad_grid, self.B, end, rest[0],
-            constants(self.config._replace(BK=max(16, self.config.LK), LOSS=number)), rest[1], num_warps=8,
+            constants(self.config._replace(BK=BK, LOSS=number)), rest[1], num_warps=8,
         )  # fmt: skip
         weight, bias, norm, hidden, (value, grad_tau) = out.split([K * C, K, 2 * C, M * C, 2])
         gradients = None if sums is None else self.around.gradients(end, norm.view(2, C))

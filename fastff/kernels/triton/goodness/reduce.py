@@ -11,7 +11,7 @@ from fastff.kernels.triton.normalization import joined_programs
 
 COLUMNS = tl.constexpr(128)  # that a program adds up
 ROWS = tl.constexpr(16)  # that it adds up at a time
-CELLS = tl.constexpr(64)  # columns of dL/dV of a program
+CLASSES, CELLS = 128, tl.constexpr(64)  # rows, at most, and columns of dL/dV of a program
 LOSSES = tl.constexpr(1024)
 
 
@@ -56,10 +56,10 @@ def store_losses(out, loss: LossArguments, count):
 
 
 @triton.jit
-def store_grid_gradient(grad_grid, scratch: Scratch, a, e, B, config: Config):
-    """Write the columns e of dL/dV [K, M GH GW]."""
+def store_grid_gradient(grad_grid, scratch: Scratch, a, k, e, B, config: Config):
+    """Write the rows k and the columns e of dL/dV [K, M GH GW]."""
     columns: tl.constexpr = config.M * config.GH * config.GW
-    k, row = tl.arange(0, config.BK), tl.arange(0, 32)
+    row = tl.arange(0, 32)
     known = (k < config.K)[None, :]
     grad = tl.zeros([config.BK, CELLS], tl.float32)
     for b0 in range(0, B, 32):
@@ -84,7 +84,8 @@ def reduce(
     cells: tl.constexpr = config.M * config.GH * config.GW if grad_grid is not None else 0
     of_weights: tl.constexpr = (weights + COLUMNS - 1) // COLUMNS
     of_hidden: tl.constexpr = of_weights + (hidden + COLUMNS - 1) // COLUMNS
-    of_grid: tl.constexpr = of_hidden + (cells + CELLS - 1) // CELLS
+    tiles_of_grid: tl.constexpr = (cells + CELLS - 1) // CELLS
+    of_grid: tl.constexpr = of_hidden + tiles_of_grid * ((config.K + config.BK - 1) // config.BK)
     at_hidden = out + weights + 2 * config.C
     i = tl.program_id(0)
     if i < of_weights:
@@ -96,7 +97,9 @@ def reduce(
             tl.store(at_hidden + e, added_up(result.hidden, hidden_rows, hidden, e, COLUMNS, ROWS), mask=e < hidden)
     elif i < of_grid:
         if grad_grid is not None:
-            store_grid_gradient(grad_grid, scratch, a, (i - of_hidden) * CELLS + tl.arange(0, CELLS), B, config)
+            e = (i - of_hidden) % tiles_of_grid * CELLS + tl.arange(0, CELLS)
+            k = (i - of_hidden) // tiles_of_grid * config.BK + tl.arange(0, config.BK)
+            store_grid_gradient(grad_grid, scratch, a, k, e, B, config)
     elif i == of_grid:
         if loss.losses is not None:
             half: tl.constexpr = (config.LOSS == SYMBA) or (config.LOSS == SWISH_SYMBA)

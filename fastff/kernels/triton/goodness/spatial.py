@@ -229,7 +229,7 @@ class SpatialTerm:
     def _run(self, arguments=loss.NO_LOSS, **stages):
         launch = self.launch
         BG = triton.next_power_of_2(launch.config.GH * launch.config.GW)
-        config = launch.config._replace(FIRST=False, LOSS=None, SECOND=False)._replace(**stages)
+        config = launch.config._replace(FIRST=False, LOSS=None, SECOND=False, NS=launch.samples_of_z)._replace(**stages)
         config = config._replace(BC=max(1, COLUMNS.value // BG), BG=BG, BK=max(16, config.LK))
         spatial[self.programs,](
             launch.head, launch.scratch, self.norm, self.layer, arguments, launch.B, constants(config), num_warps=4
