@@ -149,5 +149,8 @@ def backward(grad, x, weight, stride, padding, need_grad_x):
     partial = torch.empty(parts, k * k, C, device=x.device, dtype=torch.float32)
     with on_device(x):
         images = [Image(t, *t.shape[2:]) for t in (x, grad)]
-        weight_gradient[parts, groups](*images, partial, B, share, constants(config), num_warps=warps)
+        weight_gradient[parts, groups](
+            *images, partial, B, share, constants(config), num_warps=warps,
+            maxnreg=128,  # else the assembler for sm_80 takes 96, and spills
+        )  # fmt: skip
     return grad_x, partial.sum(0).T.reshape(weight.shape).to(weight.dtype)
