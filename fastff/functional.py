@@ -134,6 +134,8 @@ def tail_step(
 
 def _as_given(result, x, channel_dim, weight=None):
     """Return a result whose tensors have the shapes of what a public function was given."""
+    if x.dim() == 4 and channel_dim == 1 and (weight is None or weight.dim() == 4):
+        return result
     grad_weight = None if weight is None else result.grad_weight.view(weight.shape)
     grad_x, normalized = (arguments.restore(t, x, channel_dim) for t in (result.grad_x, result.normalized))
     return result._replace(grad_x=grad_x, normalized=normalized, grad_weight=grad_weight)

@@ -112,8 +112,8 @@ class Projection(NamedTuple):
         padding = (padding, padding) if isinstance(padding, int) else padding
         made = cls(weight, bias, grid_weight, padding, *(hidden or ()))
         made.check(x, algorithm, called)
-        made = made._replace(padding=tuple(made.padding))
-        return made if weight is None or weight.dim() == 4 else made._replace(weight=weight[:, :, None, None])
+        weight = weight if weight is None or weight.dim() == 4 else weight[:, :, None, None]
+        return cls(weight, bias, grid_weight, tuple(padding), *made[4:])
 
     def check(self, x, algorithm="auto", called="x"):
         """Raise TypeError or ValueError unless this is a head for x [B, C, H, W]."""
@@ -124,11 +124,11 @@ class Projection(NamedTuple):
         if weight is None and bias is not None:
             raise ValueError("bias: expected None without weight, since it is part of the squares")
         for name, t in zip(self._fields, self, strict=True):
-            if name in ("padding", "hidden_eps"):
+            if t is None or name in ("padding", "hidden_eps"):
                 continue
-            if t is not None and (not isinstance(t, torch.Tensor) or t.dtype not in DTYPES):
+            if not isinstance(t, torch.Tensor) or t.dtype not in DTYPES:
                 raise TypeError(f"{name}: expected a floating-point tensor, got {arguments.kind_of(t)}")
-            if t is not None and t.device != x.device:
+            if t.device != x.device:
                 raise ValueError(f"{name}: expected on {x.device} as {called} is, got {t.device}")
         if weight is not None and (weight.dim() not in (2, 4) or weight.shape[1] != channels or weight.shape[0] == 0):
             expected = f"[K, {channels}] or [K, {channels}, k, k] with K >= 1 for {called} of {channels} channels"
@@ -172,6 +172,7 @@ class Projection(NamedTuple):
 
 # Fields of a Projection that a head learns; "grad_" before them are the names of their gradients in a StepResult.
 HEAD_PARAMETERS = ("weight", "bias", "grid_weight", "hidden_weight", "hidden_bn_weight", "hidden_bn_bias")
+HEAD_GRADIENTS = tuple(f"grad_{name}" for name in HEAD_PARAMETERS)
 
 
 class Groups(NamedTuple):

@@ -177,6 +177,11 @@ def test_check():
     for wrong in (one + 1, one * float("nan"), torch.ones(1)):
         with pytest.raises(runner.WrongResult, match="output 0 of other is off"):
             runner.check(runner.Case({}, {"base": lambda: (one,), "other": lambda w=wrong: (w,)}, lambda: [exact]))
+    nearly = one + 1e-5  # as torch.compile sums
+    runner.check(runner.Case({}, {"base": lambda: (one,), "compiled": lambda: (nearly,)}, [exact]))
+    for name, off in (("other", nearly), ("compiled", one + 1e-3)):
+        with pytest.raises(runner.WrongResult, match=f"output 0 of {name} is off"):
+            runner.check(runner.Case({}, {"base": lambda: (one,), name: lambda off=off: (off,)}, [exact]))
     with pytest.raises(runner.WrongResult, match="output 0 of base is off"):
         runner.check(runner.Case({}, {"base": lambda: (one * float("nan"),)}, [exact]))
 

@@ -13,7 +13,7 @@ from fastff import arguments, flat, reference
 from fastff.kernels.layout import as_result_of, empty_like
 from fastff.ops import goodness, group_goodness
 from fastff.ops.table import LIBRARY, check_impl, choose, dispatched, register, without_autocast
-from fastff.spec import HEAD_PARAMETERS, Epilogue, Projection, Step, StepResult
+from fastff.spec import HEAD_GRADIENTS, HEAD_PARAMETERS, Projection, Step, StepResult
 
 
 @torch.no_grad()
@@ -28,17 +28,17 @@ def run(step, impl="auto"):
 
 def _as_x(step):
     """Return which of the results that are as x are asked for, {name: bool}."""
-    epilogue = step.epilogue or Epilogue()
-    residual = epilogue.residual is not None and epilogue.need_grad_residual
+    residual = step.epilogue is not None and step.epilogue.wants_residual
     return {"grad_x": step.need_grad_x, "normalized": step.normalization.name != "none", "grad_residual": residual}
 
 
 def _parameters(step):
     """Return {name of a gradient: its parameter, or None}."""
     head = step.goodness if isinstance(step.goodness, Projection) else Projection(None)
-    epilogue = step.epilogue or Epilogue()
-    of_head = {f"grad_{name}": getattr(head, name) for name in HEAD_PARAMETERS}
-    return of_head | {"grad_bn_weight": epilogue.weight, "grad_bn_bias": epilogue.bias}
+    found = {gradient: getattr(head, name) for gradient, name in zip(HEAD_GRADIENTS, HEAD_PARAMETERS, strict=True)}
+    if step.epilogue is not None:
+        found |= {"grad_bn_weight": step.epilogue.weight, "grad_bn_bias": step.epilogue.bias}
+    return found
 
 
 def _run(step, impl):

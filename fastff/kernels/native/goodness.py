@@ -61,6 +61,8 @@ def step(local, plan):
     x, projection = local.x, local.goodness
     if not fits(x, projection, plan):
         return fallback.step(local, plan, normalize)
+    if projection.grid_weight is None:
+        return native_step.run(local, plan.algorithm == "second_moment")
     result = native_step.run(local._replace(goodness=_cut(projection, x)), plan.algorithm == "second_moment")
     return result._replace(grad_grid_weight=_whole(projection, result.grad_grid_weight))
 

@@ -29,4 +29,4 @@ def run(local, second_moment=False):
         if t is not None and t.dtype != torch.float32 and t.is_floating_point():
             values[place] = t.float()
     results = torch.ops.fastff.step_native(local.x, *values, local.need_grad_x, second_moment)
-    return StepResult(*(t if t.numel() else None for t in results))
+    return StepResult(*[t if t.numel() else None for t in results])
