@@ -7,6 +7,7 @@
 #include "goodness.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "normalization.h"
 
@@ -139,12 +140,12 @@ void sweep(const Problem& p, const Sums& results) {
   const int64_t step = members > 1 ? 1 : std::min(p.B, wanted), tasks = (units + step - 1) / step;
   const int64_t weights = p.weight ? p.K * p.C : 0, size = weights + p.K, channels = p.epilogue ? 2 * p.C : 0;
   const int64_t groups = std::min(tasks, std::clamp<int64_t>((1 << 20) / (size + channels), 2, 16));
-  std::vector<vec::LineSum> partial(p.loss || p.d ? groups : 0, vec::LineSum(size, kTerms));
+  std::vector<std::optional<vec::LineSum>> partial(groups);  // each is made by the thread that adds to it
   Buffer<double> epilogue_sums(groups * channels, 0.0);
   parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     Task task(p, step * members);
     for (int64_t group = begin; group < end; ++group) {
-      vec::LineSum* const line = partial.empty() ? nullptr : &partial[group];
+      vec::LineSum* const line = p.loss || p.d ? &partial[group].emplace(size, kTerms) : nullptr;
       float* const own = line ? line->data() : nullptr;
       const Sums sums{line, own, own + weights, epilogue_sums.data() + group * channels};
       for (int64_t i = group * tasks / groups; i < (group + 1) * tasks / groups; ++i)
@@ -155,9 +156,9 @@ void sweep(const Problem& p, const Sums& results) {
   const auto collect = [&](float* target, int64_t offset, int64_t n) {
     if (!target) return;
     parallel_for(0, n, 1 << 15, [&](int64_t begin, int64_t end) {
-      std::copy_n(partial[0].data() + offset + begin, end - begin, target + begin);
+      std::copy_n(partial[0]->data() + offset + begin, end - begin, target + begin);
       for (int64_t group = 1; group < groups; ++group)
-        vec::add(target + begin, partial[group].data() + offset + begin, end - begin);
+        vec::add(target + begin, partial[group]->data() + offset + begin, end - begin);
     });
   };
   collect(results.weight, 0, weights);
