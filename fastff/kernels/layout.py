@@ -23,7 +23,8 @@ def laid(x, channels_last):
 
 def result_strides(x):
     """Return the strides of a result of x's shape."""
-    _, c, h, w = (max(n, 1) for n in x.shape)
+    _, c, h, w = x.shape
+    c, h, w = c or 1, h or 1, w or 1
     return (h * w * c, 1, w * c, c) if is_channels_last(x) else (c * h * w, h * w, w, 1)
 
 

@@ -34,8 +34,9 @@ def _as_x(step):
 
 def _parameters(step):
     """Return {name of a gradient: its parameter, or None}."""
-    head = step.goodness if isinstance(step.goodness, Projection) else Projection(None)
-    found = {gradient: getattr(head, name) for gradient, name in zip(HEAD_GRADIENTS, HEAD_PARAMETERS, strict=True)}
+    head, found = step.goodness, {}
+    if isinstance(head, Projection):
+        found = {gradient: getattr(head, name) for gradient, name in zip(HEAD_GRADIENTS, HEAD_PARAMETERS, strict=True)}
     if step.epilogue is not None:
         found |= {"grad_bn_weight": step.epilogue.weight, "grad_bn_bias": step.epilogue.bias}
     return found
