@@ -101,7 +101,7 @@ def prepare(engine):
     for optimizer in engine.optimizers:
         for group in optimizer.param_groups:
             group["capturable"] = True
-            group["lr"] = torch.tensor(float(group["lr"]), device=engine.device)
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=engine.device)
 
 
 def recorded(engine, options, amp):
