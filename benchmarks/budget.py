@@ -22,8 +22,7 @@ from fastff.ops.goodness import plan_for
 
 # {part of the step: words in the names of its operators}; the first match counts
 PARTS = {
-    "convolution, backward": ("convolution_backward", "convolution_weight_gradient", "depthwise_backward"),
-    "convolution, forward": ("convolution", "conv2d", "depthwise"),
+    "convolution, both ways": ("convolution", "conv2d", "depthwise"),  # the gradient of x is itself a convolution
     "goodness head, layer norm, fused epilogue": (
         "fastff::step",
         "fastff.step",
