@@ -3,8 +3,9 @@
     python -m benchmarks.budget [--width 64] [--batch 32] [--classes 100] [--csv FILE]
 
 The network is ResNet18 for 32 x 32 images in channels_last with Adam; it is trained by backpropagation, block-wise and layer-wise in the setting of
-the paper. A multiply-add counts as two FLOPs. FLOPs come from torch.utils.flop_counter, except those of the goodness head, which come from its
-plan. Bytes are those of the inputs and outputs of every operator, once each; if an operator reads an input twice, the second time is not counted.
+the paper. A multiply-add counts as two FLOPs. FLOPs come from torch.utils.flop_counter (of convolutions those of the direct algorithm, whichever
+runs), except those of the goodness head, which come from its plan. Bytes are those of the inputs and outputs of every operator, once each; if an
+operator reads an input twice, the second time is not counted.
 """
 
 import argparse
