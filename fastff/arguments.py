@@ -43,9 +43,8 @@ def whole_number(name: str, value: int, least: int = 1, error: type[Exception] =
 
 def number_between(name: str, value: float, low: float, high: float, *, low_allowed: bool) -> float:
     """Return `value` as a float. Raises ValueError unless it lies above `low` (or on it if `low_allowed`) and below `high`."""
-    inside = isinstance(value, (float, int, Real)) and not isinstance(
-        value, bool
-    )  # Real by itself asks each class: 1 us
+    # the usual classes first: Real alone takes 1 us
+    inside = isinstance(value, (float, int, Real)) and not isinstance(value, bool)
     inside = inside and (low <= value if low_allowed else low < value) and value < high
     if not inside:
         above = "" if low == -math.inf else f" {'of at least' if low_allowed else 'above'} {low:g}"

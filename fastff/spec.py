@@ -170,7 +170,7 @@ class Projection(NamedTuple):
             raise ValueError("hidden_mean, hidden_var: expected both or neither, got one of them")
 
 
-# Fields of a Projection that a head learns; "grad_" before them are the names of their gradients in a StepResult.
+# Fields of a Projection that a head learns, and those of a StepResult that are their gradients.
 HEAD_PARAMETERS = ("weight", "bias", "grid_weight", "hidden_weight", "hidden_bn_weight", "hidden_bn_bias")
 HEAD_GRADIENTS = tuple(f"grad_{name}" for name in HEAD_PARAMETERS)
 

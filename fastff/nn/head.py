@@ -229,8 +229,8 @@ class GoodnessHead(Head):
             fused.update_statistics(self.hidden_norm, mean, var, count)
 
     def _finish(self, goodness, x, step):
-        for name in spec.HEAD_PARAMETERS:
-            add_gradient(getattr(goodness, name), getattr(step, f"grad_{name}"))
+        for name, gradient in zip(spec.HEAD_PARAMETERS, spec.HEAD_GRADIENTS, strict=True):
+            add_gradient(getattr(goodness, name), getattr(step, gradient))
         if self.hidden_norm is not None:
             self._update_statistics(goodness.hidden_values(x), step.hidden_mean, step.hidden_var)
         if self.log_tau is not None:
